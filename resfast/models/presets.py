@@ -1,0 +1,72 @@
+"""Named networks. Parameter counts for 10 classes stand beside each and are asserted in a test."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from resfast.errors import ResfastError, nearest
+from resfast.models.resnet import ResNet, ResNetSpec
+
+WIDE = (64, 128, 256, 512)
+HALF = (32, 64, 128, 256)
+NARROW = (16, 64, 128, 256)
+
+PRESETS: dict[str, ResNetSpec] = {
+    "resnet18": ResNetSpec((2, 2, 2, 2), WIDE),  # 11,173,962
+    "resnet34": ResNetSpec((3, 4, 6, 3), WIDE),  # 21,282,122
+    "resnet50": ResNetSpec((3, 4, 6, 3), WIDE, block="bottleneck"),  # 23,520,842
+    "resnet101": ResNetSpec((3, 4, 23, 3), WIDE, block="bottleneck"),  # 42,512,970
+    "resnet152": ResNetSpec((3, 8, 36, 3), WIDE, block="bottleneck"),  # 58,156,618
+    "resnet-2111": ResNetSpec((2, 1, 1, 1), WIDE),  # 4,977,226
+    "resnet-1111": ResNetSpec((1, 1, 1, 1), WIDE),  # 4,903,242
+    "resnet-6543-half": ResNetSpec((6, 5, 4, 3), HALF, stem=32),  # 4,865,322
+    "resnet-2222-half": ResNetSpec((2, 2, 2, 2), HALF, stem=32),  # 2,797,610
+    "resnet-222": ResNetSpec((2, 2, 2), (64, 128, 256)),  # 2,777,674
+    "resnet-222-identity": ResNetSpec((2, 2, 2), (64, 128, 256), shortcut="pool"),  # 2,735,946
+    "resnet-narrow": ResNetSpec((2, 2, 2, 2), NARROW),  # 2,768,490
+    "resnet-narrow-skip3": ResNetSpec((2, 2, 2, 2), NARROW, shortcut="conv3"),  # 3,112,554
+    "resnet-narrow-dense": ResNetSpec(  # 3,151,786
+        (2, 2, 2, 2), NARROW, shortcut="conv3", head=(128, 64)
+    ),
+    "resnet-deep8": ResNetSpec(  # 4,997,386
+        (2,) * 8, (16, 32, 64, 96, 128, 160, 192, 220), strides=(1, 2) * 4
+    ),
+    "resnet-224": ResNetSpec((2, 2, 4), (64, 128, 256)),  # 5,139,018
+    "resnet-224-250": ResNetSpec((2, 2, 4), (64, 128, 250)),  # 4,939,902
+    "resnet-224-251": ResNetSpec((2, 2, 4), (64, 130, 251)),  # 4,993,025
+    "resnet-453": ResNetSpec((4, 5, 3), (64, 128, 256)),  # 4,992,586
+    "resnet-member1m": ResNetSpec((2, 2, 2, 2), (32, 64, 96, 120), stem=32),  # 987,402
+}
+"""Preset name to shape."""
+
+DEFAULT_MODEL = "resnet-2111"
+
+
+def preset(name: str) -> ResNetSpec:
+    """The shape of a named preset.
+
+    Raises:
+        ResfastError: an unknown name, with the nearest known one.
+    """
+    if name not in PRESETS:
+        raise ResfastError(
+            f"unknown model {name!r}{nearest(name, PRESETS)} "
+            f"(known: {', '.join(PRESETS)}; or 'resnet' with blocks and channels of your own)"
+        )
+    return PRESETS[name]
+
+
+def create_model(name: str = DEFAULT_MODEL, *, classes: int = 10) -> nn.Module:
+    """A freshly initialised preset.
+
+    Args:
+        name: a key of :data:`PRESETS`.
+        classes: number of logits.
+
+    Returns:
+        A :class:`~resfast.models.resnet.ResNet` in training mode on the CPU, in float32.
+
+    Raises:
+        ResfastError: an unknown name or fewer than two classes.
+    """
+    return ResNet(preset(name), classes)

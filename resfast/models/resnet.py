@@ -1,0 +1,238 @@
+"""One residual network for CIFAR-scale images, described by a :class:`ResNetSpec`.
+
+Shapes: images are ``[N, 3, H, W]``, logits ``[N, classes]``. A stage is a run of blocks with the
+same width; its first block applies the stage's stride. Source of the family: He et al., "Deep
+Residual Learning for Image Recognition", arXiv:1512.03385, with the 3x3 stem used on CIFAR.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from resfast.errors import ResfastError
+from resfast.layers.conv import Conv2d
+from resfast.layers.shortcut import PoolPadShortcut
+
+Block = Literal["basic", "bottleneck"]
+Shortcut = Literal["conv1", "conv3", "pool"]
+Activation = Literal["relu", "leaky_relu", "silu", "gelu"]
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "leaky_relu": lambda: nn.LeakyReLU(0.1, inplace=True),
+    "silu": lambda: nn.SiLU(inplace=True),
+    "gelu": nn.GELU,
+}
+BOTTLENECK_EXPANSION = 4
+
+
+@dataclass(frozen=True)
+class ResNetSpec:
+    """All that defines the shape of a :class:`ResNet`.
+
+    Attributes:
+        blocks: residual blocks of each stage.
+        channels: width of each stage (a bottleneck stage puts out four times as many).
+        stem: channels of the first 3x3 convolution.
+        strides: stride of each stage; empty for 1 in the first and 2 in the others.
+        block: ``basic`` (two 3x3 convolutions) or ``bottleneck`` (1x1, 3x3, 1x1).
+        shortcut: where the shape changes: ``conv1`` or ``conv3`` (convolution of that kernel size
+            + batch norm), ``pool`` (average pooling and zero channels, no parameters).
+        activation: ``relu``, ``leaky_relu`` (slope 0.1), ``silu`` or ``gelu``.
+        head: sizes of dense layers between the pooled features and the logits.
+        dropout: probability of dropping a feature before each dense layer.
+
+    Raises:
+        ResfastError: lengths that differ, or a value out of range.
+    """
+
+    blocks: tuple[int, ...]
+    channels: tuple[int, ...]
+    stem: int = 64
+    strides: tuple[int, ...] = ()
+    block: Block = "basic"
+    shortcut: Shortcut = "conv1"
+    activation: Activation = "relu"
+    head: tuple[int, ...] = ()
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        stages = len(self.blocks)
+        if not self.strides:
+            object.__setattr__(self, "strides", (1,) + (2,) * (stages - 1))
+        if stages == 0 or len(self.channels) != stages or len(self.strides) != stages:
+            raise ResfastError(
+                f"blocks {_list(self.blocks)}, channels {_list(self.channels)} and strides "
+                f"{_list(self.strides)} must name the same number of stages, at least one"
+            )
+        for name in ("blocks", "channels", "strides", "head"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ResfastError(f"{name} {_list(getattr(self, name))} must all be at least 1")
+        if self.stem < 1:
+            raise ResfastError(f"stem {self.stem} must be at least 1 channel")
+        if not 0 <= self.dropout < 1:
+            raise ResfastError(f"dropout {self.dropout} must be at least 0 and below 1")
+        if self.activation not in ACTIVATIONS:
+            raise ResfastError(
+                f"activation {self.activation!r} is unknown; choose {', '.join(ACTIVATIONS)}"
+            )
+
+    @property
+    def expansion(self) -> int:
+        """Output channels of a block per channel of its stage."""
+        return BOTTLENECK_EXPANSION if self.block == "bottleneck" else 1
+
+
+def _list(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values)) or "(none)"
+
+
+def _shortcut(spec: ResNetSpec, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    if spec.shortcut == "pool":
+        if out_channels < in_channels:
+            raise ResfastError(
+                f"shortcut 'pool' cannot narrow {in_channels} channels to {out_channels}; "
+                "use 'conv1' or 'conv3', or channels that do not shrink"
+            )
+        return PoolPadShortcut(in_channels, out_channels, stride)
+    kernel_size = 3 if spec.shortcut == "conv3" else 1
+    return nn.Sequential(
+        OrderedDict(
+            conv=Conv2d(in_channels, out_channels, kernel_size, stride),
+            bn=nn.BatchNorm2d(out_channels),
+        )
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: ``[N, Cin, H, W]`` to ``[N, C, H/stride, W/stride]``."""
+
+    def __init__(self, spec: ResNetSpec, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = Conv2d(in_channels, channels, 3, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = Conv2d(channels, channels, 3)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = _shortcut(spec, in_channels, channels, stride)
+        self.activation = ACTIVATIONS[spec.activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.activation(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.activation(out + self.shortcut(x))
+
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        """The norm before the addition."""
+        return self.bn2
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (strided) and 1x1 convolutions and a shortcut; puts out ``4 * channels``."""
+
+    def __init__(self, spec: ResNetSpec, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = channels * BOTTLENECK_EXPANSION
+        self.conv1 = Conv2d(in_channels, channels, 1)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = Conv2d(channels, channels, 3, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = Conv2d(channels, out_channels, 1)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(spec, in_channels, out_channels, stride)
+        self.activation = ACTIVATIONS[spec.activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.activation(self.bn1(self.conv1(x)))
+        out = self.activation(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.activation(out + self.shortcut(x))
+
+    @property
+    def last_bn(self) -> nn.BatchNorm2d:
+        """The norm before the addition."""
+        return self.bn3
+
+
+BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {
+    "basic": BasicBlock,
+    "bottleneck": Bottleneck,
+}
+
+
+class ResNet(nn.Module):
+    """A residual network for small images.
+
+    Args:
+        spec: its shape.
+        classes: number of logits.
+
+    Shape: float ``[N, 3, H, W]`` (fastest in ``channels_last``) to ``[N, classes]``; any H and W
+    whose last feature map is at least 1x1.
+
+    Convolutions start from He initialisation (fan-out, arXiv:1502.01852), norms from 1 and 0.
+    """
+
+    def __init__(self, spec: ResNetSpec, classes: int = 10) -> None:
+        super().__init__()
+        if classes < 2:
+            raise ResfastError(f"classes {classes} must be at least 2")
+        self.spec = spec
+        self.classes = classes
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv=Conv2d(3, spec.stem, 3),
+                bn=nn.BatchNorm2d(spec.stem),
+                activation=ACTIVATIONS[spec.activation](),
+            )
+        )
+        block = BLOCKS[spec.block]
+        stages, width = [], spec.stem
+        for blocks, channels, stride in zip(spec.blocks, spec.channels, spec.strides, strict=True):
+            stage = []
+            for index in range(blocks):
+                stage.append(block(spec, width, channels, stride if index == 0 else 1))
+                width = channels * spec.expansion
+            stages.append(nn.Sequential(*stage))
+        self.stages = nn.Sequential(*stages)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        head: list[nn.Module] = [nn.Flatten()]
+        for size in spec.head:
+            head += [*_dropout(spec), nn.Linear(width, size), ACTIVATIONS[spec.activation]()]
+            width = size
+        head += [*_dropout(spec), nn.Linear(width, classes)]
+        self.head = nn.Sequential(*head)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def zero_init_residual(self) -> None:
+        """Starts every residual branch at zero, so that blocks begin as their shortcut.
+
+        Source: Goyal et al., "Accurate, Large Minibatch SGD", arXiv:1706.02677, section 5.1.
+        """
+        for module in self.modules():
+            if isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_(module.last_bn.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.stages(self.stem(x))))
+
+
+def _dropout(spec: ResNetSpec) -> list[nn.Module]:
+    return [nn.Dropout(spec.dropout)] if spec.dropout > 0 else []
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,35 @@
+"""Layer table and multiply-accumulate count of a network."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torchinfo
+from torch import nn
+
+
+def summarize(model: nn.Module, image_size: int = 32) -> torchinfo.ModelStatistics:
+    """The layers of a network for one RGB image: type, output shape, parameters, MACs.
+
+    Args:
+        model: any network that takes ``[N, 3, H, W]``; it is left as it was.
+        image_size: H and W, in pixels.
+
+    Returns:
+        torchinfo's statistics; ``str`` of it is the table.
+    """
+    return torchinfo.summary(
+        copy.deepcopy(model),
+        input_data=torch.zeros(1, 3, image_size, image_size),
+        device="cpu",
+        depth=4,
+        col_names=("output_size", "num_params", "mult_adds"),
+        row_settings=("var_names",),
+        verbose=0,
+    )
+
+
+def count_macs(model: nn.Module, image_size: int = 32) -> int:
+    """Multiply-accumulates of one forward pass of one image."""
+    return int(summarize(model, image_size).total_mult_adds)
