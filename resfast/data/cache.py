@@ -1,0 +1,110 @@
+"""Decoded data sets kept on disk: one safetensors file per content, image size and format.
+
+A file is named after the BLAKE2b key of what it was made from, so a changed image means another
+file, and it carries the digest of its own tensors, so a damaged file is seen and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from resfast import atomic
+
+if TYPE_CHECKING:
+    from resfast.data.dataset import Dataset
+
+FORMAT_VERSION = 1
+_TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def content_key(
+    update: Callable[[Callable[[bytes], Any]], None], *, image_size: int, skip_corrupt: bool
+) -> str:
+    """The cache key, 32 hex digits: ``update`` feeds the source's bytes to the hash it is given."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"resfast {FORMAT_VERSION} {image_size} {skip_corrupt:d}\n".encode())
+    update(digest.update)
+    return digest.hexdigest()
+
+
+def tensor_digest(tensors: Mapping[str, Tensor], classes: tuple[str, ...]) -> str:
+    """The digest, 32 hex digits, of the four CPU tensors of a data set and of its class names."""
+    digest = hashlib.blake2b(json.dumps(classes).encode(), digest_size=16)
+    for name in _TENSORS:
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy().reshape(-1).view("uint8").data)
+    return digest.hexdigest()
+
+
+def load(path: Path, image_size: int, report: Callable[[str], None]) -> dict[str, Any] | None:
+    """The fields of the ``Dataset`` (its name apart) kept in ``path``, or None.
+
+    None when there is no such file, or when it is damaged, which is reported.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.exists(path):
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        fields = {
+            **tensors,
+            "classes": tuple(json.loads(metadata["classes"])),
+            "digest": metadata["digest"],
+            "skipped": tuple(json.loads(metadata["skipped"])),
+        }
+        _validate(fields, image_size)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        report(f"the cache {path} cannot be used ({error}) and is made again")
+        return None
+    return fields
+
+
+def store(path: Path, dataset: Dataset, report: Callable[[str], None]) -> None:
+    """Keep ``dataset`` in ``path``; a folder that cannot be written is reported, not an error."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    metadata = {
+        "classes": json.dumps(dataset.classes),
+        "digest": dataset.digest,
+        "skipped": json.dumps(dataset.skipped),
+        "name": json.dumps(dataset.name),
+        "version": str(FORMAT_VERSION),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic.remove_stale(path.parent)
+        with atomic.replacing(path) as temporary:
+            save_file({name: getattr(dataset, name) for name in _TENSORS}, temporary, metadata)
+        size = path.stat().st_size
+    except (OSError, SafetensorError) as error:
+        report(f"the decoded images are not cached, as {path.parent} cannot be written ({error})")
+    else:
+        report(f"cached as {path} ({size / 2**20:.1f} MiB)")
+
+
+def _validate(fields: Mapping[str, Any], image_size: int) -> None:
+    """Raise ``ValueError`` unless ``fields`` are what :func:`store` was given."""
+    for split in ("train", "test"):
+        images, labels = fields[f"{split}_images"], fields[f"{split}_labels"]
+        expected = (len(labels), image_size, image_size, 3)
+        if images.dtype != torch.uint8 or tuple(images.shape) != expected or not len(labels):
+            raise ValueError(f"{split} images are {images.dtype} {tuple(images.shape)}")
+        if labels.dtype != torch.int64 or labels.ndim != 1:
+            raise ValueError(f"{split} labels are {labels.dtype} {tuple(labels.shape)}")
+        if labels.min() < 0 or labels.max() >= len(fields["classes"]):
+            raise ValueError(f"{split} labels leave the range of {len(fields['classes'])} classes")
+    if tensor_digest(fields, fields["classes"]) != fields["digest"]:
+        raise ValueError("its tensors differ from its digest")
