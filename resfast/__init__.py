@@ -1,0 +1,45 @@
+"""resfast: trains CIFAR-scale ResNets to a target accuracy as fast as the hardware allows.
+
+The names here load what they need on first use, so that importing the package is quick::
+
+    import resfast
+
+    result = resfast.train(resfast.recipe("default"))
+    model = resfast.create_model("resnet-2111")
+    run = resfast.load(result.path)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Config": "resfast.training.config",
+    "Dataset": "resfast.data.dataset",
+    "RECIPES": "resfast.training.recipes",
+    "ResNet": "resfast.models.resnet",
+    "ResNetSpec": "resfast.models.resnet",
+    "ResfastError": "resfast.errors",
+    "create_model": "resfast.models.presets",
+    "load": "resfast.inference",
+    "load_dataset": "resfast.data.dataset",
+    "recipe": "resfast.training.recipes",
+}
+
+__all__ = ["__version__", "evaluate", "predict", "train", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("train", "evaluate", "predict"):
+        # Entry points: modules that can be called (see resfast.callable_module).
+        return importlib.import_module(f"resfast.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'resfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

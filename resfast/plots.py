@@ -1,0 +1,94 @@
+"""Plots of a run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from resfast import atomic
+from resfast.errors import ResfastError
+
+matplotlib.use("Agg")
+
+TRAIN, EVAL, RATE = "#1f5fa8", "#d1495b", "#5b7f3a"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    try:
+        atomic.write_bytes(path, buffer.getvalue())
+    except OSError as error:
+        raise ResfastError(
+            f"cannot write {path}: {error.strerror}; free space or mend the permissions"
+        ) from None
+
+
+def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
+    """Loss, accuracy and learning rate over the epochs of ``history`` (rows of metrics.jsonl)."""
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    evaluated = [row for row in history if row["eval_accuracy"] is not None]
+    eval_epochs = [row["epoch"] for row in evaluated]
+    eval_set = history[-1]["eval_set"] if history else "test"
+    marker = "o" if len(epochs) < 15 else None
+
+    loss.plot(epochs, [r["train_loss"] for r in history], color=TRAIN, marker=marker, label="train")
+    loss.plot(
+        eval_epochs, [r["eval_loss"] for r in evaluated], color=EVAL, marker=marker, label=eval_set
+    )
+    loss.set_ylabel("loss (nats)")
+    loss.legend(frameon=False)
+
+    train_accuracy = [100 * r["train_accuracy"] for r in history]
+    eval_accuracy = [100 * r["eval_accuracy"] for r in evaluated]
+    accuracy.plot(epochs, train_accuracy, color=TRAIN, marker=marker, label="train (augmented)")
+    accuracy.plot(eval_epochs, eval_accuracy, color=EVAL, marker=marker, label=eval_set)
+    accuracy.set_ylabel("accuracy (%)")
+    accuracy.legend(frameon=False, loc="lower right")
+
+    rate.plot(epochs, [r["lr"] for r in history], color=RATE, marker=marker)
+    rate.set_ylabel("learning rate at the epoch's end")
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def save_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...]) -> None:
+    """Confusion matrix, in per cent of each true class.
+
+    Args:
+        path: PNG to write.
+        confusion: int64 ``[classes, classes]``, true class by predicted class.
+        classes: their names.
+    """
+    count = len(classes)
+    side = min(4 + 0.35 * count, 24)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    percent = 100 * confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
+    image = axes.imshow(percent.numpy(), cmap="Blues", vmin=0, vmax=100)
+    if count <= 30:
+        for row in range(count):
+            for column in range(count):
+                value = float(percent[row, column])
+                if value >= 0.05:
+                    color = "white" if value > 55 else "black"
+                    text = f"{value:.1f}"
+                    axes.text(column, row, text, ha="center", va="center", color=color, fontsize=7)
+        axes.set_xticks(range(count), classes, rotation=45, ha="right")
+        axes.set_yticks(range(count), classes)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
+    _save(figure, path)

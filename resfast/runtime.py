@@ -1,0 +1,133 @@
+"""Device, dtype, compiler and allocator: what the machine offers and how a run uses it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import sys
+from typing import Literal
+
+import torch
+
+from resfast.errors import ResfastError
+
+logger = logging.getLogger("resfast")
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        ResfastError: not such a name, or a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ResfastError(f"device {name!r} is unknown; choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            raise ResfastError(
+                f"device {name!r} is not there ({count} CUDA devices found); choose --device cpu "
+                "or check the driver with nvidia-smi"
+            )
+    return torch.device(name)
+
+
+def resolve_precision(
+    precision: Precision, device: torch.device
+) -> Literal["bf16", "fp16", "fp32"]:
+    """The compute dtype for ``auto``: bf16 where the hardware has it."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if flags:
+        return bool(flags.get("amx_bf16") or flags.get("avx512_bf16") or flags.get("bf16"))
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            text = file.read()
+    except OSError:
+        return False
+    return "amx_bf16" in text or "avx512_bf16" in text
+
+
+def tune_allocator() -> bool:
+    """Lets glibc keep freed memory instead of returning big blocks to the kernel.
+
+    Otherwise each step faults all its activations in again, a large part of a CPU training step.
+    Affects the whole process, and only allocations from here on.
+
+    Returns:
+        Whether it took effect (glibc on Linux only).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def compiler_missing(device: torch.device) -> str | None:
+    """Why torch.compile cannot work on ``device``, or None where it can be expected to."""
+    compiler = os.environ.get("CXX") or "g++"
+    if not (shutil.which(compiler) or shutil.which("clang++")):
+        return f"no C++ compiler ({compiler}, clang++) was found"
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "triton is not installed"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "the GPU is older than compute capability 7.0"
+    return None
+
+
+def prepare(device: torch.device, *, threads: int, tf32: bool, tuned_allocator: bool) -> None:
+    """Applies the process-wide settings of a run."""
+    if threads:
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        return
+    # torch.compile for the CPU still looks for a CUDA toolchain, and says so if it is alone.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    if tuned_allocator and not tune_allocator():
+        logger.warning("the allocator could not be tuned: this is not glibc")
+
+
+def describe(device: torch.device) -> str:
+    """Name of the processor, for the records of a run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU"
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    name = line.partition(":")[2].strip()
+                    break
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,319 @@
+"""The configuration of a run: one dataclass, the whole truth of it.
+
+The command line is generated from it, a recipe is a value of it, and a run saves it as JSON that
+can start the same run again. Groups are nested dataclasses; every field has its unit in its
+description. ``None`` stands for "decided from the model, the data or the machine"; what a run saves
+is :func:`resolved <resfast.training.resolve.resolve>`, without such a ``None``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import tyro
+
+from resfast.errors import ResfastError
+from resfast.models.presets import DEFAULT_MODEL
+from resfast.models.resnet import Activation, Block, ResNetSpec, Shortcut
+
+
+def _int_list(argument: list[str]) -> tuple[int, ...]:
+    text = argument[0]
+    try:
+        return tuple(int(part) for part in text.split(",") if part != "")
+    except ValueError:
+        raise ValueError(f"{text!r} is not a comma-separated list of whole numbers") from None
+
+
+IntList = Annotated[
+    tuple[int, ...],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N,N,…",
+        instance_from_str=_int_list,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    ),
+]
+"""``2,1,1,1`` on the command line, a tuple of integers in Python."""
+
+_STRICT = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network. A value left at None or empty is the preset's."""
+
+    __pydantic_config__ = _STRICT
+
+    model: str = DEFAULT_MODEL
+    """Name of a preset (--list shows them), or 'resnet' with --blocks and --channels."""
+    blocks: IntList = ()
+    """Residual blocks of each stage."""
+    channels: IntList = ()
+    """Channels of each stage."""
+    strides: IntList = ()
+    """Stride of each stage (1, then 2 for each later one)."""
+    stem: int | None = None
+    """Channels of the first convolution."""
+    block: Block | None = None
+    """Residual block: two 3x3 convolutions, or 1x1, 3x3 and 1x1."""
+    shortcut: Shortcut | None = None
+    """Where the shape changes: 1x1 or 3x3 convolution, or average pool + zero channels."""
+    activation: Activation | None = None
+    """Activation after each norm and dense layer."""
+    head: IntList = ()
+    """Sizes of dense layers before the logits."""
+    dropout: float | None = None
+    """Probability of dropping a feature before each dense layer."""
+    zero_init_residual: bool = False
+    """Start the last norm of each block at zero."""
+    param_budget: int = 0
+    """Refuse a network with more parameters than this (0: no budget)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images, and how they are augmented."""
+
+    __pydantic_config__ = _STRICT
+
+    data: str = "auto"
+    """cifar10, cifar100, digits, folder:PATH (an image folder or a tar of one), or auto: CIFAR-10
+    if it is on disk or can be fetched, otherwise digits."""
+    data_dir: Path = Path("data")
+    """Where data sets are looked for, downloaded to and cached."""
+    image_size: int = 32
+    """Height and width that folder and digits images are resized to, in pixels."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+    val_fraction: float = 0.0
+    """Part of the training set held out for validation, best weights and early stopping."""
+    crop: int = 4
+    """Largest random translation, in pixels (0: none)."""
+    padding: Literal["reflect", "zero"] = "reflect"
+    """What a translation shifts in: the reflected image, or black."""
+    flip: Literal["none", "random", "alternating"] = "random"
+    """Horizontal flip: random each epoch, or random in the first and every other epoch after."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer, schedule and regularization."""
+
+    __pydantic_config__ = _STRICT
+
+    epochs: int | None = None
+    """Passes over the training set (None: 70, or 14 for a data set below 10,000 images)."""
+    batch_size: int | None = None
+    """Images a step (None: 512, or 64 for a data set below 10,000 images)."""
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Optimizer; sgd is Nesterov's."""
+    lr: float = 0.1
+    """Peak learning rate at a batch of 512; an adapted batch size scales it."""
+    momentum: float = 0.9
+    """Momentum of sgd, beta1 of adam and adamw."""
+    weight_decay: float = 5e-4
+    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+    decay_norm_bias: bool = False
+    """Decay norm parameters and biases too."""
+    schedule: Literal["onecycle", "cosine", "plateau", "multistep", "constant"] = "onecycle"
+    """Learning rate over time; all but plateau step once a batch."""
+    anneal: Literal["cos", "linear"] = "cos"
+    """Shape of the one-cycle's two legs."""
+    cycle_momentum: bool = False
+    """One-cycle: move momentum from 0.95 to 0.85 and back, against the learning rate."""
+    warmup: float = 0.3
+    """Part of the training spent raising the learning rate, from 0 to 1."""
+    start_factor: float = 0.04
+    """First learning rate as a part of the peak."""
+    end_factor: float = 1e-4
+    """Last learning rate of one-cycle, cosine and plateau as a part of the peak."""
+    milestones: IntList = ()
+    """Multistep: epochs at which the learning rate is multiplied by --gamma."""
+    gamma: float = 0.1
+    """Factor of multistep and plateau."""
+    patience: int = 5
+    """Plateau: epochs without a better accuracy before the learning rate falls."""
+    clip_value: float = 0.0
+    """Clip each gradient to this absolute value (0: off)."""
+    clip_norm: float = 0.0
+    """Clip the norm of all gradients to this (0: off)."""
+    label_smoothing: float = 0.0
+    """Probability mass spread over all classes."""
+    ema: float = 0.0
+    """Decay per step of an exponential moving average of the weights, which is then what is
+    evaluated and saved (0: off)."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation and stopping."""
+
+    __pydantic_config__ = _STRICT
+
+    tta: Literal["none", "flip", "shift"] = "shift"
+    """Test-time augmentation of the final evaluation: mean of the image and its mirror, and with
+    'shift' also both translated by 1 pixel."""
+    eval_every: int = 1
+    """Epochs between evaluations."""
+    eval_batch_size: int = 1000
+    """Images a step in evaluation."""
+    target: float | None = None
+    """Stop once this accuracy is reached (0.94 for 94 %)."""
+    early_stop: int = 0
+    """Stop after this many evaluations without a better accuracy (0: off)."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Hardware and numerics."""
+
+    __pydantic_config__ = _STRICT
+
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: CUDA if there is one."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Compute dtype under autocast; auto: bf16 where the hardware has it, else fp16 on CUDA and
+    fp32 on the CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: where a compiler is present and the run is long enough to gain."""
+    tf32: bool = True
+    """Let fp32 matrix products and convolutions use TF32 on CUDA."""
+    threads: int = 0
+    """CPU threads (0: torch's default)."""
+    tune_allocator: bool = True
+    """Keep freed memory in the process instead of returning it to the kernel every step."""
+    seed: int = 0
+    """Seed of weights, order, augmentation, dropout and the held-out part."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the run leaves behind. Does not change its result."""
+
+    __pydantic_config__ = _STRICT
+
+    name: str | None = None
+    """Name of the run's folder (None: recipe, model, data, seed and time)."""
+    out: Path = Path("runs")
+    """Folder that holds the runs."""
+    save_seconds: float = 15.0
+    """Least time between two checkpoints, in seconds; the last epoch always saves."""
+    tensorboard: bool = False
+    """Write TensorBoard events to the run's folder."""
+    wandb: bool = False
+    """Log to Weights & Biases (its own environment variables apply)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    __pydantic_config__ = _STRICT
+
+    recipe: tyro.conf.Suppress[str] = "default"
+    """Named set of values that the run started from (a record: the values stand below)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+_ADAPTER = pydantic.TypeAdapter(Config)
+
+FREE_TO_DIFFER = {"data_dir", "threads", *(f.name for f in fields(RunConfig))}
+"""Fields that may change when a run is resumed: they do not change what is computed."""
+
+
+def to_json(config: Config) -> str:
+    """The configuration as indented JSON."""
+    return json.dumps(asdict(config), indent=2, default=str) + "\n"
+
+
+def from_json(text: str, source: str) -> Config:
+    """Reads what :func:`to_json` wrote.
+
+    Args:
+        text: the JSON.
+        source: where it came from, for the error.
+
+    Raises:
+        ResfastError: not JSON, an unknown field, or a value of the wrong type.
+    """
+    try:
+        return _ADAPTER.validate_json(text)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ResfastError(
+            f"{source}: {where}: {first['msg']}; expected a config.json written by resfast.train"
+        ) from None
+
+
+def load(path: Path) -> Config:
+    """Reads a saved configuration.
+
+    Raises:
+        ResfastError: the file is missing, unreadable or not a configuration.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ResfastError(
+            f"cannot read {path}: {error.strerror}; expected the config.json of a run"
+        ) from None
+    except UnicodeDecodeError:
+        raise ResfastError(f"{path} is not text; expected the config.json of a run") from None
+    return from_json(text, str(path))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """All fields by their option name, the groups dissolved."""
+    flat: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        flat.update(value if isinstance(value, dict) else {name: value})
+    return flat
+
+
+def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
+    """Option names that differ and would change the result, with both values."""
+    first, second = flatten(config), flatten(other)
+    return {
+        name: (first[name], second[name])
+        for name in first
+        if name not in FREE_TO_DIFFER and first[name] != second[name]
+    }
+
+
+def network(config: ModelConfig) -> ResNetSpec:
+    """The shape that a model configuration names, overrides applied.
+
+    Raises:
+        ResfastError: an unknown preset, or 'resnet' without blocks and channels.
+    """
+    from resfast.models.presets import preset
+
+    if config.model == "resnet":
+        if not config.blocks or not config.channels:
+            raise ResfastError(
+                "model 'resnet' needs --blocks and --channels, for example "
+                "--blocks 2,1,1,1 --channels 64,128,256,512"
+            )
+        values: dict[str, Any] = {}
+    else:
+        values = asdict(preset(config.model))
+        if config.blocks and not config.strides and len(config.blocks) != len(values["strides"]):
+            values["strides"] = ()
+    for name in ("blocks", "channels", "strides", "head"):
+        values[name] = getattr(config, name) or values.get(name, ())
+    for name in ("stem", "block", "shortcut", "activation", "dropout"):
+        if getattr(config, name) is not None:
+            values[name] = getattr(config, name)
+    return ResNetSpec(**values)

@@ -1,0 +1,162 @@
+"""Turns the open values of a configuration into definite ones, and checks all of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from importlib.util import find_spec
+
+import torch
+
+from resfast import runtime
+from resfast.data.dataset import Dataset
+from resfast.errors import ResfastError
+from resfast.training.config import Config, network
+
+SMALL_DATA_IMAGES = 10_000
+"""Training sets below this many images get the small values where none were asked for."""
+EPOCHS, SMALL_DATA_EPOCHS = 70, 14
+BATCH_SIZE, SMALL_DATA_BATCH_SIZE = 512, 64
+COMPILE_WORTH_IMAGES = 100_000
+"""Under ``compile=auto`` a CPU run that sees fewer images than this is over before compiling
+has paid for itself."""
+
+
+def check(config: Config) -> None:
+    """Checks every value that can be checked without data or device.
+
+    Raises:
+        ResfastError: the first bad value, what was expected and what to do.
+    """
+    optim, evaluation, data = config.optim, config.evaluation, config.data
+
+    def need(ok: bool, option: str, value: object, expected: str) -> None:
+        if not ok:
+            raise ResfastError(f"--{option} {value} is out of range: expected {expected}")
+
+    def at_least(option: str, value: float | None, least: float) -> None:
+        if value is not None:
+            ok = math.isfinite(value) and value >= least
+            need(ok, option, value, f"a number of at least {least}")
+
+    at_least("epochs", optim.epochs, 1)
+    at_least("batch-size", optim.batch_size, 1)
+    at_least("weight-decay", optim.weight_decay, 0)
+    at_least("clip-value", optim.clip_value, 0)
+    at_least("clip-norm", optim.clip_norm, 0)
+    at_least("patience", optim.patience, 0)
+    at_least("eval-every", evaluation.eval_every, 1)
+    at_least("eval-batch-size", evaluation.eval_batch_size, 1)
+    at_least("early-stop", evaluation.early_stop, 0)
+    at_least("crop", data.crop, 0)
+    at_least("save-seconds", config.run.save_seconds, 0)
+    at_least("threads", config.runtime.threads, 0)
+    at_least("seed", config.runtime.seed, 0)
+    at_least("param-budget", config.model.param_budget, 0)
+    need(0 < optim.lr < math.inf, "lr", optim.lr, "a positive number")
+    for option in ("momentum", "label_smoothing", "ema"):
+        value = getattr(optim, option)
+        need(0 <= value < 1, option.replace("_", "-"), value, "at least 0 and below 1")
+    need(0 <= optim.warmup <= 1, "warmup", optim.warmup, "a part of the training, 0 to 1")
+    need(0 < optim.start_factor <= 1, "start-factor", optim.start_factor, "above 0, at most 1")
+    need(0 < optim.end_factor <= 1, "end-factor", optim.end_factor, "above 0, at most 1")
+    need(0 < optim.gamma < 1, "gamma", optim.gamma, "between 0 and 1")
+    need(0 <= data.val_fraction < 1, "val-fraction", data.val_fraction, "at least 0 and below 1")
+    if optim.clip_value and optim.clip_norm:
+        raise ResfastError("--clip-value and --clip-norm are both set; choose one")
+    if optim.schedule == "multistep" and not optim.milestones:
+        raise ResfastError("--schedule multistep needs --milestones, for example 30,60")
+    milestones = ",".join(map(str, optim.milestones))
+    rising = list(optim.milestones) == sorted({m for m in optim.milestones if m >= 1})
+    need(rising, "milestones", milestones, "rising epochs of at least 1")
+    if optim.schedule == "multistep" and config.optim.epochs is not None:
+        need(
+            optim.milestones[-1] < config.optim.epochs,
+            "milestones",
+            milestones,
+            f"epochs before the last of {config.optim.epochs}",
+        )
+    if evaluation.target is not None:
+        need(0 < evaluation.target <= 1, "target", evaluation.target, "an accuracy, 0.94 for 94 %")
+    for option in ("tensorboard", "wandb"):
+        if getattr(config.run, option) and find_spec(option) is None:
+            raise ResfastError(
+                f"--{option} needs the package {option}; pip install 'resfast[{option}]'"
+            )
+    network(config.model)
+
+
+def resolve(config: Config, data: Dataset, train_images: int) -> tuple[Config, list[str]]:
+    """A configuration without open values, for this data set and this machine.
+
+    Args:
+        config: what was asked for.
+        data: the data set.
+        train_images: images trained on, the held-out part taken off.
+
+    Returns:
+        The configuration, and a sentence for each value that was adapted.
+
+    Raises:
+        ResfastError: a value that does not fit the data or the machine.
+    """
+    notes: list[str] = []
+    optim, asked = config.optim, config.optim
+    small = train_images < SMALL_DATA_IMAGES
+    adapted = []
+    if optim.epochs is None:
+        optim = replace(optim, epochs=SMALL_DATA_EPOCHS if small else EPOCHS)
+        adapted += [f"{EPOCHS} epochs to {optim.epochs}"] if small else []
+    if optim.batch_size is None:
+        batch = min(SMALL_DATA_BATCH_SIZE, train_images) if small else BATCH_SIZE
+        optim = replace(optim, batch_size=batch)
+        if small:
+            # SGD: Goyal et al., arXiv:1706.02677; Adam: Malladi et al., arXiv:2205.10287.
+            power = 1.0 if optim.optimizer == "sgd" else 0.5
+            lr = float(f"{optim.lr * (batch / BATCH_SIZE) ** power:.4g}")
+            adapted += [
+                f"batch size {BATCH_SIZE} to {batch}",
+                f"learning rate {optim.lr:g} to {lr:g}",
+            ]
+            optim = replace(optim, lr=lr)
+    if adapted:
+        options = [o for o in ("epochs", "batch_size") if getattr(asked, o) is None]
+        notes.append(
+            f"adapted to {train_images:,} training images: {', '.join(adapted)} "
+            f"(set {' and '.join('--' + o.replace('_', '-') for o in options)} to choose)"
+        )
+    device = runtime.resolve_device(config.runtime.device)
+    precision = runtime.resolve_precision(config.runtime.precision, device)
+    compile, why = _resolve_compile(config.runtime.compile, device, optim.epochs * train_images)
+    if why:
+        notes.append(why)
+    image_size = int(data.train_images.shape[1])
+    return (
+        replace(
+            config,
+            optim=optim,
+            data=replace(config.data, data=data.name, image_size=image_size),
+            runtime=replace(
+                config.runtime, device=str(device), precision=precision, compile=compile
+            ),
+        ),
+        notes,
+    )
+
+
+def _resolve_compile(asked: str, device: torch.device, images: int) -> tuple[str, str | None]:
+    if asked == "off":
+        return "off", None
+    missing = runtime.compiler_missing(device)
+    if missing and asked == "on":
+        raise ResfastError(
+            f"--compile on is not possible: {missing}; install one or use --compile auto"
+        )
+    if missing:
+        return "off", f"training without torch.compile: {missing}"
+    if asked == "auto" and device.type == "cpu" and images < COMPILE_WORTH_IMAGES:
+        return "off", (
+            f"training without torch.compile: {images:,} images in all are fewer than the "
+            f"{COMPILE_WORTH_IMAGES:,} from which compiling pays (--compile on to force it)"
+        )
+    return asked, None

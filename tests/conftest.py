@@ -1,0 +1,87 @@
+"""Shared fixtures: a tiny image folder and a tiny network that train in about a second."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from resfast.training.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    RuntimeConfig,
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def write_tree(root: Path, train: int = 24, test: int = 8, size: int = 16) -> Path:
+    """Two classes that can be told apart: bright on the left or on the right, with noise."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for label, name in enumerate(("left", "right")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                image = random.integers(0, 120, (size, size, 3), dtype=np.uint8)
+                half = slice(0, size // 2) if label == 0 else slice(size // 2, size)
+                image[:, half] += 110
+                Image.fromarray(image).save(folder / f"{index:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder: 48 training and 16 test images of 16x16 pixels, two classes."""
+    return write_tree(tmp_path_factory.mktemp("tree"))
+
+
+TINY_OPTIONS = (
+    "--model resnet --blocks 1,1 --channels 8,16 --stem 8 --image-size 16 --crop 1 --flip none "
+    "--batch-size 12 --compile off --precision fp32 --lr 0.05 --save-seconds 0 --threads 1"
+).split()
+"""The tiny run as command line options (``--data`` and ``--out`` are left to the test)."""
+
+
+@pytest.fixture
+def tiny(image_tree: Path, tmp_path: Path) -> Config:
+    """A run of the tiny network on the tiny folder, 3 epochs of 4 steps."""
+    return Config(
+        model=ModelConfig(model="resnet", blocks=(1, 1), channels=(8, 16), stem=8),
+        data=DataConfig(
+            data=f"folder:{image_tree}",
+            data_dir=tmp_path / "data",
+            image_size=16,
+            crop=1,
+            flip="none",
+        ),
+        optim=OptimConfig(epochs=3, batch_size=12, lr=0.05, ema=0.9, label_smoothing=0.1),
+        evaluation=EvalConfig(tta="flip"),
+        runtime=RuntimeConfig(device="cpu", precision="fp32", compile="off", threads=1),
+        run=RunConfig(name="tiny", out=tmp_path / "runs", save_seconds=0),
+    )
+
+
+def change(config: Config, **values: object) -> Config:
+    """The configuration with fields replaced by name, whichever group they are in."""
+    for group in ("model", "data", "optim", "evaluation", "runtime", "run"):
+        part = getattr(config, group)
+        mine = {name: values.pop(name) for name in list(values) if hasattr(part, name)}
+        # `model` and `data` are names of groups and of fields within them.
+        config = replace(config, **{group: replace(part, **mine)})
+    assert not values, f"no such fields: {values}"
+    return config

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resfast.errors import ResfastError
+from resfast.models.presets import PRESETS
+from resfast.train import command_line, main
+from resfast.training import config as configs
+from resfast.training.config import Config, ModelConfig, network
+from resfast.training.recipes import RECIPES, SUMMARIES
+from resfast.training.resolve import check
+from tests.conftest import change
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_survives_json_and_passes_its_own_checks(name: str):
+    recipe = RECIPES[name]
+    assert configs.from_json(configs.to_json(recipe), "x") == recipe
+    assert recipe.recipe == name
+    assert name in SUMMARIES
+    check(recipe)
+
+
+def test_report_onecycle_has_the_settings_of_the_report():
+    recipe = RECIPES["report-onecycle"]
+    optim = recipe.optim
+    assert (optim.optimizer, optim.schedule, optim.lr) == ("adam", "onecycle", 0.01)
+    assert (optim.weight_decay, optim.clip_value, optim.epochs) == (1e-6, 0.1, 70)
+    assert recipe.model.model == "resnet-2111"
+    assert recipe.model.param_budget == 5_000_000
+
+
+def test_options_override_the_recipe():
+    start, config = command_line(
+        "--recipe report-onecycle --epochs 5 --blocks 1,2 --channels 8,16 --no-tf32".split()
+    )
+    assert start.recipe == "report-onecycle"
+    assert config.optim.epochs == 5
+    assert config.optim.lr == 0.01
+    assert config.model.blocks == (1, 2)
+    assert not config.runtime.tf32
+    assert config.recipe == "report-onecycle"
+
+
+def test_no_option_is_the_default_recipe():
+    assert command_line([])[1] == RECIPES["default"]
+
+
+def test_a_saved_configuration_starts_the_same_run(tmp_path: Path):
+    saved = change(RECIPES["default"], epochs=3, lr=0.7, name="old")
+    file = tmp_path / "config.json"
+    file.write_text(configs.to_json(saved))
+    _, config = command_line(["--config", str(file)])
+    assert config == change(saved, name=None)
+    _, config = command_line(["--config", str(file), "--lr", "0.1"])
+    assert config.optim.lr == 0.1
+    assert config.optim.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"optim": {"epoch": 3}}', "optim.epoch"),
+        ('{"optim": {"epochs": "many"}}', "optim.epochs"),
+        ('{"optim": {"schedule": "wave"}}', "optim.schedule"),
+    ],
+)
+def test_a_damaged_configuration_names_the_place(text: str, message: str, tmp_path: Path):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(ResfastError, match=message) as error:
+        configs.load(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_configuration_is_an_error(tmp_path: Path):
+    with pytest.raises(ResfastError, match="No such file"):
+        configs.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--epochs 0", "--epochs 0 is out of range"),
+        ("--batch-size 0", "--batch-size 0"),
+        ("--lr 0", "--lr 0.0"),
+        ("--lr nan", "--lr nan"),
+        ("--warmup 1.5", "--warmup 1.5"),
+        ("--val-fraction 1", "--val-fraction 1.0"),
+        ("--target 94", "--target 94.0 is out of range: expected an accuracy, 0.94"),
+        ("--clip-value 1 --clip-norm 1", "choose one"),
+        ("--schedule multistep", "needs --milestones"),
+        ("--milestones 5,3", "--milestones 5,3 is out of range: expected rising epochs"),
+        ("--schedule multistep --milestones 9 --epochs 9", "epochs before the last of 9"),
+        ("--model resnet-2112", "did you mean 'resnet-2111'"),
+        ("--model resnet", "needs --blocks and --channels"),
+        ("--recipe defualt", "unknown recipe 'defualt'; did you mean 'default'"),
+        ("--recipe default --config x.json", "both say where to start from"),
+        ("--config missing.json", "cannot read missing.json"),
+        ("--resume nowhere", "cannot read nowhere/config.json"),
+        ("--data cifar11", "cifar11"),
+        ("--data folder:nowhere", "nowhere"),
+        ("--device tpu", "device 'tpu' is unknown"),
+        ("--device cuda:99", "is not there"),
+        ("--name a/b", "must be a plain folder name"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    options: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    data = [] if "--data" in options else ["--data", "digits"]
+    assert main([*options.split(), *data]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("resfast: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("options", ["--epoch 3", "--epochs many", "--blocks 2,x", "--flip never"])
+def test_a_malformed_option_exits_with_2(options: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as error:
+        main(options.split())
+    assert error.value.code == 2
+    assert options.split()[0] in capsys.readouterr().err
+
+
+def test_help_shows_every_option_with_explanation_and_default():
+    run = subprocess.run(
+        [sys.executable, "-m", "resfast.train", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "100", "PATH": "/usr/bin:/bin"},
+    )
+    text = re.sub(r"[│\s]+", " ", run.stdout)
+    explained = dict(re.findall(r" (--[a-z0-9-]+)[^(]*? ([A-Z0-9a-z].*?\(default: .*?\))", text))
+    for name in configs.flatten(RECIPES["default"]).keys() - {"recipe"}:
+        option = "--" + name.replace("_", "-")
+        assert option in explained, option
+        words = explained[option].split("(default:")[0].split()
+        assert len(words) >= 3, (option, words)
+    for group in ("model", "data", "optim", "evaluation", "runtime", "run"):
+        assert f"─ {group} options ─" in run.stdout
+
+
+def test_list_prints_recipes_and_models_with_parameters(capsys: pytest.CaptureFixture[str]):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in PRESETS:
+        assert any(line.split()[:1] == [name] for line in lines), name
+    for name in RECIPES:
+        assert any(line.split()[:1] == [name] for line in lines), name
+    assert any("resnet-2111 " in line and "4,977,226" in line for line in lines)
+
+
+def test_summary_prints_the_layers_and_stops(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--summary", "--model", "resnet-222"]) == 0
+    out = capsys.readouterr().out
+    assert "2,777,674" in out
+    assert "Conv2d" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_above_the_budget_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    options = ["--data", "digits", "--model", "resnet18", "--out", str(tmp_path)]
+    assert main(options) == 2
+    error = capsys.readouterr().err
+    assert "11,173,962" in error
+    assert "5,000,000" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_overrides_apply_to_a_preset():
+    spec = network(ModelConfig(model="resnet-2111", dropout=0.2, head=(32,), shortcut="pool"))
+    assert spec == dataclasses.replace(
+        PRESETS["resnet-2111"], dropout=0.2, head=(32,), shortcut="pool"
+    )
+    deeper = network(ModelConfig(model="resnet-222", blocks=(1,) * 4, channels=(8,) * 4))
+    assert deeper.strides == (1, 2, 2, 2)
+
+
+def test_differences_leave_out_what_does_not_change_the_result():
+    config = Config()
+    assert configs.differences(config, change(config, name="x", data_dir=Path("y"))) == {}
+    assert configs.differences(config, change(config, lr=0.2)) == {"lr": (0.1, 0.2)}
+
+
+def test_json_is_readable():
+    assert json.loads(configs.to_json(Config()))["optim"]["lr"] == 0.1

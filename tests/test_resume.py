@@ -1,0 +1,144 @@
+"""Runs that are killed or interrupted end with the same bits as runs that are not."""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from resfast.training import checkpoint, records
+from resfast.training.config import Config
+from resfast.training.trainer import Interrupted, train
+from tests.conftest import TINY_OPTIONS, change
+from tests.test_training import assert_same_weights
+
+LONG = ["--epochs", "12", "--dropout", "0.1", "--ema", "0.9", "--flip", "alternating"]
+
+
+def command(tree: Path, folder: Path, name: str) -> list[str]:
+    run = [sys.executable, "-m", "resfast.train", *TINY_OPTIONS, *LONG]
+    run += ["--data", f"folder:{tree}", "--data-dir", str(folder / "data")]
+    return [*run, "--out", str(folder), "--name", name]
+
+
+def resume(path: Path) -> list[str]:
+    return [sys.executable, "-m", "resfast.train", "--resume", str(path)]
+
+
+@pytest.fixture(scope="module")
+def whole(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """An uninterrupted run, and how many seconds its training took."""
+    folder = tmp_path_factory.mktemp("whole")
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command(image_tree, folder, "whole"), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.lstrip().startswith("epoch"):
+            start = time.monotonic()
+        if line.lstrip().startswith("12/12"):
+            break
+    seconds = time.monotonic() - start
+    process.communicate()
+    assert process.returncode == 0
+    return folder / "whole", seconds
+
+
+def test_a_run_killed_at_random_points_ends_with_the_same_weights(
+    whole: tuple[Path, float], image_tree: Path, tmp_path: Path
+):
+    reference, seconds = whole
+    chance = random.Random(0)
+    path = tmp_path / "killed"
+    arguments, killed = command(image_tree, tmp_path, "killed"), 0
+    for _ in range(3):
+        process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.lstrip().startswith("epoch"):
+                break
+        time.sleep(chance.uniform(0, 0.8 * seconds))
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        arguments = resume(path)
+    assert killed >= 2
+    assert not (path / records.WEIGHTS).exists() or killed < 3
+    done = subprocess.run(resume(path), capture_output=True, text=True, check=True)
+    assert "test accuracy" in done.stdout
+    assert_same_weights(path, reference)
+    epochs = [line for line in (path / records.METRICS).read_text().splitlines() if line]
+    assert len(epochs) == 12
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_names_the_command_to_go_on(
+    whole: tuple[Path, float], image_tree: Path, tmp_path: Path, sent: signal.Signals, code: int
+):
+    process = subprocess.Popen(
+        command(image_tree, tmp_path, "stopped"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.lstrip().startswith("2/12"):
+            break
+    process.send_signal(sent)
+    _, error = process.communicate()
+    assert process.returncode == code, error
+    assert "Traceback" not in error
+    advice = re.search(r"go on with: python (-m resfast\.train --resume \S+)", error)
+    assert advice, error
+    subprocess.run([sys.executable, *advice[1].split()], capture_output=True, check=True)
+    assert_same_weights(tmp_path / "stopped", whole[0])
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_stopping_after_any_step_changes_nothing(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, epoch: int, step: int
+):
+    tiny = change(tiny, dropout=0.3, head=(6,), schedule="plateau", patience=0, warmup=0.2)
+    whole = train(change(tiny, name="whole"))
+
+    from resfast.training import trainer
+
+    run_epoch = trainer._LossWatch.poll
+    calls = 0
+
+    def stop_here(self: trainer._LossWatch, at: int):
+        nonlocal calls
+        if calls == 4 * epoch + step:
+            signal.raise_signal(signal.SIGINT)
+        calls += 1
+        return run_epoch(self, at)
+
+    monkeypatch.setattr(trainer._LossWatch, "poll", stop_here)
+    with pytest.raises(Interrupted) as stopped:
+        train(tiny)
+    monkeypatch.undo()
+    state = checkpoint.load_state(stopped.value.path / records.CHECKPOINT)
+    assert (state["epoch"], state["step"]) == (epoch, step + 1)
+    result = train(resume=stopped.value.path)
+    assert_same_weights(result.path, whole.path)
+    for key in ("test_accuracy", "tta_accuracy", "best_accuracy", "best_epoch"):
+        assert result.summary[key] == whole.summary[key]
+
+
+def test_a_run_without_a_checkpoint_starts_from_its_beginning(tiny: Config):
+    whole = train(change(tiny, name="whole"))
+    (whole.path / records.CHECKPOINT).unlink()
+    before = {name: value.clone() for name, value in whole.model.state_dict().items()}
+    again = train(resume=whole.path)
+    for name, value in again.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
