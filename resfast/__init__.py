@@ -34,7 +34,7 @@ __all__ = ["__version__", "evaluate", "predict", "train", *sorted(_HOME)]
 
 def __getattr__(name: str) -> Any:
     if name in ("train", "evaluate", "predict"):
-        # Entry points: modules that can be called (see resfast.callable_module).
+        # Entry points: modules that can be called (see resfast.entry.make_callable).
         return importlib.import_module(f"resfast.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)

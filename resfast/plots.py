@@ -55,7 +55,7 @@ def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
     accuracy.legend(frameon=False, loc="lower right")
 
     rate.plot(epochs, [r["lr"] for r in history], color=RATE, marker=marker)
-    rate.set_ylabel("learning rate at the epoch's end")
+    rate.set_ylabel("learning rate")
     for axes in (loss, accuracy, rate):
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)

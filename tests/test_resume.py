@@ -138,7 +138,10 @@ def test_stopping_after_any_step_changes_nothing(
 def test_a_run_without_a_checkpoint_starts_from_its_beginning(tiny: Config):
     whole = train(change(tiny, name="whole"))
     (whole.path / records.CHECKPOINT).unlink()
+    leftover = whole.path / f".{records.CHECKPOINT}.1.abcd.tmp"
+    leftover.write_bytes(b"half a checkpoint")
     before = {name: value.clone() for name, value in whole.model.state_dict().items()}
     again = train(resume=whole.path)
     for name, value in again.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+    assert not leftover.exists()

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,8 @@ from resfast.training.evaluation import evaluate, predict
 from resfast.training.step import TrainStep
 from resfast.training.trainer import train
 from tests.conftest import TINY_OPTIONS, change
+
+LIMIT_SECONDS = 180
 
 SUMMARY_KEYS = {
     *("params", "macs", "epochs", "data", "train_images", "test_accuracy", "tta_accuracy"),
@@ -110,7 +114,8 @@ def test_every_optimizer_and_schedule_lowers_the_loss(tiny: Config, optimizer: s
 
 
 @pytest.mark.parametrize(
-    "values", [{"clip_value": 0.1}, {"clip_norm": 1.0}, {"precision": "bf16"}, {"dropout": 0.2}]
+    "values",
+    [{"clip_value": 0.1}, {"clip_norm": 1.0}, {"precision": "bf16"}, {"precision": "fp16"}],
 )
 def test_regularized_and_low_precision_runs_learn(tiny: Config, values: dict):
     result = train(change(tiny, epochs=6, **values))
@@ -187,7 +192,6 @@ def test_a_missing_optional_logger_is_said_before_training(
 
 
 def test_wandb_gets_the_rows_and_the_summary(tiny: Config, monkeypatch: pytest.MonkeyPatch):
-    import sys
     import types
 
     class Run:
@@ -255,6 +259,74 @@ def test_exit_codes_of_the_command(image_tree: Path, tmp_path: Path):
     assert main([*options, "--epochs", "0"]) == 2
 
 
+def spoil(tree: Path, how: str) -> None:
+    if how == "corrupt image":
+        (tree / "train" / "left" / "003.png").write_bytes(b"not an image")
+    elif how == "empty class":
+        for file in (tree / "train" / "left").iterdir():
+            file.unlink()
+    elif how == "other classes":
+        (tree / "test" / "left").rename(tree / "test" / "up")
+    elif how == "no test":
+        shutil.rmtree(tree / "test")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("corrupt image", "003.png"),
+        ("empty class", "left"),
+        ("other classes", "up"),
+        ("no test", "test"),
+    ],
+)
+def test_a_spoiled_image_folder_stops_the_command_with_2(
+    how: str,
+    message: str,
+    image_tree: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    tree = shutil.copytree(image_tree, tmp_path / "tree")
+    spoil(tree, how)
+    options = [*TINY_OPTIONS, "--data", f"folder:{tree}", "--data-dir", str(tmp_path / "data")]
+    options += ["--out", str(tmp_path / "runs"), "--epochs", "1"]
+    assert main(options) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert error[0].startswith("resfast: error: ")
+    assert message in error[0]
+    assert not (tmp_path / "runs").exists()
+    if how == "corrupt image":
+        assert main([*options, "--skip-corrupt", "--name", "skipped"]) == 0
+        summary = json.loads((tmp_path / "runs" / "skipped" / "summary.json").read_text())
+        assert summary["train_images"] == 47
+
+
+def test_a_truncated_archive_stops_the_command_with_2(
+    image_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    archive = Path(shutil.make_archive(str(tmp_path / "tree"), "xztar", image_tree))
+    options = [*TINY_OPTIONS, "--data", f"folder:{archive}", "--data-dir", str(tmp_path / "data")]
+    options += ["--out", str(tmp_path / "runs"), "--epochs", "1"]
+    assert main([*options, "--name", "whole"]) == 0
+    archive.write_bytes(archive.read_bytes()[:-2000])
+    assert main([*options, "--name", "cut"]) == 2
+    assert archive.name in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "cut").exists()
+
+
+@pytest.mark.slow
+def test_the_main_command_reaches_98_percent_on_digits(tmp_path: Path):
+    """All defaults but the data set, which ``auto`` would only choose without a network."""
+    command = [sys.executable, "-m", "resfast.train", "--data", "digits", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=LIMIT_SECONDS)
+    (summary,) = tmp_path.glob("*/summary.json")
+    values = json.loads(summary.read_text())
+    assert values["test_accuracy"] >= 0.98
+    assert values["model"] == "resnet-2111"
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     whole = train(change(tiny, name="whole"))
     write, saves = atomic.write_bytes, 0
@@ -301,6 +373,17 @@ def test_resuming_with_another_configuration_names_the_fields(tiny: Config):
     with pytest.raises(ResfastError, match=r"lr was 0\.05 and is now 0\.2"):
         train(change(saved, lr=0.2), resume=path)
     train(change(saved, save_seconds=99.0), resume=path)
+
+
+def test_resuming_by_command_with_another_option_exits_with_2(
+    tiny: Config, capsys: pytest.CaptureFixture[str]
+):
+    path = train(tiny).path
+    assert main(["--resume", str(path), "--lr", "0.2", "--flip", "random"]) == 2
+    error = capsys.readouterr().err
+    assert "lr was 0.05 and is now 0.2" in error
+    assert "flip was 'none' and is now 'random'" in error
+    assert main(["--resume", str(path), "--lr", "0.05"]) == 0
 
 
 def test_resuming_on_other_images_is_refused(tiny: Config, image_tree: Path, tmp_path: Path):

@@ -207,7 +207,7 @@ def _load_digits(image_size: int) -> Dataset:
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).to(torch.float32) * (255 / 16)  # [N, 8, 8], 0 to 16
     labels = torch.from_numpy(bunch.target).to(torch.int64)
-    images = _resize(grey[..., None], image_size).expand(-1, -1, -1, 3)
+    images = resize(grey[..., None], image_size).expand(-1, -1, -1, 3)
     train, test = split_validation(labels, DIGITS_TEST_FRACTION, DIGITS_SPLIT_SEED)
     tensors = {
         "train_images": images[train].contiguous(),
@@ -218,7 +218,7 @@ def _load_digits(image_size: int) -> Dataset:
     return _make("digits", tensors, tuple(str(name) for name in bunch.target_names))
 
 
-def _resize(images: Tensor, size: int) -> Tensor:
+def resize(images: Tensor, size: int) -> Tensor:
     """``images`` ``[N, H, W, C]`` in 0..255 as uint8 ``[N, size, size, C]``, bicubic."""
     resized = torch.empty((len(images), size, size, images.shape[-1]), dtype=torch.uint8)
     for chunk, out in zip(images.split(1024), resized.split(1024), strict=True):
@@ -248,7 +248,7 @@ def _load_cifar(
             raise _unavailable(name, kind, data_dir, f"it cannot be read ({error})") from error
         images = torch.from_numpy(np.ascontiguousarray(loaded.data))
         if image_size != images.shape[1]:
-            images = _resize(images, image_size)
+            images = resize(images, image_size)
         tensors[f"{split}_images"] = images
         tensors[f"{split}_labels"] = torch.tensor(loaded.targets, dtype=torch.int64)
         classes = tuple(loaded.classes)

@@ -74,7 +74,7 @@ class Directory:
                 top = self.path / split
                 if top.is_dir():
                     listing.classes.setdefault(split, set())
-                    self._walk(os.fspath(top), (split,), frozenset(), listing)
+                    self.walk(os.fspath(top), (split,), frozenset(), listing)
         if not listing.classes:
             nested = sorted(p.parent for p in self.path.glob("*/train") if p.is_dir())
             if nested:
@@ -84,7 +84,7 @@ class Directory:
                 )
         return listing
 
-    def _walk(
+    def walk(
         self, folder: str, parts: tuple[str, ...], above: frozenset[object], listing: Listing
     ) -> None:
         with _readable(folder):
@@ -100,7 +100,7 @@ class Directory:
                     if entry.is_dir():
                         if len(inside) == 2:
                             listing.classes[parts[0]].add(entry.name)
-                        self._walk(entry.path, inside, above | {here}, listing)
+                        self.walk(entry.path, inside, above | {here}, listing)
                     elif entry.is_file() or entry.is_symlink():  # a broken link fails when read
                         listing.add_file(inside, entry.path)
                     else:
@@ -108,13 +108,13 @@ class Directory:
 
     def update_hash(self, listing: Listing, update: Callable[[bytes], Any]) -> None:
         for key in sorted(listing.images):
-            data = _read_file(listing.images[key])
+            data = read_file(listing.images[key])
             update(f"{'/'.join(key)}\0{len(data)}\0".encode("utf-8", "surrogateescape"))
             update(data)
 
     def blobs(self, listing: Listing) -> Iterator[tuple[Key, bytes]]:
         for key in sorted(listing.images):
-            yield key, _read_file(listing.images[key])
+            yield key, read_file(listing.images[key])
 
 
 class Archive:
@@ -274,7 +274,7 @@ def read(
     places = {key: images[split][row] for split in SPLITS for row, key in enumerate(rows[split])}
     corrupt: dict[Key, str] = {}
     seen = 0
-    for batch_seen, failures in _decode_all(source.blobs(listing), places, image_size):
+    for batch_seen, failures in decode_all(source.blobs(listing), places, image_size):
         seen += batch_seen
         corrupt.update(failures)
         if failures and not skip_corrupt:
@@ -390,7 +390,7 @@ def _decode_errors() -> tuple[type[BaseException], ...]:
     )  # fmt: skip
 
 
-def _decode_all(
+def decode_all(
     blobs: Iterable[tuple[Key, bytes]], places: dict[Key, np.ndarray], size: int
 ) -> Iterator[tuple[int, list[tuple[Key, str]]]]:
     """Decode ``blobs`` into ``places``; yields counts and failures, batch by batch, in order."""
@@ -438,7 +438,7 @@ def _batches(blobs: Iterable[tuple[Key, bytes]]) -> Iterator[list[tuple[Key, byt
         yield batch
 
 
-def _read_file(path: str) -> bytes:
+def read_file(path: str) -> bytes:
     with _readable(path), open(path, "rb", buffering=0) as file:
         return file.readall()
 

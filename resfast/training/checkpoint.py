@@ -126,18 +126,23 @@ def load_weights(path: Path) -> Weights:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return Weights(
+        weights = Weights(
             tensors,
             from_json(metadata["config"], str(path)),
             tuple(json.loads(metadata["classes"])),
             torch.tensor(json.loads(metadata["mean"])),
             torch.tensor(json.loads(metadata["std"])),
         )
+        if not weights.mean.shape == weights.std.shape == (3,):
+            raise ValueError("its mean and standard deviation are not of 3 channels")
+        if not all(isinstance(name, str) for name in weights.classes):
+            raise ValueError("its class names are not text")
     except FileNotFoundError:
         raise ResfastError(
             f"there are no weights {path}; expected the folder of a finished run of resfast.train"
         ) from None
-    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ResfastError(
             f"weights {path} cannot be read ({error}); expected a file written by resfast.train"
         ) from None
+    return weights

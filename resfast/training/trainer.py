@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resfast import __version__, runtime
+from resfast import __version__, atomic, runtime
 from resfast.data.augment import generator
 from resfast.data.dataset import Dataset, channel_mean_std, load_dataset, split_validation
 from resfast.data.loader import ResidentLoader
@@ -147,6 +147,7 @@ class _Run:
             tuned_allocator=config.runtime.tune_allocator,
         )
         mean, std = channel_mean_std(train_images)
+        std = torch.where(std > 0, std, 1.0)  # a constant channel carries nothing
         self.loader = ResidentLoader(
             train_images,
             train_labels,
@@ -200,6 +201,8 @@ class _Run:
         self.new = path is None
         self.path = records.run_folder(config, config.model.model) if path is None else path
         records.write_config(self.path, config)
+        if not self.new:
+            atomic.remove_stale(self.path, older_than_s=0)  # of a save that a kill cut short
         if state is not None:
             self._restore(state)
 

@@ -1,0 +1,53 @@
+# Everything lives in .venv; the first target that needs it sets it up, later ones do not.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help train test bench lint clean
+
+help: ## Show this list
+	@echo 'make TARGET [ARGS="options"] [PYTHON=python3.11]'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+train: $(INSTALLED) ## Train a network; ARGS="--epochs 5" and others, ARGS=--help lists them
+	$(BIN)/python -m resfast.train $(ARGS)
+
+test: $(INSTALLED) ## Run the tests; ARGS="-x tests/test_package.py" chooses some
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(INSTALLED) ## Time a training step against a plain PyTorch script
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(BIN)/ruff ## Check style and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+clean: ## Remove build products and caches; .venv, data and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find resfast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(BIN)/python
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Linting needs ruff alone, not the gigabytes of torch.
+$(BIN)/ruff: constraints.txt $(BIN)/python
+	$(PIP) install -c constraints.txt ruff
+	@touch $@
+
+$(BIN)/python:
+	@command -v '$(PYTHON)' >/dev/null || { echo >&2 \
+	  'resfast needs Python 3.11 or later, but there is no "$(PYTHON)": name one with make PYTHON=…'; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo >&2 \
+	  "resfast needs Python 3.11 or later, but $(PYTHON) is $$('$(PYTHON)' --version 2>&1): name another with make PYTHON=…"; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || { echo >&2 \
+	  '$(PYTHON) cannot make virtual environments: install its venv module (on Debian: apt install python3-venv)'; exit 1; }
+	'$(PYTHON)' -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }

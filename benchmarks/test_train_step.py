@@ -1,0 +1,137 @@
+"""Times one training step of resnet-2111, batch 512, bf16, against a plain PyTorch script's.
+
+Both train in processes of their own, because the allocator's settings are a process's, and take
+turns, so that whatever else the machine does hits both alike: each timed step follows one of the
+other's. Run it with ``make bench``, on an otherwise idle machine. Environment variables:
+
+- ``RESFAST_BENCH_ROUNDS``: timed rounds of each row (default 10); the ratio is over twice as many.
+- ``RESFAST_BENCH_BATCH``: images a step (default 512).
+
+A round is one step on the CPU, and on CUDA 20 steps, so that the device has a queue as in training.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import resfast
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = int(os.environ.get("RESFAST_BENCH_ROUNDS", "10"))
+BATCH_SIZE = int(os.environ.get("RESFAST_BENCH_BATCH", "512"))
+STEPS = {"cpu": 1, "cuda": 20}
+
+pytestmark = pytest.mark.timeout(3600)
+
+
+class Worker:
+    """A process of ``benchmarks.worker``, compiled and warm."""
+
+    def __init__(self, module: str, device: str) -> None:
+        self.module = module
+        self.seconds: list[float] = []
+        self.steps = STEPS[device]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", module, device, str(BATCH_SIZE)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._answer()
+
+    def _answer(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"benchmarks.{self.module} ended with code {self.process.wait()}")
+        return line
+
+    def _ask(self, question: str) -> str:
+        self.process.stdin.write(f"{question}\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def round(self) -> None:
+        """Trains by one round; ``seconds`` gets the time of a step that the process measured."""
+        self.seconds.append(float(self._ask(str(self.steps))) / self.steps)
+
+    def info(self) -> dict[str, Any]:
+        return json.loads(self._ask("info"))
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+@dataclass
+class Pair:
+    """The two that take turns, and what became of them."""
+
+    device: str
+    workers: dict[str, Worker] = field(default_factory=dict)
+
+    def comparison(self) -> tuple[float, str]:
+        """How much faster resfast is (median over the pairs of rounds), and a line saying so."""
+        ours, plain = (self.workers[name].seconds for name in ("resfast", "plain"))
+        ratios = [b / a for a, b in zip(ours, plain, strict=True)]
+        ratio = statistics.median(ratios)
+        return ratio, (
+            f"{self.device}, batch {BATCH_SIZE}, bf16: resfast {statistics.median(ours):.4f} s, "
+            f"plain {statistics.median(plain):.4f} s a step; resfast is {ratio:.3f} times as fast "
+            f"(median of {len(ratios)} pairs, {min(ratios):.3f} to {max(ratios):.3f})"
+        )
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def pair(request: pytest.FixtureRequest, comparisons: list[str]) -> Iterator[Pair]:
+    import torch
+
+    device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pair = Pair(device)
+    try:
+        for name in ("resfast", "plain"):
+            pair.workers[name] = Worker(f"{name}_step", device)
+        yield pair
+        if pair.workers["plain"].seconds:
+            comparisons.append(pair.comparison()[1])
+    finally:
+        for worker in pair.workers.values():
+            worker.close()
+
+
+@pytest.mark.parametrize("name", ["plain", "resfast"])
+def test_train_step(name: str, pair: Pair, benchmark: Any) -> None:
+    timed = pair.workers[name]
+    other = pair.workers["plain" if name == "resfast" else "resfast"]
+    steps = "a training step" if timed.steps == 1 else f"{timed.steps} training steps"
+    benchmark.group = f"{steps}, {pair.device}, batch {BATCH_SIZE}, bf16"
+    benchmark.pedantic(timed.round, setup=other.round, rounds=ROUNDS)
+    median = statistics.median(timed.seconds[-ROUNDS:])
+    benchmark.extra_info.update(
+        timed.info(),
+        images_per_second=round(BATCH_SIZE / median, 1),
+        median_step_seconds=median,
+        speed_relative_to_plain=pair.comparison()[0],
+        resfast=resfast.__version__,
+        triton=_version("triton"),
+    )
+    assert len(timed.seconds) >= ROUNDS
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,316 @@
+"""Images without labels: files, a folder, or an array in a .npy or pickle, batch by batch."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resfast.data import folder
+from resfast.data.dataset import resize
+from resfast.errors import ResfastError
+
+PICKLE_SUFFIXES = (".pkl", ".pickle", "")  # CIFAR's own test_batch has none
+_KINDS = (
+    f"an image ({', '.join(folder.IMAGE_SUFFIXES)}), a folder of images, or an array in a .npy "
+    "or .pkl file"
+)
+_SHAPES = "uint8 [N, H, W, 3], [N, 3, H, W] or [N, 3072] with H equal to W"
+
+Batch = tuple[Sequence[str], Tensor, list[str]]
+"""IDs, their images uint8 ``[B, H, W, C]``, and the IDs of corrupt images that were left out."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files, decoded as the training's are, one batch at a time.
+
+    Attributes:
+        ids: what each image is called in the answer.
+        paths: where it is.
+        ignored: files of the folder that are no images.
+    """
+
+    ids: list[str]
+    paths: list[str]
+    ignored: int = 0
+
+    def batches(self, size: int, batch_size: int, skip_corrupt: bool) -> Iterator[Batch]:
+        """Images of ``size`` pixels.
+
+        Raises:
+            ResfastError: an image cannot be read, or not be decoded and that is not to be skipped.
+        """
+        for start in range(0, len(self.ids), batch_size):
+            rows = range(start, min(start + batch_size, len(self.ids)))
+            images = np.empty((len(rows), size, size, 3), np.uint8)
+            keys = {("", "", str(row)): image for row, image in zip(rows, images, strict=True)}
+            blobs = ((key, folder.read_file(self.paths[int(key[2])])) for key in keys)
+            corrupt: set[int] = set()
+            for _, failures in folder.decode_all(blobs, keys, size):
+                for (_, _, row), reason in failures:
+                    if not skip_corrupt:
+                        raise ResfastError(
+                            f"{self.paths[int(row)]} is not a readable JPEG, PNG or WebP image "
+                            f"({reason}): replace it, or leave such images out with --skip-corrupt"
+                        )
+                    corrupt.add(int(row))
+            kept = [row for row in rows if row not in corrupt]
+            yield (
+                [self.ids[row] for row in kept],
+                torch.from_numpy(images[[row - start for row in kept]]),
+                [self.ids[row] for row in sorted(corrupt)],
+            )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images of one array.
+
+    Attributes:
+        ids: what each row is called in the answer.
+        array: uint8 ``[N, H, W, 3]``, H equal to W, any strides.
+    """
+
+    ids: Sequence[str]
+    array: np.ndarray
+
+    def batches(self, size: int, batch_size: int, skip_corrupt: bool) -> Iterator[Batch]:
+        """Images of ``size`` pixels, resized where they are not."""
+        for start in range(0, len(self.array), batch_size):
+            rows = slice(start, start + batch_size)
+            images = torch.from_numpy(np.array(self.array[rows], order="C"))
+            yield self.ids[rows], resize(images, size) if images.shape[1] != size else images, []
+
+
+def open_images(paths: Sequence[Path]) -> Files | Rows:
+    """What a command line names: image files, or one folder or array.
+
+    Raises:
+        ResfastError: nothing, several of which one is no image file, a missing file, one of an
+            unknown kind, a folder without images, or a file that holds no array of images.
+    """
+    if not paths:
+        raise ResfastError(f"no images were named; expected {_KINDS}")
+    for path in paths:
+        try:
+            if not path.exists():
+                raise ResfastError(f"{path} does not exist; expected {_KINDS}")
+            is_folder = path.is_dir()
+        except OSError as error:
+            raise ResfastError(
+                f"{path} cannot be read ({error.strerror}); expected {_KINDS}"
+            ) from None
+        if not is_folder and path.suffix.lower() in folder.IMAGE_SUFFIXES:
+            continue
+        if is_folder or path.suffix.lower() in (".npy", *PICKLE_SUFFIXES):
+            if len(paths) > 1:
+                raise ResfastError(
+                    f"{path} is not an image file and stands beside {len(paths) - 1} other names; "
+                    "expected image files, or a single folder, .npy or .pkl: run them one by one"
+                )
+        else:
+            raise ResfastError(f"{path} is of an unknown kind {path.suffix!r}; expected {_KINDS}")
+    first = paths[0]
+    if first.is_dir():
+        return _open_folder(first)
+    if first.suffix.lower() == ".npy":
+        return Rows(*checked(_read_npy(first), None, str(first)))
+    if first.suffix.lower() in PICKLE_SUFFIXES:
+        return Rows(*checked(*_read_pickle(first), str(first)))
+    return Files([str(path) for path in paths], [os.fspath(path) for path in paths])
+
+
+def _open_folder(path: Path) -> Files:
+    # The training's own walk, so that links and hidden files are treated alike; an unlabelled
+    # folder is to it one class without a name.
+    listing = folder.Listing()
+    folder.Directory(path).walk(os.fspath(path), ("", ""), frozenset(), listing)
+    if not listing.images:
+        raise ResfastError(
+            f"{path} holds no images; expected {', '.join(folder.IMAGE_SUFFIXES)} files in it or "
+            f"below it, found {listing.ignored:,} others: name another folder"
+        )
+    found = sorted((key[2], handle) for key, handle in listing.images.items())
+    return Files([name for name, _ in found], [file for _, file in found], listing.ignored)
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ResfastError(
+            f"{path} is not a readable .npy file of numbers ({error}); expected {_SHAPES}, "
+            "written by numpy.save"
+        ) from None
+    return array
+
+
+def checked(array: Any, ids: Any, source: str) -> tuple[Sequence[str], np.ndarray]:
+    """IDs and a view ``[N, H, W, 3]`` of an array in any of the accepted shapes."""
+    if not isinstance(array, np.ndarray):
+        raise ResfastError(f"{source} holds a {type(array).__name__}; expected an array {_SHAPES}")
+    shape = array.shape
+    if array.dtype != np.uint8:
+        raise ResfastError(
+            f"{source} holds {array.dtype} {list(shape)}; expected {_SHAPES}, raw pixels of 0 to "
+            "255: convert it with .astype(numpy.uint8) if that is what it holds"
+        )
+    if len(shape) == 2 and shape[1] == 3072:
+        array = array.reshape(-1, 3, 32, 32)
+    if array.ndim == 4 and array.shape[3] != 3 and array.shape[1] == 3:
+        array = array.transpose(0, 2, 3, 1)
+    if array.ndim != 4 or array.shape[3] != 3 or not array.shape[1] == array.shape[2] > 0:
+        raise ResfastError(f"{source} holds uint8 {list(shape)}; expected {_SHAPES}")
+    if not len(array):
+        raise ResfastError(f"{source} holds no images (uint8 {list(shape)}); expected at least one")
+    return _ids(ids, len(array), source), array
+
+
+def _ids(ids: Any, count: int, source: str) -> Sequence[str]:
+    if ids is None:
+        return [str(row) for row in range(count)]
+    values = ids.reshape(-1).tolist() if isinstance(ids, np.ndarray) else ids
+    if not isinstance(values, list | tuple) or len(values) != count:
+        found = f"{len(values):,} ids" if isinstance(values, list | tuple) else repr(type(values))
+        raise ResfastError(f"{source} has {found} for {count:,} images; expected one each")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | str | bytes):
+            raise ResfastError(
+                f"{source} has the id {value!r}; expected whole numbers or text, one for each image"
+            )
+    return [
+        value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+        for value in values
+    ]
+
+
+# -- pickles -----------------------------------------------------------------------------------
+
+
+class _Forbidden(pickle.UnpicklingError):
+    """A pickle asks for something that is no part of an array."""
+
+
+class _Dtype:
+    """Stands for ``numpy.dtype`` in a pickle: numbers and text, no objects and no fields."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, name: str | bytes, *_: object) -> None:
+        self.value = np.dtype(name.decode("ascii") if isinstance(name, bytes) else str(name))
+        if self.value.kind not in "biufSU":
+            raise _Forbidden(f"an array of {self.value}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, order, *structure = state
+        if any(part is not None for part in structure[:3]):
+            raise _Forbidden("a structured array")
+        order = order.decode("ascii") if isinstance(order, bytes) else order
+        self.value = self.value.newbyteorder(order)
+
+
+class _Array:
+    """Stands for ``numpy.ndarray`` in a pickle."""
+
+    __slots__ = ("value",)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *_, shape, dtype, fortran, raw = state
+        self.value = _from_buffer(raw, dtype, shape, "F" if fortran else "C")
+
+
+def _from_buffer(raw: Any, dtype: _Dtype, shape: Any, order: str, axes: Any = None) -> np.ndarray:
+    if 0 in shape:
+        return np.empty(shape, dtype.value)
+    array = np.frombuffer(raw, dtype.value)
+    if order == "K":
+        return array.reshape(shape).transpose(axes)
+    return array.reshape(shape, order=order)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays, containers, numbers and text, and looks nothing up by name.
+
+    What a pickle calls is not NumPy's own code but the few lines here, which rebuild an array from
+    its bytes: NumPy's trust what a pickle says about memory.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        # Bound methods and builtins: a pickle cannot set attributes on them.
+        package = module.replace("numpy._core", "numpy.core")
+        known: dict[tuple[str, str], Any] = {
+            ("numpy", "ndarray"): "ndarray",
+            ("numpy", "dtype"): self._dtype,
+            ("numpy.core.multiarray", "_reconstruct"): self._reconstruct,
+            ("numpy.core.multiarray", "scalar"): self._scalar,
+            ("numpy.core.numeric", "_frombuffer"): self._from_buffer,
+            ("_codecs", "encode"): self._encode,
+        }
+        try:
+            return known[package, name]
+        except KeyError:
+            raise _Forbidden(f"{module}.{name}") from None
+
+    def _dtype(self, *args: Any) -> _Dtype:
+        return _Dtype(*args)
+
+    def _reconstruct(self, *_: object) -> _Array:
+        return _Array()
+
+    def _scalar(self, dtype: _Dtype, raw: bytes) -> Any:
+        return _from_buffer(raw, dtype, (1,), "C")[0].item()
+
+    def _from_buffer(self, *args: Any) -> np.ndarray:
+        return _from_buffer(*args)
+
+    def _encode(self, text: str, encoding: str | bytes) -> bytes:
+        if encoding not in ("latin1", b"latin1"):  # how protocols below 3 write bytes
+            raise _Forbidden(f"the encoding {encoding!r}")
+        return text.encode("latin1")
+
+
+def _read_pickle(path: Path) -> tuple[Any, Any]:
+    """The images and the IDs (or None) of a pickle, without running any code that is in it."""
+    expected = (
+        "expected a pickle of an array, or of a dict with the images under 'data' and, if there "
+        "are any, their numbers under 'ids'"
+    )
+    try:
+        with open(path, "rb") as file:
+            content = _ArrayUnpickler(file, encoding="bytes").load()
+    except _Forbidden as error:
+        raise ResfastError(
+            f"{path} was refused: it asks for {error}, and only arrays of numbers are read from a "
+            "pickle, as anything else could run code; save the images with numpy.save as .npy"
+        ) from None
+    except (
+        pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, AttributeError, KeyError,
+        IndexError, OverflowError, MemoryError, RecursionError, ImportError,
+    ) as error:  # fmt: skip
+        reason = str(error) or type(error).__name__
+        raise ResfastError(f"{path} is not a readable pickle ({reason}); {expected}") from None
+    ids = None
+    if isinstance(content, dict):
+        named = {
+            key.decode("latin1") if isinstance(key, bytes) else key: value
+            for key, value in content.items()
+        }
+        if "data" not in named:
+            found = ", ".join(map(repr, list(named)[:5])) or "nothing"
+            raise ResfastError(f"{path} holds a dict of {found}; {expected}")
+        content, ids = named["data"], named.get("ids")
+    return _array(content), _array(ids)
+
+
+def _array(value: Any) -> Any:
+    return getattr(value, "value", None) if isinstance(value, _Array) else value

@@ -1,0 +1,259 @@
+"""What must hold of the package as a whole: quick to import, honest metadata, complete wheel."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import resfast
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "nvidia": "nvidia-dali-cuda130"}
+"""Imported name to distribution, where they differ."""
+BUILT_ON = {"nvidia-dali-cuda130", "triton"}
+"""Dependencies that may be declared before the package imports them."""
+
+# Refuses what a plain import must not do.
+GUARD = """
+import sys
+
+def refuse(event, args):
+    if event.startswith("socket.") or event in ("subprocess.Popen", "os.system", "os.fork"):
+        raise AssertionError(f"{event} {args}")
+
+sys.addaudithook(refuse)
+"""
+
+
+def run_python(
+    code: str, tmp_path: Path, *, bare: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter that finds resfast; ``bare`` without any program on PATH."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
+    env["PYTHONPATH"] = str(ROOT)
+    if bare:
+        env["PATH"] = str(tmp_path)
+        env.pop("CC", None)
+        env.pop("CXX", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def requirements(*groups: str) -> dict[str, Requirement]:
+    """Declared dependencies by canonical name, those of the optional ``groups`` among them."""
+    lines = list(PROJECT["dependencies"])
+    for group in groups:
+        lines += PROJECT["optional-dependencies"][group]
+    return {canonicalize_name(r.name): r for r in map(Requirement, lines)}
+
+
+def imported_distributions() -> set[str]:
+    """Distributions outside the standard library that a module of resfast imports anywhere."""
+    found = set()
+    for path in (ROOT / "resfast").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(node.module)
+    tops = {name.partition(".")[0] for name in found} - sys.stdlib_module_names - {"resfast"}
+    return {canonicalize_name(DISTRIBUTIONS.get(top, top)) for top in tops}
+
+
+# -- import ------------------------------------------------------------------------------------
+
+
+def test_import_is_quick_and_loads_no_heavy_module(tmp_path):
+    code = """
+import sys, time
+start = time.perf_counter()
+import resfast
+print(time.perf_counter() - start)
+heavy = {"torch", "torchvision", "numpy", "matplotlib", "sklearn", "tyro", "pydantic", "rich"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    seconds = min(float(run_python(code, tmp_path).stdout) for _ in range(5))
+    assert seconds < 0.2
+
+
+def test_import_needs_no_compiler_no_network_and_no_other_program(tmp_path):
+    run_python(GUARD + "import resfast; dir(resfast)", tmp_path, bare=True)
+
+
+def test_network_is_made_without_compiler_and_network(tmp_path):
+    code = "import torch\nimport resfast\n" + GUARD
+    code += "model = resfast.create_model('resnet-member1m').eval()\n"
+    code += "assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)"
+    run_python(code, tmp_path, bare=True)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+def test_entry_point_is_function_and_module_in_either_import_order(name, tmp_path):
+    check = f"""
+import types
+assert isinstance(resfast.{name}, types.ModuleType)
+assert callable(resfast.{name}) and callable(resfast.{name}.main)
+"""
+    code = f"import resfast\n{check}\nimport resfast.{name}\n{check}"
+    run_python(code, tmp_path)
+    run_python(f"import resfast.{name}\n{check}\nfrom resfast import {name}\n{name}.main", tmp_path)
+
+
+def test_train_called_is_the_training_function():
+    with pytest.raises(resfast.ResfastError, match="needs a configuration"):
+        resfast.train()
+
+
+def test_public_names_resolve():
+    assert len(resfast.__all__) == len(set(resfast.__all__))
+    for name in resfast.__all__:
+        assert getattr(resfast, name) is not None, name
+    assert set(resfast.__all__) <= set(dir(resfast))
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        resfast.no_such_name  # noqa: B018
+
+
+# -- metadata ----------------------------------------------------------------------------------
+
+
+def test_console_scripts_exist():
+    for target in PROJECT["scripts"].values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(import_module(module), function))
+
+
+def test_version_has_one_home():
+    assert "version" in PROJECT["dynamic"]
+    assert "version" not in PROJECT
+    version = Version(resfast.__version__)
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(str(version))}\]", changelog, re.MULTILINE)
+
+
+def test_python_that_is_too_old_is_refused():
+    assert PROJECT["requires-python"] == ">=3.11"
+    assert sys.version_info >= (3, 11)
+
+
+def test_every_import_is_declared():
+    optional = [group for group in PROJECT["optional-dependencies"] if group != "dev"]
+    assert imported_distributions() <= set(requirements(*optional))
+
+
+def test_every_dependency_is_imported():
+    assert set(requirements()) <= imported_distributions() | BUILT_ON
+
+
+def test_constraints_are_exact_versions_within_the_declared_bounds():
+    pins: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") or not line:
+            continue
+        match = re.fullmatch(r"([a-z0-9-]+)==([0-9][0-9a-z.!]*)", line)
+        assert match, f"{line!r} is not NAME==VERSION"
+        assert match[1] not in pins, f"{match[1]} is pinned twice"
+        pins[match[1]] = match[2]
+    for name, requirement in requirements("dev").items():
+        assert name in pins, f"{name} is not pinned"
+        assert pins[name] in requirement.specifier, f"{name}=={pins[name]} is not {requirement}"
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def test_wheel_builds_without_compiler_and_holds_the_package_alone(tmp_path):
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns("__pycache__")
+    for folder in ("resfast", "tests", "benchmarks", "csrc"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=skip)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    env = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    arguments = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *arguments, str(tmp_path), str(source)],
+        env={**env, "PATH": str(empty)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"resfast-{resfast.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        metadata = archive.read(f"resfast-{resfast.__version__}.dist-info/METADATA").decode()
+    modules = {str(p.relative_to(ROOT).as_posix()) for p in (ROOT / "resfast").rglob("*.py")}
+    assert names == modules | {"resfast/py.typed"}
+    assert "Requires-Python: >=3.11" in metadata
+    assert "License-File: LICENSE" in metadata
+
+
+def test_benchmarks_are_collected():
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "benchmarks", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_train_step[cpu-resfast]" in done.stdout
+
+
+def run_make(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs make as if no other make ran the tests."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [("no-such-python", "there is no"), ("./old", "is Python 3.10.9"), ("./bare", "venv module")],
+)
+def test_make_says_what_is_wrong_with_the_python(python, said, tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("constraints.txt", "pyproject.toml", "setup.py"):
+        (tmp_path / name).touch()
+    for name, script in {
+        "old": 'if [ "$1" = --version ]; then echo Python 3.10.9; else exit 1; fi',
+        "bare": 'case "$2" in *ensurepip*) exit 1; esac',
+    }.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        path.chmod(0o755)
+    done = run_make("lint", f"PYTHON={python}", cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_make_without_a_target_lists_the_targets(tmp_path):
+    done = run_make(cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    listed = re.findall(r"^  ([a-z]+) ", done.stdout, re.MULTILINE)
+    assert {"help", "train", "test", "bench", "lint", "clean"} == set(listed)
