@@ -158,9 +158,9 @@ def test_small_data_adapts_visibly_and_explicit_values_stay(
     saved = configs.load(result.path / "config.json")
     assert saved.optim.batch_size == 48
     assert saved.optim.epochs == 1
-    assert saved.optim.lr == pytest.approx(0.4 * 48 / 512)
+    assert saved.optim.lr == pytest.approx(0.4 * 48 / 128)
     out = capsys.readouterr().out
-    assert "batch size 512 to 48" in out
+    assert "batch size 128 to 48" in out
     assert "set --batch-size to choose" in out
 
 

@@ -110,11 +110,11 @@ class OptimConfig:
     epochs: int | None = None
     """Passes over the training set (None: 70, or 14 for a data set below 10,000 images)."""
     batch_size: int | None = None
-    """Images a step (None: 512, or 64 for a data set below 10,000 images)."""
+    """Images a step (None: 128, or 64 for a data set below 10,000 images)."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """Optimizer; sgd is Nesterov's."""
     lr: float = 0.1
-    """Peak learning rate at a batch of 512; an adapted batch size scales it."""
+    """Peak learning rate; an adapted batch size scales it."""
     momentum: float = 0.9
     """Momentum of sgd, beta1 of adam and adamw."""
     weight_decay: float = 5e-4

@@ -16,7 +16,7 @@ from resfast.training.config import Config, network
 SMALL_DATA_IMAGES = 10_000
 """Training sets below this many images get the small values where none were asked for."""
 EPOCHS, SMALL_DATA_EPOCHS = 70, 14
-BATCH_SIZE, SMALL_DATA_BATCH_SIZE = 512, 64
+BATCH_SIZE, SMALL_DATA_BATCH_SIZE = 128, 64
 COMPILE_WORTH_IMAGES = 100_000
 """Under ``compile=auto`` a CPU run that sees fewer images than this is over before compiling
 has paid for itself."""

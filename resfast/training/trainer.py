@@ -299,7 +299,7 @@ class _Run:
             f"({self.params:,} parameters), {self.data.name} ({images:,} images), "
             f"{config.runtime.device} ({runtime.describe(self.device)}), "
             f"{config.runtime.precision}, batch {config.optim.batch_size}, "
-            f"{config.optim.epochs} epochs"
+            f"epochs {config.optim.epochs}"
         )
 
     def _compile(self) -> None:
