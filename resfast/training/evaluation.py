@@ -31,7 +31,7 @@ class Evaluation:
     @property
     def per_class(self) -> list[float]:
         """Accuracy of each true class (NaN for a class without images)."""
-        return (self.confusion.diagonal() / self.confusion.sum(1)).tolist()
+        return (self.confusion.diagonal().double() / self.confusion.sum(1)).tolist()
 
 
 def predict(
