@@ -110,7 +110,12 @@ def _resumed(saved: Config, given: Config | None, path: Path) -> Config:
             f"cannot resume {path} with another configuration: {listed}; leave those options out, "
             "or start a new run"
         )
-    return replace(saved, run=given.run, data=replace(saved.data, data_dir=given.data.data_dir))
+    return replace(
+        saved,
+        run=given.run,
+        data=replace(saved.data, data_dir=given.data.data_dir),
+        runtime=replace(saved.runtime, threads=given.runtime.threads),
+    )
 
 
 class _Run:
