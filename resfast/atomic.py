@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from resfast.errors import ResfastError
+
 _SUFFIX = ".tmp"
 
 
@@ -37,6 +39,20 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write ``data`` to ``path`` atomically and durably; see :func:`replacing` for errors."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def save(path: Path, data: bytes | memoryview) -> None:
+    """:func:`write_bytes` for entry points.
+
+    Raises:
+        ResfastError: it could not be written, with what to do; the old file is intact.
+    """
+    try:
+        write_bytes(path, data)
+    except OSError as error:
+        raise ResfastError(
+            f"cannot write {path}: {error.strerror}; free space or mend the permissions"
+        ) from None
 
 
 def remove_stale(folder: Path, older_than_s: float = 24 * 3600) -> None:

@@ -114,8 +114,7 @@ def evaluate(
         ResfastError: no such run or data, other classes than the run's, or files that cannot be
             read or written.
     """
-    if tta not in ("auto", *get_args(TTA)):
-        raise ResfastError(f"--tta {tta!r} is unknown; choose auto, {', '.join(get_args(TTA))}")
+    inference.check_choice("tta", tta, ("auto", *get_args(TTA)))
     if not isinstance(run, TrainedRun):
         run = inference.load(run, weights=weights, device=device, precision=precision)
     batch_size = run.checked_batch_size(batch_size)

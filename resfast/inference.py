@@ -83,7 +83,7 @@ class TrainedRun:
                 f"images are {str(images.dtype).removeprefix('torch.')} {list(images.shape)}; "
                 f"expected uint8 [N, {size}, {size}, 3] (N, H, W, C), raw pixels of 0 to 255"
             )
-        _choice("tta", tta, get_args(TTA))
+        check_choice("tta", tta, get_args(TTA))
         batch_size = self.checked_batch_size(batch_size)
         logits = torch.empty(len(images), len(self.classes), device=images.device)
         with out_of_memory(batch_size):
@@ -144,8 +144,8 @@ def load(
         ResfastError: there is no such run, it has no such weights, their file is damaged or does
             not fit its own configuration, or the device is not there.
     """
-    _choice("weights", weights, FILES)
-    _choice("precision", precision, get_args(runtime.Precision))
+    check_choice("weights", weights, FILES)
+    check_choice("precision", precision, get_args(runtime.Precision))
     where = runtime.resolve_device(device)
     file = _weights_file(Path(run).expanduser(), weights)
     loaded = load_weights(file)
@@ -190,7 +190,7 @@ def out_of_memory(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _choice(option: str, value: str, choices: Any) -> None:
+def check_choice(option: str, value: str, choices: Any) -> None:
     if value not in choices:
         raise ResfastError(f"--{option} {value!r} is unknown; choose {', '.join(choices)}")
 

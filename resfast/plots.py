@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from resfast import atomic
-from resfast.errors import ResfastError
 
 matplotlib.use("Agg")
 
@@ -21,12 +20,7 @@ TRAIN, EVAL, RATE = "#1f5fa8", "#d1495b", "#5b7f3a"
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    try:
-        atomic.write_bytes(path, buffer.getvalue())
-    except OSError as error:
-        raise ResfastError(
-            f"cannot write {path}: {error.strerror}; free space or mend the permissions"
-        ) from None
+    atomic.save(path, buffer.getvalue())
 
 
 def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:

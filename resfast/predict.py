@@ -124,8 +124,7 @@ def answer(
 def _check(top: int, tta: str) -> None:
     if top < 1:
         raise ResfastError(f"--top {top} is out of range: expected at least 1")
-    if tta not in get_args(TTA):
-        raise ResfastError(f"--tta {tta!r} is unknown; choose {', '.join(get_args(TTA))}")
+    inference.check_choice("tta", tta, get_args(TTA))
 
 
 def predict(

@@ -78,13 +78,17 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
 
 def print_list() -> None:
     """Prints recipes and models."""
+    import torch
+
     from resfast.models.presets import PRESETS, create_model
     from resfast.models.resnet import count_parameters
 
+    with torch.device("meta"):  # shapes alone: nothing is initialised
+        counts = {name: count_parameters(create_model(name)) for name in PRESETS}
     print("recipes (--recipe NAME)")
     for name, config in RECIPES.items():
-        parameters = count_parameters(create_model(config.model.model))
-        print(f"  {name:<20} {config.model.model:<20} {parameters:>11,}  {SUMMARIES[name]}")
+        model = config.model.model
+        print(f"  {name:<20} {model:<20} {counts[model]:>11,}  {SUMMARIES[name]}")
     print("\nmodels (--model NAME), parameters for 10 classes")
     for name, spec in PRESETS.items():
         shape = (
@@ -93,8 +97,7 @@ def print_list() -> None:
         extra = [spec.block] if spec.block != "basic" else []
         extra += [f"shortcut {spec.shortcut}"] if spec.shortcut != "conv1" else []
         extra += [f"head {_commas(spec.head)}"] if spec.head else []
-        parameters = count_parameters(create_model(name))
-        print(f"  {name:<20} {parameters:>11,}  {'  '.join([shape, *extra])}")
+        print(f"  {name:<20} {counts[name]:>11,}  {'  '.join([shape, *extra])}")
     print("  resnet               of your own: --blocks 2,1,1,1 --channels 64,128,256,512 …")
 
 

@@ -17,7 +17,7 @@ import pydantic
 import tyro
 
 from resfast.errors import ResfastError
-from resfast.models.presets import DEFAULT_MODEL
+from resfast.models.presets import DEFAULT_MODEL, preset
 from resfast.models.resnet import Activation, Block, ResNetSpec, Shortcut
 
 
@@ -298,8 +298,6 @@ def network(config: ModelConfig) -> ResNetSpec:
     Raises:
         ResfastError: an unknown preset, or 'resnet' without blocks and channels.
     """
-    from resfast.models.presets import preset
-
     if config.model == "resnet":
         if not config.blocks or not config.channels:
             raise ResfastError(

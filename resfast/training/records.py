@@ -60,12 +60,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ResfastError: it could not be written; the old file is intact.
     """
-    try:
-        atomic.write_bytes(path, text.encode())
-    except OSError as error:
-        raise ResfastError(
-            f"cannot write {path}: {error.strerror}; free space or mend the permissions"
-        ) from None
+    atomic.save(path, text.encode())
 
 
 def write_config(path: Path, config: Config) -> None:

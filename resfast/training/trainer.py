@@ -142,7 +142,7 @@ class _Run:
         config, notes = resolve(config, data, len(train_images))
         for note in notes:
             display.say(note)
-        self.config, self.held_out = config, held_out
+        self.config = config
         self.device = torch.device(config.runtime.device)
         self.dtype = runtime.DTYPES[config.runtime.precision]
         runtime.prepare(
@@ -199,6 +199,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.best, self.best_epoch, self.since_best = -1.0, 0, 0
         self.epoch_seconds = 0.0
+        self.last_evaluation: Evaluation | None = None
         self.seconds = {"train": 0.0, "compile": 0.0, "eval": 0.0}
         self.saved_at, self.saved_epoch = time.monotonic(), None
         self.stop_signal: int | None = None
@@ -328,7 +329,7 @@ class _Run:
             self.losses.zero_()
             self.correct.zero_()
             self.epoch_seconds = 0.0
-        if self.first_step and hasattr(self, "generators"):
+        if self.first_step:  # only a restored run starts inside an epoch
             torch.set_rng_state(self.generators[0])
             if self.generators[1] is not None:
                 torch.cuda.set_rng_state(self.generators[1], self.device)
@@ -383,6 +384,7 @@ class _Run:
             result, eval_seconds = self._evaluate(*self.val, tta="none")
             self.schedule.evaluated(result.accuracy)
             self._keep_best(result.accuracy, epoch)
+        self.last_evaluation = result
         row = {
             "epoch": epoch + 1,
             "lr": self.schedule.lr,
@@ -459,7 +461,9 @@ class _Run:
         config, data = self.config, self.data
         self._save_weights(records.WEIGHTS)
         images, labels = data.test_images.to(self.device), data.test_labels.to(self.device)
-        plain, _ = self._evaluate(images, labels, "none")
+        plain = self.last_evaluation
+        if plain is None or self.evaluated_on != "test":
+            plain, _ = self._evaluate(images, labels, "none")
         tta = plain
         if config.evaluation.tta != "none":
             tta, _ = self._evaluate(images, labels, config.evaluation.tta)
