@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/.installed
+KERNELS := $(wildcard build_backend/*.py csrc/*/*.cpp csrc/*/*.h)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -32,10 +33,15 @@ lint: $(BIN)/ruff ## Check style and formatting
 
 clean: ## Remove build products and caches; .venv, data and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find resfast tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f resfast/_C*.so $(INSTALLED)
+	find resfast tests benchmarks build_backend -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(BIN)/python
-	$(PIP) install -c constraints.txt -e '.[dev]'
+# torch comes first, so that the kernels are built against it and not against another copy of it.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(KERNELS) $(BIN)/python
+	$(PIP) install -c constraints.txt torch setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@ls resfast/_C*.so >/dev/null 2>&1 || echo >&2 \
+	  'resfast is installed without its C++ kernels, and slower: $(BIN)/python -m pip install -v --no-build-isolation -e . says why'
 	@touch $@
 
 # Linting needs ruff alone, not the gigabytes of torch.

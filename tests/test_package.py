@@ -183,8 +183,8 @@ def test_constraints_are_exact_versions_within_the_declared_bounds():
 
 def test_wheel_builds_without_compiler_and_holds_the_package_alone(tmp_path):
     source = tmp_path / "source"
-    skip = shutil.ignore_patterns("__pycache__")
-    for folder in ("resfast", "tests", "benchmarks", "csrc"):
+    skip = shutil.ignore_patterns("__pycache__", "*.so")
+    for folder in ("resfast", "tests", "benchmarks", "csrc", "build_backend"):
         shutil.copytree(ROOT / folder, source / folder, ignore=skip)
     for path in ROOT.iterdir():
         if path.is_file():

@@ -1,0 +1,492 @@
+"""What must hold of the C++ extension: its build, what it links to, its memory, its errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from resfast.kernels import augment, extension
+from resfast.kernels.augment import check_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+_SPEC = importlib.util.spec_from_file_location(
+    "resfast_build", ROOT / "build_backend" / "resfast_build.py"
+)
+resfast_build = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(resfast_build)
+
+needs_compiler = pytest.mark.skipif(
+    resfast_build.compiler() is None, reason="there is no C++ compiler"
+)
+needs_extension = pytest.mark.skipif(
+    extension.MISSING is not None, reason=f"without the extension: {extension.MISSING}"
+)
+needs_gcc_on_linux = pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux"
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of what the package is built from."""
+    folder = tmp_path / "source"
+    skip = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("resfast", "csrc", "build_backend", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=skip)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
+    return folder
+
+
+def build(source: Path, *, editable: bool = False, **environment: str) -> tuple[str, str, Path]:
+    """Builds a wheel with the backend itself; what it printed, its tag and the file."""
+    target = source.parent / "wheels"
+    target.mkdir(exist_ok=True)
+    kind = "editable" if editable else "wheel"
+    done = run_backend(source, f"build_{kind}({str(target)!r})", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = target.glob("*.whl")
+    return done.stdout + done.stderr, wheel.stem.split("-", 2)[2], wheel
+
+
+def run_backend(source: Path, call: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a hook of the build backend in a fresh interpreter, as pip does."""
+    env = {name: value for name, value in os.environ.items() if name != "RESFAST_EXTENSION"}
+    return subprocess.run(
+        [sys.executable, "-c", f"import resfast_build; print(resfast_build.{call})"],
+        cwd=source,
+        env={**env, "PYTHONPATH": "build_backend", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def broken_compiler(folder: Path) -> str:
+    path = folder / "broken-c++"
+    path.write_text("#!/bin/sh\necho 'this compiler is broken' >&2\nexit 1\n", encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+# -- build -------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_development_install_has_the_extension():
+    assert extension.MISSING is None
+
+
+@needs_compiler
+def test_wheel_holds_the_extension_and_compiles_without_a_warning(source):
+    said, tag, wheel = build(source)
+    assert not tag.startswith("py3-none"), tag
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    (library,) = [name for name in names if name.endswith((".so", ".dylib"))]
+    assert re.fullmatch(r"resfast/_C\.cpython-\S+", library)
+    assert not re.search(r"csrc/\S+: (warning|error)", said), said
+    assert "without the C++ kernels" not in said
+
+
+def test_extension_is_left_out_on_request(source):
+    said, tag, wheel = build(source, RESFAST_EXTENSION="0")
+    assert tag == "py3-none-any"
+    assert said.count("installed without the C++ kernels: RESFAST_EXTENSION is 0") == 1
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if "_C." in name]
+
+
+def test_no_compiler_is_said_once_and_the_package_installs_without(source):
+    said, tag, _ = build(source, CXX="no-such-compiler")
+    assert tag == "py3-none-any"
+    assert said.count("without the C++ kernels: no C++ compiler was found") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows")
+def test_broken_compiler_is_said_with_its_error_and_the_package_installs_without(source):
+    stale = source / "resfast" / f"_C{extension.importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    stale.touch()
+    said, _, wheel = build(source, editable=True, CXX=broken_compiler(source.parent))
+    assert "this compiler is broken" in said
+    assert "installed without the C++ kernels: compiling them failed" in said
+    assert not stale.exists()
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if "_C." in name]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows")
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "broken"])
+def test_extension_that_is_required_and_cannot_be_built_is_an_error(compiler, source):
+    name = broken_compiler(source.parent) if compiler == "broken" else compiler
+    done = run_backend(source, "build_wheel('.')", CXX=name, RESFAST_EXTENSION="1")
+    assert done.returncode != 0
+    assert "resfast: the C++ kernels cannot be built" in done.stderr
+    assert not list(source.glob("*.whl"))
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_torch_is_a_build_requirement_only_where_it_is_compiled_against(kind, source):
+    call = f"get_requires_for_build_{kind}()"
+    python = Path(sys.executable).name  # any program will do: nothing is compiled
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for environment, needed in (
+        ({"CXX": python, "PATH": path}, sys.platform != "win32"),
+        ({"CXX": python, "PATH": path, "RESFAST_EXTENSION": "1"}, sys.platform != "win32"),
+        ({"CXX": python, "PATH": path, "RESFAST_EXTENSION": "0"}, False),
+        ({"CXX": "no-such-compiler"}, False),
+        ({"CXX": "no-such-compiler", "RESFAST_EXTENSION": "1"}, False),
+    ):
+        done = run_backend(source, call, **environment)
+        assert done.returncode == 0, done.stderr
+        assert ("torch>=2.11" in done.stdout.splitlines()[-1]) == needed, environment
+
+
+def test_source_distribution_holds_what_a_build_needs(source):
+    done = run_backend(source, f"build_sdist({str(source.parent)!r})")
+    assert done.returncode == 0, done.stderr
+    (path,) = source.parent.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {
+        str(file.relative_to(ROOT).as_posix())
+        for folder in ("csrc", "build_backend")
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in (".cpp", ".h", ".py")
+    }
+    assert {"csrc/cpu/augment.cpp", "build_backend/resfast_build.py"} <= needed
+    assert needed | {"setup.py", "pyproject.toml"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+
+
+# -- what it links to --------------------------------------------------------------------------
+
+
+@needs_extension
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("nm"), reason="needs nm and ELF files"
+)
+def test_extension_uses_only_the_stable_interface_of_torch():
+    (path,) = [
+        Path(name) for name in torch.ops.loaded_libraries if Path(name).name.startswith("_C.")
+    ]
+    done = subprocess.run(
+        ["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True
+    )
+    undefined = [line.split()[-2:] for line in done.stdout.splitlines()]
+    stable, others = set(), set()
+    for kind, symbol in undefined:
+        if re.match(r"(aoti_)?torch_[a-z0-9_]+$", symbol):
+            stable.add(symbol)
+        elif kind != "w" and not re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$", symbol):
+            others.add(symbol)
+    assert {"torch_parallel_for", "aoti_torch_library_init_impl"} <= stable
+    assert not others
+
+
+@needs_extension
+@pytest.mark.parametrize("schema_first", [False, True])
+def test_schema_and_kernel_may_be_registered_in_either_order(schema_first, tmp_path):
+    (path,) = [name for name in torch.ops.loaded_libraries if Path(name).name.startswith("_C.")]
+    steps = [
+        f"torch.ops.load_library({path!r})",
+        "library = torch.library.Library('resfast', 'FRAGMENT')\n"
+        "library.define('philox(Tensor indices, int seed, int epoch, int stream) -> Tensor')",
+    ]
+    code = ["import torch", *(reversed(steps) if schema_first else steps)]
+    code.append("print(torch.ops.resfast.philox(torch.arange(3), 1, 2, 3).shape)")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "torch.Size([4, 3])"
+
+
+# -- results and memory ------------------------------------------------------------------------
+
+# Compares every combination of steps with the reference and prints a digest of the results; then
+# gives values out of range without `check`, which may give any pixel but must not leave the image.
+CASES = """
+import hashlib, itertools, sys
+import torch
+from resfast.kernels import extension
+if len(sys.argv) > 1:
+    torch.ops.load_library(sys.argv[1])
+    extension.MISSING = None
+assert extension.MISSING is None, extension.MISSING
+from resfast.kernels import augment, philox, reference
+
+generator = torch.Generator().manual_seed(0)
+def rand(*shape):
+    return torch.rand(shape, generator=generator)
+def randint(low, high, *shape):
+    return torch.randint(low, high, shape, generator=generator)
+
+digest = hashlib.sha256()
+def add(tensor):
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+sizes = [(32, 32), (28, 28), (33, 31), (1, 1), (2, 5), (5, 1)]
+for (height, width), channels in itertools.product(sizes, (1, 2, 3, 4)):
+    count, batch = 3, 4
+    images = randint(0, 256, count, height, width, channels).to(torch.uint8)
+    offset, scale = rand(channels) * 255, rand(channels) / 50 + 0.001
+    shift = torch.stack(
+        [randint(1 - side, side, count) for side in (height, width)], 1
+    ).int()
+    flip = rand(count) < 0.5
+    affine = torch.eye(2, 3) * 0.7 + (rand(count, 2, 3) - 0.5) * 0.3
+    color = rand(count, channels, channels + 1)
+    box = randint(-3, 36, count, 4).int()
+    mix = randint(0, count, batch), rand(batch), randint(-3, 36, batch, 4).int()
+    geometry = [(None, None, None), (shift, None, None), (shift, flip, None), (None, None, affine)]
+    for step, (moved, matrix, cutout, mixed, zero) in enumerate(itertools.product(
+        geometry, (None, color), (None, box), ((None, None, None), mix), (False, True)
+    )):
+        indices = randint(0, count, 1 if step % 5 == 0 else batch)
+        if len(indices) == 1:
+            mixed = tuple(part if part is None else part[:1].clone() for part in mixed)
+        dtype = augment.DTYPES[step % 3]
+        args = images, indices, offset, scale, *moved, matrix, cutout, *mixed, zero, dtype
+        found, expected = torch.ops.resfast.augment(*args, False), reference.augment(*args)
+        if matrix is None:
+            assert torch.equal(found, expected), (height, width, channels, step)
+        else:
+            torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-4)
+        add(found)
+    wild = [
+        (torch.full((count, 2), value, dtype=torch.int32), None, None)
+        for value in (-2**31, -100, 100, 2**31 - 1)
+    ] + [
+        (None, None, torch.full((count, 2, 3), value))
+        for value in (float("nan"), float("inf"), -float("inf"), 1e30, -1e5, 300.0)
+    ]
+    edges = torch.tensor([-2**31, -2**31, 2**31 - 1, 2**31 - 1], dtype=torch.int32)
+    for moved, matrix, zero in itertools.product(wild, (None, color), (False, True)):
+        torch.ops.resfast.augment(
+            images, indices, offset, scale, *moved, matrix, edges.repeat(count, 1),
+            torch.zeros_like(indices), torch.full((len(indices),), float("nan")),
+            edges.repeat(len(indices), 1), zero, torch.float32, False,
+        )
+for size in (0, 1, 7, 1001):
+    indices = torch.randint(-2**63, 2**63 - 1, (size,), generator=generator)
+    words = philox.philox(indices, seed=-5, epoch=2**32 - 1, stream=3)
+    assert torch.equal(words, reference.philox(indices, -5, 2**32 - 1, 3))
+    add(words)
+print(digest.hexdigest())
+"""
+
+
+def run_cases(tmp_path: Path, *arguments: str, **environment: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", CASES, *arguments],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return done.stdout.strip()
+
+
+@needs_extension
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set elsewhere"
+)
+def test_every_instruction_set_gives_the_same_results(tmp_path):
+    digests = {
+        run_cases(tmp_path, ATEN_CPU_CAPABILITY=name) for name in ("default", "avx2", "avx512")
+    }
+    assert len(digests) == 1
+    assert re.fullmatch(r"[0-9a-f]{64}", digests.pop())
+
+
+def sanitizer(name: str) -> str:
+    """A run-time library of g++, which names it back without a folder where it has none."""
+    done = subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@needs_gcc_on_linux
+@pytest.mark.slow
+def test_kernels_stay_inside_their_memory_and_have_no_undefined_behaviour(tmp_path):
+    preload = [sanitizer(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
+    if not all(Path(path).is_absolute() for path in preload):
+        pytest.skip("g++ has no sanitizers here")
+    folder = Path(torch.__file__).parent
+    library = tmp_path / "kernels.so"
+    flags = [flag for flag in resfast_build.FLAGS if flag not in ("-O3", "-g0")]
+    options = ["-O1", "-g", "-fPIC", "-shared", "-isystem", str(folder / "include")]
+    options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    sources = [str(path) for path in (ROOT / "csrc" / "cpu").glob("*.cpp")]
+    link = ["-o", str(library), f"-L{folder / 'lib'}", "-ltorch_cpu"]
+    subprocess.run(["g++", *flags, *options, *sources, *link], check=True)
+    run_cases(
+        tmp_path,
+        str(library),
+        RESFAST_EXTENSION="0",  # the sanitized kernels take the place of the installed ones
+        LD_PRELOAD=" ".join(preload),
+        ASAN_OPTIONS="detect_leaks=0",
+        OMP_NUM_THREADS="2",
+    )
+
+
+# -- arguments ---------------------------------------------------------------------------------
+
+
+def valid_arguments() -> dict[str, object]:
+    """Arguments of the operator, by name, that it takes."""
+    return {
+        "images": torch.zeros(5, 4, 6, 3, dtype=torch.uint8),
+        "indices": torch.tensor([4, 0]),
+        "offset": torch.zeros(3),
+        "scale": torch.ones(3),
+        "shift": torch.zeros(5, 2, dtype=torch.int32),
+        "flip": torch.zeros(5, dtype=torch.bool),
+        "affine": None,
+        "color": torch.eye(3, 4).repeat(5, 1, 1),
+        "cutout": torch.zeros(5, 4, dtype=torch.int32),
+        "partner": torch.tensor([1, 2]),
+        "weight": torch.ones(2),
+        "box": torch.zeros(2, 4, dtype=torch.int32),
+        "zero_padding": False,
+        "dtype": torch.float32,
+        "check": True,
+    }
+
+
+def affine(value: float) -> torch.Tensor:
+    return torch.eye(2, 3).repeat(5, 1, 1).index_fill(2, torch.tensor([2]), value)
+
+
+BAD = [
+    {"images": torch.zeros(5, 4, 6, 3)},
+    {"images": torch.zeros(5, 4, 6, dtype=torch.uint8)},
+    {"images": torch.zeros(0, 4, 6, 3, dtype=torch.uint8)},
+    {"images": torch.zeros(5, 4, 6, 5, dtype=torch.uint8)},
+    {"images": torch.zeros(5, 3, 4, 6, dtype=torch.uint8).permute(0, 2, 3, 1)},
+    {"dtype": torch.float64},
+    {"dtype": torch.uint8},
+    {"indices": torch.zeros(2)},
+    {"indices": torch.zeros(2, dtype=torch.int32)},
+    {"indices": torch.zeros(4, dtype=torch.int64)[::2]},
+    {"offset": torch.zeros(4)},
+    {"scale": torch.zeros(3, dtype=torch.float16)},
+    {"shift": torch.zeros(5, 2, dtype=torch.int64)},
+    {"shift": torch.zeros(2, 2, dtype=torch.int32)},
+    {"flip": torch.zeros(5, dtype=torch.uint8)},
+    {"color": torch.zeros(5, 3, 3)},
+    {"cutout": torch.zeros(4, 5, dtype=torch.int32).T},
+    {"partner": torch.zeros(3, dtype=torch.int64)},
+    {"weight": None},
+    {"box": torch.zeros(2, 4)},
+    {"affine": affine(0)},
+    {"indices": torch.tensor([0, 5])},
+    {"indices": torch.tensor([-1, 7])},
+    {"partner": torch.tensor([0, -(2**40)])},
+    {"weight": torch.tensor([0.5, 1.5])},
+    {"weight": torch.tensor([-0.25, 0.5])},
+    {"weight": torch.tensor([float("nan"), 0.5])},
+    {"shift": torch.tensor([[4, 0]] * 5, dtype=torch.int32)},
+    {"shift": torch.tensor([[0, -6]] * 5, dtype=torch.int32)},
+    {"affine": affine(-4.5), "shift": None, "flip": None},
+    {"affine": affine(64), "shift": None, "flip": None},
+    {"affine": affine(float("nan")), "shift": None, "flip": None},
+]
+
+
+@needs_extension
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: next(iter(bad)))
+def test_operator_says_the_same_of_bad_arguments_as_the_python_check(bad):
+    arguments = {**valid_arguments(), **bad}
+    with pytest.raises((TypeError, ValueError)) as expected:
+        check_arguments(**arguments)
+    with pytest.raises(RuntimeError) as found:
+        torch.ops.resfast.augment(*arguments.values())
+    assert str(found.value).splitlines()[0] == str(expected.value)
+
+
+@needs_extension
+def test_values_of_rows_that_are_not_in_the_batch_are_not_checked():
+    arguments = valid_arguments()
+    arguments["shift"][3] = 99
+    result = torch.ops.resfast.augment(*arguments.values())
+    assert result.shape == (2, 3, 4, 6)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_extension
+def test_index_out_of_range_is_found_without_check():
+    for name in ("indices", "partner"):
+        arguments = {**valid_arguments(), name: torch.tensor([0, 5]), "check": False}
+        with pytest.raises(RuntimeError, match="5 is out of range for 5 images; expected 0 to 4"):
+            torch.ops.resfast.augment(*arguments.values())
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_finite_floats_are_rounded_as_torch_rounds_them(dtype):
+    """One pixel of value 1 and offset 0, so that the result is `scale` itself."""
+    bits = torch.arange(0, 2**31, 2**31 // 99_991, dtype=torch.int64)
+    bits = torch.cat([bits, *(torch.arange(0x38000000, 0x39000000, 97) + step for step in (0, 1))])
+    bits = torch.cat([bits, (torch.arange(0, 2**15) << 16) + 0x8000])  # ties of bfloat16
+    bits = torch.cat([bits, (torch.arange(0x1C000, 0x23E00) << 13) + 0x1000])  # and of float16
+    values = bits[bits < 0x7F800000].to(torch.int32).view(torch.float32)
+    values = torch.cat([values, -values])
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
+    values = values[order[:80_000]].view(-1, 4)
+    image = torch.ones(1, 1, 1, 4, dtype=torch.uint8)
+    index, zero, nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(4), [None] * 8
+    for scale in values:
+        found = torch.ops.resfast.augment(image, index, zero, scale, *nothing, False, dtype, False)
+        assert torch.equal(found.flatten(), scale.to(dtype)), scale
+
+
+@needs_extension
+def test_philox_operator_refuses_bad_arguments():
+    indices = torch.arange(4)
+    for arguments, said in (
+        ((indices.int(), 0, 0, 0), "indices are torch.int32; expected torch.int64"),
+        ((indices[None], 0, 0, 0), r"indices are \[1, 4\]; expected \[B\]"),
+        ((indices[::2], 0, 0, 0), "indices are not contiguous"),
+        ((indices, 0, 2**32, 0), "epoch 4294967296 is out of range"),
+        ((indices, 0, 0, -1), "stream -1 is out of range"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            torch.ops.resfast.philox(*arguments)
+
+
+def test_left_out_at_run_time_on_request_and_said_once(tmp_path):
+    code = """
+import torch
+from resfast.kernels import augment, extension, philox
+assert extension.MISSING == "RESFAST_EXTENSION is 0"
+for _ in range(2):
+    philox.philox(torch.arange(3), seed=0, epoch=0, stream=0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RESFAST_EXTENSION": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("replaced by slower PyTorch code: RESFAST_EXTENSION is 0") == 1
+
+
+assert augment.SCHEMA.count("?") == 8  # what `nothing` and `valid_arguments` above rely on
