@@ -1,0 +1,266 @@
+"""A contact sheet of augmentation policies, made by the operator that training uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice, zip_longest
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from resfast.data.augment import (
+    Augment,
+    check_augment,
+    mixed_labels,
+    order,
+    sample,
+    sample_mix,
+    statistics,
+)
+from resfast.data.dataset import Dataset, channel_mean_std
+from resfast.errors import ResfastError
+from resfast.kernels.augment import MixParams, augment
+
+MAX_IMAGES = 100
+
+_CELL, _GAP, _MARGIN, _SIDE_LABEL = 96, 6, 20, 70  # pixels
+_TITLE_SIZE, _TEXT_SIZE, _CAPTION_SIZE = 17, 13, 11
+_BACKGROUND, _INK, _PALE_INK, _RULE = "#ffffff", "#1a1a1a", "#5c5c5c", "#d8d8d8"
+
+
+def contact_sheet(
+    dataset: Dataset,
+    policies: Mapping[str, Augment],
+    *,
+    images: int = 10,
+    seed: int = 0,
+    epochs: Sequence[int] = (0, 1),
+) -> Image.Image:
+    """Training images plain, and then under each policy in each epoch.
+
+    Every image is a batch of its own, so that a row shows several draws of what a policy draws
+    once a batch (MixUp or CutMix, lambda and box). Otherwise they are what training with this seed
+    sees in these epochs.
+
+    Args:
+        dataset: its training images are shown, of as many classes as there is room for.
+        policies: heading to policy.
+        images: images in a row, 1 to 100 and no more than there are.
+        seed: seed of the choice of images and of the augmentation.
+        epochs: a row of each policy for each.
+
+    Returns:
+        The sheet, RGB.
+
+    Raises:
+        ResfastError: a number out of range, or a policy that does not fit the images.
+    """
+    most = min(MAX_IMAGES, len(dataset.train_images))
+    if not 1 <= images <= most:
+        raise ResfastError(f"--images {images} is out of range: expected 1 to {most}")
+    if not epochs or not all(0 <= epoch < 2**32 for epoch in epochs):
+        raise ResfastError(
+            f"--epochs {' '.join(map(str, epochs)) or '(none)'}: expected one or more, each from 0"
+        )
+    height, width = dataset.train_images.shape[1:3]
+    for policy in policies.values():
+        check_augment(policy, height, width)
+    chosen = _one_of_each_class(dataset, images, seed)
+    mean, std = channel_mean_std(dataset.train_images)
+    names = [dataset.classes[label] for label in dataset.train_labels[chosen].tolist()]
+
+    sheet = _Sheet(images, height, width)
+    sheet.heading(
+        f"{dataset.name}: training images, {width} x {height} pixels, seed {seed}", "", rule=False
+    )
+    sheet.captions([[name] for name in names])
+    sheet.images("plain", dataset.train_images[chosen])
+    for heading, policy in policies.items():
+        sheet.heading(heading, str(policy))
+        for epoch in epochs:
+            pixels, parts = augmented(dataset, policy, chosen, mean, std, seed=seed, epoch=epoch)
+            sheet.images(f"epoch {epoch}", pixels)
+            if policy.mixes:
+                sheet.captions([_parts(row, dataset.classes) for row in parts])
+    return sheet.finish()
+
+
+def augmented(
+    dataset: Dataset,
+    policy: Augment,
+    indices: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    seed: int,
+    epoch: int,
+) -> tuple[Tensor, Tensor]:
+    """Training images after augmentation, each in a batch of its own.
+
+    Args:
+        dataset: where they come from.
+        policy: what is done to them.
+        indices: int64 ``[B]`` into its training images.
+        mean: float32 ``[C]`` in units of pixel / 255: what is cut out shows it.
+        std: float32 ``[C]``, likewise.
+        seed: seed of the run.
+        epoch: epoch, from 0.
+
+    Returns:
+        uint8 ``[B, H, W, C]``, and the parts of the classes, float32 ``[B, classes]``.
+    """
+    images, labels = dataset.train_images, dataset.train_labels
+    count, height, width, channels = images.shape
+    size, batch = (height, width), len(indices)
+    mixes = [
+        sample_mix(policy, index, count=count, size=size, seed=seed, epoch=epoch)
+        for index in indices.split(1)
+    ]
+    drawn = [mix for mix in mixes if mix is not None]
+    used, mix, parts = (
+        indices,
+        None,
+        mixed_labels(labels[indices], labels[indices], torch.ones(batch), len(dataset.classes)),
+    )
+    if drawn:
+        partner = torch.cat([one.partner for one in drawn])
+        used = torch.cat([indices, partner])
+        mix = MixParams(
+            partner=torch.arange(batch, 2 * batch),
+            weight=torch.cat([one.weight for one in drawn]),
+            box=torch.cat([one.box for one in drawn]),
+        )
+        parts = mixed_labels(
+            labels[indices], labels[partner], mix.own_part(*size), len(dataset.classes)
+        )
+    part = images[used]
+    params = sample(
+        policy,
+        used,
+        size=size,
+        channels=channels,
+        seed=seed,
+        epoch=epoch,
+        statistics=statistics(part),
+    )
+    result = augment(
+        part, torch.arange(batch), params, mean, std, mix=mix, padding=policy.padding
+    ).permute(0, 2, 3, 1)
+    pixels = (result * std + mean) * 255
+    return pixels.round().clamp(0, 255).to(torch.uint8), parts
+
+
+def _one_of_each_class(dataset: Dataset, images: int, seed: int) -> Tensor:
+    """Indices of random training images: one of each class, then a second of each, and so on."""
+    shuffled = order(len(dataset.train_labels), seed=seed, epoch=0, device="cpu")
+    labels = dataset.train_labels[shuffled]
+    by_class = [shuffled[labels == label].tolist() for label in range(len(dataset.classes))]
+    turns = (index for turn in zip_longest(*by_class) for index in turn if index is not None)
+    return torch.tensor(list(islice(turns, images)))
+
+
+def _parts(row: Tensor, classes: Sequence[str]) -> list[str]:
+    """Classes that a label is made of, the largest first, in per cent that add up to 100."""
+    number = int(row.argmax())
+    percent = round(100 * float(row[number]))
+    lines = [f"{percent} % {classes[number]}"]
+    if percent < 100:
+        rest = row.clone()
+        rest[number] = -1
+        lines.append(f"{100 - percent} % {classes[int(rest.argmax())]}")
+    return lines
+
+
+class _Sheet:
+    """Rows of images drawn from top to bottom, with their labels."""
+
+    def __init__(self, columns: int, height: int, width: int) -> None:
+        factor = max(1, round(_CELL / max(height, width)))
+        self.cell_height, self.cell_width = factor * height, factor * width
+        self.columns = columns
+        self.width = 2 * _MARGIN + _SIDE_LABEL + columns * (self.cell_width + _GAP) - _GAP
+        self.strips: list[Image.Image] = []
+        # Pillow's own font has too few characters; this one comes with matplotlib.
+        fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+        self.title_font = ImageFont.truetype(fonts / "DejaVuSans-Bold.ttf", _TITLE_SIZE)
+        self.text_font = ImageFont.truetype(fonts / "DejaVuSans.ttf", _TEXT_SIZE)
+        self.caption_font = ImageFont.truetype(fonts / "DejaVuSans.ttf", _CAPTION_SIZE)
+
+    def heading(self, title: str, text: str, rule: bool = True) -> None:
+        """A title, and below it ``text``, broken at commas; above it a line."""
+        width = self.width - 2 * _MARGIN
+        titles = _wrapped(title, self.title_font, width)
+        lines = [] if text == title else _wrapped(text, self.text_font, width)
+        above = 14
+        _, draw = self._strip(above + 26 * len(titles) + 20 * len(lines) + 4)
+        if rule:
+            draw.line((_MARGIN, 6, self.width - _MARGIN, 6), fill=_RULE)
+        y = above
+        for lines_here, font, ink, step in (
+            (titles, self.title_font, _INK, 26),
+            (lines, self.text_font, _PALE_INK, 20),
+        ):
+            for line in lines_here:
+                draw.text((_MARGIN, y), line, font=font, fill=ink)
+                y += step
+
+    def images(self, label: str, pixels: Tensor) -> None:
+        """A row of uint8 ``[B, H, W, 3]`` images, enlarged without smoothing."""
+        strip, draw = self._strip(self.cell_height + _GAP)
+        middle = self.cell_height / 2
+        draw.text((_MARGIN, middle), label, font=self.text_font, fill=_INK, anchor="lm")
+        for column, image in enumerate(pixels):
+            cell = Image.fromarray(image.numpy()).resize(
+                (self.cell_width, self.cell_height), Image.Resampling.NEAREST
+            )
+            strip.paste(cell, (self._left(column), 0))
+
+    def captions(self, columns: Sequence[Sequence[str]]) -> None:
+        """Lines of small text under (or over) each image, shortened to its width."""
+        step = _CAPTION_SIZE + 3
+        _, draw = self._strip(step * max(map(len, columns)) + _GAP)
+        for column, lines in enumerate(columns):
+            x = self._left(column) + self.cell_width / 2
+            for number, line in enumerate(lines):
+                line = _shortened(line, self.caption_font, self.cell_width)
+                y = number * step
+                draw.text((x, y), line, font=self.caption_font, fill=_INK, anchor="ma")
+
+    def finish(self) -> Image.Image:
+        """All rows below each other."""
+        height = sum(strip.height for strip in self.strips) + _MARGIN
+        sheet = Image.new("RGB", (self.width, height), _BACKGROUND)
+        y = 0
+        for strip in self.strips:
+            sheet.paste(strip, (0, y))
+            y += strip.height
+        return sheet
+
+    def _strip(self, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+        strip = Image.new("RGB", (self.width, height), _BACKGROUND)
+        self.strips.append(strip)
+        return strip, ImageDraw.Draw(strip)
+
+    def _left(self, column: int) -> int:
+        return _MARGIN + _SIDE_LABEL + column * (self.cell_width + _GAP)
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """``text`` in lines no wider than ``width``, broken after commas where possible."""
+    lines = [""]
+    for piece in text.replace(",", ",\0").split("\0"):
+        if lines[-1] and font.getlength(lines[-1] + piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return [_shortened(line, font, width) for line in lines if line]
