@@ -1,0 +1,258 @@
+"""The graphs that DALI executes; :mod:`resfast.data.dali` feeds them and finishes their batches.
+
+``nvidia.dali`` takes a second to import, so nothing here imports it before a graph is built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from resfast.data.shards import IMAGE_EXTENSIONS
+from resfast.errors import ResfastError
+
+MAX_LABEL_DIGITS = 12
+_SHUFFLE_BUFFER = 1024
+_LOG_RATIO = math.log(4 / 3)
+
+
+def import_dali() -> Any:
+    """The module ``nvidia.dali``.
+
+    Raises:
+        ResfastError: it is not installed.
+    """
+    try:
+        import nvidia.dali
+        import nvidia.dali.fn
+        import nvidia.dali.math
+        import nvidia.dali.types
+    except ImportError as error:
+        raise ResfastError(
+            f"the DALI loader needs NVIDIA DALI, which cannot be imported ({error}): install it "
+            "with pip install nvidia-dali-cuda130, or use --loader resident"
+        ) from error
+    return nvidia.dali
+
+
+def build(
+    *,
+    batch_size: int,
+    threads: int,
+    device_id: int | None,
+    prefetch: int,
+    seed: int,
+    image_size: int,
+    resized: bool,
+    decoded: bool = False,
+    feed: Callable[[], tuple[Any, ...]] | None = None,
+    fed: Sequence[str] = (),
+    reader: dict[str, Any] | None = None,
+    window: float = 1.0,
+    crop: int = 0,
+    flip: bool = False,
+    normalize: tuple[list[float], list[float], bool] | None = None,
+    checkpoint: bytes | None = None,
+) -> Any:
+    """A pipeline with the outputs images ``[B, S, S, C]`` and, of shards, labels and sources.
+
+    Args:
+        resized: whether images are cut (to the window, or else to a centred square) and resized.
+        decoded: what is fed are images instead of file names.
+        feed: gives the values of ``fed`` for a batch, and ``StopIteration`` after the last.
+        fed: ``data`` (images, or file names as bytes), ``lengths`` of the names, and what else is
+            drawn outside: ``window`` (height and width in parts of sqrt(H W), top and left in
+            parts of what is left of the image), ``shift`` (pixels), ``flip``.
+        reader: keyword arguments of ``fn.readers.webdataset``, instead of ``feed``.
+        window: of a reader: smallest part of the area of a random-resized crop; 1 for none.
+        crop: of a reader: largest random shift, in pixels, with zeros outside.
+        flip: of a reader: mirrored with probability 1/2.
+        normalize: mean and standard deviation in units of 0 … 255, and whether to float16; None
+            for uint8.
+        checkpoint: state to start from, of a reader.
+    """
+    dali = import_dali()
+    fn, types = dali.fn, dali.types
+    on_gpu = device_id is not None
+
+    @dali.pipeline_def(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        seed=seed,
+        enable_checkpointing=reader is not None,
+        checkpoint=checkpoint,
+        enable_conditionals=True,  # an `if` on a DALI value chooses for each image
+    )
+    def graph() -> tuple[Any, ...]:
+        outputs = []
+        if reader is not None:
+            encoded, labels = fn.readers.webdataset(
+                ext=[";".join(IMAGE_EXTENSIONS), "cls"],
+                case_sensitive_extensions=False,
+                missing_component_behavior="error",
+                pad_last_batch=True,
+                initial_fill=_SHUFFLE_BUFFER,
+                name="reader",
+                **reader,
+            )
+            sources = fn.pad(fn.get_property(encoded, key="source_info"), axes=[0])
+            labels = fn.slice(
+                labels,
+                start=0,
+                shape=MAX_LABEL_DIGITS,
+                axes=[0],
+                out_of_bounds_policy="pad",
+                fill_values=0,
+            )
+            outputs = [labels, sources]
+            draws = _reader_draws(fn, types, window, crop, flip)
+        else:
+            layouts = ["HWC" if decoded and name == "data" else "" for name in fed]
+            nodes = fn.external_source(
+                source=feed, num_outputs=len(fed), layout=layouts, batch=True
+            )
+            draws = {name: nodes[place] for place, name in enumerate(fed)}
+        if decoded:
+            images = draws["data"].gpu() if on_gpu else draws["data"]
+            if resized:
+                images = _resize_decoded(dali, images, draws.get("window"), image_size)
+        else:
+            if reader is None:
+                names = fn.slice(draws["data"], start=0, shape=draws["lengths"], axes=[0])
+                encoded = fn.io.file.read(names, dont_use_mmap=True)  # mapping costs more
+            images = _decode(dali, encoded, draws.get("window"), image_size, on_gpu)
+        if "shift" in draws:
+            images = fn.slice(
+                images,
+                start=draws["shift"],
+                shape=[image_size, image_size],
+                axes=[0, 1],
+                out_of_bounds_policy="pad",
+                fill_values=0,
+            )
+        if normalize is not None:
+            mean, std, half = normalize
+            images = fn.crop_mirror_normalize(
+                images,
+                mean=mean,
+                std=std,
+                mirror=draws.get("flip", 0),
+                dtype=types.FLOAT16 if half else types.FLOAT,
+                output_layout="HWC",
+            )
+        return images, *outputs
+
+    pipeline = graph()
+    pipeline.build()
+    return pipeline
+
+
+def _reader_draws(fn: Any, types: Any, window: float, crop: int, flip: bool) -> dict[str, Any]:
+    draws = {}
+    if window < 1:
+        import nvidia.dali.math as dali_math
+
+        half_area = 0.5 * dali_math.log(fn.random.uniform(range=[window, 1.0]))
+        half_ratio = 0.5 * fn.random.uniform(range=[-_LOG_RATIO, _LOG_RATIO])
+        position = fn.random.uniform(range=[0.0, 1.0], shape=[2])
+        sides = fn.stack(
+            dali_math.exp(half_area - half_ratio), dali_math.exp(half_area + half_ratio)
+        )
+        draws["window"] = fn.cat(sides, position)
+    if crop:
+        values = [float(shift) for shift in range(-crop, crop + 1)]
+        drawn = fn.random.uniform(values=values, shape=[2])
+        draws["shift"] = fn.cast(drawn, dtype=types.INT32)
+    if flip:
+        draws["flip"] = fn.random.coin_flip()
+    return draws
+
+
+def _decode(dali: Any, encoded: Any, window: Any, image_size: int, on_gpu: bool) -> Any:
+    fn, types = dali.fn, dali.types
+    options = {"device": "cpu", "output_type": types.RGB}
+    if on_gpu:  # upsampled as the decoders of the CPU do it
+        options |= {"device": "mixed", "jpeg_fancy_upsampling": True}
+    if window is None:
+        images = fn.decoders.image(encoded, **options)
+        return _resize_decoded(dali, images, None, image_size)
+    sides = fn.slice(fn.peek_image_shape(encoded, dtype=types.INT32), start=0, shape=2, axes=[0])
+    start, size = _window(dali, fn.cast(sides, dtype=types.FLOAT), window)
+    start = fn.cast(dali.math.floor(start), dtype=types.INT32)
+    size = fn.cast(dali.math.max(dali.math.floor(size + 0.5), 1), dtype=types.INT32)
+    images = fn.decoders.image_slice(
+        encoded,
+        start=start,
+        shape=dali.math.min(size, sides - start),
+        axis_names="HW",
+        **options,
+    )
+    return _to_size(dali, images, image_size)
+
+
+def _resize_decoded(dali: Any, images: Any, window: Any, image_size: int) -> Any:
+    fn, types = dali.fn, dali.types
+    if window is not None:
+        start, size = _window(dali, fn.cast(_sides(fn, images), dtype=types.FLOAT), window)
+        resized = _to_size(dali, images, image_size, roi_start=start, roi_end=start + size)
+    else:
+        shape = images.shape()
+        # Resizing takes as long as decoding a small JPEG, even where nothing is to be done.
+        if (shape[0] == image_size) & (shape[1] == image_size):
+            resized = images
+        else:
+            sides = fn.cast(_sides(fn, images), dtype=types.FLOAT)
+            size = fn.reductions.min(sides)
+            start = (sides - size) * 0.5
+            resized = _to_size(dali, images, image_size, roi_start=start, roi_end=start + size)
+    return resized
+
+
+def _sides(fn: Any, images: Any) -> Any:
+    return fn.slice(images.shape(), start=0, shape=2, axes=[0])
+
+
+def _to_size(dali: Any, images: Any, image_size: int, **region: Any) -> Any:
+    return dali.fn.resize(
+        images,
+        size=[image_size, image_size],
+        interp_type=dali.types.INTERP_CUBIC,
+        antialias=True,
+        **region,
+    )
+
+
+def _window(dali: Any, sides: Any, window: Any) -> tuple[Any, Any]:
+    """Start and size of a window, in pixels, float ``[2]`` each."""
+    fn = dali.fn
+    mean_side = dali.math.sqrt(sides[0] * sides[1])
+    size = dali.math.min(fn.slice(window, start=0, shape=2, axes=[0]) * mean_side, sides)
+    return (sides - size) * fn.slice(window, start=2, shape=2, axes=[0]), size
+
+
+def first_undecodable(images: Iterator[tuple[str, bytes]]) -> str | None:
+    """The name of the first image that DALI cannot decode, or None."""
+    import numpy as np
+
+    dali = import_dali()
+    waiting = [b""]
+    pipeline = dali.Pipeline(
+        batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, seed=0
+    )
+    with pipeline:
+        encoded = dali.fn.external_source(
+            source=lambda: [np.frombuffer(waiting[0], np.uint8)], batch=True
+        )
+        pipeline.set_outputs(dali.fn.decoders.image(encoded, output_type=dali.types.RGB))
+    for name, data in images:
+        if not data:
+            return name
+        waiting[0] = data
+        try:
+            pipeline.run()
+        except RuntimeError:
+            return name
+    return None

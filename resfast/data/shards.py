@@ -1,0 +1,288 @@
+"""WebDataset shards: tar archives of ``KEY.jpg``, ``KEY.png`` or ``KEY.webp`` beside ``KEY.cls``.
+
+``KEY.cls`` is the number of the class as text. Shards are read from front to back, which disks and
+network file systems do far faster than they open single files. Beside each shard lies an index
+``NAME.idx`` (the format of DALI's ``wds2idx``), so that nobody has to read the archive to count it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from resfast import atomic
+from resfast.data.dataset import print_to_stderr
+from resfast.data.folder import (
+    IMAGE_SUFFIXES,
+    SPLITS,
+    Directory,
+    Key,
+    check_listing,
+    open_source,
+    read_file,
+)
+from resfast.data.stream import Shards
+from resfast.errors import ResfastError
+
+IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
+LISTING = "classes.json"
+_MAX_LABEL_BYTES = 12
+_SHUFFLE_SEED = 0
+
+
+def write_shards(
+    path: Path,
+    destination: Path,
+    *,
+    images_per_shard: int = 10_000,
+    report: Callable[[str], None] = print_to_stderr,
+) -> list[Path]:
+    """Packs an image folder into shards ``{train,test}-NNNNN.tar``.
+
+    The files are stored as they are. Training images are shuffled, always in the same way, because
+    a reader of shards only shuffles what lies near together; test images are sorted by class, then
+    by path. ``classes.json`` is written last: with it the shards are complete.
+
+    Args:
+        path: ``train/<class>/*`` and ``test/<class>/*``, in a directory or a tar archive. The
+            images of an archive are first copied, one after another, to a temporary file in
+            ``destination``.
+        destination: folder for the shards, made if it is not there.
+        images_per_shard: images in every shard but the last of its split, from 1.
+        report: is given one line for each step worth knowing.
+
+    Returns:
+        The shards.
+
+    Raises:
+        ResfastError: ``path`` is no such tree, ``destination`` has shards already or cannot be
+            written, or ``images_per_shard`` is out of range.
+    """
+    if images_per_shard < 1:
+        raise ResfastError(f"images per shard {images_per_shard} is out of range: expected 1 up")
+    if (destination / LISTING).exists():
+        raise ResfastError(
+            f"{destination} has shards already ({LISTING}): choose another folder, or remove them"
+        )
+    source = open_source(path)
+    listing = source.scan()
+    classes = check_listing(path, listing)
+    number = {name: label for label, name in enumerate(classes)}
+    report(f"packing {len(listing.images):,} images from {path} into {destination}")
+    shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    counts = {}
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            if isinstance(source, Directory):
+                read: Callable[[Key], bytes] = lambda key: read_file(listing.images[key])  # noqa: E731
+            else:
+                spool = stack.enter_context(tempfile.TemporaryFile(dir=destination))
+                read = _spooled(source.blobs(listing), spool)
+            for split in SPLITS:
+                keys = sorted(key for key in listing.images if key[0] == split)
+                counts[split] = len(keys)
+                rows = _shuffled(len(keys)) if split == "train" else range(len(keys))
+                for first in range(0, len(keys), images_per_shard):
+                    shard = destination / f"{split}-{first // images_per_shard:05d}.tar"
+                    chosen = rows[first : first + images_per_shard]
+                    samples = ((row, keys[row], read(keys[row])) for row in chosen)
+                    _write_shard(shard, samples, number)
+                    shards[split].append(shard)
+        content = {
+            "classes": classes,
+            **{split: [shard.name for shard in shards[split]] for split in SPLITS},
+            "counts": counts,
+        }
+        atomic.write_bytes(destination / LISTING, json.dumps(content, indent=1).encode())
+    except OSError as error:
+        raise ResfastError(
+            f"cannot write shards to {destination}: {error.strerror or error}; free space or mend "
+            "the permissions"
+        ) from error
+    return [shard for split in SPLITS for shard in shards[split]]
+
+
+def _shuffled(count: int) -> list[int]:
+    import torch
+
+    from resfast.data.augment import generator
+
+    return torch.randperm(count, generator=generator(_SHUFFLE_SEED)).tolist()
+
+
+def _spooled(blobs: Iterator[tuple[Key, bytes]], spool: BinaryIO) -> Callable[[Key], bytes]:
+    """Copies ``blobs`` to a file; reads one of them back."""
+    places = {}
+    for key, data in blobs:
+        places[key] = (spool.tell(), len(data))
+        spool.write(data)
+
+    def read(key: Key) -> bytes:
+        offset, size = places[key]
+        spool.seek(offset)
+        return spool.read(size)
+
+    return read
+
+
+def _write_shard(
+    shard: Path, samples: Iterator[tuple[int, Key, bytes]], number: dict[str, int]
+) -> None:
+    with atomic.replacing(shard) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, key, data in samples:
+                extension = key[2].rpartition(".")[2].lower()
+                label = str(number[key[1]]).encode()
+                for suffix, content in ((extension, data), ("cls", label)):
+                    member = tarfile.TarInfo(f"{row:08d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        lines = index_lines(temporary, shown=shard)
+    # After the shard: an index older than its shard is not trusted.
+    atomic.write_bytes(shard.with_suffix(".idx"), "".join(lines).encode())
+
+
+@dataclass(frozen=True)
+class ShardFolder:
+    """What :func:`write_shards` left in a folder."""
+
+    classes: tuple[str, ...]
+    train: Shards
+    test: Shards
+
+
+def read_shards(destination: Path) -> ShardFolder:
+    """The shards that :func:`write_shards` left in a folder.
+
+    Raises:
+        ResfastError: the folder, its ``classes.json`` or a shard is missing or unreadable.
+    """
+    listing = destination / LISTING
+    remedy = "write shards with python -m resfast.data --shards DIR --data folder:PATH"
+    if not destination.is_dir():
+        raise ResfastError(f"{destination} is not a folder, one of shards was expected: {remedy}")
+    if not listing.exists():
+        raise ResfastError(
+            f"{destination} has no {LISTING}, so it has no shards or was not finished: {remedy}"
+        )
+    try:
+        content = json.loads(read_file(str(listing)))
+        classes = tuple(content["classes"])
+        train, test = (
+            Shards(
+                tuple(str(destination / name) for name in content[split]),
+                int(content["counts"][split]),
+            )
+            for split in SPLITS
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResfastError(f"{listing} is damaged ({error!r}): {remedy}") from error
+    for shard in (*train.paths, *test.paths):
+        if not Path(shard).is_file():
+            raise ResfastError(f"the shard {shard} is missing: copy it there again, or {remedy}")
+    return ShardFolder(classes, train, test)
+
+
+def index_lines(path: Path, *, shown: Path | None = None) -> list[str]:
+    """The index of one shard, of which each sample has an image and a ``.cls``.
+
+    Args:
+        path: the shard.
+        shown: its name in errors.
+
+    Returns:
+        The lines of an index in the format of DALI's ``wds2idx``, version 1.2.
+
+    Raises:
+        ResfastError: the shard cannot be read or is compressed, a sample lacks its image or its
+            class, or there is no sample.
+    """
+    samples: dict[str, dict[str, tuple[int, int, str]]] = {}
+    for member in _members(path, shown or path):
+        folder, slash, name = member.name.rpartition("/")
+        key, _, extension = name.partition(".")
+        if member.isfile() and key:
+            parts = samples.setdefault(f"{folder}{slash}{key}", {})
+            parts[extension.lower()] = (member.offset_data, member.size, member.name)
+    lines = []
+    for key, parts in samples.items():
+        image = next((extension for extension in IMAGE_EXTENSIONS if extension in parts), None)
+        label = parts.get("cls")
+        if image is None or label is None:
+            lacks = f"no {key}.cls" if image else f"no image {key}.{'|'.join(IMAGE_EXTENSIONS)}"
+            raise ResfastError(
+                f"{shown or path} has {lacks}: each sample needs an image and its class number "
+                "as KEY.cls"
+            )
+        if not 0 < label[1] <= _MAX_LABEL_BYTES:
+            raise ResfastError(
+                f"{label[2]} in {shown or path} has {label[1]} bytes; expected a class number"
+            )
+        # The name comes last in a component and ends at a space.
+        components = [(image, *parts[image]), ("cls", *label)]
+        lines.append(
+            " ".join(f"{ext} {at} {size} {name}" for ext, at, size, name in components) + "\n"
+        )
+    if not lines:
+        raise ResfastError(f"{shown or path} has no sample: expected KEY.jpg beside KEY.cls")
+    return [f"v1.2 {len(lines)}\n", *lines]
+
+
+def _members(path: Path, shown: Path) -> Iterator[tarfile.TarInfo]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            yield from tar
+    except tarfile.TarError as error:
+        raise ResfastError(
+            f"{shown} is not an uncompressed tar archive ({error}): shards are read in place, "
+            "unpack a compressed one first"
+        ) from error
+    except OSError as error:
+        raise ResfastError(f"{shown} cannot be read ({error.strerror or error})") from error
+
+
+def indexed(paths: Sequence[str], folder: Path) -> tuple[list[str], int]:
+    """The indices of shards and their number of samples together.
+
+    An index that lies beside its shard and is not older is taken; the others are made by reading
+    the shards' headers and written to ``folder``.
+
+    Raises:
+        ResfastError: as of :func:`index_lines`.
+    """
+    indices, count = [], 0
+    for ordinal, path in enumerate(map(Path, paths)):
+        index = path.with_suffix(".idx")
+        if not path.is_file():
+            raise ResfastError(f"the shard {path} does not exist: check its name")
+        if not (index.exists() and index.stat().st_mtime_ns >= path.stat().st_mtime_ns):
+            index = folder / f"{ordinal}.idx"
+            index.write_text("".join(index_lines(path)))
+        indices.append(str(index))
+        with open(index) as lines:
+            count += _declared(index, lines.readline())
+    return indices, count
+
+
+def _declared(index: Path, first_line: str) -> int:
+    version, _, count = first_line.strip().partition(" ")
+    if not (version.startswith("v1.") and count.isdecimal()):
+        raise ResfastError(f"{index} is not an index of a shard (its first line is {first_line!r})")
+    return int(count)
+
+
+def images_of(path: str) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each image of a shard, in order."""
+    with open(path, "rb") as file:
+        for member in _members(Path(path), Path(path)):
+            if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
+                file.seek(member.offset_data)
+                yield member.name, file.read(member.size)
