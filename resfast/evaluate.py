@@ -16,7 +16,9 @@ import torch
 import tyro
 
 from resfast import __version__, entry, inference, runtime
-from resfast.data.dataset import Dataset, load_dataset, print_to_stderr
+from resfast.data import feed
+from resfast.data.dataset import Dataset, print_to_stderr
+from resfast.data.stream import Stream, open_data
 from resfast.errors import ResfastError
 from resfast.inference import TrainedRun, Which
 from resfast.runtime import Precision
@@ -37,8 +39,8 @@ class Options:
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Folder of the run, runs/NAME, or a .safetensors file of one."""
     data: str | None = None
-    """Another data set with the same classes (cifar10, cifar100, digits, folder:PATH), resized to
-    the run's image size. None: the run's own."""
+    """Another data set with the same classes (cifar10, cifar100, digits, folder:PATH,
+    shards:PATH), resized to the run's image size. None: the run's own."""
     data_dir: Path | None = None
     """Where data sets are looked for, downloaded to and cached (None: the run's own)."""
     tta: Literal["auto"] | TTA = "auto"
@@ -120,29 +122,32 @@ def evaluate(
     batch_size = run.checked_batch_size(batch_size)
     tta = run.config.evaluation.tta if tta == "auto" else tta
     folder = None if out is None else _folder(Path(out).expanduser())
-    dataset = load_dataset(
+    dataset = open_data(
         run.config.data.data if data is None else data,
         data_dir=run.config.data.data_dir if data_dir is None else Path(data_dir),
         image_size=run.image_size,
         skip_corrupt=skip_corrupt or run.config.data.skip_corrupt,
+        loader=run.config.data.loader if data is None else "auto",
+        device=run.device,
         report=report,
     )
     _note_changed_data(run, dataset, report)
-    labels = _labels(run, dataset)
+    numbering = _numbering(run, dataset)
 
     start = time.perf_counter()
     with inference.out_of_memory(batch_size):
-        images, labels = dataset.test_images.to(run.device), labels.to(run.device)
-        score = partial(
-            evaluation.evaluate,
-            run.model,
-            images,
-            labels,
+        batches = feed.EvaluationBatches(
+            feed.split_sources(dataset, 0, 0)[-1],
             run.mean,
             run.std,
+            image_size=run.image_size,
             batch_size=batch_size,
+            device=run.device,
             dtype=run.dtype,
+            classes=len(run.classes),
+            numbering=numbering,
         )
+        score = partial(evaluation.evaluate, run.model, batches, dtype=run.dtype)
         plain = score(tta="none")
         augmented = plain if tta == "none" else score(tta=tta)
     seconds = time.perf_counter() - start
@@ -151,8 +156,8 @@ def evaluate(
         "weights": run.file.name,
         "data": dataset.name,
         "data_digest": dataset.digest,
-        "test_images": len(labels),
-        "skipped_images": len(dataset.skipped),
+        "test_images": batches.count,
+        "skipped_images": len(getattr(dataset, "skipped", ())),
         "test_accuracy": plain.accuracy,
         "test_loss": plain.loss,
         "tta": tta,
@@ -184,10 +189,10 @@ def evaluate(
     return result
 
 
-def _labels(run: TrainedRun, dataset: Dataset) -> torch.Tensor:
-    """Labels of the test images, int64 ``[N]``, numbered as the run's classes."""
+def _numbering(run: TrainedRun, dataset: Dataset | Stream) -> torch.Tensor | None:
+    """The run's label for each of the data set's, int64 ``[classes]``; None where they agree."""
     if dataset.classes == run.classes:
-        return dataset.test_labels
+        return None
     missing = [name for name in run.classes if name not in dataset.classes]
     extra = [name for name in dataset.classes if name not in run.classes]
     if missing or extra:
@@ -196,8 +201,7 @@ def _labels(run: TrainedRun, dataset: Dataset) -> torch.Tensor:
             f"{run.path} was trained on ({len(run.classes)}), missing: {_some(missing)}; extra: "
             f"{_some(extra)}; expected the same names: choose another --data or another run"
         )
-    number = torch.tensor([run.classes.index(name) for name in dataset.classes])
-    return number[dataset.test_labels]
+    return torch.tensor([run.classes.index(name) for name in dataset.classes])
 
 
 def _some(names: Sequence[str]) -> str:
@@ -205,7 +209,9 @@ def _some(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown or "none"
 
 
-def _note_changed_data(run: TrainedRun, dataset: Dataset, report: Callable[[str], None]) -> None:
+def _note_changed_data(
+    run: TrainedRun, dataset: Dataset | Stream, report: Callable[[str], None]
+) -> None:
     summary = run.summary or {}
     digest = summary.get("data_digest")
     if summary.get("data") == dataset.name and digest not in (None, dataset.digest):

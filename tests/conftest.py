@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from resfast.data.augment import Augment
 from resfast.training.config import (
     Config,
     DataConfig,
@@ -51,7 +52,7 @@ def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TINY_OPTIONS = (
-    "--model resnet --blocks 1,1 --channels 8,16 --stem 8 --image-size 16 --crop 1 --flip none "
+    "--model resnet --blocks 1,1 --channels 8,16 --stem 8 --image-size 16 --augment crop=1 "
     "--batch-size 12 --compile off --precision fp32 --lr 0.05 --save-seconds 0 --threads 1"
 ).split()
 """The tiny run as command line options (``--data`` and ``--out`` are left to the test)."""
@@ -66,8 +67,7 @@ def tiny(image_tree: Path, tmp_path: Path) -> Config:
             data=f"folder:{image_tree}",
             data_dir=tmp_path / "data",
             image_size=16,
-            crop=1,
-            flip="none",
+            augment=Augment(crop=1),
         ),
         optim=OptimConfig(epochs=3, batch_size=12, lr=0.05, ema=0.9, label_smoothing=0.1),
         evaluation=EvalConfig(tta="flip"),

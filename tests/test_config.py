@@ -130,7 +130,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
-@pytest.mark.parametrize("options", ["--epoch 3", "--epochs many", "--blocks 2,x", "--flip never"])
+@pytest.mark.parametrize(
+    "options", ["--epoch 3", "--epochs many", "--blocks 2,x", "--augment flip=never"]
+)
 def test_a_malformed_option_exits_with_2(options: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as error:
         main(options.split())

@@ -20,6 +20,7 @@ from PIL import Image
 
 import resfast
 from resfast import evaluate, inference, predict
+from resfast.data.augment import Augment
 from resfast.data.dataset import load_dataset
 from resfast.errors import ResfastError
 from resfast.training.checkpoint import load_weights, save_weights
@@ -39,7 +40,7 @@ SIZE = 16
 def tiny(out: Path, name: str, **data) -> Config:
     return Config(
         model=ModelConfig(model="resnet", blocks=(1, 1), channels=(8, 16), stem=8),
-        data=DataConfig(data_dir=out / "data", image_size=SIZE, crop=1, flip="none", **data),
+        data=DataConfig(data_dir=out / "data", image_size=SIZE, augment=Augment(crop=1), **data),
         optim=OptimConfig(epochs=3, batch_size=16),
         evaluation=EvalConfig(tta="shift", eval_batch_size=50),
         runtime=RuntimeConfig(device="cpu", precision="fp32", compile="off"),
@@ -331,7 +332,8 @@ def test_evaluate_scores_other_data_resized_and_in_the_run_s_order(run, tmp_path
 def test_labels_follow_the_names_of_the_run_s_classes(trained, tree):
     data = load_dataset(f"folder:{tree}", data_dir=tree.parent / "data", image_size=SIZE)
     turned = dataclasses.replace(data, classes=("red", "blue", "green"))
-    assert evaluate._labels(trained, turned).tolist() == [2] * 5 + [0] * 5 + [1] * 5
+    assert evaluate._numbering(trained, turned).tolist() == [2, 0, 1]
+    assert evaluate._numbering(trained, data) is None
 
 
 def test_evaluate_from_python_writes_only_where_it_is_told(trained, run, tmp_path):

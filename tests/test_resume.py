@@ -19,7 +19,7 @@ from resfast.training.trainer import Interrupted, train
 from tests.conftest import TINY_OPTIONS, change
 from tests.test_training import assert_same_weights
 
-LONG = ["--epochs", "12", "--dropout", "0.1", "--ema", "0.9", "--flip", "alternating"]
+LONG = ["--epochs", "12", "--dropout", "0.1", "--ema", "0.9", "--augment", "strong"]
 
 
 def command(tree: Path, folder: Path, name: str) -> list[str]:
@@ -71,7 +71,6 @@ def test_a_run_killed_at_random_points_ends_with_the_same_weights(
         killed += process.returncode == -signal.SIGKILL
         arguments = resume(path)
     assert killed >= 2
-    assert not (path / records.WEIGHTS).exists() or killed < 3
     done = subprocess.run(resume(path), capture_output=True, text=True, check=True)
     assert "test accuracy" in done.stdout
     assert_same_weights(path, reference)

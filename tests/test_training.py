@@ -14,6 +14,7 @@ from torch import nn
 
 import resfast
 from resfast import atomic
+from resfast.data.loader import resident_batches
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.models.resnet import ResNet
 from resfast.train import main
@@ -379,10 +380,10 @@ def test_resuming_by_command_with_another_option_exits_with_2(
     tiny: Config, capsys: pytest.CaptureFixture[str]
 ):
     path = train(tiny).path
-    assert main(["--resume", str(path), "--lr", "0.2", "--flip", "random"]) == 2
+    assert main(["--resume", str(path), "--lr", "0.2", "--augment", "flip=random"]) == 2
     error = capsys.readouterr().err
     assert "lr was 0.05 and is now 0.2" in error
-    assert "flip was 'none' and is now 'random'" in error
+    assert "augment was 'crop=1' and is now 'flip=random'" in error
     assert main(["--resume", str(path), "--lr", "0.05"]) == 0
 
 
@@ -444,9 +445,10 @@ def test_evaluation_counts_right_and_wrong_by_class():
     images = torch.tensor([0, 0, 1, 2, 2, 2], dtype=torch.uint8)[:, None, None, None]
     images = images.expand(-1, 4, 4, 3).contiguous()
     labels = torch.tensor([0, 1, 1, 2, 2, 0])
-    result = evaluate(
-        Fixed(), images, labels, torch.zeros(3), torch.full((3,), 1 / 255), batch_size=4
+    batches = resident_batches(
+        images, labels, torch.zeros(3), torch.full((3,), 1 / 255), batch_size=4
     )
+    result = evaluate(Fixed(), batches)
     assert result.accuracy == pytest.approx(4 / 6)
     assert result.confusion.tolist() == [[1, 0, 1], [1, 1, 0], [0, 0, 2]]
     assert result.per_class == pytest.approx([0.5, 0.5, 1.0])
@@ -538,7 +540,9 @@ def test_a_run_on_cuda_learns(tiny: Config, precision: str):
 
 
 @pytest.mark.gpu
-def test_an_epoch_on_cuda_never_waits_for_the_device(tiny: Config):
+@pytest.mark.parametrize("policy", ["none", "standard", "strong", "report-001"])
+def test_an_epoch_on_cuda_never_waits_for_the_device(policy: str):
+    from resfast.data.augment import parse_augment
     from resfast.data.loader import ResidentLoader
 
     step = make_step(compile=False, ema=0.9)
@@ -549,13 +553,16 @@ def test_an_epoch_on_cuda_never_waits_for_the_device(tiny: Config):
         torch.full((3,), 0.5),
         torch.full((3,), 0.25),
         batch_size=8,
+        augment=parse_augment(policy),
+        classes=3,
         device="cuda",
     )
     step.model.cuda()
     step.ema.module.cuda()
     step.device = torch.device("cuda")
-    batches = loader.epoch(0)
-    step(*next(batches))
+    for epoch in (0, 1):  # the second one has everything compiled and cached
+        batches = loader.epoch(epoch)
+        step(*next(batches))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:

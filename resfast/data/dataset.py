@@ -27,7 +27,7 @@ from torch import Tensor
 from resfast.data import cache, folder
 from resfast.errors import ResfastError, nearest
 
-CHOICES = ("auto", "cifar10", "cifar100", "digits", "folder:PATH")
+CHOICES = ("auto", "cifar10", "cifar100", "digits", "folder:PATH", "shards:PATH")
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 1024
 DIGITS_TEST_FRACTION, DIGITS_SPLIT_SEED = 0.2, 0
 REACHABLE_TIMEOUT_S = 5.0
@@ -46,6 +46,11 @@ class Dataset:
     classes: tuple[str, ...]
     digest: str  # hex digest of the four tensors and the class names
     skipped: tuple[str, ...] = ()  # corrupt files left out under skip_corrupt
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self.train_images.shape[1]
 
 
 class DataUnavailableError(ResfastError):

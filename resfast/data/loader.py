@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resfast.data.augment import (
-    ORDER_STREAM,
-    Flip,
-    Padding,
-    augment,
-    generator,
+    Augment,
+    check_augment,
+    mixed_labels,
+    needs_statistics,
+    order,
     sample,
+    sample_mix,
+    statistics,
 )
 from resfast.errors import ResfastError
+from resfast.kernels.augment import augment, normalization
 
 
 class ResidentLoader:
-    """Training batches, shuffled over the whole epoch, the ragged last batch dropped.
+    """Training batches, shuffled over the whole epoch.
 
     A batch is a pure function of (seed, epoch, step): nothing has to be saved to resume.
 
@@ -29,15 +33,18 @@ class ResidentLoader:
         mean: float32 ``[C]`` in units of pixel / 255.
         std: float32 ``[C]``, likewise.
         batch_size: images a batch, at most N.
-        crop: largest shift in pixels, below the image's side.
-        padding: see :func:`~resfast.data.augment.augment`.
-        flip: see :func:`~resfast.data.augment.sample`.
+        augment: what is done to the images.
+        classes: number of classes; labels are below it.
         seed: seed of order and augmentation.
         device: where batches are made.
         dtype: of the images in a batch.
+        drop_last: leave out a ragged last batch.
+        rank: which part of every ``world * batch_size`` images is ours, from 0.
+        world: how many parts there are; they differ by at most one image in a ragged last step,
+            which is left out where it cannot give every rank an image.
 
     Raises:
-        ResfastError: a batch size or crop out of range.
+        ResfastError: a batch size or an augmentation that does not fit the images.
     """
 
     def __init__(
@@ -48,34 +55,35 @@ class ResidentLoader:
         std: Tensor,
         *,
         batch_size: int,
-        crop: int = 4,
-        padding: Padding = "reflect",
-        flip: Flip = "random",
+        augment: Augment,
+        classes: int,
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        drop_last: bool = True,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        if not 1 <= batch_size <= len(images):
-            raise ResfastError(
-                f"batch size {batch_size} does not fit {len(images)} training images; "
-                f"choose --batch-size between 1 and {len(images)}"
-            )
-        side = min(images.shape[1:3])
-        if not 0 <= crop < side:
-            raise ResfastError(
-                f"crop {crop} does not fit images of {side} pixels; choose --crop between 0 "
-                f"and {side - 1}"
-            )
+        check_batch_size(batch_size, len(images), world)
+        if not 0 <= rank < world:
+            raise ResfastError(f"rank {rank} is out of range: expected 0 to {world - 1}")
+        check_augment(augment, *images.shape[1:3])
         self.device = torch.device(device)
         self.images = images.to(self.device).contiguous()
         self.labels = labels.to(self.device)
         self.mean, self.std = mean.to(self.device), std.to(self.device)
-        self.batch_size, self.seed, self.dtype = batch_size, seed, dtype
-        self.crop, self.padding, self.flip = crop, padding, flip
+        self.count, self.image_size = len(images), images.shape[1]
+        self.batch_size, self.augment, self.classes = batch_size, augment, classes
+        self.seed, self.dtype, self.drop_last = seed, dtype, drop_last
+        self.rank, self.world = rank, world
+        self._normalization = normalization(self.mean, self.std)
+        self._statistics = statistics(self.images) if needs_statistics(augment) else None
+        self._all = torch.arange(self.count, device=self.device)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self.images) // self.batch_size
+        whole, rest = divmod(self.count, self.batch_size * self.world)
+        return whole + (rest >= self.world and not self.drop_last)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of one epoch.
@@ -85,23 +93,92 @@ class ResidentLoader:
             first_step: batches to leave out at the start, to resume inside an epoch.
 
         Yields:
-            images ``[B, C, H, W]`` in ``channels_last`` and the loader's dtype, labels ``[B]``.
+            images ``[B, C, H, W]`` in ``channels_last`` and the loader's dtype, and labels: int64
+            ``[B]``, or where images are mixed the parts of the classes, float32 ``[B, classes]``.
         """
-        count = len(self.images)
-        order = torch.randperm(count, generator=generator(self.seed, ORDER_STREAM, epoch))
-        params = sample(count, crop=self.crop, flip=self.flip, seed=self.seed, epoch=epoch)
-        order, params = order.to(self.device), params.to(self.device)
+        size = tuple(self.images.shape[1:3])
+        params = sample(
+            self.augment,
+            self._all,
+            size=size,
+            channels=self.images.shape[3],
+            seed=self.seed,
+            epoch=epoch,
+            statistics=self._statistics,
+        )
+        shuffled = order(self.count, seed=self.seed, epoch=epoch, device=self.device)
+        step_images = self.batch_size * self.world
         for step in range(first_step, len(self)):
-            indices = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield (
-                augment(
-                    self.images,
-                    indices,
-                    params[indices],
-                    self.mean,
-                    self.std,
-                    padding=self.padding,
-                    dtype=self.dtype,
-                ),
-                self.labels[indices],
+            everyone = shuffled[step * step_images : (step + 1) * step_images]
+            indices = everyone.tensor_split(self.world)[self.rank]
+            labels = self.labels[indices]
+            mix = sample_mix(
+                self.augment, indices, count=self.count, size=size, seed=self.seed, epoch=epoch
             )
+            images = torch.ops.resfast.augment(
+                self.images,
+                indices,
+                *self._normalization,
+                params.shift,
+                params.flip,
+                params.affine,
+                params.color,
+                params.cutout,
+                *((None, None, None) if mix is None else (mix.partner, mix.weight, mix.box)),
+                self.augment.padding == "zero",
+                self.dtype,
+                False,  # what the sampler draws is in range: checking would wait for the device
+            )
+            if mix is not None:
+                own_part = mix.own_part(*size)
+                labels = mixed_labels(labels, self.labels[mix.partner], own_part, self.classes)
+            yield images, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the position in the epoch is enough to go on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a state of :meth:`state_dict`."""
+
+
+def check_batch_size(batch_size: int, count: int, world: int = 1) -> None:
+    """Checks that a training set has at least one whole batch.
+
+    Raises:
+        ResfastError: it has not.
+    """
+    if not 1 <= batch_size <= count // world:
+        raise ResfastError(
+            f"batch size {batch_size} does not fit {count} training images; "
+            f"choose --batch-size between 1 and {count // world}"
+        )
+
+
+def resident_batches(
+    images: Tensor,
+    labels: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images once, in order and unchanged but for normalization.
+
+    Args:
+        images: uint8 ``[N, H, W, C]``.
+        labels: int64 ``[N]``.
+        mean: float32 ``[C]`` in units of pixel / 255.
+        std: float32 ``[C]``, likewise.
+        batch_size: images a batch; the last may be smaller.
+        dtype: of the images in a batch.
+
+    Yields:
+        images ``[B, C, H, W]`` in ``channels_last`` on the device of ``images``, labels ``[B]``.
+    """
+    mean, std = mean.to(images.device), std.to(images.device)
+    for start in range(0, len(images), batch_size):
+        indices = torch.arange(start, min(start + batch_size, len(images)), device=images.device)
+        batch = augment(images, indices, None, mean, std, dtype=dtype, check=False)
+        yield batch, labels[start : start + batch_size]

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 import tyro
 
+from resfast.data.augment import POLICIES, Augment, parse_augment
 from resfast.errors import ResfastError
 from resfast.models.presets import DEFAULT_MODEL, preset
 from resfast.models.resnet import Activation, Block, ResNetSpec, Shortcut
@@ -40,6 +41,26 @@ IntList = Annotated[
     ),
 ]
 """``2,1,1,1`` on the command line, a tuple of integers in Python."""
+
+
+def _augment(argument: list[str]) -> Augment:
+    try:
+        return parse_augment(argument[0])
+    except ResfastError as error:
+        raise ValueError(str(error)) from None
+
+
+AugmentOption = Annotated[
+    Augment,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="POLICY",
+        instance_from_str=_augment,
+        is_instance=lambda value: isinstance(value, Augment),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""``standard,mixup=0.2`` on the command line, an ``Augment`` in Python."""
 
 _STRICT = pydantic.ConfigDict(extra="forbid")
 
@@ -83,8 +104,8 @@ class DataConfig:
     __pydantic_config__ = _STRICT
 
     data: str = "auto"
-    """cifar10, cifar100, digits, folder:PATH (an image folder or a tar of one), or auto: CIFAR-10
-    if it is on disk or can be fetched, otherwise digits."""
+    """cifar10, cifar100, digits, folder:PATH (an image folder or a tar of one), shards:PATH
+    (WebDataset shards), or auto: CIFAR-10 if it is on disk or can be fetched, otherwise digits."""
     data_dir: Path = Path("data")
     """Where data sets are looked for, downloaded to and cached."""
     image_size: int = 32
@@ -93,12 +114,14 @@ class DataConfig:
     """Leave out images that cannot be decoded instead of stopping."""
     val_fraction: float = 0.0
     """Part of the training set held out for validation, best weights and early stopping."""
-    crop: int = 4
-    """Largest random translation, in pixels (0: none)."""
-    padding: Literal["reflect", "zero"] = "reflect"
-    """What a translation shifts in: the reflected image, or black."""
-    flip: Literal["none", "random", "alternating"] = "random"
-    """Horizontal flip: random each epoch, or random in the first and every other epoch after."""
+    augment: AugmentOption = POLICIES["light"]
+    """Augmentation: a policy (none, light, standard, strong, report-001), values of its own such
+    as crop=4,flip=alternating,cutout=8,mixup=0.2, or a policy and values that override its."""
+    loader: Literal["auto", "resident", "dali"] = "auto"
+    """Where batches come from: the whole set decoded on the device, a DALI pipeline that decodes
+    as it goes, or auto: resident where the set fits half of the free memory."""
+    prefetch: int = 2
+    """DALI: batches prepared ahead."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +251,7 @@ class Config:
 
 _ADAPTER = pydantic.TypeAdapter(Config)
 
-FREE_TO_DIFFER = {"data_dir", "threads", *(f.name for f in fields(RunConfig))}
+FREE_TO_DIFFER = {"data_dir", "prefetch", "threads", *(f.name for f in fields(RunConfig))}
 """Fields that may change when a run is resumed: they do not change what is computed."""
 
 
@@ -248,13 +271,26 @@ def from_json(text: str, source: str) -> Config:
         ResfastError: not JSON, an unknown field, or a value of the wrong type.
     """
     try:
-        return _ADAPTER.validate_json(text)
+        return _ADAPTER.validate_json(_upgraded(text))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ResfastError(
             f"{source}: {where}: {first['msg']}; expected a config.json written by resfast.train"
         ) from None
+
+
+def _upgraded(text: str) -> str:
+    """What version 0.1 wrote, which had the three augmentations beside each other in ``data``."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return text  # the validation says what is wrong
+    data = values.get("data") if isinstance(values, dict) else None
+    if not isinstance(data, dict) or "augment" in data:
+        return text
+    old = {name: data.pop(name) for name in ("crop", "padding", "flip") if name in data}
+    return json.dumps(values | {"data": data | {"augment": old}}) if old else text
 
 
 def load(path: Path) -> Config:
@@ -279,6 +315,7 @@ def flatten(config: Config) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in asdict(config).items():
         flat.update(value if isinstance(value, dict) else {name: value})
+    flat["augment"] = str(config.data.augment)
     return flat
 
 

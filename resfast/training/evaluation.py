@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfast.data.augment import augment
+from resfast.data.loader import resident_batches
 
 TTA = Literal["none", "flip", "shift"]
 
@@ -61,29 +62,29 @@ def predict(
         float32 ``[N, classes]`` on the same device.
     """
     device = images.device
-    mean, std = mean.to(device), std.to(device)
     out = []
     with torch.inference_mode():
-        for start in range(0, len(images), batch_size):
-            indices = torch.arange(start, min(start + batch_size, len(images)), device=device)
-            batch = augment(images, indices, None, mean, std, dtype=dtype)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                out.append(_logits(model, batch, tta))
+        unlabelled = torch.empty(len(images), 0, device=device)
+        for batch, _ in resident_batches(
+            images, unlabelled, mean, std, batch_size=batch_size, dtype=dtype
+        ):
+            out.append(_logits(model, batch, dtype, tta))
     return torch.cat(out)
 
 
-def _logits(model: nn.Module, batch: Tensor, tta: TTA) -> Tensor:
-    if tta == "none":
-        return model(batch).float()
-    logits = _mirrored(model, batch)
-    if tta == "shift":
-        height, width = batch.shape[2:]
-        padded = F.pad(batch, (1, 1, 1, 1), mode="reflect")
-        padded = padded.contiguous(memory_format=torch.channels_last)
-        moved = [padded[:, :, s : s + height, s : s + width] for s in (0, 2)]
-        moved = [m.contiguous(memory_format=torch.channels_last) for m in moved]
-        logits = logits / 2 + (_mirrored(model, moved[0]) + _mirrored(model, moved[1])) / 4
-    return logits
+def _logits(model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA) -> Tensor:
+    with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
+        if tta == "none":
+            return model(batch).float()
+        logits = _mirrored(model, batch)
+        if tta == "shift":
+            height, width = batch.shape[2:]
+            padded = F.pad(batch, (1, 1, 1, 1), mode="reflect")
+            padded = padded.contiguous(memory_format=torch.channels_last)
+            moved = [padded[:, :, s : s + height, s : s + width] for s in (0, 2)]
+            moved = [m.contiguous(memory_format=torch.channels_last) for m in moved]
+            logits = logits / 2 + (_mirrored(model, moved[0]) + _mirrored(model, moved[1])) / 4
+        return logits
 
 
 def _mirrored(model: nn.Module, batch: Tensor) -> Tensor:
@@ -92,31 +93,41 @@ def _mirrored(model: nn.Module, batch: Tensor) -> Tensor:
 
 def evaluate(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    mean: Tensor,
-    std: Tensor,
+    batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    batch_size: int = 1000,
     dtype: torch.dtype = torch.float32,
     tta: TTA = "none",
 ) -> Evaluation:
-    """Scores a network; arguments as of :func:`predict`, ``labels`` int64 ``[N]``.
+    """Scores a network.
 
-    The model is put in eval mode for the call, and back after it.
+    Args:
+        model: a network on the device of the batches; put in eval mode for the call, and back.
+        batches: normalized images ``[B, C, H, W]`` in ``dtype`` and labels int64 ``[B]``, at least
+            one batch.
+        dtype: compute dtype under autocast.
+        tta: as of :func:`predict`.
     """
     was_training = model.training
     model.eval()
+    confusion = loss = None
     try:
-        logits = predict(model, images, mean, std, batch_size=batch_size, dtype=dtype, tta=tta)
+        with torch.inference_mode():
+            for images, labels in batches:
+                logits = _logits(model, images, dtype, tta)
+                classes = logits.shape[1]
+                if confusion is None:
+                    confusion = labels.new_zeros(classes * classes)
+                    loss = logits.new_zeros((), dtype=torch.float64)
+                confusion += torch.bincount(
+                    labels * classes + logits.argmax(1), minlength=classes * classes
+                )
+                loss += F.cross_entropy(logits, labels, reduction="sum")
     finally:
         model.train(was_training)
-    classes = logits.shape[1]
-    loss = F.cross_entropy(logits, labels)
-    pairs = labels * classes + logits.argmax(1)
-    confusion = torch.bincount(pairs, minlength=classes * classes).view(classes, classes).cpu()
+    confusion = confusion.view(classes, classes).cpu()
+    count = int(confusion.sum())
     return Evaluation(
-        accuracy=int(confusion.diagonal().sum()) / len(labels),
-        loss=loss.item(),
+        accuracy=int(confusion.diagonal().sum()) / count,
+        loss=loss.item() / count,
         confusion=confusion,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from resfast.data.augment import Augment
 from resfast.errors import ResfastError, nearest
 from resfast.training.config import Config, DataConfig, ModelConfig, OptimConfig
 
@@ -11,7 +12,7 @@ RECIPES: dict[str, Config] = {
     "default": Config(
         recipe="default",
         model=ModelConfig(model="resnet-2111", param_budget=FIVE_MILLION),
-        data=DataConfig(crop=4, padding="reflect", flip="alternating"),
+        data=DataConfig(augment=Augment(crop=4, flip="alternating")),
         optim=OptimConfig(
             optimizer="sgd",
             lr=0.125,
@@ -30,7 +31,7 @@ RECIPES: dict[str, Config] = {
     "report-onecycle": Config(
         recipe="report-onecycle",
         model=ModelConfig(model="resnet-2111", param_budget=FIVE_MILLION),
-        data=DataConfig(crop=4, padding="reflect", flip="random"),
+        data=DataConfig(augment=Augment(crop=4, flip="random")),
         optim=OptimConfig(
             epochs=70,
             batch_size=512,

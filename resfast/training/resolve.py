@@ -10,6 +10,8 @@ import torch
 
 from resfast import runtime
 from resfast.data.dataset import Dataset
+from resfast.data.feed import choose_loader
+from resfast.data.stream import Stream
 from resfast.errors import ResfastError
 from resfast.training.config import Config, network
 
@@ -48,7 +50,7 @@ def check(config: Config) -> None:
     at_least("eval-every", evaluation.eval_every, 1)
     at_least("eval-batch-size", evaluation.eval_batch_size, 1)
     at_least("early-stop", evaluation.early_stop, 0)
-    at_least("crop", data.crop, 0)
+    at_least("prefetch", data.prefetch, 1)
     at_least("save-seconds", config.run.save_seconds, 0)
     at_least("threads", config.runtime.threads, 0)
     at_least("seed", config.runtime.seed, 0)
@@ -86,7 +88,7 @@ def check(config: Config) -> None:
     network(config.model)
 
 
-def resolve(config: Config, data: Dataset, train_images: int) -> tuple[Config, list[str]]:
+def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[Config, list[str]]:
     """A configuration without open values, for this data set and this machine.
 
     Args:
@@ -130,12 +132,12 @@ def resolve(config: Config, data: Dataset, train_images: int) -> tuple[Config, l
     compile, why = _resolve_compile(config.runtime.compile, device, optim.epochs * train_images)
     if why:
         notes.append(why)
-    image_size = int(data.train_images.shape[1])
+    loader = choose_loader(config.data.loader, data, device)
     return (
         replace(
             config,
             optim=optim,
-            data=replace(config.data, data=data.name, image_size=image_size),
+            data=replace(config.data, data=data.name, image_size=data.image_size, loader=loader),
             runtime=replace(
                 config.runtime, device=str(device), precision=precision, compile=compile
             ),

@@ -59,14 +59,16 @@ class TrainStep:
             logits = self.model(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
-        return loss, (logits.detach().argmax(1) == labels).sum()
+        main = labels if labels.ndim == 1 else labels.argmax(1)
+        return loss, (logits.detach().argmax(1) == main).sum()
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step.
 
         Args:
             images: ``[B, C, H, W]`` in ``channels_last``, in the compute dtype.
-            labels: int64 ``[B]``.
+            labels: int64 ``[B]``, or parts of the classes, float32 ``[B, classes]``, of which the
+                largest then counts as the correct one.
 
         Returns:
             Mean loss (float32) and number of correct predictions (int64), both 0-d on the device.

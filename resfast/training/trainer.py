@@ -13,12 +13,14 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast import __version__, atomic, runtime
+from resfast.data import feed
 from resfast.data.augment import generator
-from resfast.data.dataset import Dataset, channel_mean_std, load_dataset, split_validation
-from resfast.data.loader import ResidentLoader
+from resfast.data.dataset import Dataset
+from resfast.data.stream import Stream, open_data
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.models.resnet import ResNet, count_parameters
 from resfast.models.summary import count_macs
@@ -88,11 +90,13 @@ def train(config: Config | None = None, *, resume: str | Path | None = None) -> 
     elif config is None:
         raise ResfastError("train needs a configuration or a run to resume")
     check(config)
-    data = load_dataset(
+    data = open_data(
         config.data.data,
         data_dir=config.data.data_dir,
         image_size=config.data.image_size,
         skip_corrupt=config.data.skip_corrupt,
+        loader=config.data.loader,
+        device=runtime.resolve_device(config.runtime.device),
         report=display.say,
     )
     return _Run(config, data, display, path, state).train()
@@ -124,22 +128,16 @@ class _Run:
     def __init__(
         self,
         config: Config,
-        data: Dataset,
+        data: Dataset | Stream,
         display: Display,
         path: Path | None,
         state: dict[str, Any] | None,
     ) -> None:
         self.display, self.data = display, data
-        held_out = config.data.val_fraction > 0
-        if held_out:
-            train_indices, val_indices = split_validation(
-                data.train_labels, config.data.val_fraction, config.runtime.seed
-            )
-            train_images = data.train_images[train_indices]
-            train_labels = data.train_labels[train_indices]
-        else:
-            train_images, train_labels = data.train_images, data.train_labels
-        config, notes = resolve(config, data, len(train_images))
+        train_source, val_source, self.test_source = feed.split_sources(
+            data, config.data.val_fraction, config.runtime.seed
+        )
+        config, notes = resolve(config, data, feed.count(train_source))
         for note in notes:
             display.say(note)
         self.config = config
@@ -151,26 +149,27 @@ class _Run:
             tf32=config.runtime.tf32,
             tuned_allocator=config.runtime.tune_allocator,
         )
-        mean, std = channel_mean_std(train_images)
-        std = torch.where(std > 0, std, 1.0)  # a constant channel carries nothing
-        self.loader = ResidentLoader(
-            train_images,
-            train_labels,
+        self.pipeline = {"prefetch": config.data.prefetch, "threads": config.runtime.threads}
+        mean, std = feed.mean_std(
+            train_source, data.image_size, device=self.device, **self.pipeline
+        )
+        self.mean, self.std = mean, std
+        self.loader = feed.train_loader(
+            train_source,
             mean,
             std,
+            loader=config.data.loader,
+            image_size=data.image_size,
             batch_size=config.optim.batch_size,
-            crop=config.data.crop,
-            padding=config.data.padding,
-            flip=config.data.flip,
+            augment=config.data.augment,
+            classes=len(data.classes),
             seed=config.runtime.seed,
             device=self.device,
             dtype=self.dtype,
+            **self.pipeline,
         )
-        if held_out:
-            val = data.train_images[val_indices], data.train_labels[val_indices]
-        else:
-            val = data.test_images, data.test_labels
-        self.val = tuple(tensor.to(self.device) for tensor in val)
+        held_out = val_source is not None
+        self.val = self._batches(val_source if held_out else self.test_source)
         self.evaluated_on = "val" if held_out else "test"
 
         torch.manual_seed(config.runtime.seed)
@@ -183,8 +182,7 @@ class _Run:
             )
         if config.model.zero_init_residual:
             model.zero_init_residual()
-        size = data.train_images.shape[1]
-        self.macs = count_macs(model, size)
+        self.macs = count_macs(model, data.image_size)
         model = model.to(self.device, memory_format=torch.channels_last)
         optimizer = build_optimizer(model, config.optim)
         self.schedule = Schedule(optimizer, config.optim, config.optim.epochs, len(self.loader))
@@ -231,6 +229,7 @@ class _Run:
             "history": json.dumps(self.history),
             "best": [self.best, self.best_epoch, self.since_best],
             "seconds": self.seconds,
+            "loader": self.loader.state_dict(),
             "generator": torch.get_rng_state(),
             "cuda_generator": (
                 torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
@@ -248,6 +247,7 @@ class _Run:
         self.epoch, self.first_step = state["epoch"], state["step"]
         self.step.load_state_dict(state["training"])
         self.schedule.load_state_dict(state["schedule"])
+        self.loader.load_state_dict(state["loader"])
         self.losses.copy_(state["losses"])
         self.correct.copy_(state["correct"])
         self.epoch_seconds = state["epoch_seconds"]
@@ -299,7 +299,7 @@ class _Run:
         return Result(self.path, summary, model)
 
     def _announce(self) -> None:
-        config, images = self.config, len(self.loader.images)
+        config, images = self.config, self.loader.count
         self.display.say(
             f"{'resuming ' if not self.new else ''}{self.path}: {config.model.model} "
             f"({self.params:,} parameters), {self.data.name} ({images:,} images), "
@@ -313,11 +313,13 @@ class _Run:
         if asked == "off":
             return
         self.display.say("compiling the training step (up to a minute the first time) …")
-        size = self.loader.images.shape[1]
+        size = self.data.image_size
         shape = (self.config.optim.batch_size, 3, size, size)
         images = torch.zeros(shape, device=self.device, dtype=self.dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(shape[0], dtype=torch.int64, device=self.device)
+        if self.config.data.augment.mixes:
+            labels = F.one_hot(labels, len(self.data.classes)).float()
         self.step.model.train()
         seconds = self.step.warm_up(images, labels, fall_back=asked == "auto")
         self.seconds["compile"] += seconds
@@ -381,7 +383,7 @@ class _Run:
         result: Evaluation | None = None
         eval_seconds = 0.0
         if last or (epoch + 1) % config.evaluation.eval_every == 0:
-            result, eval_seconds = self._evaluate(*self.val, tta="none")
+            result, eval_seconds = self._evaluate(self.val, "none")
             self.schedule.evaluated(result.accuracy)
             self._keep_best(result.accuracy, epoch)
         self.last_evaluation = result
@@ -430,22 +432,26 @@ class _Run:
             self.step.evaluated_model,
             self.config,
             self.data.classes,
-            self.loader.mean.cpu(),
-            self.loader.std.cpu(),
+            self.mean,
+            self.std,
         )
 
-    def _evaluate(self, images: Tensor, labels: Tensor, tta: str) -> tuple[Evaluation, float]:
-        start = time.perf_counter()
-        result = evaluate(
-            self.step.evaluated_model,
-            images,
-            labels,
-            self.loader.mean,
-            self.loader.std,
+    def _batches(self, source: feed.Source) -> feed.EvaluationBatches:
+        return feed.EvaluationBatches(
+            source,
+            self.mean,
+            self.std,
+            image_size=self.data.image_size,
             batch_size=self.config.evaluation.eval_batch_size,
+            device=self.device,
             dtype=self.dtype,
-            tta=tta,
+            classes=len(self.data.classes),
+            **self.pipeline,
         )
+
+    def _evaluate(self, batches: feed.EvaluationBatches, tta: str) -> tuple[Evaluation, float]:
+        start = time.perf_counter()
+        result = evaluate(self.step.evaluated_model, batches, dtype=self.dtype, tta=tta)
         seconds = time.perf_counter() - start
         self.seconds["eval"] += seconds
         return result, seconds
@@ -460,13 +466,13 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         config, data = self.config, self.data
         self._save_weights(records.WEIGHTS)
-        images, labels = data.test_images.to(self.device), data.test_labels.to(self.device)
+        test = self.val if self.evaluated_on == "test" else self._batches(self.test_source)
         plain = self.last_evaluation
         if plain is None or self.evaluated_on != "test":
-            plain, _ = self._evaluate(images, labels, "none")
+            plain, _ = self._evaluate(test, "none")
         tta = plain
         if config.evaluation.tta != "none":
-            tta, _ = self._evaluate(images, labels, config.evaluation.tta)
+            tta, _ = self._evaluate(test, config.evaluation.tta)
         epochs = len(self.history)
         seen = epochs * len(self.loader) * config.optim.batch_size
         summary = {
@@ -478,8 +484,8 @@ class _Run:
             "epochs": epochs,
             "data": data.name,
             "data_digest": data.digest,
-            "train_images": len(self.loader.images),
-            "test_images": len(data.test_labels),
+            "train_images": self.loader.count,
+            "test_images": test.count,
             "test_accuracy": plain.accuracy,
             "test_loss": plain.loss,
             "tta": config.evaluation.tta,
@@ -493,12 +499,14 @@ class _Run:
             "compile_seconds": self.seconds["compile"],
             "eval_seconds": self.seconds["eval"],
             "images_per_second": seen / self.seconds["train"],
+            "loader": config.data.loader,
+            "augment": str(config.data.augment),
             "device": runtime.describe(self.device),
             "precision": config.runtime.precision,
             "compile": config.runtime.compile,
             "batch_size": config.optim.batch_size,
-            "mean": self.loader.mean.tolist(),
-            "std": self.loader.std.tolist(),
+            "mean": self.mean.tolist(),
+            "std": self.std.tolist(),
             "torch": torch.__version__,
             "resfast": __version__,
             "seed": config.runtime.seed,

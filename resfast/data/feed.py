@@ -1,0 +1,188 @@
+"""What a training takes its batches from, whichever way the data set is held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast.data.augment import Augment
+from resfast.data.dataset import Dataset, channel_mean_std, split_validation
+from resfast.data.loader import ResidentLoader, resident_batches
+from resfast.data.stream import Files, Loader, Shards, Stream, free_memory
+from resfast.errors import ResfastError
+
+Resident = tuple[Tensor, Tensor]
+"""uint8 images ``[N, H, W, C]`` and int64 labels ``[N]``."""
+Source = Resident | Files | Shards
+
+
+def choose_loader(asked: Loader, data: Dataset | Stream, device: torch.device) -> Loader:
+    """``resident`` or ``dali`` for an opened data set."""
+    if isinstance(data, Stream):
+        return "dali"
+    if asked == "auto":
+        needed = data.train_images.numel() + data.test_images.numel()
+        # In host memory it is already.
+        fits = device.type != "cuda" or needed <= free_memory(device) / 2
+        return "resident" if fits else "dali"
+    return asked
+
+
+def split_sources(
+    data: Dataset | Stream, val_fraction: float, seed: int
+) -> tuple[Source, Source | None, Source]:
+    """Training, validation (None without a held-out part) and test images.
+
+    Raises:
+        ResfastError: a part would be empty, or the data set cannot be split.
+    """
+    if isinstance(data, Stream):
+        train, test = data.train, data.test
+        if not val_fraction:
+            return train, None, test
+        if isinstance(train, Shards):
+            raise ResfastError(
+                "--val-fraction cannot split shards; write the held-out images as shards of "
+                "their own, or use an image folder"
+            )
+        kept, held_out = split_validation(train.labels, val_fraction, seed)
+        return train[kept], train[held_out], test
+    test = data.test_images, data.test_labels
+    if not val_fraction:
+        return (data.train_images, data.train_labels), None, test
+    kept, held_out = split_validation(data.train_labels, val_fraction, seed)
+    return (
+        (data.train_images[kept], data.train_labels[kept]),
+        (data.train_images[held_out], data.train_labels[held_out]),
+        test,
+    )
+
+
+def count(source: Source) -> int:
+    """Images."""
+    return len(source[0]) if isinstance(source, tuple) else len(source)
+
+
+def mean_std(source: Source, image_size: int, **pipeline: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, float32 ``[C]`` in units of pixel / 255.
+
+    A constant channel, which carries nothing, gets a standard deviation of 1.
+    """
+    if isinstance(source, tuple):
+        mean, std = channel_mean_std(source[0])
+    else:
+        from resfast.data import dali
+
+        mean, std = dali.mean_std(source, image_size=image_size, **pipeline)
+    return mean, torch.where(std > 0, std, 1.0)
+
+
+def train_loader(
+    source: Source,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    loader: Loader,
+    image_size: int,
+    batch_size: int,
+    augment: Augment,
+    classes: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    prefetch: int,
+    threads: int,
+) -> Any:
+    """The loader of the training images: a ResidentLoader, or a DaliLoader of the same use."""
+    common = {
+        "batch_size": batch_size,
+        "augment": augment,
+        "classes": classes,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    if loader == "resident":
+        return ResidentLoader(*source, mean, std, **common)
+    from resfast.data.dali import Arrays, DaliLoader
+
+    if isinstance(source, tuple):
+        source = Arrays(*source)
+    return DaliLoader(
+        source,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        prefetch=prefetch,
+        threads=threads,
+        **common,
+    )
+
+
+class EvaluationBatches:
+    """All images of a source once, normalized, each time it is iterated.
+
+    Args:
+        source: what to go through; resident images are moved to ``device`` now.
+        mean: float32 ``[C]`` in units of pixel / 255.
+        std: float32 ``[C]``, likewise.
+        image_size: height and width in pixels.
+        batch_size: images a batch; the last may be smaller.
+        device: where batches are made.
+        dtype: of their images.
+        classes: number of classes.
+        numbering: int64 ``[classes]``, the label that each of the source's labels becomes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        classes: int,
+        numbering: Tensor | None = None,
+        prefetch: int = 2,
+        threads: int = 0,
+    ) -> None:
+        self.count = count(source)
+        self.mean, self.std = mean.to(device), std.to(device)
+        self.batch_size, self.dtype = batch_size, dtype
+        self.numbering = None if numbering is None else numbering.to(device)
+        self.resident: Resident | None = None
+        if isinstance(source, tuple):
+            self.resident = source[0].to(device), source[1].to(device)
+            return
+        from resfast.data.dali import DaliLoader
+
+        self.stream = DaliLoader(
+            source,
+            image_size=image_size,
+            batch_size=batch_size,
+            mean=mean,
+            std=std,
+            augment=Augment(),
+            classes=classes,
+            device=device,
+            dtype=dtype,
+            train=False,
+            prefetch=prefetch,
+            threads=threads,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.resident is not None:
+            batches = resident_batches(
+                *self.resident, self.mean, self.std, batch_size=self.batch_size, dtype=self.dtype
+            )
+        else:
+            batches = self.stream.epoch(0)
+        for images, labels in batches:
+            yield images, labels if self.numbering is None else self.numbering[labels]
