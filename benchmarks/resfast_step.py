@@ -40,9 +40,8 @@ def build(device: torch.device, batch_size: int) -> Callable[[], None]:
         torch.full((3,), 0.5),
         torch.full((3,), 0.25),
         batch_size=batch_size,
-        crop=config.data.crop,
-        padding=config.data.padding,
-        flip=config.data.flip,
+        augment=config.data.augment,
+        classes=10,
         device=device,
         dtype=torch.bfloat16,
     )

@@ -19,13 +19,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import resfast
+from benchmarks.report import version
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = int(os.environ.get("RESFAST_BENCH_ROUNDS", "10"))
@@ -125,13 +125,6 @@ def test_train_step(name: str, pair: Pair, benchmark: Any) -> None:
         median_step_seconds=median,
         speed_relative_to_plain=pair.comparison()[0],
         resfast=resfast.__version__,
-        triton=_version("triton"),
+        triton=version("triton"),
     )
     assert len(timed.seconds) >= ROUNDS
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -1,0 +1,47 @@
+"""What every benchmark says of the machine, and how it writes speeds."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+import resfast
+from resfast import runtime
+
+_PACKAGES = ("triton", "nvidia-dali-cuda130", "torchvision", "kornia")
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Processor and versions, for the records of a benchmark."""
+    return {
+        "processor": runtime.describe(torch.device(device)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "resfast": resfast.__version__,
+        **{name: version(name) for name in _PACKAGES},
+    }
+
+
+def version(name: str) -> str | None:
+    """Version of an installed package, or None."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installed(module: str) -> bool:
+    """Whether ``module``, such as ``nvidia.dali``, can be imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def rate(images_per_second: float) -> str:
+    return f"{images_per_second:,.0f} images/s"
