@@ -24,6 +24,7 @@ _HOME = {
     "ResNetSpec": "resfast.models.resnet",
     "ResfastError": "resfast.errors",
     "create_model": "resfast.models.presets",
+    "fuse": "resfast.fusion",
     "load": "resfast.inference",
     "load_dataset": "resfast.data.dataset",
     "recipe": "resfast.training.recipes",

@@ -35,8 +35,19 @@ def _load() -> str | None:
     return "they were not built when resfast was installed; `pip install -v` of it says why"
 
 
+def _load_cuda() -> None:
+    """Loads the CUDA kernels that ``csrc/cuda/build.py`` made, where it did."""
+    path = Path(__file__).resolve().parents[1] / "_CUDA.so"
+    if path.exists():
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            logger.warning("the CUDA kernels are left out: %s cannot be loaded (%s)", path, error)
+
+
 MISSING = _load()
 """Why the compiled kernels are not there, or None where they are."""
+_load_cuda()
 _said = False
 
 

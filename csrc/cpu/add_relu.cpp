@@ -1,0 +1,162 @@
+// resfast::add_relu and its backward on the CPU; schema and meaning in resfast/kernels/add_relu.py.
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "check.h"
+#include "isa.h"
+
+namespace resfast {
+namespace {
+
+template <class To, class From>
+RESFAST_INLINE To cast_bits(From value) {
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// A dtype: how it is stored, to float32, and back to nearest even.
+struct AddFloat32 {
+  using Stored = float;
+  static RESFAST_INLINE float load(float value) { return value; }
+  static RESFAST_INLINE float store(float value) { return value; }
+  static RESFAST_INLINE bool dead(float result) { return result <= 0; }
+};
+
+struct AddBFloat16 {
+  using Stored = uint16_t;
+  static RESFAST_INLINE float load(uint16_t value) {
+    return cast_bits<float>(static_cast<uint32_t>(value) << 16);
+  }
+  static RESFAST_INLINE uint16_t store(float value) {
+    const uint32_t bits = cast_bits<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return static_cast<uint16_t>(value == value ? rounded : 0x7FC0);
+  }
+  static RESFAST_INLINE bool dead(uint16_t result) { return load(result) <= 0; }
+};
+
+struct AddFloat16 {
+  using Stored = uint16_t;
+  static RESFAST_INLINE float load(uint16_t value) {
+    // Exponent bias from 15 to 127 by a multiplication, which is right for subnormals too.
+    const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
+    const uint32_t size = static_cast<uint32_t>(value & 0x7FFF) << 13;
+    const uint32_t finite = cast_bits<uint32_t>(cast_bits<float>(size) * 0x1p112f);
+    return cast_bits<float>(sign | (size < (31u << 23) ? finite : size | 0x7F800000));
+  }
+  static RESFAST_INLINE uint16_t store(float value) { // of a value that is not negative, or NaN
+    const uint32_t size = cast_bits<uint32_t>(value) & 0x7FFFFFFF;
+    const uint32_t normal = (size - (112u << 23) + 0xFFF + ((size >> 13) & 1)) >> 13;
+    // Below 2^-14, adding 1/2 leaves the 10 bits of a subnormal at the end, rounded by the adder.
+    const uint32_t subnormal =
+        cast_bits<uint32_t>(cast_bits<float>(size) + 0.5f) - cast_bits<uint32_t>(0.5f);
+    uint32_t result = size < (113u << 23) ? subnormal : normal;
+    result = size >= (143u << 23) ? 0x7C00 : result; // from 2^16: infinity
+    return static_cast<uint16_t>(size > (255u << 23) ? 0x7E00 : result); // NaN
+  }
+  static RESFAST_INLINE bool dead(uint16_t result) { return load(result) <= 0; }
+};
+
+template <class Dtype>
+struct AddRelu {
+  using Stored = typename Dtype::Stored;
+  static RESFAST_INLINE void run(
+      const Stored* __restrict x, const Stored* __restrict residual, Stored* __restrict out,
+      int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float sum = Dtype::load(x[i]) + Dtype::load(residual[i]);
+      out[i] = Dtype::store(sum <= 0 ? 0 : sum); // NaN stays
+    }
+  }
+};
+
+template <class Dtype>
+struct AddReluBackward {
+  using Stored = typename Dtype::Stored;
+  static RESFAST_INLINE void run(
+      const Stored* __restrict grad, const Stored* __restrict result, Stored* __restrict out,
+      int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      out[i] = Dtype::dead(result[i]) ? Stored{0} : grad[i];
+  }
+};
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t axis = 0; axis < a.dim(); ++axis)
+    if (a.size(axis) > 1 && a.stride(axis) != b.stride(axis)) return false;
+  return true;
+}
+
+// `tensor` itself, or a copy, dense in the memory order of `like`.
+Tensor ordered(const Tensor& tensor, const Tensor& like) {
+  if (same_strides(tensor, like)) return tensor;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+template <template <class> class Kernel, class Dtype>
+void over_threads(const Tensor& first, const Tensor& second, Tensor& out) {
+  using Stored = typename Dtype::Stored;
+  const auto* a = static_cast<const Stored*>(first.const_data_ptr());
+  const auto* b = static_cast<const Stored*>(second.const_data_ptr());
+  auto* target = static_cast<Stored*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, out.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
+    dispatch<Kernel<Dtype>>(a, b, target, begin, end);
+  });
+}
+
+template <template <class> class Kernel>
+Tensor elementwise(
+    const char* first_name, const Tensor& first, const char* second_name, const Tensor& second,
+    const Tensor& order) {
+  const ScalarType dtype = first.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)
+    fail(first_name, " is ", dtype_name(dtype),
+         "; expected one of torch.float32, torch.bfloat16, torch.float16");
+  if (second.scalar_type() != dtype)
+    fail(second_name, " is ", dtype_name(second.scalar_type()), "; expected ", dtype_name(dtype),
+         ", like ", first_name);
+  if (!first.is_cpu() || !second.is_cpu())
+    fail(first.is_cpu() ? second_name : first_name, " is not on the CPU; expected cpu, like ",
+         first.is_cpu() ? first_name : second_name);
+  bool same = first.dim() == second.dim();
+  for (int64_t axis = 0; same && axis < first.dim(); ++axis)
+    same = first.size(axis) == second.size(axis);
+  if (!same)
+    fail(second_name, " is ", shape_name(second.sizes()), "; expected ", shape_name(first.sizes()),
+         ", like ", first_name);
+
+  Tensor out = torch::stable::empty_like(order);
+  const Tensor a = ordered(first, out), b = ordered(second, out);
+  switch (dtype) {
+    case ScalarType::BFloat16: over_threads<Kernel, AddBFloat16>(a, b, out); break;
+    case ScalarType::Half: over_threads<Kernel, AddFloat16>(a, b, out); break;
+    default: over_threads<Kernel, AddFloat32>(a, b, out);
+  }
+  return out;
+}
+
+Tensor add_relu(const Tensor& x, const Tensor& residual) {
+  return elementwise<AddRelu>("x", x, "residual", residual, x);
+}
+
+Tensor add_relu_backward(const Tensor& grad, const Tensor& result) {
+  return elementwise<AddReluBackward>("grad", grad, "result", result, result);
+}
+
+} // namespace
+} // namespace resfast
+
+STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
+  m.impl("add_relu", TORCH_BOX(&resfast::add_relu));
+  m.impl("add_relu_backward", TORCH_BOX(&resfast::add_relu_backward));
+}

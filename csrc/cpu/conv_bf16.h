@@ -1,0 +1,314 @@
+// What the two bfloat16 convolutions share: the matrix product on AVX512-BF16, packed weights, the
+// epilogue, arguments and their checks. Meaning of the operator: resfast/kernels/conv.py.
+//
+// Weights are packed as panels of up to 64 outputs: [panel][pairs][outputs of the panel][2], where
+// a pair are two neighbours of the sum, as _mm512_dpbf16_ps takes them. What is missing is 0.
+#pragma once
+
+#if defined(__x86_64__)
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // false, in GCC's own intrinsics
+#endif
+#include <immintrin.h>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "check.h"
+#include "isa.h"
+
+#define RESFAST_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#define RESFAST_BF16_INLINE inline RESFAST_BF16 __attribute__((always_inline))
+
+namespace resfast {
+
+constexpr int64_t kLanes = 16; // floats in a vector
+constexpr int64_t kPanel = 4 * kLanes; // outputs that a tile of the product computes at once
+constexpr int64_t kPairBlock = 128; // of the sum, so that a block of a panel (32 KiB) stays in L1
+
+inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
+inline int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
+
+inline bool bf16_supported() {
+  return detect_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+}
+
+// Blocks of 16 outputs in a panel.
+inline int64_t panel_blocks(int64_t outputs, int64_t panel) {
+  return std::min<int64_t>(4, ceil_div(outputs - panel * kPanel, kLanes));
+}
+
+// Rows that a tile computes at once; the accumulators, a row's value and the weights fill the 32
+// registers.
+inline int64_t tile_rows(int64_t blocks) { return blocks > 2 ? 6 : 12; }
+constexpr int64_t kRowMultiple = 12;
+
+inline float bf16_to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+inline uint16_t float_to_bf16(float value) { // to nearest even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(value == value ? rounded : 0x7FC0);
+}
+
+// Memory of one thread, kept between calls.
+template <class Value>
+class Workspace {
+ public:
+  Value* get(int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(Value) + 64;
+    if (memory_.size() < bytes) memory_.assign(bytes, 0);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(memory_.data());
+    return reinterpret_cast<Value*>((begin + 63) & ~uintptr_t{63});
+  }
+
+ private:
+  std::vector<char> memory_;
+};
+
+// -- the matrix product --------------------------------------------------------------------------
+
+// sums[row][output] (+)= sum over pairs of a[row][pair] * b[pair][output].
+template <int Rows, int Blocks>
+RESFAST_BF16 inline void product_tile(
+    const uint16_t* a, int64_t row_stride, const uint16_t* b, int64_t pairs, float* sums,
+    bool add) {
+  __m512 sum[Rows][Blocks];
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Blocks; ++j)
+      sum[i][j] = add ? _mm512_load_ps(sums + (i * Blocks + j) * kLanes) : _mm512_setzero_ps();
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    __m512bh weights[Blocks];
+#pragma GCC unroll 4
+    for (int j = 0; j < Blocks; ++j)
+      weights[j] = (__m512bh)_mm512_loadu_si512(b + (pair * Blocks + j) * 2 * kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < Rows; ++i) {
+      int32_t both;
+      std::memcpy(&both, a + i * row_stride + 2 * pair, sizeof(both));
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(both);
+#pragma GCC unroll 4
+      for (int j = 0; j < Blocks; ++j)
+        sum[i][j] = _mm512_dpbf16_ps(sum[i][j], value, weights[j]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < Blocks; ++j)
+      _mm512_store_ps(sums + (i * Blocks + j) * kLanes, sum[i][j]);
+}
+
+template <int Rows, int Blocks>
+RESFAST_BF16 inline void product_panel(
+    const uint16_t* a, int64_t row_stride, int64_t rows, const uint16_t* b, int64_t pairs,
+    float* sums) {
+  for (int64_t first = 0; first < pairs; first += kPairBlock) {
+    const int64_t block = std::min(kPairBlock, pairs - first);
+    for (int64_t row = 0; row < rows; row += Rows)
+      product_tile<Rows, Blocks>(
+          a + row * row_stride + 2 * first, row_stride, b + first * Blocks * 2 * kLanes, block,
+          sums + row * Blocks * kLanes, first > 0);
+  }
+}
+
+// sums [rows, blocks * 16] of a [rows, row_stride] and one panel; rows a multiple of the tile's.
+RESFAST_BF16 inline void product(
+    const uint16_t* a, int64_t row_stride, int64_t rows, const uint16_t* b, int64_t pairs,
+    int64_t blocks, float* sums) {
+  switch (blocks) {
+    case 1: return product_panel<12, 1>(a, row_stride, rows, b, pairs, sums);
+    case 2: return product_panel<12, 2>(a, row_stride, rows, b, pairs, sums);
+    case 3: return product_panel<6, 3>(a, row_stride, rows, b, pairs, sums);
+    default: return product_panel<6, 4>(a, row_stride, rows, b, pairs, sums);
+  }
+}
+
+// -- the epilogue --------------------------------------------------------------------------------
+
+enum Activation : int64_t { kNone, kRelu, kLeakyRelu, kSilu };
+
+RESFAST_BF16_INLINE __m512 load_bf16(__mmask16 mask, const uint16_t* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+RESFAST_BF16_INLINE void store_bf16(__mmask16 mask, uint16_t* to, __m512 value) {
+  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+// exp by 2^n and a polynomial, to a few units of float32's last place; from about 88.7 on infinity.
+RESFAST_BF16_INLINE __m512 exp_ps(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(100.0f));
+  const __m512 n = _mm512_roundscale_ps(
+      _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 value = _mm512_set1_ps(1.0f / 720);
+  for (float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    value = _mm512_fmadd_ps(value, r, _mm512_set1_ps(term));
+  return _mm512_scalef_ps(value, n);
+}
+
+RESFAST_BF16_INLINE __m512 activated(__m512 value, int64_t activation) {
+  const __m512 zero = _mm512_setzero_ps();
+  switch (activation) {
+    case kRelu: return _mm512_max_ps(zero, value); // the second operand where either is NaN
+    case kLeakyRelu: {
+      const __mmask16 negative = _mm512_cmp_ps_mask(value, zero, _CMP_LT_OQ);
+      return _mm512_mask_mul_ps(value, negative, value, _mm512_set1_ps(0.01f));
+    }
+    case kSilu: {
+      const __m512 power = exp_ps(_mm512_sub_ps(zero, value));
+      return _mm512_div_ps(value, _mm512_add_ps(_mm512_set1_ps(1.0f), power));
+    }
+    default: return value;
+  }
+}
+
+// -- arguments -----------------------------------------------------------------------------------
+
+struct ConvShape {
+  int64_t batch, height, width, channels; // of x
+  int64_t outputs, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
+  int64_t rows, columns; // of the result
+  int64_t activation;
+  const uint16_t* x; // [N, H, W, C]
+  const float* bias; // [panels * 64], zeros after the last
+  const uint16_t* residual; // null where left out
+  uint16_t* out; // [N, P, Q, K]
+
+  int64_t panels() const { return ceil_div(outputs, kPanel); }
+};
+
+// The result of one pixel for 16 outputs from `output` on, of which `mask` are there.
+RESFAST_BF16_INLINE void finish(
+    const ConvShape& shape, int64_t pixel, int64_t output, __mmask16 mask, __m512 value) {
+  const int64_t at = pixel * shape.outputs + output;
+  value = _mm512_add_ps(value, _mm512_loadu_ps(shape.bias + output));
+  if (shape.residual) value = _mm512_add_ps(value, load_bf16(mask, shape.residual + at));
+  store_bf16(mask, shape.out + at, activated(value, shape.activation));
+}
+
+inline __mmask16 lane_mask(int64_t left) {
+  return static_cast<__mmask16>(left >= kLanes ? 0xFFFF : (1 << left) - 1);
+}
+
+inline bool is_channels_last(const Tensor& tensor) {
+  int64_t expected = 1;
+  for (int64_t axis : {1, 3, 2, 0}) {
+    if (tensor.size(axis) > 1 && tensor.stride(axis) != expected) return false;
+    expected *= tensor.size(axis);
+  }
+  return true;
+}
+
+inline void check_map(
+    const char* name, const Tensor& tensor, const std::vector<int64_t>& expected) {
+  if (tensor.scalar_type() != ScalarType::BFloat16)
+    fail(name, " is ", dtype_name(tensor.scalar_type()), "; expected torch.bfloat16");
+  bool same = tensor.dim() == 4;
+  for (int64_t axis = 0; same && axis < 4; ++axis)
+    same = expected[axis] < 0 ? tensor.size(axis) > 0 : tensor.size(axis) == expected[axis];
+  if (!same) fail(name, " is ", shape_name(tensor.sizes()), "; expected ", shape_name(expected));
+  if (!tensor.is_cpu()) fail(name, " is not on the CPU");
+  if (!is_channels_last(tensor)) fail(name, " is not in channels_last memory");
+}
+
+inline void check_weight(const Tensor& weight) {
+  if (weight.scalar_type() != ScalarType::BFloat16)
+    fail("weight is ", dtype_name(weight.scalar_type()), "; expected torch.bfloat16");
+  if (weight.dim() != 4 || weight.numel() == 0)
+    fail("weight is ", shape_name(weight.sizes()), "; expected [K, C, R, S], none of them 0");
+  if (!weight.is_contiguous() || !weight.is_cpu())
+    fail("weight is not contiguous memory of the CPU");
+}
+
+// Checks the arguments, makes the result and calls `run(shape, packed weights)`.
+template <class Run>
+Tensor convolve(
+    const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual, const std::vector<int64_t>& geometry,
+    int64_t activation, int64_t packed_size, Run run) {
+  const int64_t channels = geometry[1];
+  check_map("x", x, {-1, channels, -1, -1});
+  ConvShape shape{};
+  shape.batch = x.size(0), shape.height = x.size(2), shape.width = x.size(3);
+  shape.channels = channels, shape.outputs = geometry[0];
+  shape.kernel_h = geometry[2], shape.kernel_w = geometry[3];
+  shape.stride_h = geometry[4], shape.stride_w = geometry[5];
+  shape.padding_h = geometry[6], shape.padding_w = geometry[7];
+  shape.activation = activation;
+  if (shape.stride_h < 1 || shape.stride_w < 1 || shape.padding_h < 0 || shape.padding_w < 0)
+    fail("geometry ", shape_name(geometry), " has a stride below 1 or a padding below 0");
+  if (activation < kNone || activation > kSilu)
+    fail("activation ", activation, " is unknown; expected 0 to ", int64_t{kSilu});
+  const int64_t rows = shape.height + 2 * shape.padding_h - shape.kernel_h;
+  const int64_t columns = shape.width + 2 * shape.padding_w - shape.kernel_w;
+  if (rows < 0 || columns < 0) fail("x is smaller than the kernel");
+  shape.rows = rows / shape.stride_h + 1, shape.columns = columns / shape.stride_w + 1;
+  if (packed.scalar_type() != ScalarType::BFloat16 || packed.numel() != packed_size ||
+      !packed.is_contiguous() || !packed.is_cpu())
+    fail("packed weights of ", packed.numel(), " values; expected ", packed_size, " of bfloat16");
+
+  const std::vector<int64_t> sizes{shape.batch, shape.outputs, shape.rows, shape.columns};
+  if (residual) {
+    check_map("residual", *residual, sizes);
+    shape.residual = static_cast<const uint16_t*>(residual->const_data_ptr());
+  }
+  thread_local Workspace<float> workspace;
+  float* biases = workspace.get(shape.panels() * kPanel);
+  std::fill(biases, biases + shape.panels() * kPanel, 0.0f);
+  if (bias) {
+    if (bias->scalar_type() != ScalarType::Float || bias->dim() != 1 ||
+        bias->size(0) != shape.outputs || !bias->is_contiguous() || !bias->is_cpu())
+      fail("bias is ", dtype_name(bias->scalar_type()), " ", shape_name(bias->sizes()),
+           "; expected torch.float32 [", shape.outputs, "], contiguous, on the CPU");
+    std::memcpy(biases, bias->const_data_ptr(), sizeof(float) * shape.outputs);
+  }
+  Tensor out = torch::stable::empty(
+      sizes, ScalarType::BFloat16, std::nullopt, std::nullopt, std::nullopt,
+      torch::headeronly::MemoryFormat::ChannelsLast);
+  shape.x = static_cast<const uint16_t*>(x.const_data_ptr());
+  shape.bias = biases;
+  shape.out = static_cast<uint16_t*>(out.mutable_data_ptr());
+  run(shape, static_cast<const uint16_t*>(packed.const_data_ptr()));
+  return out;
+}
+
+// Calls `part(first row, last row, first panel, last panel)` on the threads: with rows shared out
+// where there are many, and panels of weights where these are the larger part.
+template <class Part>
+void share_out(int64_t rows, const ConvShape& shape, Part part) {
+  const int64_t threads = torch::stable::get_num_threads(), panels = shape.panels();
+  if (shape.outputs > rows && panels >= threads) {
+    torch::stable::parallel_for(0, panels, ceil_div(panels, threads), [&](int64_t a, int64_t b) {
+      part(int64_t{0}, rows, a, b);
+    });
+    return;
+  }
+  const int64_t groups = ceil_div(rows, kRowMultiple);
+  torch::stable::parallel_for(0, groups, ceil_div(groups, threads), [&](int64_t a, int64_t b) {
+    part(a * kRowMultiple, std::min(rows, b * kRowMultiple), int64_t{0}, panels);
+  });
+}
+
+} // namespace resfast
+
+#endif

@@ -1,0 +1,427 @@
+"""Convolution + batch norm (+ residual) + activation, as one kernel wherever no gradient is needed.
+
+Each layer keeps the ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so that it trains, is
+initialised and is saved like any other. In eval mode without gradients (``torch.no_grad`` or
+``torch.inference_mode``) the batch norm is folded into the weights, which are rounded to the dtype
+of the call once, and :class:`resfast.kernels.conv.ConvBiasAct` runs them. In training mode, with
+gradients enabled, or where a child is none that can be folded (hooks, a subclass with a forward of
+its own, groups, dilation, statistics that are not tracked), the children run as they are.
+
+Folded weights are made again after any change of what they are made of: an in-place change or a
+replacement of a tensor, a move to another dtype or device, and every call of ``train()`` or
+``eval()``. Only writes that PyTorch itself cannot see (``parameter.data.copy_(...)``, a NumPy view)
+need a call of ``eval()`` after them. ``torch.compile`` and ``torch.export`` see the folding as part
+of the graph; ``torch.fx`` and :func:`resfast.fuse` see the children.
+
+Source of the folding: Jacob et al., arXiv:1712.05877, section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEAKY_SLOPE = 0.01
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, LEAKY_SLOPE),
+    "silu": F.silu,
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module runs anything besides its ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether the module is a plain ``nn.Conv2d``: no other forward, no hooks."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and type(module).forward is nn.Conv2d.forward
+        and type(module)._conv_forward is nn.Conv2d._conv_forward
+        and not hooked(module)
+    )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a batch norm over channels that uses its running statistics."""
+    return (
+        isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
+        and type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+        and not hooked(module)
+        and not module.training
+        and module.running_mean is not None
+        and module.running_var is not None
+    )
+
+
+def conv_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
+    """Rows and columns of zeros on either side, or None where both sides differ."""
+    if conv.padding == "valid":
+        return (0, 0)
+    if conv.padding == "same":
+        reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(r % 2 for r in reach) else (reach[0] // 2, reach[1] // 2)
+    return (conv.padding[0], conv.padding[1])
+
+
+def why_not_fused(conv: nn.Conv2d) -> str | None:
+    """Why the fused kernel cannot do what a plain ``nn.Conv2d`` does, or None where it can."""
+    if conv.groups != 1:
+        return "groups; the fused kernel has one"
+    if tuple(conv.dilation) != (1, 1):
+        return f"dilation {tuple(conv.dilation)}; the fused kernel has 1"
+    if conv.padding_mode != "zeros":
+        return f"padding mode {conv.padding_mode!r}; the fused kernel pads with zeros"
+    if conv_padding(conv) is None:
+        return "padding that is uneven ('same' with an even kernel)"
+    return None
+
+
+def norm_factors(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """An evaluating batch norm as ``scale * x + shift``: float64 ``[C]`` each."""
+    scale = (var.double() + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.double()
+    shift = -mean.double() * scale
+    return scale, shift if bias is None else shift + bias.double()
+
+
+def fold(
+    weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution with a batch norm behind it.
+
+    Args:
+        weight: ``[K, C, R, S]``.
+        bias: ``[K]`` or None.
+        norm: scale and shift of :func:`norm_factors`, or None for no norm.
+
+    Returns:
+        The weight in float64 (as given where ``norm`` is None) and the bias in float32.
+    """
+    if norm is None:
+        return weight, None if bias is None else bias.float()
+    scale, shift = norm
+    folded = shift if bias is None else shift + scale * bias.double()
+    return weight.double() * scale[:, None, None, None], folded.float()
+
+
+def _factors(norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor] | None:
+    if norm is None:
+        return None
+    return norm_factors(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+
+
+class _Folded:
+    """The packed weights of one convolution; none in a copy, which makes its own."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.made_of: tuple[Any, ...] | None = None
+        self.held: list[Tensor] = []
+        self.run: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Folded:
+        return _Folded()
+
+    def __reduce__(self) -> tuple[type[_Folded], tuple[()]]:
+        return _Folded, ()
+
+    def get(
+        self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype, activation: str
+    ) -> nn.Module:
+        """The :class:`~resfast.kernels.conv.ConvBiasAct` of these children as they are now."""
+        from resfast.kernels.conv import ConvBiasAct
+
+        tensors = [conv.weight, conv.bias]
+        if norm is not None:
+            tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        tensors = [tensor for tensor in tensors if tensor is not None]
+        eps = None if norm is None else norm.eps
+        stamps = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+        shape = (tuple(conv.stride), conv_padding(conv))
+        made_of = (dtype, activation, norm is None, conv.bias is None, eps, shape, *stamps)
+        if self.run is None or self.made_of != made_of:
+            # Inference tensors, if this runs under inference_mode, would be of no use outside it.
+            with torch.inference_mode(False), torch.no_grad():
+                weight, bias = fold(conv.weight, conv.bias, _factors(norm))
+                self.run = ConvBiasAct(
+                    weight.to(dtype), bias, stride=shape[0], padding=shape[1], activation=activation
+                )
+            self.made_of = made_of
+            # Their memory cannot be given to another tensor, whose address would look the same.
+            self.held = [tensor.detach() for tensor in tensors]
+        return self.run
+
+
+class _FusedLayer(nn.Module):
+    """What the layers share: when the children run as one kernel, and that kernel's weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folded: dict[str, _Folded] = {}
+
+    def train(self, mode: bool = True) -> _FusedLayer:
+        for folded in self._folded.values():
+            folded.clear()
+        return super().train(mode)
+
+    def _dtype(self, x: Tensor) -> torch.dtype | None:
+        """The dtype to run one kernel per convolution in; None to run the children."""
+        if self.training or torch.is_grad_enabled():
+            return None
+        # Neither the proxies of torch.fx nor tensors without memory have weights to be packed for.
+        if type(x) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
+            return None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        return dtype if dtype in DTYPES else None
+
+    def _conv(
+        self,
+        name: str,
+        conv: nn.Module,
+        norm: nn.Module,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "none",
+    ) -> Tensor:
+        """``activation(norm(conv(x)) + residual)``."""
+        dtype = self._dtype(x)
+        if dtype is not None and self._foldable(conv, norm, x):
+            x = x.to(dtype)
+            residual = None if residual is None else residual.to(dtype)
+            if torch.compiler.is_compiling():
+                return self._in_graph(conv, norm, x, residual, activation)
+            if not conv.weight.is_inference():  # such tensors do not say when they change
+                run = self._folded.setdefault(name, _Folded()).get(conv, norm, dtype, activation)
+                return run(x) if residual is None else run(x, residual)
+        out = norm(conv(x))
+        return ACTIVATIONS[activation](out if residual is None else out + residual)
+
+    @staticmethod
+    def _foldable(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
+        if not is_conv(conv) or not is_norm(norm) or why_not_fused(conv) is not None:
+            return False
+        # Where PyTorch would refuse dtype or device, its own error is to be seen.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return conv.weight.device == x.device and (autocast or conv.weight.dtype == x.dtype)
+
+    @staticmethod
+    def _in_graph(
+        conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        from resfast.kernels.conv import conv2d_bias_act
+
+        weight, bias = fold(conv.weight, conv.bias, _factors(norm))
+        return conv2d_bias_act(
+            x,
+            weight.to(x.dtype),
+            bias,
+            residual,
+            stride=tuple(conv.stride),
+            padding=conv_padding(conv),
+            activation=activation,
+        )
+
+
+class ConvBNReLU(_FusedLayer):
+    """Convolution, batch norm, activation.
+
+    State dict: ``conv.weight``, ``bn.weight``, ``bn.bias``, ``bn.running_mean``,
+    ``bn.running_var``, ``bn.num_batches_tracked`` (those of timm's ``ConvNormAct``).
+
+    Args:
+        in_channels: C.
+        out_channels: K.
+        kernel_size: height and width of the kernel.
+        stride: rows and columns from one output to the next.
+        padding: zeros on each side; None for ``kernel_size // 2``.
+        activation: ``relu``, ``leaky_relu`` (slope 0.01), ``silu`` or ``none``.
+
+    Shape: ``[N, C, H, W]`` to ``[N, K, H', W']``; ``H' = (H + 2 padding - kernel_size) // stride
+    + 1``. Fastest in ``channels_last`` memory, which is what comes out of the fused call.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | None = None,
+        *,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation {activation!r} is unknown; choose {', '.join(ACTIVATIONS)}"
+            )
+        if padding is None:
+            padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv("conv", self.conv, self.bn, x, None, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+class ConvBNAddReLU(ConvBNReLU):
+    """Convolution, batch norm, addition of a residual, activation: the end of a residual block.
+
+    Arguments and state dict are those of :class:`ConvBNReLU`; ``forward(x, residual)`` takes a
+    residual of the output's shape.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self._conv("conv", self.conv, self.bn, x, residual, self.activation)
+
+
+class _Block(_FusedLayer):
+    """What the residual blocks share: the last steps of construction, and the shortcut."""
+
+    downsample: nn.Module | None
+
+    def _finish(
+        self, stride: int, downsample: nn.Module | None, groups: int, dilation: int
+    ) -> None:
+        if groups != 1 or dilation != 1:
+            raise ValueError(
+                f"groups {groups} and dilation {dilation}: {type(self).__name__} has 1 of each; "
+                "use torchvision's block for others"
+            )
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        both = self.downsample
+        if both is None:
+            return x
+        if type(both) is nn.Sequential and len(both) == 2 and not hooked(both):
+            return self._conv("downsample", both[0], both[1], x)
+        return both(x)
+
+
+class FusedBasicBlock(_Block):
+    """Two 3x3 convolutions and a shortcut, with torchvision ``BasicBlock``'s arguments and names.
+
+    ``torchvision.models.ResNet(FusedBasicBlock, [2, 2, 2, 2])`` is a resnet18. The state dict is
+    torchvision's: ``conv1``, ``bn1``, ``conv2``, ``bn2``, and ``downsample.0``, ``downsample.1``
+    where there is one.
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of the output.
+        stride: of the first convolution.
+        downsample: what the input passes through before it is added; an ``nn.Sequential`` of a
+            convolution and a batch norm is one kernel too. None adds the input itself.
+        groups: 1.
+        base_width: 64.
+        dilation: 1.
+        norm_layer: called with the number of channels; None for ``nn.BatchNorm2d``.
+
+    Shape: ``[N, inplanes, H, W]`` to ``[N, planes, ceil(H / stride), ceil(W / stride)]``.
+
+    Raises:
+        ValueError: other groups, base width or dilation.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if base_width != 64:
+            raise ValueError(f"base_width {base_width}: expected 64; use FusedBottleneck")
+        norm = norm_layer or nn.BatchNorm2d
+        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
+        self.bn1 = norm(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
+        self.bn2 = norm(planes)
+        self._finish(stride, downsample, groups, dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self._conv("conv1", self.conv1, self.bn1, x, None, "relu")
+        return self._conv("conv2", self.conv2, self.bn2, out, self._shortcut(x), "relu")
+
+
+class FusedBottleneck(_Block):
+    """1x1, 3x3 (strided) and 1x1 convolutions and a shortcut: torchvision's ``Bottleneck``.
+
+    ``torchvision.models.ResNet(FusedBottleneck, [3, 4, 6, 3])`` is a resnet50. The state dict is
+    torchvision's: ``conv1`` to ``conv3``, ``bn1`` to ``bn3``, ``downsample.0``, ``downsample.1``.
+
+    Args:
+        inplanes: channels of the input.
+        planes: a quarter of the output's channels.
+        stride: of the 3x3 convolution.
+        downsample: as in :class:`FusedBasicBlock`.
+        groups: 1.
+        base_width: channels of the inner convolutions per 64 ``planes``.
+        dilation: 1.
+        norm_layer: called with the number of channels; None for ``nn.BatchNorm2d``.
+
+    Shape: ``[N, inplanes, H, W]`` to ``[N, 4 planes, ceil(H / stride), ceil(W / stride)]``.
+
+    Raises:
+        ValueError: other groups or dilation.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm = norm_layer or nn.BatchNorm2d
+        width = planes * base_width // 64
+        self.conv1 = nn.Conv2d(inplanes, width, 1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = norm(width)
+        self.conv3 = nn.Conv2d(width, planes * self.expansion, 1, bias=False)
+        self.bn3 = norm(planes * self.expansion)
+        self._finish(stride, downsample, groups, dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self._conv("conv1", self.conv1, self.bn1, x, None, "relu")
+        out = self._conv("conv2", self.conv2, self.bn2, out, None, "relu")
+        return self._conv("conv3", self.conv3, self.bn3, out, self._shortcut(x), "relu")

@@ -1,0 +1,673 @@
+"""``conv2d_bias_act`` and ``add_relu``: every algorithm and dtype against float64, and their faces.
+
+``oneDNN``, ``gemm`` and ``winograd`` are the algorithms of the CPU, ``cuda`` the operator on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import itertools
+import json
+import logging
+import pickle
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resfast.kernels import conv, conv_cpu, conv_reference
+from resfast.kernels.add_relu import add_relu
+from resfast.kernels.conv import DTYPES, ConvBiasAct, conv2d_bias_act
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # Triton's interpreter
+]
+
+ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
+needs_bf16 = pytest.mark.skipif(
+    not conv_cpu._has_kernels(), reason="needs the C++ kernels and AVX512-BF16"
+)
+OURS = [pytest.param(name, marks=needs_bf16) for name in ("gemm", "winograd")]
+WHERE = ["oneDNN", *OURS, pytest.param("cuda", marks=pytest.mark.gpu)]
+ROUNDING = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+"""Root mean square error that a dtype allows, of a result of about 1 and sums of thousands."""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache file of the test's own, and no choice left from the environment."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("RESFAST_CONV", raising=False)
+    monkeypatch.setattr(conv_cpu, "MAX_SPREAD", torch.inf)  # the machine may be busy
+    conv_cpu._known.clear()
+    conv_cpu._warn_once.cache_clear()
+    return tmp_path / "cache" / "resfast" / "conv-cpu.json"
+
+
+@pytest.fixture
+def poisoned() -> Any:
+    """Fresh memory is NaN: an element that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def arguments(
+    batch: int,
+    channels: int,
+    outputs: int,
+    size: tuple[int, int],
+    kernel: int = 3,
+    stride: int = 1,
+    padding: int | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    residual: bool = False,
+) -> dict[str, Any]:
+    """Random arguments of :func:`conv2d_bias_act` whose result is of the order of 1."""
+    pad = kernel // 2 if padding is None else padding
+    x = torch.randn(batch, channels, *size).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(outputs, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
+    result = [(side + 2 * pad - kernel) // stride + 1 for side in size]
+    rest = torch.randn(batch, outputs, *result).to(dtype, memory_format=torch.channels_last)
+    return {
+        "x": x,
+        "weight": weight.to(dtype),
+        "bias": torch.randn(outputs),
+        "residual": rest if residual else None,
+        "stride": stride,
+        "padding": pad,
+        "activation": "none",
+    }
+
+
+def computed(where: str, arguments: dict[str, Any]) -> Tensor:
+    """The result by one algorithm of the CPU (which must apply), or on CUDA."""
+    rest = dict(arguments)
+    x, weight, bias, residual = (rest.pop(name) for name in ("x", "weight", "bias", "residual"))
+    if where == "cuda":
+        tensors = [None if t is None else t.cuda() for t in (x, weight, bias, residual)]
+        return conv2d_bias_act(*tensors, **rest).cpu()
+    module = ConvBiasAct(weight, bias, **rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESFAST_CONV", where)
+        result = module(x, residual)
+    (plan,) = module._plans.values()
+    assert plan.algorithm == where
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    assert result.dtype == x.dtype
+    return result
+
+
+def exact(arguments: dict[str, Any]) -> Tensor:
+    """The result in float64."""
+    rest = dict(arguments)
+    tensors = [rest.pop(name) for name in ("x", "weight", "bias", "residual")]
+    stride, padding = (conv._pair(rest[name]) for name in ("stride", "padding"))
+    return conv_reference.conv2d_bias_act(
+        *(None if t is None else t.double() for t in tensors), stride, padding, rest["activation"]
+    )
+
+
+def assert_right(result: Tensor, arguments: dict[str, Any]) -> None:
+    """No element is far off, and all together are as near as the dtype's rounding allows."""
+    expected = exact(arguments)
+    assert result.shape == expected.shape
+    rounding = ROUNDING[result.dtype]
+    torch.testing.assert_close(result.double(), expected, rtol=4 * rounding, atol=8 * rounding)
+    error = (result.double() - expected).square().mean().sqrt()
+    assert error <= rounding, f"root mean square error {error:.2g}"
+
+
+def takes(where: str, kernel: int, stride: int) -> bool:
+    return where != "winograd" or (kernel == 3 and stride == 1)
+
+
+# Numbers
+
+
+PADDINGS = {1: (0, 1), 3: (1, 0, 2), 5: (2,), 2: (1,)}
+CHANNELS = (3, 8, 16, 24, 60, 64, 96, 120, 128, 250, 256, 512)
+SIZES = ((7, 9), (4, 4), (8, 5), (3, 3), (13, 6))
+
+
+def _shapes() -> list[tuple]:
+    shapes = []
+    for i, channels in enumerate(CHANNELS):
+        for kernel, stride in ((3, 1), (3, 2), (1, 1), (1, 2)):
+            outputs = CHANNELS[-1 - (i + kernel + stride) % len(CHANNELS)]
+            shapes.append((1 + 2 * (i % 2), channels, outputs, SIZES[i % 5], kernel, stride))
+    shapes += [(1, 5, 7, (6, 7), 5, 1), (2, 4, 20, (9, 8), 5, 2), (1, 6, 9, (5, 5), 2, 1)]
+    shapes += [(64, 64, 64, (8, 8), 3, 1), (64, 128, 128, (4, 4), 3, 2), (64, 24, 16, (5, 5), 1, 1)]
+    return shapes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", WHERE)
+def test_every_algorithm_computes_what_float64_does(
+    where: str, dtype: torch.dtype, poisoned: None
+) -> None:
+    if where in ("gemm", "winograd") and dtype != torch.bfloat16:
+        pytest.skip("ours are for bfloat16")
+    torch.manual_seed(0)
+    for i, (*shape, kernel, stride) in enumerate(_shapes()):
+        if not takes(where, kernel, stride):
+            continue
+        for residual in (False, True):
+            padding = PADDINGS[kernel][i % len(PADDINGS[kernel])]
+            args = arguments(*shape, kernel, stride, padding, dtype=dtype, residual=residual)
+            args["activation"] = ACTIVATIONS[(i + residual) % 4]
+            assert_right(computed(where, args), args)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("where", WHERE)
+def test_every_activation_with_and_without_bias_and_residual(where: str, activation: str) -> None:
+    torch.manual_seed(1)
+    dtypes = DTYPES if where in ("oneDNN", "cuda") else (torch.bfloat16,)
+    for dtype, bias, residual in itertools.product(dtypes, (False, True), (False, True)):
+        args = arguments(2, 24, 40, (6, 7), dtype=dtype, residual=residual)
+        args["activation"] = activation
+        if not bias:
+            args["bias"] = None
+        assert_right(computed(where, args), args)
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_extreme_values_go_through_every_activation(where: str) -> None:
+    """Each value alone, through a kernel that passes it on; and NaN."""
+    for activation in ACTIVATIONS:
+        args = arguments(1, 16, 16, (8, 1)) | {"activation": activation, "bias": None}
+        args["weight"] = torch.zeros_like(args["weight"])
+        args["weight"][:, :, 1, 1] = torch.eye(16)
+        values = torch.tensor([-1e30, -90.0, -10.0, -0.5, 0.5, 10.0, 90.0, 1e30])
+        args["x"] = torch.zeros_like(args["x"])
+        args["residual"] = values.bfloat16().view(1, 1, 8, 1).repeat(1, 16, 1, 1)
+        torch.testing.assert_close(
+            computed(where, args).double(), exact(args), rtol=2e-2, atol=1e-30
+        )
+        if where == "oneDNN" and activation == "relu":
+            continue  # which makes 0 of NaN
+        args["residual"] = torch.full_like(args["residual"], torch.nan)
+        assert computed(where, args).isnan().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("where", ["oneDNN", *OURS])
+def test_result_is_right_for_any_number_of_threads(where: str, threads: int) -> None:
+    torch.manual_seed(2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in ((1, 64, 250, (4, 4)), (3, 96, 130, (9, 11)), (1, 16, 64, (40, 33))):
+            args = arguments(*shape, residual=True)
+            assert_right(computed(where, args), args)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_any_strides_are_accepted_and_inputs_stay_as_they_are(where: str) -> None:
+    torch.manual_seed(3)
+    args = arguments(3, 16, 24, (6, 8), residual=True)
+    wide = torch.randn(3, 32, 12, 8).bfloat16()
+    forms = {
+        "NCHW": args["x"].contiguous(),
+        "every other": wide[:, ::2, ::2],
+        "transposed": torch.randn(3, 16, 8, 6).bfloat16().mT,
+        "expanded": torch.randn(1, 16, 6, 1).bfloat16().expand(3, 16, 6, 8),
+    }
+    for x in forms.values():
+        given = {
+            **args,
+            "x": x,
+            "residual": args["residual"].contiguous(),
+            "weight": args["weight"].contiguous(memory_format=torch.channels_last),
+        }
+        before = copy.deepcopy({k: v for k, v in given.items() if isinstance(v, Tensor)})
+        assert_right(computed(where, given), given)
+        assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_batch_of_none_gives_none(where: str) -> None:
+    args = arguments(0, 8, 12, (5, 5), stride=1)
+    if where in ("gemm", "winograd"):
+        module = ConvBiasAct(args["weight"], args["bias"], padding=1)
+        assert module(args["x"]).shape == (0, 12, 5, 5)
+    else:
+        assert computed(where, args).shape == (0, 12, 5, 5)
+
+
+def test_without_onednn_the_reference_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_cpu, "_onednn_has", lambda dtype: False)
+    for dtype in DTYPES:
+        args = arguments(2, 8, 12, (5, 6), dtype=dtype, residual=True)
+        assert_right(computed("oneDNN", args), args)
+
+
+def test_operator_computes_the_same_as_the_module() -> None:
+    torch.manual_seed(4)
+    for dtype in DTYPES:
+        args = arguments(2, 12, 20, (7, 6), stride=2, dtype=dtype, residual=True)
+        args["activation"] = "relu"
+        assert_right(conv2d_bias_act(**args), args)
+
+
+# The face
+
+
+def _wrong() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
+    good = arguments(2, 8, 12, (5, 6), residual=True)
+    half = torch.float16
+    return {
+        "x float64": ({"x": good["x"].double()}, TypeError, "x is torch.float64; expected one of"),
+        "weight dtype": (
+            {"weight": good["weight"].to(half)},
+            TypeError,
+            "weight is torch.float16; expected torch.bfloat16, like x",
+        ),
+        "bias dtype": (
+            {"bias": good["bias"].bfloat16()},
+            TypeError,
+            "bias is torch.bfloat16; expected torch.float32",
+        ),
+        "residual dtype": (
+            {"residual": good["residual"].to(half)},
+            TypeError,
+            "residual is torch.float16; expected torch.bfloat16, like x",
+        ),
+        "x 3-d": ({"x": good["x"][0]}, ValueError, r"x is \[8, 5, 6\]; expected \[N, C, H, W\]"),
+        "weight 3-d": ({"weight": good["weight"][0]}, ValueError, r"weight is \[8, 3, 3\]"),
+        "weight empty": ({"weight": good["weight"][:0]}, ValueError, "none of them 0"),
+        "channels": ({"x": good["x"][:, :4]}, ValueError, "x has 4 channels, .* is for 8"),
+        "bias shape": ({"bias": torch.zeros(11)}, ValueError, r"bias is \[11\]; expected \[12\]"),
+        "residual shape": (
+            {"residual": good["residual"][:1]},
+            ValueError,
+            r"residual is \[1, 12, 5, 6\]; expected \[2, 12, 5, 6\], like the result",
+        ),
+        "stride": ({"stride": 0}, ValueError, r"stride is \[0, 0\]; expected .* at least 1"),
+        "padding": ({"padding": (1, -1)}, ValueError, r"padding is \[1, -1\]; .* at least 0"),
+        "small": (
+            {"x": good["x"][..., :2, :2], "padding": 0, "residual": None},
+            ValueError,
+            r"images of 2x2 with padding \[0, 0\] are smaller than the kernel of 3x3",
+        ),
+        "activation": (
+            {"activation": "rellu"},
+            ValueError,
+            "activation 'rellu' is unknown; expected one of none, relu, leaky_relu, silu; "
+            "did you mean 'relu'",
+        ),
+        "device": (
+            {"weight": good["weight"].to("meta")},
+            ValueError,
+            "weight is on meta; expected cpu, like x",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", _wrong())
+def test_errors_name_the_value_and_what_was_expected(case: str) -> None:
+    change, kind, message = _wrong()[case]
+    args = arguments(2, 8, 12, (5, 6), residual=True) | change
+    with pytest.raises(kind, match=message):
+        conv2d_bias_act(**args)
+    meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in args.items()}
+    if case != "device":
+        with pytest.raises(kind, match=message):
+            conv2d_bias_act(**meta)
+    rest = dict(args)
+    x, residual = rest.pop("x"), rest.pop("residual")
+    if case != "bias dtype":  # the module converts it
+        with pytest.raises(kind, match=message):
+            ConvBiasAct(**rest)(x, residual)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "residual"])
+def test_tensors_that_require_grad_are_refused_outside_no_grad(name: str) -> None:
+    args = arguments(1, 8, 12, (5, 6), residual=True)
+    args[name].requires_grad_()
+    sentence = f"{name} requires grad, and the fused convolution is for inference only; call it"
+    with pytest.raises(RuntimeError, match=sentence):
+        conv2d_bias_act(**args)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert_right(conv2d_bias_act(**args), {**args, name: args[name].detach()})
+    rest = dict(args)
+    x, residual = rest.pop("x"), rest.pop("residual")
+    module = ConvBiasAct(**rest)
+    if name in ("x", "residual"):
+        with pytest.raises(RuntimeError, match=sentence):
+            module(x, residual)
+    else:
+        assert not module(x, residual).requires_grad
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_operator_passes_opcheck(residual: bool) -> None:
+    for shape in ((2, 8, 12, (5, 6)), (1, 3, 1, (3, 3)), (2, 4, 5, (1, 1))):
+        args = arguments(*shape, residual=residual)
+        values = [*args.values()]
+        values[4:6] = [[value, value] for value in values[4:6]]
+        torch.library.opcheck(torch.ops.resfast.conv2d_bias_act.default, tuple(values))
+
+
+class Block(nn.Module):
+    """Two fused convolutions, as in a fused network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        one, two = arguments(1, 8, 8, (6, 6)), arguments(1, 8, 8, (6, 6))
+        self.first = ConvBiasAct(one["weight"], one["bias"], padding=1, activation="relu")
+        self.second = ConvBiasAct(two["weight"], two["bias"], padding=1, activation="silu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x), x)
+
+
+def test_module_compiles_without_a_break_and_exports() -> None:
+    torch.manual_seed(5)
+    block, x = Block().eval(), arguments(2, 8, 8, (6, 6))["x"]
+    expected = block(x).float()
+    for model in (
+        torch.compile(block, backend="aot_eager", fullgraph=True),
+        torch.export.export(block, (x,)).module(),
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(model(x).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_exported_module_takes_other_batch_sizes() -> None:
+    block, x = Block().eval(), arguments(2, 8, 8, (6, 6))["x"]
+    batch = torch.export.Dim("batch", min=1)
+    exported = torch.export.export(block, (x,), dynamic_shapes=({0: batch},)).module()
+    more = arguments(5, 8, 8, (6, 6))["x"]
+    torch.testing.assert_close(exported(more).float(), block(more).float(), rtol=2e-2, atol=2e-2)
+
+
+# The module's packed weights
+
+
+@pytest.mark.parametrize("where", ["oneDNN", *OURS])
+def test_packed_weights_follow_the_module(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESFAST_CONV", where)
+    torch.manual_seed(6)
+    first, second = arguments(1, 16, 16, (6, 6)), arguments(1, 16, 16, (6, 6))
+    x = first["x"]
+    module = ConvBiasAct(first["weight"], first["bias"], padding=1)
+    other = ConvBiasAct(second["weight"], second["bias"], padding=1)
+    one, two = module(x), other(x)
+    assert not torch.equal(one, two)
+    assert sorted(module.state_dict()) == ["bias", "weight"]
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x), one)
+        twin.load_state_dict(other.state_dict())
+        assert torch.equal(twin(x), two)
+    assert torch.equal(module(x), one)
+    with torch.no_grad():
+        module.weight.copy_(other.weight)
+        module.bias.copy_(other.bias)
+    module.repack()
+    assert torch.equal(module(x), two)
+    module.to(torch.float32)
+    assert_right(module(x.float()), {**second, "x": x.float()})
+    module.to(torch.bfloat16)
+    assert module.bias.dtype == torch.float32
+    with pytest.raises(TypeError, match=r"weight is torch.bfloat16; expected torch.float32"):
+        module(x.float())
+
+
+def test_one_module_serves_several_shapes() -> None:
+    torch.manual_seed(7)
+    module = None
+    for batch, size in ((1, (4, 4)), (3, (9, 7)), (1, (4, 4)), (2, (4, 4))):
+        args = arguments(batch, 16, 24, size)
+        module = module or ConvBiasAct(args["weight"], args["bias"], padding=1)
+        args |= {"weight": module.weight, "bias": module.bias}
+        assert_right(module(args["x"]), args)
+
+
+# The choice of an algorithm
+
+
+@needs_bf16
+def test_choice_is_measured_once_and_kept_for_other_processes(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(1, 64, 64, (8, 8))
+
+    def fresh() -> str:
+        module = ConvBiasAct(args["weight"], args["bias"], padding=1)
+        module(args["x"])
+        (plan,) = module._plans.values()
+        return plan.algorithm
+
+    chosen = fresh()
+    (key,) = json.loads(cache.read_text())
+    assert json.loads(cache.read_text())[key] == chosen
+    assert "1,64,8,8" in key
+    assert f"torch {torch.__version__}" in key
+    monkeypatch.setattr(conv_cpu, "_fastest", lambda *args: pytest.fail("measured again"))
+    assert fresh() == chosen
+    conv_cpu._known.clear()  # as in another process
+    assert fresh() == chosen
+    other = next(name for name in conv_cpu.ALGORITHMS if name != chosen)
+    cache.write_text(json.dumps({key: other}))
+    conv_cpu._known.clear()
+    assert fresh() == other
+
+
+@needs_bf16
+def test_choice_of_a_busy_machine_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_cpu, "MAX_SPREAD", 0.5)  # no times agree so well
+    args = arguments(1, 16, 16, (8, 8))
+    assert_right(ConvBiasAct(args["weight"], args["bias"], padding=1)(args["x"]), args)
+    assert not cache.exists()
+
+
+@needs_bf16
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "\xff"])
+def test_damaged_cache_is_ignored_and_mended(
+    content: str, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(content.encode("latin-1"))
+    args = arguments(1, 16, 16, (8, 8))
+    with caplog.at_level(logging.WARNING, "resfast"):
+        for _ in range(2):
+            ConvBiasAct(args["weight"], padding=1)(args["x"])
+    ignored = [record for record in caplog.records if "is ignored" in record.message]
+    assert len(ignored) == (0 if content == '{"a": 1}' else 1)
+    assert set(json.loads(cache.read_text()).values()) <= set(conv_cpu.ALGORITHMS)
+
+
+@needs_bf16
+def test_cache_that_cannot_be_written_is_said_once(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.parent.parent.write_text("a file where the folder should be")
+    with caplog.at_level(logging.WARNING, "resfast"):
+        for size in ((8, 8), (6, 6)):
+            args = arguments(1, 16, 16, size)
+            assert_right(ConvBiasAct(args["weight"], args["bias"], padding=1)(args["x"]), args)
+    assert len([r for r in caplog.records if "cannot be written" in r.message]) == 1
+
+
+@needs_bf16
+def test_inaccurate_algorithm_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def instant(*args: Any) -> Any:
+        return lambda x, residual: torch.zeros(1, 16, 8, 8, dtype=x.dtype)
+
+    monkeypatch.setitem(conv_cpu.BUILDERS, "gemm", instant)
+    args = arguments(1, 16, 16, (8, 8))
+    module = ConvBiasAct(args["weight"], args["bias"], padding=1)
+    assert_right(module(args["x"]), args)
+
+
+@needs_bf16
+def test_named_algorithm_is_taken_where_it_applies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, stride, expected in (
+        ("gemm", 2, "gemm"),
+        ("winograd", 1, "winograd"),
+        ("winograd", 2, "oneDNN"),
+    ):
+        monkeypatch.setenv("RESFAST_CONV", name)
+        args = arguments(1, 16, 16, (8, 8), stride=stride)
+        module = ConvBiasAct(args["weight"], stride=stride, padding=1)
+        module(args["x"])
+        assert [plan.algorithm for plan in module._plans.values()] == [expected]
+
+
+def test_unknown_name_of_an_algorithm_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RESFAST_CONV", "fft")
+    args = arguments(1, 16, 16, (8, 8))
+    with caplog.at_level(logging.WARNING, "resfast"):
+        assert_right(ConvBiasAct(args["weight"], args["bias"], padding=1)(args["x"]), args)
+    assert "RESFAST_CONV=fft is unknown; expected one of oneDNN, gemm, winograd" in caplog.text
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", ["gemm", "winograd"])
+def test_kernels_refuse_what_does_not_fit_the_packed_weights(name: str) -> None:
+    args = arguments(1, 16, 24, (6, 6), residual=True)
+    pack, kernel = (getattr(torch.ops.resfast, f"conv_{name}{end}") for end in ("_pack", ""))
+    packed, geometry = pack(args["weight"]), [24, 16, 3, 3, 1, 1, 1, 1]
+    good = [args["x"], packed, args["bias"], args["residual"], geometry, 0]
+    kernel(*good)
+    wrong = {
+        "x is torch.float32": {0: args["x"].float()},
+        "x is not in channels_last": {0: args["x"].contiguous()},
+        r"x is \[1, 8, 6, 6\]": {0: args["x"][:, :8]},
+        "packed weights of": {1: packed[:-1]},
+        r"bias is torch.float32 \[23\]": {2: args["bias"][:-1]},
+        r"residual is \[1, 24, 5, 6\]": {3: args["residual"][..., :5, :]},
+        "geometry is": {4: [24, 16, 0, 3, 1, 1, 1, 1]},
+        "padding below 0": {4: [24, 16, 3, 3, 1, 1, -1, 1]},
+        "activation 4": {5: 4},
+        "smaller than the kernel": {
+            0: args["x"][..., :1, :1].contiguous(memory_format=torch.channels_last),
+            4: [24, 16, 3, 3, 1, 1, 0, 0],
+        },
+    }
+    for message, change in wrong.items():
+        with pytest.raises(RuntimeError, match=message):
+            kernel(*(change.get(i, value) for i, value in enumerate(good)))
+    with pytest.raises(RuntimeError, match="weight is"):
+        pack(args["weight"].float())
+
+
+# add_relu
+
+
+@functools.cache
+def interpreted() -> ModuleType:
+    """A second copy of the module of Triton kernels, run by Triton's interpreter."""
+    knobs = pytest.importorskip("triton", reason="there is no Triton for this platform").knobs
+    module = importlib.import_module("resfast.kernels.triton_add_relu")
+    with knobs.runtime.scope():
+        knobs.runtime.interpret = True
+        spec = importlib.util.spec_from_file_location(f"{module.__name__}_cpu", module.__file__)
+        twin = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(twin)
+    return twin
+
+
+ADD_RELU = ("operator", "reference", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def both_ways(where: str, x: Tensor, residual: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, and what the backward makes of ``grad``."""
+    if where in ("interpreter", "reference"):
+        kernels = interpreted() if where == "interpreter" else conv_reference
+        result = kernels.add_relu(x, residual)
+        return result, kernels.add_relu_backward(grad, result)
+    device = "cpu" if where == "operator" else "cuda"
+    x, residual = (tensor.detach().to(device).requires_grad_() for tensor in (x, residual))
+    result = add_relu(x, residual)
+    result.backward(grad.to(device))
+    assert torch.equal(x.grad, residual.grad)
+    return result.detach().cpu(), x.grad.cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", ADD_RELU)
+def test_add_relu_and_its_gradient_are_those_of_torch(
+    where: str, dtype: torch.dtype, poisoned: None
+) -> None:
+    torch.manual_seed(8)
+    fmt = torch.channels_last
+    for shape in ((), (0, 3), (7,), (1,), (5, 33), (2, 3, 5, 7), (70_001,), (4, 64, 8, 8)):
+        x, residual, grad = (torch.randn(shape).to(dtype) for _ in range(3))
+        if len(shape) == 4:
+            x = x.contiguous(memory_format=fmt)  # the others are in another order
+        expected = torch.relu(x + residual)
+        result, gradient = both_ways(where, x, residual, grad)
+        if where == "interpreter" and dtype == torch.bfloat16:  # which cuts off when it converts
+            torch.testing.assert_close(result, expected, rtol=2.0**-7, atol=0)
+            grad[(result == 0) & (expected != 0)] = 0
+        else:
+            assert torch.equal(result, expected)
+        assert result.stride() == torch.empty_like(x).stride()
+        assert torch.equal(gradient, torch.where(expected > 0, grad, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", ADD_RELU)
+def test_add_relu_treats_special_values_like_torch(where: str, dtype: torch.dtype) -> None:
+    info, inf, nan = torch.finfo(dtype), torch.inf, torch.nan
+    interpreted_bf16 = where == "interpreter" and dtype == torch.bfloat16
+    values = [0.0, -0.0, 1.0, -1.0, info.max, -info.max, info.tiny, inf, -inf, nan]
+    values += [] if interpreted_bf16 else [info.tiny / 4]  # taken for 0 there
+    table = torch.tensor(values).to(dtype)
+    x, residual = (part.flatten() for part in torch.meshgrid(table, table, indexing="ij"))
+    grad = torch.arange(1, len(x) + 1).to(dtype)
+    result, gradient = both_ways(where, x, residual, grad)
+    expected, rtol = torch.relu(x + residual), 0.0
+    if interpreted_bf16:  # cuts off when it converts
+        keep = expected.isfinite()
+        result, expected, gradient, grad = (t[keep] for t in (result, expected, gradient, grad))
+        rtol = 2.0**-7
+    torch.testing.assert_close(result, expected, rtol=rtol, atol=0, equal_nan=True)
+    assert torch.equal(gradient, torch.where(expected <= 0, 0, grad))
+
+
+def test_add_relu_passes_opcheck() -> None:
+    for dtype in DTYPES:
+        x = torch.randn(2, 3, 4, 5).to(dtype, memory_format=torch.channels_last).requires_grad_()
+        residual = torch.randn(2, 3, 4, 5).to(dtype).requires_grad_()
+        torch.library.opcheck(torch.ops.resfast.add_relu.default, (x, residual))
+
+
+def test_add_relu_compiles_without_a_break_with_its_gradient() -> None:
+    x, residual = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+    torch.compile(add_relu, backend="aot_eager", fullgraph=True)(x, residual).sum().backward()
+    assert torch.equal(x.grad, (x + residual > 0).float())
+
+
+def test_add_relu_errors_name_the_value_and_what_was_expected() -> None:
+    x = torch.randn(2, 3)
+    for wrong, kind, message in (
+        (x.half(), TypeError, "residual is torch.float16; expected torch.float32, like x"),
+        (x[:1], ValueError, r"residual is \[1, 3\]; expected \[2, 3\], like x"),
+        (x.to("meta"), ValueError, "residual is on meta; expected cpu, like x"),
+    ):
+        with pytest.raises(kind, match=message):
+            add_relu(x, wrong)
+    with pytest.raises(TypeError, match=r"x is torch.float64; expected one of torch.float32"):
+        add_relu(x.double(), x.double())
+    for wrong in (x.half(), x[:1]):  # the operator itself, whose kernel may be C++
+        with pytest.raises(
+            (RuntimeError, TypeError, ValueError), match=r"residual is .*; expected"
+        ):
+            torch.ops.resfast.add_relu(x, wrong)
