@@ -24,7 +24,7 @@ train: $(INSTALLED) ## Train a network; ARGS="--epochs 5" and others, ARGS=--hel
 test: $(INSTALLED) ## Run the tests; ARGS="-x tests/test_package.py" chooses some
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(INSTALLED) ## Time a training step against a plain PyTorch script
+bench: $(INSTALLED) ## Time the training step, augmentation and loaders against others
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 lint: $(BIN)/ruff ## Check style and formatting

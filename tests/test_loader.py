@@ -223,6 +223,11 @@ def test_what_a_loader_cannot_read_is_refused(
         )
 
 
+def test_shards_are_not_loaded_whole(tmp_path: Path):
+    with pytest.raises(ResfastError, match="read as a stream and cannot be loaded whole"):
+        load_dataset(f"shards:{tmp_path}", data_dir=tmp_path)
+
+
 def test_free_memory_is_that_of_the_machine():
     free = stream.free_memory(torch.device("cpu"))
     assert 2**24 < free < 2**50

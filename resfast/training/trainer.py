@@ -117,7 +117,7 @@ def _resumed(saved: Config, given: Config | None, path: Path) -> Config:
     return replace(
         saved,
         run=given.run,
-        data=replace(saved.data, data_dir=given.data.data_dir),
+        data=replace(saved.data, data_dir=given.data.data_dir, prefetch=given.data.prefetch),
         runtime=replace(saved.runtime, threads=given.runtime.threads),
     )
 
