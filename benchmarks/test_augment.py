@@ -23,7 +23,7 @@ from benchmarks.report import hardware, installed, rate
 from resfast import runtime
 from resfast.data.augment import Augment, sample
 from resfast.data.loader import ResidentLoader
-from resfast.kernels.augment import normalization
+from resfast.kernels.augment import augment_drawn, normalization
 
 COUNT, SIDE, BATCH, CROP = 50_000, 32, 512, 4
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -43,7 +43,7 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (COUNT, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator)
 
 
-def resfast_round(images: torch.Tensor, device: str = "cpu") -> Round:
+def resfast_round(images: torch.Tensor) -> Round:
     loader = ResidentLoader(
         images,
         torch.zeros(COUNT, dtype=torch.int64),
@@ -52,7 +52,6 @@ def resfast_round(images: torch.Tensor, device: str = "cpu") -> Round:
         batch_size=BATCH,
         augment=Augment(crop=CROP, flip="random"),
         classes=10,
-        device=device,
         dtype=torch.bfloat16,
     )
     epochs = iter(range(1 << 30))
@@ -308,10 +307,9 @@ def test_bandwidth_on_cuda(
     constants = normalization(torch.tensor(MEAN).cuda(), torch.tensor(STD).cuda())
 
     def call() -> torch.Tensor:
-        return torch.ops.resfast.augment(
-            on_gpu, everything, *constants, params.shift, params.flip, params.affine, params.color,
-            params.cutout, *((None,) * 3 if mix is None else (mix.partner, mix.weight, mix.box)),
-            augment.padding == "zero", torch.bfloat16, False,
+        return augment_drawn(
+            on_gpu, everything, params, constants, mix=mix, padding=augment.padding,
+            dtype=torch.bfloat16,
         )  # fmt: skip
 
     source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")

@@ -149,7 +149,7 @@ def test_loader(name: str, device: str, data: Data, benchmark, comparisons: list
         pytest.skip("nvidia.dali is not installed")
     batches = LOADERS[name](data, device)
     next(batches)
-    steps = max(1, len(data.images) // BATCH // (1 if name != "torchvision" else 4))
+    steps = max(1, len(data.images) // BATCH)
 
     def run() -> None:
         for _ in range(steps):

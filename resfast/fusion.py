@@ -24,8 +24,8 @@ from torch._subclasses import FakeTensorMode
 
 from resfast.errors import ResfastError
 from resfast.kernels.conv import ConvBiasAct
+from resfast.kernels.conv_reference import LEAKY_SLOPE
 from resfast.layers import fused
-from resfast.layers.fused import LEAKY_SLOPE
 
 aten = torch.ops.aten
 

@@ -10,17 +10,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "dtype.h"
 #include "isa.h"
 
 namespace resfast {
 namespace {
-
-template <class To, class From>
-RESFAST_INLINE To cast_bits(From value) {
-  To result;
-  std::memcpy(&result, &value, sizeof(To));
-  return result;
-}
 
 // A dtype: how it is stored, to float32, and back to nearest even.
 struct AddFloat32 {
@@ -32,36 +26,15 @@ struct AddFloat32 {
 
 struct AddBFloat16 {
   using Stored = uint16_t;
-  static RESFAST_INLINE float load(uint16_t value) {
-    return cast_bits<float>(static_cast<uint32_t>(value) << 16);
-  }
-  static RESFAST_INLINE uint16_t store(float value) {
-    const uint32_t bits = cast_bits<uint32_t>(value);
-    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return static_cast<uint16_t>(value == value ? rounded : 0x7FC0);
-  }
+  static RESFAST_INLINE float load(uint16_t value) { return from_bfloat16(value); }
+  static RESFAST_INLINE uint16_t store(float value) { return to_bfloat16(value); }
   static RESFAST_INLINE bool dead(uint16_t result) { return load(result) <= 0; }
 };
 
 struct AddFloat16 {
   using Stored = uint16_t;
-  static RESFAST_INLINE float load(uint16_t value) {
-    // Exponent bias from 15 to 127 by a multiplication, which is right for subnormals too.
-    const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
-    const uint32_t size = static_cast<uint32_t>(value & 0x7FFF) << 13;
-    const uint32_t finite = cast_bits<uint32_t>(cast_bits<float>(size) * 0x1p112f);
-    return cast_bits<float>(sign | (size < (31u << 23) ? finite : size | 0x7F800000));
-  }
-  static RESFAST_INLINE uint16_t store(float value) { // of a value that is not negative, or NaN
-    const uint32_t size = cast_bits<uint32_t>(value) & 0x7FFFFFFF;
-    const uint32_t normal = (size - (112u << 23) + 0xFFF + ((size >> 13) & 1)) >> 13;
-    // Below 2^-14, adding 1/2 leaves the 10 bits of a subnormal at the end, rounded by the adder.
-    const uint32_t subnormal =
-        cast_bits<uint32_t>(cast_bits<float>(size) + 0.5f) - cast_bits<uint32_t>(0.5f);
-    uint32_t result = size < (113u << 23) ? subnormal : normal;
-    result = size >= (143u << 23) ? 0x7C00 : result; // from 2^16: infinity
-    return static_cast<uint16_t>(size > (255u << 23) ? 0x7E00 : result); // NaN
-  }
+  static RESFAST_INLINE float load(uint16_t value) { return from_float16(value); }
+  static RESFAST_INLINE uint16_t store(float value) { return to_float16(value); }
   static RESFAST_INLINE bool dead(uint16_t result) { return load(result) <= 0; }
 };
 

@@ -21,6 +21,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "dtype.h"
 #include "isa.h"
 
 namespace resfast {
@@ -76,14 +77,6 @@ struct Scratch {
 
 // -- single values -------------------------------------------------------------------------------
 
-template <class To, class From>
-RESFAST_INLINE To bits_to(From value) {
-  static_assert(sizeof(To) == sizeof(From));
-  To result;
-  std::memcpy(&result, &value, sizeof(To));
-  return result;
-}
-
 // The dtypes of the result: how each is stored, and float32 rounded to it, to nearest even.
 struct Float32 {
   using Stored = float;
@@ -92,27 +85,12 @@ struct Float32 {
 
 struct BFloat16 {
   using Stored = uint16_t;
-  static RESFAST_INLINE uint16_t round(float value) {
-    const uint32_t bits = bits_to<uint32_t>(value);
-    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return static_cast<uint16_t>(value == value ? rounded : 0x7FC0);
-  }
+  static RESFAST_INLINE uint16_t round(float value) { return to_bfloat16(value); }
 };
 
 struct Float16 {
   using Stored = uint16_t;
-  static RESFAST_INLINE uint16_t round(float value) {
-    const uint32_t bits = bits_to<uint32_t>(value), sign = bits & 0x80000000, size = bits ^ sign;
-    // Exponent bias from 127 to 15, mantissa from 23 bits to 10.
-    const uint32_t normal = (size - (112u << 23) + 0xFFF + ((size >> 13) & 1)) >> 13;
-    // Below 2^-14, adding 1/2 leaves the 10 bits of a subnormal at the end, rounded by the adder.
-    const float half = bits_to<float>(size) + 0.5f;
-    const uint32_t subnormal = bits_to<uint32_t>(half) - bits_to<uint32_t>(0.5f);
-    uint32_t result = size < (113u << 23) ? subnormal : normal;
-    result = size >= (143u << 23) ? 0x7C00 : result; // from 2^16: infinity
-    result = size > (255u << 23) ? 0x7E00 : result; // NaN
-    return static_cast<uint16_t>(result | (sign >> 16));
-  }
+  static RESFAST_INLINE uint16_t round(float value) { return to_float16(value); }
 };
 
 // Mirrored once at either border, which is not repeated; what is still outside, at its edge.

@@ -23,6 +23,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
+#include "dtype.h"
 #include "isa.h"
 
 #define RESFAST_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
@@ -50,20 +51,6 @@ inline int64_t panel_blocks(int64_t outputs, int64_t panel) {
 // registers.
 inline int64_t tile_rows(int64_t blocks) { return blocks > 2 ? 6 : 12; }
 constexpr int64_t kRowMultiple = 12;
-
-inline float bf16_to_float(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-inline uint16_t float_to_bf16(float value) { // to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return static_cast<uint16_t>(value == value ? rounded : 0x7FC0);
-}
 
 // Memory of one thread, kept between calls.
 template <class Value>

@@ -153,15 +153,15 @@ int64_t winograd_size(int64_t outputs, int64_t channels) {
 void transform_kernel(const uint16_t* kernel, uint16_t* points, int64_t stride) {
   float half[4][3];
   for (int j = 0; j < 3; ++j) {
-    const float a = bf16_to_float(kernel[j]), b = bf16_to_float(kernel[3 + j]);
-    const float c = bf16_to_float(kernel[6 + j]);
+    const float a = from_bfloat16(kernel[j]), b = from_bfloat16(kernel[3 + j]);
+    const float c = from_bfloat16(kernel[6 + j]);
     half[0][j] = a, half[1][j] = 0.5f * (a + b + c), half[2][j] = 0.5f * (a - b + c);
     half[3][j] = c;
   }
   for (int i = 0; i < 4; ++i) {
     const float a = half[i][0], b = half[i][1], c = half[i][2];
     const float row[4] = {a, 0.5f * (a + b + c), 0.5f * (a - b + c), c};
-    for (int j = 0; j < 4; ++j) points[(4 * i + j) * stride] = float_to_bf16(row[j]);
+    for (int j = 0; j < 4; ++j) points[(4 * i + j) * stride] = to_bfloat16(row[j]);
   }
 }
 

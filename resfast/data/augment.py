@@ -36,9 +36,10 @@ _CHANCE = 7  # auto-contrast, grey
 _MIX = 8  # MixUp or CutMix, lambda, centre's row, column
 _PARTNER = 9  # second image
 _ORDER = 10  # key of the shuffle, two words
+WINDOW_STREAM = 32  # random-resized crop by DALI, of images at their full size: as _RESIZE
 
 _MAX_ANGLE = 30.0
-_LOG_RATIO = math.log(4 / 3)
+LOG_RATIO = math.log(4 / 3)
 _LUMA = (0.299, 0.587, 0.114)
 _QUANTILES = 4096
 _CHUNK_BYTES = 1 << 20  # with its sums, what a cache holds
@@ -529,7 +530,7 @@ def _window(words: Tensor, least: float, size: tuple[int, int]) -> Tensor:
     height, width = size
     chance = uniform(words).double()
     area = height * width * (least + (1 - least) * chance[0])
-    ratio = (_LOG_RATIO * (2 * chance[1] - 1)).exp()
+    ratio = (LOG_RATIO * (2 * chance[1] - 1)).exp()
     window_height = (area / ratio).sqrt().clamp(1, height)
     window_width = (area * ratio).sqrt().clamp(1, width)
     top, left = chance[2] * (height - window_height), chance[3] * (width - window_width)

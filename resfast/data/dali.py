@@ -30,6 +30,8 @@ from torch import Tensor
 
 from resfast.data import dali_pipeline, shards
 from resfast.data.augment import (
+    LOG_RATIO,
+    WINDOW_STREAM,
     Augment,
     check_augment,
     mixed_labels,
@@ -39,18 +41,16 @@ from resfast.data.augment import (
     sample_mix,
     statistics,
 )
+from resfast.data.dataset import mean_std_of_sums
 from resfast.data.folder import read_file
 from resfast.data.loader import check_batch_size
 from resfast.data.stream import Files, Shards
 from resfast.errors import ResfastError
-from resfast.kernels.augment import DTYPES, normalization
+from resfast.kernels.augment import DTYPES, augment_drawn, normalization
 from resfast.kernels.philox import philox, uniform
 
 Finish = Literal["fused", "dali", "uint8"]
 
-# A stream of Philox that the sampler does not use: windows of the image at its full size.
-_WINDOW_STREAM = 32
-_LOG_RATIO = float(np.log(4 / 3))
 # Odd and otherwise arbitrary; a hash only has to be the same in every run.
 _HASH_FACTOR = 0x9E3779B97F4A7C15
 
@@ -145,7 +145,7 @@ class DaliLoader:
         self.finish: Finish = "dali" if not train and finish == "fused" else finish
         self._prefetch, self._threads = prefetch, threads or torch.get_num_threads()
         self._mean, self._std = mean.cpu(), std.cpu()
-        self._normalization = [value.to(self.device) for value in normalization(mean, std)]
+        self._normalization = normalization(mean.to(self.device), std.to(self.device))
         self._open()
         if train:
             check_batch_size(batch_size, self.count, world)
@@ -506,24 +506,18 @@ class DaliLoader:
         size = (self.image_size, self.image_size)
         mix = sample_mix(augment, indices, count=self.count, size=size, seed=self.seed, epoch=epoch)
         rows = self._rows[: len(images)]
-        mixing: tuple[Tensor | None, ...] = (None, None, None)
         if mix is not None:
-            mixing = (rows.roll(-1), mix.weight, mix.box)
+            mix = replace(mix, partner=rows.roll(-1))
             own_part = mix.own_part(*size)
             labels = mixed_labels(labels, labels.roll(-1), own_part, self.classes)
-        result = torch.ops.resfast.augment(
+        result = augment_drawn(
             images,
             rows,
-            *self._normalization,
-            params.shift,
-            params.flip,
-            params.affine,
-            params.color,
-            params.cutout,
-            *mixing,
-            augment.padding == "zero",
-            self.dtype,
-            False,  # what the sampler draws is in range: checking would wait for the device
+            params,
+            self._normalization,
+            mix=mix,
+            padding=augment.padding,
+            dtype=self.dtype,
         )
         return result, labels
 
@@ -565,21 +559,14 @@ def mean_std(
         values = images.to(torch.int32)
         sums[0] += values.sum((0, 2, 3), dtype=torch.int64)
         sums[1] += values.square().sum((0, 2, 3), dtype=torch.int64)
-    pixels = loader.count * image_size**2
-    total, squares = ([int(value) for value in row] for row in sums.tolist())
-    means = [value / pixels / 255 for value in total]
-    stds = [
-        max(0, pixels * q - s * s) ** 0.5 / pixels / 255
-        for s, q in zip(total, squares, strict=True)
-    ]
-    return torch.tensor(means, dtype=torch.float32), torch.tensor(stds, dtype=torch.float32)
+    return mean_std_of_sums(*sums.tolist(), loader.count * image_size**2)
 
 
 def _window(indices: Tensor, least: float, seed: int, epoch: int) -> np.ndarray:
     """Windows of random-resized crop as :func:`dali_pipeline.build` takes them, ``[B, 4]``."""
-    drawn = uniform(philox(indices, seed=seed, epoch=epoch, stream=_WINDOW_STREAM))
+    drawn = uniform(philox(indices, seed=seed, epoch=epoch, stream=WINDOW_STREAM))
     half_area = 0.5 * (least + (1 - least) * drawn[0]).log()
-    half_ratio = 0.5 * _LOG_RATIO * (2 * drawn[1] - 1)
+    half_ratio = 0.5 * LOG_RATIO * (2 * drawn[1] - 1)
     sides = [(half_area - half_ratio).exp(), (half_area + half_ratio).exp()]
     return torch.stack([*sides, drawn[2], drawn[3]], 1).numpy()
 

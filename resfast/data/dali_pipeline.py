@@ -5,16 +5,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from resfast.data.augment import LOG_RATIO
 from resfast.data.shards import IMAGE_EXTENSIONS
 from resfast.errors import ResfastError
 
 MAX_LABEL_DIGITS = 12
 _SHUFFLE_BUFFER = 1024
-_LOG_RATIO = math.log(4 / 3)
 
 
 def import_dali() -> Any:
@@ -156,7 +155,7 @@ def _reader_draws(fn: Any, types: Any, window: float, crop: int, flip: bool) -> 
         import nvidia.dali.math as dali_math
 
         half_area = 0.5 * dali_math.log(fn.random.uniform(range=[window, 1.0]))
-        half_ratio = 0.5 * fn.random.uniform(range=[-_LOG_RATIO, _LOG_RATIO])
+        half_ratio = 0.5 * fn.random.uniform(range=[-LOG_RATIO, LOG_RATIO])
         position = fn.random.uniform(range=[0.0, 1.0], shape=[2])
         sides = fn.stack(
             dali_math.exp(half_area - half_ratio), dali_math.exp(half_area + half_ratio)

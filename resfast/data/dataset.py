@@ -72,6 +72,7 @@ def load_dataset(
     image_size: int = 32,
     skip_corrupt: bool = False,
     report: Callable[[str], None] = print_to_stderr,
+    listing: folder.Listing | None = None,
 ) -> Dataset:
     """Load ``data``: ``cifar10``, ``cifar100``, ``digits``, ``folder:PATH`` or ``auto``.
 
@@ -79,18 +80,15 @@ def load_dataset(
     its decoded images are kept under ``data_dir/cache``. ``auto`` is CIFAR-10 where it is on disk
     or can be fetched, and otherwise digits, which is said. ``image_size`` is the height and width
     in pixels of every image returned. ``report`` is given one line for each step worth knowing.
+    ``listing`` is what the directory of ``folder:PATH`` holds, where it was scanned already.
 
     Raises ``ResfastError`` for a bad value, and for data that is absent, damaged or of another
     layout.
     """
     data_dir = Path(data_dir).expanduser()
-    if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
-        raise ResfastError(
-            f"image size {image_size} is out of range, expected {MIN_IMAGE_SIZE} to "
-            f"{MAX_IMAGE_SIZE} pixels: choose 32 for CIFAR"
-        )
+    check_image_size(image_size)
     if data.startswith("folder:"):
-        return _load_folder(data, data_dir, image_size, skip_corrupt, report)
+        return _load_folder(data, data_dir, image_size, skip_corrupt, report, listing)
     if data.startswith("shards:"):
         raise ResfastError(
             f"{data} is read as a stream and cannot be loaded whole: open it with "
@@ -112,6 +110,15 @@ def load_dataset(
             return _load_digits(image_size)
     hint = f"; did you mean 'folder:{data}'?" if os.path.exists(data) else nearest(data, CHOICES)
     raise ResfastError(f"unknown data {data!r}, expected one of {', '.join(CHOICES)}{hint}")
+
+
+def check_image_size(image_size: int) -> None:
+    """Raises ``ResfastError`` for a height and width, in pixels, that no loader takes."""
+    if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
+        raise ResfastError(
+            f"image size {image_size} is out of range, expected {MIN_IMAGE_SIZE} to "
+            f"{MAX_IMAGE_SIZE} pixels: choose 32 for CIFAR"
+        )
 
 
 def split_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -163,10 +170,14 @@ def channel_mean_std(images: Tensor) -> tuple[Tensor, Tensor]:
         values = chunk.to(torch.int64)
         sums += values.sum(0)
         squares += values.square().sum(0)
-    count = images.numel() // channels
-    pairs = list(zip(sums.tolist(), squares.tolist(), strict=True))
-    means = [s / count / 255 for s, _ in pairs]
-    stds = [math.sqrt(count * q - s * s) / count / 255 for s, q in pairs]
+    return mean_std_of_sums(sums.tolist(), squares.tolist(), images.numel() // channels)
+
+
+def mean_std_of_sums(sums: list[int], squares: list[int], pixels: int) -> tuple[Tensor, Tensor]:
+    """:func:`channel_mean_std` from the sum and the sum of squares of each channel."""
+    means = [s / pixels / 255 for s in sums]
+    variances = [pixels * q - s * s for s, q in zip(sums, squares, strict=True)]
+    stds = [math.sqrt(variance) / pixels / 255 for variance in variances]
     return torch.tensor(means, dtype=torch.float32), torch.tensor(stds, dtype=torch.float32)
 
 
@@ -178,7 +189,12 @@ def _make(
 
 
 def _load_folder(
-    data: str, data_dir: Path, image_size: int, skip_corrupt: bool, report: Callable[[str], None]
+    data: str,
+    data_dir: Path,
+    image_size: int,
+    skip_corrupt: bool,
+    report: Callable[[str], None],
+    listing: folder.Listing | None,
 ) -> Dataset:
     location = data.removeprefix("folder:")
     if not location:
@@ -187,9 +203,8 @@ def _load_folder(
             "write the path after the colon"
         )
     source = folder.open_source(Path(location).expanduser())
-    listing = None
     if isinstance(source, folder.Directory):
-        listing = source.scan()
+        listing = listing or source.scan()
         folder.check_listing(source.path, listing)
     key = cache.content_key(
         lambda update: source.update_hash(listing, update),

@@ -19,7 +19,7 @@ from resfast.data.augment import (
     statistics,
 )
 from resfast.errors import ResfastError
-from resfast.kernels.augment import augment, normalization
+from resfast.kernels.augment import augment, augment_drawn, normalization
 
 
 class ResidentLoader:
@@ -115,19 +115,14 @@ class ResidentLoader:
             mix = sample_mix(
                 self.augment, indices, count=self.count, size=size, seed=self.seed, epoch=epoch
             )
-            images = torch.ops.resfast.augment(
+            images = augment_drawn(
                 self.images,
                 indices,
-                *self._normalization,
-                params.shift,
-                params.flip,
-                params.affine,
-                params.color,
-                params.cutout,
-                *((None, None, None) if mix is None else (mix.partner, mix.weight, mix.box)),
-                self.augment.padding == "zero",
-                self.dtype,
-                False,  # what the sampler draws is in range: checking would wait for the device
+                params,
+                self._normalization,
+                mix=mix,
+                padding=self.augment.padding,
+                dtype=self.dtype,
             )
             if mix is not None:
                 own_part = mix.own_part(*size)

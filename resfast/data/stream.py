@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resfast.data import folder
-from resfast.data.dataset import Dataset, load_dataset, print_to_stderr
+from resfast.data.dataset import Dataset, check_image_size, load_dataset, print_to_stderr
 from resfast.errors import ResfastError
 
 Loader = Literal["auto", "resident", "dali"]
@@ -101,6 +101,8 @@ def open_data(
     Raises:
         ResfastError: as :func:`load_dataset`, or a kind of data that the loader cannot read.
     """
+    check_image_size(image_size)
+    listing = None
     kind, _, location = data.partition(":")
     path = Path(location).expanduser()
     if kind == "shards":
@@ -110,8 +112,7 @@ def open_data(
         return _open_shards(data, path, image_size)
     if kind == "folder" and loader != "resident":
         if path.is_dir():
-            source = folder.Directory(path)
-            listing = source.scan()
+            listing = folder.Directory(path).scan()
             needed = len(listing.images) * image_size**2 * CHANNELS
             if loader == "dali" or needed > free_memory(torch.device(device)) / 2:
                 if loader == "auto":
@@ -127,7 +128,12 @@ def open_data(
                 f"shards with python -m resfast.data --shards DIR --data {data}"
             )
     return load_dataset(
-        data, data_dir=data_dir, image_size=image_size, skip_corrupt=skip_corrupt, report=report
+        data,
+        data_dir=data_dir,
+        image_size=image_size,
+        skip_corrupt=skip_corrupt,
+        report=report,
+        listing=listing,
     )
 
 

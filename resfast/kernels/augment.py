@@ -145,13 +145,47 @@ def augment(
         TypeError: a tensor of a wrong dtype.
         ValueError: a wrong shape, layout or device, or a value out of range.
     """
-    params = params or AugmentParams()
-    offset, scale = normalization(mean, std)
-    args = (
+    if padding not in ("reflect", "zero"):
+        raise ValueError(f"padding {padding!r} is unknown; expected reflect or zero")
+    constants = normalization(mean, std)
+    args = _arguments(images, indices, params or AugmentParams(), constants, mix, padding, dtype)
+    check_arguments(*args, check=check)
+    return torch.ops.resfast.augment(*args, False)
+
+
+def augment_drawn(
+    images: Tensor,
+    indices: Tensor,
+    params: AugmentParams,
+    constants: tuple[Tensor, Tensor],
+    *,
+    mix: MixParams | None,
+    padding: Padding,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`augment` for what the sampler drew, which is in range: nothing waits for the device.
+
+    The arguments are those of :func:`augment`, but for ``constants``: the offset and scale of
+    :func:`normalization`, on the device.
+    """
+    args = _arguments(images, indices, params, constants, mix, padding, dtype)
+    return torch.ops.resfast.augment(*args, False)
+
+
+def _arguments(
+    images: Tensor,
+    indices: Tensor,
+    params: AugmentParams,
+    constants: tuple[Tensor, Tensor],
+    mix: MixParams | None,
+    padding: Padding,
+    dtype: torch.dtype,
+) -> tuple[Any, ...]:
+    """The operator's arguments but ``check``."""
+    return (
         images,
         indices,
-        offset,
-        scale,
+        *constants,
         params.shift,
         params.flip,
         params.affine,
@@ -161,10 +195,6 @@ def augment(
         padding == "zero",
         dtype,
     )
-    if padding not in ("reflect", "zero"):
-        raise ValueError(f"padding {padding!r} is unknown; expected reflect or zero")
-    check_arguments(*args, check=check)
-    return torch.ops.resfast.augment(*args, False)
 
 
 def check_arguments(

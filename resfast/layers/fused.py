@@ -22,16 +22,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAKY_SLOPE = 0.01
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": lambda x: F.leaky_relu(x, LEAKY_SLOPE),
-    "silu": F.silu,
-}
+from resfast.kernels.conv_reference import ACTIVATIONS
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

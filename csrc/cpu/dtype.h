@@ -1,0 +1,54 @@
+// float32 to and from the two half formats, bit by bit, so that loops over it are vectorized.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+namespace resfast {
+namespace {
+
+template <class To, class From>
+RESFAST_INLINE To bits_to(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+RESFAST_INLINE float from_bfloat16(uint16_t value) {
+  return bits_to<float>(static_cast<uint32_t>(value) << 16);
+}
+
+// Rounded to nearest even, as is to_float16.
+RESFAST_INLINE uint16_t to_bfloat16(float value) {
+  const uint32_t bits = bits_to<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(value == value ? rounded : 0x7FC0);
+}
+
+RESFAST_INLINE float from_float16(uint16_t value) {
+  // Exponent bias from 15 to 127 by a multiplication, which is right for subnormals too.
+  const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
+  const uint32_t size = static_cast<uint32_t>(value & 0x7FFF) << 13;
+  const uint32_t finite = bits_to<uint32_t>(bits_to<float>(size) * 0x1p112f);
+  return bits_to<float>(sign | (size < (31u << 23) ? finite : size | 0x7F800000));
+}
+
+RESFAST_INLINE uint16_t to_float16(float value) {
+  const uint32_t bits = bits_to<uint32_t>(value), sign = bits & 0x80000000, size = bits ^ sign;
+  // Exponent bias from 127 to 15, mantissa from 23 bits to 10.
+  const uint32_t normal = (size - (112u << 23) + 0xFFF + ((size >> 13) & 1)) >> 13;
+  // Below 2^-14, adding 1/2 leaves the 10 bits of a subnormal at the end, rounded by the adder.
+  const float half = bits_to<float>(size) + 0.5f;
+  const uint32_t subnormal = bits_to<uint32_t>(half) - bits_to<uint32_t>(0.5f);
+  uint32_t result = size < (113u << 23) ? subnormal : normal;
+  result = size >= (143u << 23) ? 0x7C00 : result; // from 2^16: infinity
+  result = size > (255u << 23) ? 0x7E00 : result; // NaN
+  return static_cast<uint16_t>(result | (sign >> 16));
+}
+
+} // namespace
+} // namespace resfast
