@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensorMode
 
 from resfast.errors import ResfastError
 from resfast.kernels.conv import ConvBiasAct
-from resfast.kernels.conv_reference import LEAKY_SLOPE
+from resfast.kernels.conv_reference import NEGATIVE_SLOPE
 from resfast.layers import fused
 
 aten = torch.ops.aten
@@ -246,7 +246,7 @@ def fuse(
     """A network for inference, its convolutions fused with what follows them.
 
     Conv → batch norm → (+ residual) → activation becomes one
-    :class:`~resfast.kernels.conv.ConvBiasAct`, for ReLU, leaky ReLU of slope 0.01 and SiLU. What
+    :class:`~resfast.kernels.conv.ConvBiasAct`, for ReLU, leaky ReLU and SiLU. What
     cannot be fused stays as it is, in ``dtype`` (batch norms, and a linear layer that ends the
     network, in float32), and is named in the report. A convolution whose output something else
     reads too keeps what follows it outside.
@@ -702,8 +702,8 @@ class _Rewriter:
             return None
         return fused.norm_factors(*tensors, a.get("eps", 1e-5))
 
-    def _activation(self, node: fx.Node, x: fx.Node) -> str | None:
-        """The kernel's name for an activation of ``x``."""
+    def _activation(self, node: fx.Node, x: fx.Node) -> dict[str, Any] | None:
+        """An activation of ``x`` as arguments of the kernel."""
         if not node.args or node.args[0] is not x:
             return None
         module = self._module(node)
@@ -712,21 +712,21 @@ class _Rewriter:
                 return None
             match module:
                 case nn.ReLU():
-                    return "relu"
+                    return {"activation": "relu"}
                 case nn.SiLU():
-                    return "silu"
-                case nn.LeakyReLU() if module.negative_slope == LEAKY_SLOPE:
-                    return "leaky_relu"
+                    return {"activation": "silu"}
+                case nn.LeakyReLU():
+                    return _leaky(module.negative_slope)
             return None
         if node.op not in ("call_function", "call_method"):
             return None
         if node.target in _RELUS:
-            return "relu"
+            return {"activation": "relu"}
         if node.target in _SILUS:
-            return "silu"
+            return {"activation": "silu"}
         if node.target in _LEAKY:
-            slope = _arguments(node, "input negative_slope").get("negative_slope", 0.01)
-            return "leaky_relu" if slope == LEAKY_SLOPE else None
+            a = _arguments(node, "input negative_slope")
+            return _leaky(a.get("negative_slope", NEGATIVE_SLOPE))
         return None
 
     def _residual(self, node: fx.Node, x: fx.Node) -> fx.Node | None:
@@ -780,7 +780,7 @@ class _Rewriter:
     def _fuse(self, branch: _Branch, values: dict[fx.Node, _Branch]) -> None:
         """Replaces a branch, and the addition and activation behind it, by one kernel."""
         self.counts["norm"] += len(branch.nodes) - 1
-        value, residual, activation = branch.value, None, "none"
+        value, residual, epilogue = branch.value, None, {}
         user = _only_user(value)
         if user and (other := self._residual(user, value)):
             rival = values.get(other)
@@ -796,7 +796,7 @@ class _Rewriter:
         user = _only_user(value)
         if user:
             if found := self._activation(user, value):
-                activation, value = found, user
+                epilogue, value = found, user
                 branch.nodes.append(user)
                 self.counts["activation"] += 1
             elif why := self._foreign_activation(user, value):
@@ -806,7 +806,7 @@ class _Rewriter:
             branch.bias,
             stride=tuple(branch.conv.stride),
             padding=fused.conv_padding(branch.conv),
-            activation=activation,
+            **epilogue,
         )
         self.counts["convolution"] += 1
         self._replace(branch, conv, (branch.x,) if residual is None else (branch.x, residual))
@@ -924,6 +924,11 @@ class _Rewriter:
 def _arguments(node: fx.Node, names: str) -> dict[str, Any]:
     """The arguments of a call by name."""
     return dict(zip(names.split(), node.args, strict=False)) | dict(node.kwargs)
+
+
+def _leaky(slope: Any) -> dict[str, Any] | None:
+    known = isinstance(slope, int | float)
+    return {"activation": "leaky_relu", "negative_slope": float(slope)} if known else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

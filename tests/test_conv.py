@@ -112,8 +112,9 @@ def exact(arguments: dict[str, Any]) -> Tensor:
     tensors = [rest.pop(name) for name in ("x", "weight", "bias", "residual")]
     stride, padding = (conv._pair(rest[name]) for name in ("stride", "padding"))
     return conv_reference.conv2d_bias_act(
-        *(None if t is None else t.double() for t in tensors), stride, padding, rest["activation"]
-    )
+        *(None if t is None else t.double() for t in tensors), stride, padding,
+        rest["activation"], rest.get("negative_slope", conv_reference.NEGATIVE_SLOPE),
+    )  # fmt: skip
 
 
 def assert_right(result: Tensor, arguments: dict[str, Any]) -> None:
@@ -164,6 +165,7 @@ def test_every_algorithm_computes_what_float64_does(
             padding = PADDINGS[kernel][i % len(PADDINGS[kernel])]
             args = arguments(*shape, kernel, stride, padding, dtype=dtype, residual=residual)
             args["activation"] = ACTIVATIONS[(i + residual) % 4]
+            args["negative_slope"] = (0.01, 0.1, 1.5, -0.5)[i % 4]
             assert_right(computed(where, args), args)
 
 
@@ -306,6 +308,11 @@ def _wrong() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
             ValueError,
             "activation 'rellu' is unknown; expected one of none, relu, leaky_relu, silu; "
             "did you mean 'relu'",
+        ),
+        "slope": (
+            {"negative_slope": float("nan")},
+            ValueError,
+            "negative_slope is nan; expected a finite number",
         ),
         "device": (
             {"weight": good["weight"].to("meta")},
@@ -543,7 +550,7 @@ def test_kernels_refuse_what_does_not_fit_the_packed_weights(name: str) -> None:
     args = arguments(1, 16, 24, (6, 6), residual=True)
     pack, kernel = (getattr(torch.ops.resfast, f"conv_{name}{end}") for end in ("_pack", ""))
     packed, geometry = pack(args["weight"]), [24, 16, 3, 3, 1, 1, 1, 1]
-    good = [args["x"], packed, args["bias"], args["residual"], geometry, 0]
+    good = [args["x"], packed, args["bias"], args["residual"], geometry, 0, 0.01]
     kernel(*good)
     wrong = {
         "x is torch.float32": {0: args["x"].float()},

@@ -153,13 +153,13 @@ RESFAST_BF16_INLINE __m512 exp_ps(__m512 x) {
   return _mm512_scalef_ps(value, n);
 }
 
-RESFAST_BF16_INLINE __m512 activated(__m512 value, int64_t activation) {
+RESFAST_BF16_INLINE __m512 activated(__m512 value, int64_t activation, float negative_slope) {
   const __m512 zero = _mm512_setzero_ps();
   switch (activation) {
     case kRelu: return _mm512_max_ps(zero, value); // the second operand where either is NaN
     case kLeakyRelu: {
       const __mmask16 negative = _mm512_cmp_ps_mask(value, zero, _CMP_LT_OQ);
-      return _mm512_mask_mul_ps(value, negative, value, _mm512_set1_ps(0.01f));
+      return _mm512_mask_mul_ps(value, negative, value, _mm512_set1_ps(negative_slope));
     }
     case kSilu: {
       const __m512 power = exp_ps(_mm512_sub_ps(zero, value));
@@ -176,6 +176,7 @@ struct ConvShape {
   int64_t outputs, kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w;
   int64_t rows, columns; // of the result
   int64_t activation;
+  float negative_slope;
   const uint16_t* x; // [N, H, W, C]
   const float* bias; // [panels * 64], zeros after the last
   const uint16_t* residual; // null where left out
@@ -190,7 +191,7 @@ RESFAST_BF16_INLINE void finish(
   const int64_t at = pixel * shape.outputs + output;
   value = _mm512_add_ps(value, _mm512_loadu_ps(shape.bias + output));
   if (shape.residual) value = _mm512_add_ps(value, load_bf16(mask, shape.residual + at));
-  store_bf16(mask, shape.out + at, activated(value, shape.activation));
+  store_bf16(mask, shape.out + at, activated(value, shape.activation, shape.negative_slope));
 }
 
 inline __mmask16 lane_mask(int64_t left) {
@@ -232,7 +233,7 @@ template <class Run>
 Tensor convolve(
     const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual, const std::vector<int64_t>& geometry,
-    int64_t activation, int64_t packed_size, Run run) {
+    int64_t activation, double negative_slope, int64_t packed_size, Run run) {
   const int64_t channels = geometry[1];
   check_map("x", x, {-1, channels, -1, -1});
   ConvShape shape{};
@@ -241,7 +242,7 @@ Tensor convolve(
   shape.kernel_h = geometry[2], shape.kernel_w = geometry[3];
   shape.stride_h = geometry[4], shape.stride_w = geometry[5];
   shape.padding_h = geometry[6], shape.padding_w = geometry[7];
-  shape.activation = activation;
+  shape.activation = activation, shape.negative_slope = static_cast<float>(negative_slope);
   if (shape.stride_h < 1 || shape.stride_w < 1 || shape.padding_h < 0 || shape.padding_w < 0)
     fail("geometry ", shape_name(geometry), " has a stride below 1 or a padding below 0");
   if (activation < kNone || activation > kSilu)

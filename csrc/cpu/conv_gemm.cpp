@@ -110,13 +110,13 @@ Tensor conv_gemm_pack(const Tensor& weight) {
 Tensor conv_gemm(
     const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual, const std::vector<int64_t>& geometry,
-    int64_t activation) {
+    int64_t activation, double negative_slope) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
   if (geometry.size() != 8 || *std::min_element(geometry.begin(), geometry.begin() + 4) < 1)
     fail("geometry is ", shape_name(geometry), "; expected K, C, R, S, two strides, two paddings");
   const int64_t size = gemm_size(geometry[0], geometry[1], geometry[2], geometry[3]);
   return convolve(
-      x, packed, bias, residual, geometry, activation, size,
+      x, packed, bias, residual, geometry, activation, negative_slope, size,
       [](const ConvShape& shape, const uint16_t* weights) {
         share_out(
             shape.batch * shape.rows * shape.columns, shape,
@@ -136,7 +136,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def("conv_gemm_pack(Tensor weight) -> Tensor");
   m.def(
       "conv_gemm(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int[] geometry, "
-      "int activation) -> Tensor");
+      "int activation, float negative_slope) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CompositeExplicitAutograd, m) {

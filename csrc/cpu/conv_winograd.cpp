@@ -190,13 +190,13 @@ Tensor conv_winograd_pack(const Tensor& weight) {
 Tensor conv_winograd(
     const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual, const std::vector<int64_t>& geometry,
-    int64_t activation) {
+    int64_t activation, double negative_slope) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
   if (geometry.size() != 8 || *std::min_element(geometry.begin(), geometry.begin() + 6) < 1 ||
       geometry[2] != 3 || geometry[3] != 3 || geometry[4] != 1 || geometry[5] != 1)
     fail("geometry is ", shape_name(geometry), "; expected K, C, 3, 3, 1, 1 and two paddings");
   return convolve(
-      x, packed, bias, residual, geometry, activation, winograd_size(geometry[0], geometry[1]),
+      x, packed, bias, residual, geometry, activation, negative_slope, winograd_size(geometry[0], geometry[1]),
       [](const ConvShape& shape, const uint16_t* weights) {
         const Tiles tiles(shape);
         share_out(
@@ -214,7 +214,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def("conv_winograd_pack(Tensor weight) -> Tensor");
   m.def(
       "conv_winograd(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int[] geometry, "
-      "int activation) -> Tensor");
+      "int activation, float negative_slope) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {

@@ -8,6 +8,7 @@ Shapes: x ``[N, C, H, W]``, weight ``[K, C, R, S]``, result ``[N, K, P, Q]``.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SCHEMA = (
     "conv2d_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, "
-    "int[2] padding, str activation) -> Tensor"
+    "int[2] padding, str activation, float negative_slope=0.01) -> Tensor"
 )
 GRAD = (
     "{name} requires grad, and the fused convolution is for inference only; call it under "
@@ -38,6 +39,7 @@ def conv2d_bias_act(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     activation: Activation = "none",
+    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
 ) -> Tensor:
     """A convolution with its epilogue in one call; groups and dilation are 1.
 
@@ -49,7 +51,8 @@ def conv2d_bias_act(
         residual: the result's shape and dtype; added before the activation.
         stride: rows and columns, at least 1.
         padding: zeros on each side, rows and columns, at least 0.
-        activation: ``none``, ``relu``, ``leaky_relu`` (slope 0.01) or ``silu``.
+        activation: ``none``, ``relu``, ``leaky_relu`` or ``silu``.
+        negative_slope: of ``leaky_relu``.
 
     Returns:
         ``[N, K, P, Q]`` in ``channels_last`` memory, of x's dtype;
@@ -61,7 +64,7 @@ def conv2d_bias_act(
         RuntimeError: a tensor requires grad while gradients are recorded.
     """
     return torch.ops.resfast.conv2d_bias_act(
-        x, weight, bias, residual, _pair(stride), _pair(padding), activation
+        x, weight, bias, residual, _pair(stride), _pair(padding), activation, negative_slope
     )
 
 
@@ -77,6 +80,7 @@ def check_arguments(
     stride: list[int],
     padding: list[int],
     activation: str,
+    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
 ) -> None:
     """Says what is wrong with the operator's arguments.
 
@@ -116,6 +120,8 @@ def check_arguments(
             f"activation {activation!r} is unknown; expected one of {', '.join(known)}"
             f"{nearest(activation, known)}"
         )
+    if not math.isfinite(negative_slope):
+        raise ValueError(f"negative_slope is {negative_slope}; expected a finite number")
     shape = output_shape(x, weight, stride, padding)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(
@@ -152,6 +158,7 @@ def _cuda(
     stride: list[int],
     padding: list[int],
     activation: str,
+    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
 ) -> Tensor:
     half = x.dtype != torch.float32
     if half and activation == "relu" and torch.backends.cudnn.is_available() and x.numel():
@@ -171,7 +178,7 @@ def _cuda(
         out = out + bias[:, None, None]
     if residual is not None:
         out = out + residual
-    out = conv_reference.ACTIVATIONS[activation](out).to(x.dtype)
+    out = conv_reference.ACTIVATIONS[activation](out, negative_slope).to(x.dtype)
     return out.contiguous(memory_format=torch.channels_last)
 
 
@@ -217,6 +224,7 @@ class ConvBiasAct(nn.Module):
         stride: rows and columns.
         padding: rows and columns.
         activation: as of :func:`conv2d_bias_act`.
+        negative_slope: likewise.
 
     Shape: ``[N, C, H, W]`` of the weight's dtype and, optionally, a residual of the result's shape,
     to ``[N, K, P, Q]`` in ``channels_last`` memory.
@@ -240,6 +248,7 @@ class ConvBiasAct(nn.Module):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] = 0,
         activation: Activation = "none",
+        negative_slope: float = conv_reference.NEGATIVE_SLOPE,
     ) -> None:
         super().__init__()
         if weight.ndim != 4:
@@ -248,6 +257,7 @@ class ConvBiasAct(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.stride, self.padding = _pair(stride), _pair(padding)
         self.activation = activation
+        self.negative_slope = negative_slope
         check_arguments(
             weight.new_empty((1, *weight.shape[1:]), device="meta"),
             self.weight.to("meta"),
@@ -256,6 +266,7 @@ class ConvBiasAct(nn.Module):
             self.stride,
             self.padding,
             activation,
+            negative_slope,
         )
         self.repack()
 
@@ -266,30 +277,34 @@ class ConvBiasAct(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
-            return torch.ops.resfast.conv2d_bias_act(
-                x, self.weight, self.bias, residual, self.stride, self.padding, self.activation
-            )
+            return torch.ops.resfast.conv2d_bias_act(*self._arguments(x, residual))
         key = (x.shape, x.dtype, residual is None, torch.get_num_threads())
         plan = self._plans.get(key)
         if plan is None:
-            args = (x, self.weight, self.bias, residual, self.stride, self.padding)
-            check_arguments(*args, self.activation)
-            plan = self._plans[key] = conv_cpu.plan(*args, self.activation, self._packed)
+            args = self._arguments(x, residual)
+            check_arguments(*args)
+            plan = self._plans[key] = conv_cpu.plan(*args, self._packed)
         if residual is not None and (
             residual.shape != plan.shape or residual.dtype != x.dtype or not residual.is_cpu
         ):
-            args = (x, self.weight, self.bias, residual, self.stride, self.padding)
-            check_arguments(*args, self.activation)
+            check_arguments(*self._arguments(x, residual))
         if torch.is_grad_enabled() and (
             x.requires_grad or (residual is not None and residual.requires_grad)
         ):
             raise RuntimeError(GRAD.format(name="x" if x.requires_grad else "residual"))
         return plan.run(x, residual)
 
+    def _arguments(self, x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
+        """Those of the operator."""
+        where = (x, self.weight, self.bias, residual, self.stride, self.padding)
+        return (*where, self.activation, self.negative_slope)
+
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))
+        slope = f"({self.negative_slope})" if self.activation == "leaky_relu" else ""
         return (
-            f"{shape}, stride={self.stride}, padding={self.padding}, activation={self.activation}"
+            f"{shape}, stride={self.stride}, padding={self.padding}, "
+            f"activation={self.activation}{slope}"
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> ConvBiasAct:

@@ -34,12 +34,7 @@ from resfast.kernels import conv_reference
 logger = logging.getLogger("resfast")
 
 ALGORITHMS = ("oneDNN", "gemm", "winograd")
-ONEDNN_NAMES = {
-    "none": ("none", []),
-    "relu": ("relu", []),
-    "leaky_relu": ("leaky_relu", [conv_reference.LEAKY_SLOPE]),
-    "silu": ("swish", []),
-}
+ONEDNN_NAMES = {"none": "none", "relu": "relu", "leaky_relu": "leaky_relu", "silu": "swish"}
 MEASURE_SECONDS = 0.04
 """Spent on each candidate of each shape."""
 MAX_SPREAD = 1.5
@@ -67,9 +62,11 @@ def conv2d_bias_act(
     stride: list[int],
     padding: list[int],
     activation: str,
+    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
 ) -> Tensor:
     """The operator, for a weight that is not known to stay the same: oneDNN."""
-    return _onednn(x, weight, bias, stride, padding, activation, None)(x, residual)
+    run = _onednn(x, weight, bias, stride, padding, activation, negative_slope, None)
+    return run(x, residual)
 
 
 def plan(
@@ -80,10 +77,11 @@ def plan(
     stride: list[int],
     padding: list[int],
     activation: str,
+    negative_slope: float,
     packed: dict[Any, Any],
 ) -> Plan:
     """The algorithm for arguments like these; ``packed`` keeps the weights between plans."""
-    args = (x, weight, bias, stride, padding, activation, packed)
+    args = (x, weight, bias, stride, padding, activation, negative_slope, packed)
     names = [name for name in ALGORITHMS if _applies(name, x, weight, stride)]
     named = os.environ.get("RESFAST_CONV")
     if named and named not in ALGORITHMS:
@@ -145,12 +143,13 @@ def _onednn(
     stride: list[int],
     padding: list[int],
     activation: str,
+    negative_slope: float,
     packed: dict[Any, Any] | None,
 ) -> Run:
     dtype = x.dtype if _onednn_has(x.dtype) else torch.float32
     if not _onednn_has(dtype) or x.numel() == 0:
         return lambda x, residual: conv_reference.conv2d_bias_act(
-            x, weight, bias, residual, stride, padding, activation
+            x, weight, bias, residual, stride, padding, activation, negative_slope
         )
     bias = None if bias is None else bias.to(dtype)
     weight = weight.to(dtype)
@@ -161,7 +160,8 @@ def _onednn(
                 weight, padding, stride, [1, 1], 1, list(x.shape)
             )
         weight = packed[key]
-    name, scalars = ONEDNN_NAMES[activation]
+    name = ONEDNN_NAMES[activation]
+    scalars = [negative_slope] if activation == "leaky_relu" else []
     rest = (padding, stride, [1, 1], 1)
     unary = torch.ops.mkldnn._convolution_pointwise.default
     binary = torch.ops.mkldnn._convolution_pointwise.binary
@@ -179,7 +179,7 @@ def _onednn(
             residual = residual.to(dtype).contiguous(memory_format=channels_last)
             out = binary(x, residual, weight, bias, *rest, "add", 1.0, attribute, [], "")
             if not fused:
-                out = act(out)
+                out = act(out, negative_slope)
         return out.to(kind).contiguous(memory_format=channels_last)
 
     return run
@@ -196,6 +196,7 @@ def _own(
     stride: list[int],
     padding: list[int],
     activation: str,
+    negative_slope: float,
     packed: dict[Any, Any],
 ) -> Run:
     if name not in packed:
@@ -210,7 +211,7 @@ def _own(
         x = x.contiguous(memory_format=channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=channels_last)
-        return kernel(x, ready, bias, residual, geometry, code)
+        return kernel(x, ready, bias, residual, geometry, code, negative_slope)
 
     return run
 
@@ -231,7 +232,7 @@ def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[st
 
     Also whether its times agree, so that the choice is worth keeping: not on a busy machine.
     """
-    x, weight, bias, stride, padding, activation, _ = args
+    x, weight, bias, stride, padding, activation, negative_slope, _ = args
     exact = conv_reference.conv2d_bias_act(
         x.float(),
         weight.float(),
@@ -240,6 +241,7 @@ def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[st
         stride,
         padding,
         activation,
+        negative_slope,
     )
     scale = exact.square().mean().sqrt()
     runs = {}

@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAKY_SLOPE = 0.01
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": lambda x: F.leaky_relu(x, LEAKY_SLOPE),
-    "silu": F.silu,
+NEGATIVE_SLOPE = 0.01
+"""Of leaky ReLU where none is given, as in ``torch.nn.LeakyReLU``."""
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "none": lambda x, negative_slope: x,
+    "relu": lambda x, negative_slope: F.relu(x),
+    "leaky_relu": F.leaky_relu,
+    "silu": lambda x, negative_slope: F.silu(x),
 }
+"""Name to function of a tensor and the slope of leaky ReLU."""
 
 
 def conv2d_bias_act(
@@ -28,6 +30,7 @@ def conv2d_bias_act(
     stride: list[int],
     padding: list[int],
     activation: str,
+    negative_slope: float = NEGATIVE_SLOPE,
 ) -> Tensor:
     """All in float32 (float64 for float64), rounded once to x's dtype; ``channels_last``."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -36,7 +39,8 @@ def conv2d_bias_act(
     )
     if residual is not None:
         out = out + residual.to(dtype)
-    return ACTIVATIONS[activation](out).to(x.dtype).contiguous(memory_format=torch.channels_last)
+    out = ACTIVATIONS[activation](out, negative_slope).to(x.dtype)
+    return out.contiguous(memory_format=torch.channels_last)
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resfast.kernels.conv_reference import ACTIVATIONS
+from resfast.kernels.conv_reference import ACTIVATIONS, NEGATIVE_SLOPE
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -134,7 +134,12 @@ class _Folded:
         return _Folded, ()
 
     def get(
-        self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype, activation: str
+        self,
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d | None,
+        dtype: torch.dtype,
+        activation: str,
+        negative_slope: float,
     ) -> nn.Module:
         """The :class:`~resfast.kernels.conv.ConvBiasAct` of these children as they are now."""
         from resfast.kernels.conv import ConvBiasAct
@@ -145,15 +150,18 @@ class _Folded:
         tensors = [tensor for tensor in tensors if tensor is not None]
         eps = None if norm is None else norm.eps
         stamps = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
-        shape = (tuple(conv.stride), conv_padding(conv))
-        made_of = (dtype, activation, norm is None, conv.bias is None, eps, shape, *stamps)
+        options = {
+            "stride": tuple(conv.stride),
+            "padding": conv_padding(conv),
+            "activation": activation,
+            "negative_slope": negative_slope,
+        }
+        made_of = (dtype, norm is None, conv.bias is None, eps, *options.values(), *stamps)
         if self.run is None or self.made_of != made_of:
             # Inference tensors, if this runs under inference_mode, would be of no use outside it.
             with torch.inference_mode(False), torch.no_grad():
                 weight, bias = fold(conv.weight, conv.bias, _factors(norm))
-                self.run = ConvBiasAct(
-                    weight.to(dtype), bias, stride=shape[0], padding=shape[1], activation=activation
-                )
+                self.run = ConvBiasAct(weight.to(dtype), bias, **options)
             self.made_of = made_of
             # Their memory cannot be given to another tensor, whose address would look the same.
             self.held = [tensor.detach() for tensor in tensors]
@@ -191,19 +199,22 @@ class _FusedLayer(nn.Module):
         x: Tensor,
         residual: Tensor | None = None,
         activation: str = "none",
+        negative_slope: float = NEGATIVE_SLOPE,
     ) -> Tensor:
         """``activation(norm(conv(x)) + residual)``."""
         dtype = self._dtype(x)
         if dtype is not None and self._foldable(conv, norm, x):
             x = x.to(dtype)
             residual = None if residual is None else residual.to(dtype)
+            epilogue = (activation, negative_slope)
             if torch.compiler.is_compiling():
-                return self._in_graph(conv, norm, x, residual, activation)
+                return self._in_graph(conv, norm, x, residual, *epilogue)
             if not conv.weight.is_inference():  # such tensors do not say when they change
-                run = self._folded.setdefault(name, _Folded()).get(conv, norm, dtype, activation)
+                run = self._folded.setdefault(name, _Folded()).get(conv, norm, dtype, *epilogue)
                 return run(x) if residual is None else run(x, residual)
         out = norm(conv(x))
-        return ACTIVATIONS[activation](out if residual is None else out + residual)
+        out = out if residual is None else out + residual
+        return ACTIVATIONS[activation](out, negative_slope)
 
     @staticmethod
     def _foldable(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
@@ -215,7 +226,12 @@ class _FusedLayer(nn.Module):
 
     @staticmethod
     def _in_graph(
-        conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None, activation: str
+        conv: nn.Conv2d,
+        norm: nn.BatchNorm2d,
+        x: Tensor,
+        residual: Tensor | None,
+        activation: str,
+        negative_slope: float,
     ) -> Tensor:
         from resfast.kernels.conv import conv2d_bias_act
 
@@ -228,6 +244,7 @@ class _FusedLayer(nn.Module):
             stride=tuple(conv.stride),
             padding=conv_padding(conv),
             activation=activation,
+            negative_slope=negative_slope,
         )
 
 
@@ -243,7 +260,8 @@ class ConvBNReLU(_FusedLayer):
         kernel_size: height and width of the kernel.
         stride: rows and columns from one output to the next.
         padding: zeros on each side; None for ``kernel_size // 2``.
-        activation: ``relu``, ``leaky_relu`` (slope 0.01), ``silu`` or ``none``.
+        activation: ``relu``, ``leaky_relu``, ``silu`` or ``none``.
+        negative_slope: of ``leaky_relu``.
 
     Shape: ``[N, C, H, W]`` to ``[N, K, H', W']``; ``H' = (H + 2 padding - kernel_size) // stride
     + 1``. Fastest in ``channels_last`` memory, which is what comes out of the fused call.
@@ -261,6 +279,7 @@ class ConvBNReLU(_FusedLayer):
         padding: int | None = None,
         *,
         activation: str = "relu",
+        negative_slope: float = NEGATIVE_SLOPE,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -272,9 +291,10 @@ class ConvBNReLU(_FusedLayer):
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
         self.activation = activation
+        self.negative_slope = negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv("conv", self.conv, self.bn, x, None, self.activation)
+        return self._conv("conv", self.conv, self.bn, x, None, self.activation, self.negative_slope)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
@@ -288,7 +308,8 @@ class ConvBNAddReLU(ConvBNReLU):
     """
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self._conv("conv", self.conv, self.bn, x, residual, self.activation)
+        epilogue = (self.activation, self.negative_slope)
+        return self._conv("conv", self.conv, self.bn, x, residual, *epilogue)
 
 
 class _Block(_FusedLayer):
