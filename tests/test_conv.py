@@ -127,8 +127,8 @@ def assert_right(result: Tensor, arguments: dict[str, Any]) -> None:
     assert error <= rounding, f"root mean square error {error:.2g}"
 
 
-def takes(where: str, kernel: int, stride: int) -> bool:
-    return where != "winograd" or (kernel == 3 and stride == 1)
+def takes(where: str, kernel: int) -> bool:
+    return where != "winograd" or kernel == 3
 
 
 # Numbers
@@ -159,7 +159,7 @@ def test_every_algorithm_computes_what_float64_does(
         pytest.skip("ours are for bfloat16")
     torch.manual_seed(0)
     for i, (*shape, kernel, stride) in enumerate(_shapes()):
-        if not takes(where, kernel, stride):
+        if not takes(where, kernel):
             continue
         for residual in (False, True):
             padding = PADDINGS[kernel][i % len(PADDINGS[kernel])]
@@ -525,10 +525,11 @@ def test_named_algorithm_is_taken_where_it_applies(monkeypatch: pytest.MonkeyPat
     for name, stride, expected in (
         ("gemm", 2, "gemm"),
         ("winograd", 1, "winograd"),
-        ("winograd", 2, "oneDNN"),
+        ("winograd", 2, "winograd"),
+        ("winograd", (1, 2), "oneDNN"),
     ):
         monkeypatch.setenv("RESFAST_CONV", name)
-        args = arguments(1, 16, 16, (8, 8), stride=stride)
+        args = arguments(1, 16, 16, (8, 8))
         module = ConvBiasAct(args["weight"], stride=stride, padding=1)
         module(args["x"])
         assert [plan.algorithm for plan in module._plans.values()] == [expected]
@@ -549,7 +550,8 @@ def test_unknown_name_of_an_algorithm_is_said(
 def test_kernels_refuse_what_does_not_fit_the_packed_weights(name: str) -> None:
     args = arguments(1, 16, 24, (6, 6), residual=True)
     pack, kernel = (getattr(torch.ops.resfast, f"conv_{name}{end}") for end in ("_pack", ""))
-    packed, geometry = pack(args["weight"]), [24, 16, 3, 3, 1, 1, 1, 1]
+    more = (1,) if name == "winograd" else ()
+    packed, geometry = pack(args["weight"], *more), [24, 16, 3, 3, 1, 1, 1, 1]
     good = [args["x"], packed, args["bias"], args["residual"], geometry, 0, 0.01]
     kernel(*good)
     wrong = {
@@ -571,7 +573,12 @@ def test_kernels_refuse_what_does_not_fit_the_packed_weights(name: str) -> None:
         with pytest.raises(RuntimeError, match=message):
             kernel(*(change.get(i, value) for i, value in enumerate(good)))
     with pytest.raises(RuntimeError, match="weight is"):
-        pack(args["weight"].float())
+        pack(args["weight"].float(), *more)
+    if name == "winograd":
+        with pytest.raises(RuntimeError, match="stride is 3; expected 1 or 2"):
+            pack(args["weight"], 3)
+        with pytest.raises(RuntimeError, match="two strides that are both 1 or both 2"):
+            kernel(*good[:4], [24, 16, 3, 3, 1, 2, 1, 1], *good[5:])
 
 
 # add_relu

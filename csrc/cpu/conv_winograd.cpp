@@ -1,7 +1,13 @@
-// 3x3 convolution of stride 1 in bfloat16 by Winograd's F(2x2, 3x3) (Lavin and Gray,
-// arXiv:1509.09308): 16 matrix products for tiles of 2x2 results, 2.25 times fewer multiplications.
+// 3x3 convolution in bfloat16 by Winograd's minimal filtering: tiles of 2x2 results, each from matrix
+// products of transformed inputs and weights, one for each of its points.
 //
-// A thread takes a block of tiles, transforms their 4x4 inputs (float32, rounded to bfloat16 once),
+// - Stride 1: F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 points, 2.25 times fewer
+//   multiplications than the 36 of a plain tile.
+// - Stride 2: in each direction the middle tap reads every other input, the outer two the others, as
+//   a convolution of stride 1 with two taps, for which F(2, 2) needs 3 multiplications for 2 results.
+//   With the 2 of the middle tap: 25 points, 1.44 times fewer multiplications.
+//
+// A thread takes a block of tiles, transforms their inputs (float32, rounded to bfloat16 once),
 // multiplies them with one panel of weights after the other, transforms back in float32 and ends
 // with the epilogue: nothing but the input and the result leaves its cache.
 
@@ -12,9 +18,47 @@
 namespace resfast {
 namespace {
 
-constexpr int64_t kPoints = 16; // of a transformed tile
 constexpr int64_t kBlockBytes = 256 * 1024; // of a block's inputs and sums: a part of L2
 constexpr int64_t kLeastTiles = 24; // per block, so that reading the weights is worth it
+
+// The transforms of one direction, in any arithmetic: of inputs, of products to results, of kernels.
+template <int kStride>
+struct Transform;
+
+template <>
+struct Transform<1> {
+  static constexpr int kSide = 4; // inputs of a tile, and its products
+  template <class V>
+  RESFAST_BF16_INLINE static void inputs(const V* d, V* t) {
+    t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
+  }
+  template <class V>
+  RESFAST_BF16_INLINE static void results(const V* m, V* y) {
+    y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3];
+  }
+  static void kernel(const float* g, float* u) {
+    u[0] = g[0], u[1] = 0.5f * (g[0] + g[1] + g[2]), u[2] = 0.5f * (g[0] - g[1] + g[2]), u[3] = g[2];
+  }
+};
+
+template <>
+struct Transform<2> {
+  static constexpr int kSide = 5;
+  template <class V>
+  RESFAST_BF16_INLINE static void inputs(const V* d, V* t) {
+    t[0] = d[0] - d[2], t[1] = d[2], t[2] = d[4] - d[2], t[3] = d[1], t[4] = d[3];
+  }
+  template <class V>
+  RESFAST_BF16_INLINE static void results(const V* m, V* y) {
+    y[0] = m[0] + m[1] + m[3], y[1] = m[1] + m[2] + m[4];
+  }
+  static void kernel(const float* g, float* u) {
+    u[0] = g[0], u[1] = g[0] + g[2], u[2] = g[2], u[3] = g[1], u[4] = g[1];
+  }
+};
+
+template <int kStride>
+constexpr int kPoints = Transform<kStride>::kSide * Transform<kStride>::kSide;
 
 struct Tiles {
   int64_t rows, columns, count; // per image, per image, of the batch
@@ -23,104 +67,169 @@ struct Tiles {
         count(shape.batch * rows * columns) {}
 };
 
+// Goes from tile to tile.
 struct TileAt {
+  const Tiles& tiles;
   int64_t image, row, column; // of the tile's first result
-  TileAt(const Tiles& tiles, int64_t tile)
-      : image(tile / tiles.columns / tiles.rows), row(tile / tiles.columns % tiles.rows * 2),
-        column(tile % tiles.columns * 2) {}
+  TileAt(const Tiles& all, int64_t tile)
+      : tiles(all), image(tile / tiles.columns / tiles.rows),
+        row(tile / tiles.columns % tiles.rows * 2), column(tile % tiles.columns * 2) {}
+  // To the next one; whether it is in the same row.
+  bool next() {
+    column += 2;
+    if (column < 2 * tiles.columns) return true;
+    column = 0, row += 2;
+    if (row == 2 * tiles.rows) row = 0, ++image;
+    return false;
+  }
 };
 
-// inputs[point][tile][channel] = (B^T d B)[point] of the tile's 4x4 values d.
-RESFAST_BF16 void transform_inputs(
-    const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, uint16_t* inputs,
-    int64_t point_stride, int64_t tile_stride) {
+// Channels come in groups of 32: first the even ones, then the odd ones, which are the upper and
+// lower halves of 32-bit words and need no shuffle to become float32. Those after the last whole
+// group stay in order.
+enum class Channels { kEven, kOdd, kRest };
+
+int64_t channel_of(int64_t index, int64_t channels) {
+  const int64_t group = index / 32 * 32, i = index % 32;
+  if (group + 32 > channels) return index;
+  return group + (i < kLanes ? 2 * i : 2 * (i - kLanes) + 1);
+}
+
+// 16 channels as float32, zeros where `mask` is not set.
+template <Channels kWhich>
+RESFAST_BF16_INLINE __m512 load_channels(const uint16_t* from, __mmask16 mask) {
+  if constexpr (kWhich == Channels::kRest) return load_bf16(mask, from);
+  const __m512i pairs = _mm512_maskz_loadu_epi32(mask, from);
+  return _mm512_castsi512_ps(
+      kWhich == Channels::kEven ? _mm512_slli_epi32(pairs, 16)
+                                : _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+}
+
+// inputs[point][tile][i] = (B^T d B)[point] of the values d that the tile's results are made of, for
+// 16 channels of each tile, the first of them (or of their group) at `channel`.
+template <int kStride, Channels kWhich>
+RESFAST_BF16 void transform_channels(
+    const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, int64_t channel,
+    uint16_t* inputs, int64_t point_stride, int64_t tile_stride) {
+  constexpr int kSide = Transform<kStride>::kSide, kShared = kSide - 2 * kStride;
+  const __mmask16 mask = kWhich == Channels::kRest ? lane_mask(shape.channels - channel) : 0xFFFF;
+  TileAt at(tiles, first);
+  __m512 t[kSide][kSide]; // the columns transformed
+  bool follows = false; // so that its first columns are the last ones of the tile before
   for (int64_t tile = 0; tile < count; ++tile) {
-    const TileAt at(tiles, first + tile);
-    const int64_t top = at.row - shape.padding_h, left = at.column - shape.padding_w;
+    const int64_t top = kStride * at.row - shape.padding_h;
+    const int64_t left = kStride * at.column - shape.padding_w;
     const uint16_t* source =
-        shape.x + ((at.image * shape.height + top) * shape.width + left) * shape.channels;
-    bool inside[4][4];
-    for (int64_t i = 0; i < 4; ++i)
-      for (int64_t j = 0; j < 4; ++j)
-        inside[i][j] = top + i >= 0 && top + i < shape.height && left + j >= 0 &&
-            left + j < shape.width;
-    for (int64_t channel = 0; channel < shape.channels; channel += kLanes) {
-      const __mmask16 mask = lane_mask(shape.channels - channel);
-      __m512 d[4][4], t[4][4];
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < 4; ++i)
-#pragma GCC unroll 4
-        for (int64_t j = 0; j < 4; ++j)
-          d[i][j] = load_bf16(
-              inside[i][j] ? mask : __mmask16{0},
-              source + (i * shape.width + j) * shape.channels + channel);
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < 4; ++j) {
-        t[0][j] = _mm512_sub_ps(d[0][j], d[2][j]);
-        t[1][j] = _mm512_add_ps(d[1][j], d[2][j]);
-        t[2][j] = _mm512_sub_ps(d[2][j], d[1][j]);
-        t[3][j] = _mm512_sub_ps(d[1][j], d[3][j]);
+        shape.x + ((at.image * shape.height + top) * shape.width + left) * shape.channels + channel;
+#pragma GCC unroll 5
+    for (int j = 0; j < kSide; ++j) {
+      if (j < kShared && follows) {
+#pragma GCC unroll 5
+        for (int i = 0; i < kSide; ++i) t[i][j] = t[i][kSide - kShared + j];
+        continue;
       }
-      uint16_t* to = inputs + tile * tile_stride + channel;
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < 4; ++i) {
-        const __m512 row[4] = {
-            _mm512_sub_ps(t[i][0], t[i][2]), _mm512_add_ps(t[i][1], t[i][2]),
-            _mm512_sub_ps(t[i][2], t[i][1]), _mm512_sub_ps(t[i][1], t[i][3])};
-#pragma GCC unroll 4
-        for (int64_t j = 0; j < 4; ++j)
-          _mm256_store_si256(
-              reinterpret_cast<__m256i*>(to + (4 * i + j) * point_stride),
-              (__m256i)_mm512_cvtneps_pbh(row[j]));
-      }
+      const bool inside = left + j >= 0 && left + j < shape.width;
+      __m512 d[kSide], transformed[kSide];
+#pragma GCC unroll 5
+      for (int i = 0; i < kSide; ++i)
+        d[i] = load_channels<kWhich>(
+            source + (i * shape.width + j) * shape.channels,
+            inside && top + i >= 0 && top + i < shape.height ? mask : __mmask16{0});
+      Transform<kStride>::inputs(d, transformed);
+#pragma GCC unroll 5
+      for (int i = 0; i < kSide; ++i) t[i][j] = transformed[i];
     }
+    uint16_t* to = inputs + tile * tile_stride;
+#pragma GCC unroll 5
+    for (int i = 0; i < kSide; ++i) {
+      __m512 row[kSide];
+      Transform<kStride>::inputs(t[i], row);
+#pragma GCC unroll 5
+      for (int j = 0; j < kSide; ++j)
+        _mm256_store_si256(
+            reinterpret_cast<__m256i*>(to + (kSide * i + j) * point_stride),
+            (__m256i)_mm512_cvtneps_pbh(row[j]));
+    }
+    follows = at.next();
   }
 }
 
+template <int kStride>
+void transform_inputs(
+    const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, uint16_t* inputs,
+    int64_t point_stride, int64_t tile_stride) {
+  auto transform = [&](auto which, int64_t channel, int64_t at) {
+    transform_channels<kStride, decltype(which)::value>(
+        shape, tiles, first, count, channel, inputs + at, point_stride, tile_stride);
+  };
+  int64_t channel = 0;
+  for (; channel + 32 <= shape.channels; channel += 32) {
+    transform(std::integral_constant<Channels, Channels::kEven>{}, channel, channel);
+    transform(std::integral_constant<Channels, Channels::kOdd>{}, channel, channel + kLanes);
+  }
+  for (; channel < shape.channels; channel += kLanes)
+    transform(std::integral_constant<Channels, Channels::kRest>{}, channel, channel);
+}
+
+// Has the memory of a panel's results and residual on its way while their products are computed.
+void prefetch_results(
+    const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, int64_t panel) {
+  const int64_t bytes = 2 * std::min(kPanel, shape.outputs - panel * kPanel);
+  TileAt at(tiles, first);
+  for (int64_t tile = 0; tile < count; ++tile, at.next())
+    for (int64_t row = at.row; row < std::min(at.row + 2, shape.rows); ++row)
+      for (int64_t column = at.column; column < std::min(at.column + 2, shape.columns); ++column) {
+        const int64_t pixel = (at.image * shape.rows + row) * shape.columns + column;
+        const int64_t from = pixel * shape.outputs + panel * kPanel;
+        for (int64_t byte = 0; byte < bytes; byte += 64) {
+          __builtin_prefetch(reinterpret_cast<const char*>(shape.out + from) + byte, 1, 2);
+          if (shape.residual)
+            __builtin_prefetch(reinterpret_cast<const char*>(shape.residual + from) + byte, 0, 2);
+        }
+      }
+}
+
 // A^T m A for each tile and 16 outputs at a time, then the epilogue.
+template <int kStride>
 RESFAST_BF16 void transform_outputs(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, int64_t panel,
     const float* sums, int64_t point_stride) {
+  constexpr int kSide = Transform<kStride>::kSide;
   const int64_t blocks = panel_blocks(shape.outputs, panel);
-  for (int64_t tile = 0; tile < count; ++tile) {
-    const TileAt at(tiles, first + tile);
+  TileAt at(tiles, first);
+  for (int64_t tile = 0; tile < count; ++tile, at.next()) {
     const int64_t pixel = (at.image * shape.rows + at.row) * shape.columns + at.column;
     const bool right = at.column + 1 < shape.columns, below = at.row + 1 < shape.rows;
     for (int64_t block = 0; block < blocks; ++block) {
       const float* from = sums + (tile * blocks + block) * kLanes;
-      __m512 upper[4], lower[4];
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < 4; ++j) {
-        const __m512 m0 = _mm512_load_ps(from + j * point_stride);
-        const __m512 m1 = _mm512_load_ps(from + (4 + j) * point_stride);
-        const __m512 m2 = _mm512_load_ps(from + (8 + j) * point_stride);
-        const __m512 m3 = _mm512_load_ps(from + (12 + j) * point_stride);
-        upper[j] = _mm512_add_ps(_mm512_add_ps(m0, m1), m2);
-        lower[j] = _mm512_sub_ps(_mm512_sub_ps(m1, m2), m3);
+      __m512 half[2][kSide], y[2][2];
+#pragma GCC unroll 5
+      for (int j = 0; j < kSide; ++j) {
+        __m512 m[kSide], pair[2];
+#pragma GCC unroll 5
+        for (int i = 0; i < kSide; ++i) m[i] = _mm512_load_ps(from + (kSide * i + j) * point_stride);
+        Transform<kStride>::results(m, pair);
+        half[0][j] = pair[0], half[1][j] = pair[1];
       }
+      Transform<kStride>::results(half[0], y[0]);
+      Transform<kStride>::results(half[1], y[1]);
       const int64_t output = panel * kPanel + block * kLanes;
       const __mmask16 mask = lane_mask(shape.outputs - output);
-      finish(shape, pixel, output, mask,
-             _mm512_add_ps(_mm512_add_ps(upper[0], upper[1]), upper[2]));
-      if (right)
-        finish(shape, pixel + 1, output, mask,
-               _mm512_sub_ps(_mm512_sub_ps(upper[1], upper[2]), upper[3]));
-      if (!below) continue;
-      finish(shape, pixel + shape.columns, output, mask,
-             _mm512_add_ps(_mm512_add_ps(lower[0], lower[1]), lower[2]));
-      if (right)
-        finish(shape, pixel + shape.columns + 1, output, mask,
-               _mm512_sub_ps(_mm512_sub_ps(lower[1], lower[2]), lower[3]));
+      finish(shape, pixel, output, mask, y[0][0]);
+      if (right) finish(shape, pixel + 1, output, mask, y[0][1]);
+      if (below) finish(shape, pixel + shape.columns, output, mask, y[1][0]);
+      if (right && below) finish(shape, pixel + shape.columns + 1, output, mask, y[1][1]);
     }
   }
 }
 
+template <int kStride>
 void winograd_part(
     const ConvShape& shape, const Tiles& tiles, const uint16_t* packed, int64_t begin, int64_t end,
     int64_t panel_begin, int64_t panel_end) {
   const int64_t pairs = ceil_div(shape.channels, 2);
   const int64_t tile_stride = round_up(shape.channels, kLanes);
-  const int64_t per_tile = kPoints * (2 * tile_stride + 4 * kPanel); // bytes
+  const int64_t per_tile = kPoints<kStride> * (2 * tile_stride + 4 * kPanel); // bytes
   int64_t most = std::max(kLeastTiles, kBlockBytes / per_tile / kRowMultiple * kRowMultiple);
   const int64_t parts = ceil_div(end - begin, most); // of equal size
   most = round_up(ceil_div(end - begin, parts), kRowMultiple);
@@ -128,63 +237,93 @@ void winograd_part(
   thread_local Workspace<float> sums_memory;
   // Not a multiple of 4096 bytes apart, which would fall into the same sets of the cache.
   const int64_t input_stride = most * tile_stride + 2 * kLanes;
-  uint16_t* inputs = inputs_memory.get(kPoints * input_stride);
-  float* sums = sums_memory.get(kPoints * (most * kPanel + kLanes));
+  uint16_t* inputs = inputs_memory.get(kPoints<kStride> * input_stride);
+  float* sums = sums_memory.get(kPoints<kStride> * (most * kPanel + kLanes));
   for (int64_t first = begin; first < end; first += most) {
     const int64_t count = std::min(most, end - first);
-    transform_inputs(shape, tiles, first, count, inputs, input_stride, tile_stride);
+    transform_inputs<kStride>(shape, tiles, first, count, inputs, input_stride, tile_stride);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t blocks = panel_blocks(shape.outputs, panel), width = blocks * kLanes;
-      const uint16_t* weights = packed + panel * kPanel * kPoints * 2 * pairs;
+      const uint16_t* weights = packed + panel * kPanel * kPoints<kStride> * 2 * pairs;
       const int64_t sums_stride = most * width + kLanes;
-      for (int64_t point = 0; point < kPoints; ++point)
+      prefetch_results(shape, tiles, first, count, panel);
+      for (int64_t point = 0; point < kPoints<kStride>; ++point)
         product(inputs + point * input_stride, tile_stride, round_up(count, tile_rows(blocks)),
                 weights + point * width * 2 * pairs, pairs, blocks, sums + point * sums_stride);
-      transform_outputs(shape, tiles, first, count, panel, sums, sums_stride);
+      transform_outputs<kStride>(shape, tiles, first, count, panel, sums, sums_stride);
     }
   }
 }
 
+template <int kStride>
 int64_t winograd_size(int64_t outputs, int64_t channels) {
-  return kPoints * round_up(outputs, kLanes) * round_up(channels, 2);
+  return kPoints<kStride> * round_up(outputs, kLanes) * round_up(channels, 2);
 }
 
 // G g G^T of one 3x3 kernel.
-void transform_kernel(const uint16_t* kernel, uint16_t* points, int64_t stride) {
-  float half[4][3];
+template <int kStride>
+void transform_kernel(const uint16_t* kernel, uint16_t* points, int64_t point_stride) {
+  constexpr int kSide = Transform<kStride>::kSide;
+  float columns[kSide][3];
   for (int j = 0; j < 3; ++j) {
-    const float a = from_bfloat16(kernel[j]), b = from_bfloat16(kernel[3 + j]);
-    const float c = from_bfloat16(kernel[6 + j]);
-    half[0][j] = a, half[1][j] = 0.5f * (a + b + c), half[2][j] = 0.5f * (a - b + c);
-    half[3][j] = c;
+    float g[3], u[kSide];
+    for (int i = 0; i < 3; ++i) g[i] = from_bfloat16(kernel[3 * i + j]);
+    Transform<kStride>::kernel(g, u);
+    for (int i = 0; i < kSide; ++i) columns[i][j] = u[i];
   }
-  for (int i = 0; i < 4; ++i) {
-    const float a = half[i][0], b = half[i][1], c = half[i][2];
-    const float row[4] = {a, 0.5f * (a + b + c), 0.5f * (a - b + c), c};
-    for (int j = 0; j < 4; ++j) points[(4 * i + j) * stride] = to_bfloat16(row[j]);
+  for (int i = 0; i < kSide; ++i) {
+    float u[kSide];
+    Transform<kStride>::kernel(columns[i], u);
+    for (int j = 0; j < kSide; ++j)
+      points[(kSide * i + j) * point_stride] = to_bfloat16(u[j]);
   }
 }
 
-Tensor conv_winograd_pack(const Tensor& weight) {
-  check_weight(weight);
-  if (weight.size(2) != 3 || weight.size(3) != 3)
-    fail("weight is ", shape_name(weight.sizes()), "; expected [K, C, 3, 3]");
+template <int kStride>
+Tensor pack(const Tensor& weight) {
   const int64_t outputs = weight.size(0), channels = weight.size(1);
   const int64_t pairs = ceil_div(channels, 2);
-  Tensor packed = torch::stable::empty({winograd_size(outputs, channels)}, ScalarType::BFloat16);
+  Tensor packed =
+      torch::stable::empty({winograd_size<kStride>(outputs, channels)}, ScalarType::BFloat16);
   const auto* from = static_cast<const uint16_t*>(weight.const_data_ptr());
   auto* to = static_cast<uint16_t*>(packed.mutable_data_ptr());
   std::fill(to, to + packed.numel(), uint16_t{0});
   for (int64_t output = 0; output < outputs; ++output) {
     const int64_t panel = output / kPanel, lane = output % kPanel;
     const int64_t width = panel_blocks(outputs, panel) * kLanes;
-    uint16_t* base = to + panel * kPanel * kPoints * 2 * pairs;
-    for (int64_t channel = 0; channel < channels; ++channel)
-      transform_kernel(
-          from + (output * channels + channel) * 9,
-          base + (channel / 2 * width + lane) * 2 + channel % 2, width * 2 * pairs);
+    uint16_t* base = to + panel * kPanel * kPoints<kStride> * 2 * pairs;
+    for (int64_t i = 0; i < channels; ++i)
+      transform_kernel<kStride>(
+          from + (output * channels + channel_of(i, channels)) * 9,
+          base + (i / 2 * width + lane) * 2 + i % 2, width * 2 * pairs);
   }
   return packed;
+}
+
+Tensor conv_winograd_pack(const Tensor& weight, int64_t stride) {
+  check_weight(weight);
+  if (weight.size(2) != 3 || weight.size(3) != 3)
+    fail("weight is ", shape_name(weight.sizes()), "; expected [K, C, 3, 3]");
+  if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
+  return stride == 1 ? pack<1>(weight) : pack<2>(weight);
+}
+
+template <int kStride>
+Tensor convolve_by(
+    const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual, const std::vector<int64_t>& geometry,
+    int64_t activation, double negative_slope) {
+  return convolve(
+      x, packed, bias, residual, geometry, activation, negative_slope,
+      winograd_size<kStride>(geometry[0], geometry[1]),
+      [](const ConvShape& shape, const uint16_t* weights) {
+        const Tiles tiles(shape);
+        share_out(
+            tiles.count, shape,
+            [&](int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
+              winograd_part<kStride>(shape, tiles, weights, begin, end, panel_begin, panel_end);
+            });
+      });
 }
 
 Tensor conv_winograd(
@@ -193,25 +332,18 @@ Tensor conv_winograd(
     int64_t activation, double negative_slope) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
   if (geometry.size() != 8 || *std::min_element(geometry.begin(), geometry.begin() + 6) < 1 ||
-      geometry[2] != 3 || geometry[3] != 3 || geometry[4] != 1 || geometry[5] != 1)
-    fail("geometry is ", shape_name(geometry), "; expected K, C, 3, 3, 1, 1 and two paddings");
-  return convolve(
-      x, packed, bias, residual, geometry, activation, negative_slope, winograd_size(geometry[0], geometry[1]),
-      [](const ConvShape& shape, const uint16_t* weights) {
-        const Tiles tiles(shape);
-        share_out(
-            tiles.count, shape,
-            [&](int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
-              winograd_part(shape, tiles, weights, begin, end, panel_begin, panel_end);
-            });
-      });
+      geometry[2] != 3 || geometry[3] != 3 || geometry[4] > 2 || geometry[5] != geometry[4])
+    fail("geometry is ", shape_name(geometry),
+         "; expected K, C, 3, 3, two strides that are both 1 or both 2, and two paddings");
+  const auto run = geometry[4] == 1 ? convolve_by<1> : convolve_by<2>;
+  return run(x, packed, bias, residual, geometry, activation, negative_slope);
 }
 
 } // namespace
 } // namespace resfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
-  m.def("conv_winograd_pack(Tensor weight) -> Tensor");
+  m.def("conv_winograd_pack(Tensor weight, int stride) -> Tensor");
   m.def(
       "conv_winograd(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int[] geometry, "
       "int activation, float negative_slope) -> Tensor");

@@ -2,8 +2,9 @@
 
 - ``oneDNN``: torch's own library, with the epilogue as post-operations; every shape and dtype.
 - ``gemm``: our kernel for AVX512-BF16, over patches of the input (``csrc/cpu/conv_gemm.cpp``).
-- ``winograd``: F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308) with the same kernel, 2.25 times
-  fewer multiplications, for 3x3 kernels of stride 1 (``csrc/cpu/conv_winograd.cpp``).
+- ``winograd``: for 3x3 kernels, with the same kernel (``csrc/cpu/conv_winograd.cpp``): F(2x2, 3x3)
+  of Lavin and Gray (arXiv:1509.09308) for stride 1, 2.25 times fewer multiplications, and the same
+  idea for stride 2, 1.44 times fewer.
 
 The last two are for bfloat16. :class:`~resfast.kernels.conv.ConvBiasAct` asks for a plan once per
 shape; the choice is kept in ``$XDG_CACHE_HOME/resfast/conv-cpu.json``, by processor, version, shape
@@ -110,7 +111,9 @@ def _applies(name: str, x: Tensor, weight: Tensor, stride: list[int]) -> bool:
         return True
     if x.dtype != torch.bfloat16 or x.numel() == 0 or not _has_kernels():
         return False
-    return name == "gemm" or (list(weight.shape[2:]) == [3, 3] and list(stride) == [1, 1])
+    return name == "gemm" or (
+        list(weight.shape[2:]) == [3, 3] and list(stride) in ([1, 1], [2, 2])
+    )
 
 
 @functools.cache
@@ -201,7 +204,7 @@ def _own(
 ) -> Run:
     if name not in packed:
         pack = getattr(torch.ops.resfast, f"conv_{name}_pack")
-        packed[name] = pack(weight.contiguous())
+        packed[name] = pack(weight.contiguous(), *(stride[:1] if name == "winograd" else ()))
     ready, kernel = packed[name], getattr(torch.ops.resfast, f"conv_{name}").default
     geometry = [*weight.shape, *stride, *padding]
     code = list(conv_reference.ACTIVATIONS).index(activation)
