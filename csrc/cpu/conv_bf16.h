@@ -1,5 +1,5 @@
-// What the two bfloat16 convolutions share: the matrix product on AVX512-BF16, packed weights, the
-// epilogue, arguments and their checks. Meaning of the operator: resfast/kernels/conv.py.
+// What the two bfloat16 convolutions share: the matrix product on AVX512-BF16 or AMX, packed weights,
+// the epilogue, arguments and their checks. Meaning of the operator: resfast/kernels/conv.py.
 //
 // Weights are packed as panels of up to 64 outputs: [panel][pairs][outputs of the panel][2], where
 // a pair are two neighbours of the sum, as _mm512_dpbf16_ps takes them. What is missing is 0.
@@ -22,6 +22,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "amx.h"
 #include "check.h"
 #include "dtype.h"
 #include "isa.h"
@@ -49,8 +50,14 @@ inline int64_t panel_blocks(int64_t outputs, int64_t panel) {
 
 // Rows that a tile computes at once; the accumulators, a row's value and the weights fill the 32
 // registers.
-inline int64_t tile_rows(int64_t blocks) { return blocks > 2 ? 6 : 12; }
-constexpr int64_t kRowMultiple = 12;
+inline int64_t tile_rows(int64_t blocks) {
+  return amx::supported() ? amx::kRows : blocks > 2 ? 6 : 12;
+}
+inline int64_t row_multiple() { return amx::supported() ? amx::kRows : 12; } // of every tile_rows
+
+// Bytes of a block's operands and sums: a part of L2. AMX computes faster than weights come from
+// memory, so that more rows must share them.
+inline int64_t block_bytes() { return (amx::supported() ? 1024 : 256) * 1024; }
 
 // Memory of one thread, kept between calls.
 template <class Value>
@@ -115,10 +122,13 @@ RESFAST_BF16 inline void product_panel(
   }
 }
 
-// sums [rows, blocks * 16] of a [rows, row_stride] and one panel; rows a multiple of the tile's.
+// sums [rows, blocks * 16] of a [rows, row_stride] and one panel; rows a multiple of tile_rows. An
+// `amx::Tiles` must be alive.
 RESFAST_BF16 inline void product(
     const uint16_t* a, int64_t row_stride, int64_t rows, const uint16_t* b, int64_t pairs,
     int64_t blocks, float* sums) {
+  if (amx::supported())
+    return amx::product(a, row_stride, rows, b, pairs, blocks, kPairBlock, sums);
   switch (blocks) {
     case 1: return product_panel<12, 1>(a, row_stride, rows, b, pairs, sums);
     case 2: return product_panel<12, 2>(a, row_stride, rows, b, pairs, sums);
@@ -291,9 +301,9 @@ void share_out(int64_t rows, const ConvShape& shape, Part part) {
     });
     return;
   }
-  const int64_t groups = ceil_div(rows, kRowMultiple);
+  const int64_t multiple = row_multiple(), groups = ceil_div(rows, multiple);
   torch::stable::parallel_for(0, groups, ceil_div(groups, threads), [&](int64_t a, int64_t b) {
-    part(a * kRowMultiple, std::min(rows, b * kRowMultiple), int64_t{0}, panels);
+    part(a * multiple, std::min(rows, b * multiple), int64_t{0}, panels);
   });
 }
 

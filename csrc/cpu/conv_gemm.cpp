@@ -10,8 +10,6 @@
 namespace resfast {
 namespace {
 
-constexpr int64_t kPatchBytes = 256 * 1024; // of a block of patches: a part of L2
-
 RESFAST_BF16_INLINE void copy(const uint16_t* from, int64_t count, uint16_t* to) {
   int64_t i = 0;
   for (; i + 32 <= count; i += 32) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
@@ -62,8 +60,10 @@ void gemm_part(
     const ConvShape& shape, const uint16_t* packed, int64_t begin, int64_t end, int64_t panel_begin,
     int64_t panel_end) {
   const int64_t pairs = ceil_div(shape.kernel_h * shape.kernel_w * shape.channels, 2);
-  const int64_t most = std::clamp(
-      kPatchBytes / (4 * pairs) / kRowMultiple * kRowMultiple, kRowMultiple, 8 * kRowMultiple);
+  const int64_t multiple = row_multiple();
+  const int64_t most =
+      std::clamp(block_bytes() / (4 * pairs) / multiple * multiple, multiple, 8 * multiple);
+  const amx::Tiles tiles(amx::supported());
   thread_local Workspace<uint16_t> patches_memory;
   thread_local Workspace<float> sums_memory;
   uint16_t* patches = patches_memory.get(most * 2 * pairs);
@@ -127,12 +127,14 @@ Tensor conv_gemm(
 }
 
 bool conv_bf16_supported() { return bf16_supported(); }
+bool conv_bf16_amx() { return bf16_supported() && amx::supported(); }
 
 } // namespace
 } // namespace resfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def("conv_bf16_supported() -> bool");
+  m.def("conv_bf16_amx() -> bool");
   m.def("conv_gemm_pack(Tensor weight) -> Tensor");
   m.def(
       "conv_gemm(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int[] geometry, "
@@ -141,6 +143,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CompositeExplicitAutograd, m) {
   m.impl("conv_bf16_supported", TORCH_BOX(&resfast::conv_bf16_supported));
+  m.impl("conv_bf16_amx", TORCH_BOX(&resfast::conv_bf16_amx));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {

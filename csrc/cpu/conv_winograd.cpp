@@ -18,8 +18,8 @@
 namespace resfast {
 namespace {
 
-constexpr int64_t kBlockBytes = 256 * 1024; // of a block's inputs and sums: a part of L2
-constexpr int64_t kLeastTiles = 24; // per block, so that reading the weights is worth it
+// Per block, so that reading the weights is worth it.
+inline int64_t least_tiles() { return amx::supported() ? 64 : 24; }
 
 // The transforms of one direction, in any arithmetic: of inputs, of products to results, of kernels.
 template <int kStride>
@@ -230,9 +230,11 @@ void winograd_part(
   const int64_t pairs = ceil_div(shape.channels, 2);
   const int64_t tile_stride = round_up(shape.channels, kLanes);
   const int64_t per_tile = kPoints<kStride> * (2 * tile_stride + 4 * kPanel); // bytes
-  int64_t most = std::max(kLeastTiles, kBlockBytes / per_tile / kRowMultiple * kRowMultiple);
+  const int64_t multiple = row_multiple();
+  int64_t most = std::max(least_tiles(), block_bytes() / per_tile / multiple * multiple);
   const int64_t parts = ceil_div(end - begin, most); // of equal size
-  most = round_up(ceil_div(end - begin, parts), kRowMultiple);
+  most = round_up(ceil_div(end - begin, parts), multiple);
+  const amx::Tiles amx_tiles(amx::supported());
   thread_local Workspace<uint16_t> inputs_memory;
   thread_local Workspace<float> sums_memory;
   // Not a multiple of 4096 bytes apart, which would fall into the same sets of the cache.

@@ -1,0 +1,81 @@
+"""The bfloat16 convolutions on AMX, whose tiles are emulated: the same kernels in plain C++.
+
+The emulation ends the process on tiles that are used without a configuration or do not fit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resfast.kernels import conv_cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+pytestmark = [
+    pytest.mark.skipif(not (ROOT / "csrc").exists() or COMPILER is None, reason="no compiler"),
+    pytest.mark.skipif(
+        not conv_cpu._has_kernels(), reason="the rest of the kernels needs AVX512-BF16"
+    ),
+]
+
+SCRIPT = """
+import sys
+import torch
+import torch.nn.functional as F
+
+torch.ops.load_library(sys.argv[1])
+ops = torch.ops.resfast
+assert ops.conv_bf16_amx()
+torch.manual_seed(0)
+last = torch.channels_last
+# batch, channels, outputs, height, width, kernel, stride, residual: with and without pairs that do
+# not fill a tile, one or two tiles of rows and outputs, several blocks of the sum
+cases = [
+    (3, 64, 64, 9, 7, 3, 1, 1), (2, 3, 20, 8, 8, 3, 1, 0), (1, 512, 512, 4, 4, 3, 1, 1),
+    (5, 96, 130, 6, 5, 3, 2, 1), (2, 60, 250, 5, 9, 3, 2, 0), (64, 128, 64, 4, 4, 3, 1, 0),
+    (2, 24, 16, 7, 7, 1, 1, 0), (2, 24, 80, 7, 7, 1, 2, 1), (1, 5, 7, 9, 9, 5, 1, 0),
+]
+for threads in (1, 3):
+    torch.set_num_threads(threads)
+    for n, c, k, h, w, r, stride, with_residual in cases:
+        x = torch.randn(n, c, h, w).bfloat16().contiguous(memory_format=last)
+        weight = (torch.randn(k, c, r, r) / (c * r * r) ** 0.5).bfloat16()
+        bias = torch.randn(k)
+        exact = F.conv2d(x.double(), weight.double(), bias.double(), stride, r // 2)
+        residual = None
+        if with_residual:
+            residual = torch.randn(exact.shape).bfloat16().contiguous(memory_format=last)
+            exact += residual.double()
+        exact = exact.relu()
+        geometry = [k, c, r, r, stride, stride, r // 2, r // 2]
+        rest = bias, residual, geometry, 1, 0.01
+        results = {"gemm": ops.conv_gemm(x, ops.conv_gemm_pack(weight), *rest)}
+        if r == 3:
+            packed = ops.conv_winograd_pack(weight, stride)
+            results["winograd"] = ops.conv_winograd(x, packed, *rest)
+        for name, result in results.items():
+            error = (result.double() - exact).norm() / exact.norm()
+            assert error < {"gemm": 3e-3, "winograd": 6e-3}[name], (name, c, k, r, stride, error)
+print("right")
+"""
+
+
+def test_convolutions_on_amx_compute_what_float64_does(tmp_path: Path) -> None:
+    headers = Path(torch.__file__).parent
+    library = tmp_path / "amx.so"
+    sources = [ROOT / "csrc" / "cpu" / f"conv_{name}.cpp" for name in ("gemm", "winograd")]
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-DRESFAST_AMX_EMULATED"]
+    options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", headers / "include"]
+    link = [f"-L{headers / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([COMPILER, *options, *sources, "-o", library, *link], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(library)], capture_output=True, text=True
+    )
+    assert done.stdout == "right\n", done.stderr
