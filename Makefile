@@ -2,21 +2,26 @@
 
 PYTHON ?= python3
 ARGS ?=
+RESULTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/.installed
-KERNELS := $(wildcard build_backend/*.py csrc/*/*.cpp csrc/*/*.h)
+KERNELS := $(wildcard build_backend/*.py $(addprefix csrc/*/*.,cpp cu cuh h py))
+# What compiles the CUDA kernels, where there is a GPU to run them or RESFAST_CUDA=1 asks for them,
+# and CUDA_HOME names no other. CUTLASS's own requirements are for its Python side.
+NVCC := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cutlass
+CUDA := $(if $(filter 0,$(RESFAST_CUDA)),,$(filter 1,$(RESFAST_CUDA))$(shell command -v nvidia-smi))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test bench lint clean
+.PHONY: help train test bench bench-report gpu-report doctor lint clean
 
 help: ## Show this list
 	@echo 'make TARGET [ARGS="options"] [PYTHON=python3.11]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 train: $(INSTALLED) ## Train a network; ARGS="--epochs 5" and others, ARGS=--help lists them
 	$(BIN)/python -m resfast.train $(ARGS)
@@ -24,8 +29,25 @@ train: $(INSTALLED) ## Train a network; ARGS="--epochs 5" and others, ARGS=--hel
 test: $(INSTALLED) ## Run the tests; ARGS="-x tests/test_package.py" chooses some
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(INSTALLED) ## Time the training step, augmentation and loaders against others
+bench: $(INSTALLED) ## Time inference, the training step, augmentation and loaders against others
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+bench-report: $(INSTALLED) ## The same as tables and plots; RESULTS="a.json b.json" takes these instead
+ifeq ($(RESULTS),)
+	@mkdir -p build && rm -f build/benchmarks.json
+	status=0; \
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json $(ARGS) \
+	  || status=$$?; \
+	$(BIN)/python -m benchmarks.bench_report build/benchmarks.json && exit $$status
+else
+	$(BIN)/python -m benchmarks.bench_report $(RESULTS) $(ARGS)
+endif
+
+gpu-report: $(INSTALLED) ## Build, test, time and train here, and write it down; ARGS="--data folder:…"
+	$(BIN)/python -m benchmarks.gpu_report $(ARGS)
+
+doctor: $(INSTALLED) ## Say what is there, what is missing and what to do; ARGS="--data folder:…"
+	$(BIN)/python -m resfast.doctor $(ARGS)
 
 lint: $(BIN)/ruff ## Check style and formatting
 	$(BIN)/ruff check
@@ -33,15 +55,18 @@ lint: $(BIN)/ruff ## Check style and formatting
 
 clean: ## Remove build products and caches; .venv, data and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	rm -f resfast/_C*.so $(INSTALLED)
+	rm -f resfast/_C.*.so resfast/_CUDA.so resfast/_CUDA.json $(INSTALLED)
 	find resfast tests benchmarks build_backend -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, so that the kernels are built against it and not against another copy of it.
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(KERNELS) $(BIN)/python
 	$(PIP) install -c constraints.txt torch setuptools
+	$(if $(CUDA),$(if $(CUDA_HOME),,$(PIP) install -c constraints.txt --no-deps $(NVCC)))
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
-	@ls resfast/_C*.so >/dev/null 2>&1 || echo >&2 \
+	@ls resfast/_C.*.so >/dev/null 2>&1 || echo >&2 \
 	  'resfast is installed without its C++ kernels, and slower: $(BIN)/python -m pip install -v --no-build-isolation -e . says why'
+	@$(if $(CUDA),ls resfast/_CUDA.so,true) >/dev/null 2>&1 || echo >&2 \
+	  'resfast is installed without its CUDA kernels, and slower: $(BIN)/python -m pip install -v --no-build-isolation -e . says why'
 	@touch $@
 
 # Linting needs ruff alone, not the gigabytes of torch.

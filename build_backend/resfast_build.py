@@ -1,11 +1,15 @@
-"""Builds the package: setuptools, with the C++ kernels wherever they can be compiled.
+"""Builds the package: setuptools, with the C++ and CUDA kernels wherever they can be compiled.
 
 The kernels need a C++ compiler (``CXX``, or the one that Python was built with) and the headers of
-torch. The environment variable RESFAST_EXTENSION decides what happens without them:
+torch, those for CUDA also a torch with CUDA and its compiler (see csrc/cuda/build.py). The
+environment variables RESFAST_EXTENSION, of all kernels, and RESFAST_CUDA, of those for CUDA, decide
+what happens without them:
 
     unset   the package is installed without the kernels, and the reason is printed
     1       that is an error
     0       they are not built even where they could be
+
+MAX_JOBS says how many files are compiled at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch>=2.11"
 """The stable ABI of this version is compiled against; every later torch loads the result."""
 NO_TORCH = f"{TORCH} is not installed here"
+CPU, CUDA = "resfast._C", "resfast._CUDA"
 TARGET = "0x020b000000000000"
 FLAGS = [
     "-std=c++17",
@@ -58,6 +65,19 @@ FLAGS = [
     "-fno-trapping-math",
     f"-DTORCH_TARGET_VERSION={TARGET}",
 ]
+
+
+def _module(path: Path) -> Any:
+    """A file of this repository that is no part of the package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_build = _module(ROOT / "csrc" / "cuda" / "build.py")
 
 
 def compiler() -> str | None:
@@ -80,33 +100,52 @@ def obstacle() -> str | None:
     return None
 
 
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels are not built, or None where they can be."""
+    if os.environ.get("RESFAST_CUDA") == "0":
+        return "RESFAST_CUDA is 0"
+    return obstacle() or cuda_build.obstacle()
+
+
 def _torch() -> Path | None:
     """Folder of the installed torch, which is not imported: that takes seconds."""
     spec = importlib.util.find_spec("torch")
     return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
-def say_without(reason: str) -> None:
-    """Says that the package goes without its kernels; exits where they are required."""
-    if os.environ.get("RESFAST_EXTENSION") == "1":
-        raise SystemExit(f"resfast: the C++ kernels cannot be built: {reason}")
-    print(f"resfast: installed without the C++ kernels: {reason}", file=sys.stderr)
+def say_without(kernels: str, variable: str, reason: str) -> None:
+    """Says that the package goes without kernels; exits where they are required."""
+    if os.environ.get(variable) == "1":
+        raise SystemExit(f"resfast: the {kernels} kernels cannot be built: {reason}")
+    print(f"resfast: installed without the {kernels} kernels: {reason}", file=sys.stderr)
+
+
+def say_without_cpp(reason: str) -> None:
+    say_without("C++", "RESFAST_EXTENSION", reason)
+
+
+def say_without_cuda(reason: str) -> None:
+    say_without("CUDA", "RESFAST_CUDA", reason)
+
+
+def _files(*patterns: str) -> list[str]:
+    """Of the repository, relative to it."""
+    found = (path for pattern in patterns for path in ROOT.glob(pattern))
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
 
 
 def extensions() -> list[Extension]:
-    """What setup() takes as ``ext_modules``: the kernels, or nothing where they cannot be built."""
+    """What setup() takes as ``ext_modules``: those kernels that can be built."""
     torch, command = _torch(), compiler()
     if obstacle() is not None or torch is None or command is None:
         return []
     os.environ["CXX"] = command
-    sources = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/*.cpp"))
-    headers = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/*.h"))
     flags = shlex.split(os.environ.get("CXXFLAGS", ""))  # again, after those they may change
-    return [
+    found = [
         Extension(
-            "resfast._C",
-            sources,
-            depends=headers,
+            CPU,
+            _files("csrc/cpu/*.cpp"),
+            depends=_files("csrc/cpu/*.h"),
             language="c++",
             # As a system folder, so that the warnings are about this project's code.
             extra_compile_args=[*FLAGS, "-isystem", str(torch / "include"), *flags],
@@ -116,21 +155,67 @@ def extensions() -> list[Extension]:
             optional=True,  # BuildExt decides
         )
     ]
+    if cuda_obstacle() is None:
+        # A library of its own: the kernels for the CPU are there where CUDA's runtime is not.
+        sources, headers = _files("csrc/cuda/*.cu"), _files("csrc/cuda/*.h", "csrc/cuda/*.cuh")
+        found.append(Extension(CUDA, sources, depends=headers, optional=True))
+    return found
+
+
+def _built(folder: Path) -> Iterator[Path]:
+    """The compiled kernels in a folder of the package."""
+    for pattern in ("_C.*.so", "_C.*.pyd", "_CUDA.so", "_CUDA.json"):
+        yield from folder.glob(pattern)
 
 
 class BuildExt(build_ext):
-    """Leaves the kernels out where the compiler fails; setuptools prints its error."""
+    """Leaves kernels out where the compiler fails; setuptools or nvcc's words say why."""
+
+    def run(self) -> None:
+        for path in _built(Path(self.build_lib, "resfast")):  # of an earlier build
+            path.unlink()
+        super().run()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("_CUDA"):  # not a module: no tag of a Python
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
 
     def build_extension(self, extension: Extension) -> None:
+        if extension.name == CUDA:
+            try:
+                said = cuda_build.build(Path(self.get_ext_fullpath(CUDA)))
+            except (RuntimeError, ValueError, OSError) as error:
+                say_without_cuda(str(error))
+            else:
+                print(f"resfast: {said}", file=sys.stderr)
+            return
         try:
+            extension.extra_objects = self._compile(extension)
+            extension.sources = []
             super().build_extension(extension)
         except (BaseError, CCompilerError) as error:
-            say_without(f"compiling them failed: {error}")
+            say_without_cpp(f"compiling them failed: {error}")
+
+    def _compile(self, extension: Extension) -> list[str]:
+        """The objects of its sources, several at a time: setuptools compiles one by one."""
+
+        def compile_one(source: str) -> list[str]:
+            return self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                debug=self.debug,
+                extra_postargs=extension.extra_compile_args,
+            )
+
+        with ThreadPoolExecutor(cuda_build.jobs()) as pool:
+            return [path for paths in pool.map(compile_one, extension.sources) for path in paths]
 
     def copy_extensions_to_source(self) -> None:  # only for an editable install
-        for extension in self.extensions:  # kernels of an earlier build must not stay
-            (ROOT / self.get_ext_filename(extension.name)).unlink(missing_ok=True)
         super().copy_extensions_to_source()
+        record = Path(self.build_lib, "resfast", "_CUDA.json")
+        if record.exists():
+            self.copy_file(str(record), str(ROOT / "resfast" / record.name))
 
 
 # -- the hooks of PEP 517 that differ from those of setuptools -----------------------------------
@@ -157,10 +242,16 @@ def build_editable(
     wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None
 ) -> str:
     _announce()
+    for path in _built(ROOT / "resfast"):  # of an earlier build, also where none follow
+        path.unlink()
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
 def _announce() -> None:
-    reason = obstacle()
-    if reason is not None:
-        say_without(reason)
+    try:
+        cuda_build.jobs()
+    except ValueError as error:
+        raise SystemExit(f"resfast: {error}") from None
+    for reason, say in ((obstacle(), say_without_cpp), (cuda_obstacle(), say_without_cuda)):
+        if reason is not None:
+            say(reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ _SPEC = importlib.util.spec_from_file_location(
 )
 resfast_build = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(resfast_build)
+cuda_build = resfast_build.cuda_build
 
 needs_compiler = pytest.mark.skipif(
     resfast_build.compiler() is None, reason="there is no C++ compiler"
@@ -71,7 +73,8 @@ def build(source: Path, *, editable: bool = False, **environment: str) -> tuple[
 
 def run_backend(source: Path, call: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs a hook of the build backend in a fresh interpreter, as pip does."""
-    env = {name: value for name, value in os.environ.items() if name != "RESFAST_EXTENSION"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RESFAST_")}
+    env["RESFAST_CUDA"] = "0"  # they take minutes; the tests of their build say otherwise
     return subprocess.run(
         [sys.executable, "-c", f"import resfast_build; print(resfast_build.{call})"],
         cwd=source,
@@ -171,11 +174,330 @@ def test_source_distribution_holds_what_a_build_needs(source):
         str(file.relative_to(ROOT).as_posix())
         for folder in ("csrc", "build_backend")
         for file in (ROOT / folder).rglob("*")
-        if file.suffix in (".cpp", ".h", ".py")
+        if file.suffix in (".cpp", ".cu", ".cuh", ".h", ".py")
     }
-    assert {"csrc/cpu/augment.cpp", "build_backend/resfast_build.py"} <= needed
+    assert {"csrc/cpu/augment.cpp", "csrc/cuda/conv.cu", "csrc/cuda/build.py"} <= needed
     assert needed | {"setup.py", "pyproject.toml"} <= names
-    assert not [name for name in names if name.endswith(".so")]
+    assert not [name for name in names if name.endswith((".so", "_CUDA.json"))]
+
+
+# -- build of the CUDA kernels, with a compiler that only says that it is nvcc --------------------
+
+NVCC = r"""#!/bin/sh
+echo "begin $*" >> "$(dirname "$0")/log"
+case "$*" in
+  *--version*) echo "Cuda compilation tools, release VERSION.9, VVERSION.9.1";;
+  *--dryrun*) echo "#\$ TOP=$(dirname "$0")/..";;
+  *broken.cu*) echo "broken.cu(1): error: no such kernel" >&2; exit 1;;
+  *)
+    for last; do :; done
+    echo "ptxas info: 7 registers" >&2
+    sleep 0.2
+    echo | g++ -x c++ -c - -o "$last";;
+esac
+echo "end $*" >> "$(dirname "$0")/log"
+"""
+
+needs_torch_with_cuda = pytest.mark.skipif(
+    torch.version.cuda is None or sys.platform != "linux" or not shutil.which("g++"),
+    reason="needs a torch with CUDA, and g++ on Linux",
+)
+
+
+def make_nvcc(home: Path, *, version: str | None = None) -> Path:
+    """A CUDA_HOME whose nvcc writes empty objects and a log; of torch's version of CUDA."""
+    (home / "bin").mkdir(parents=True)
+    path = home / "bin" / "nvcc"
+    version = version or str(torch.version.cuda).partition(".")[0]
+    path.write_text(NVCC.replace("VERSION", version), encoding="utf-8")
+    path.chmod(0o755)
+    cuda_build.nvcc_version.cache_clear()
+    cuda_build._toolkit.cache_clear()
+    return path
+
+
+def compiled(nvcc: Path) -> list[str]:
+    """Names of the files that it compiled so far."""
+    lines = (nvcc.parent / "log").read_text().splitlines()
+    return sorted(
+        Path(line.split(" -c ")[1].split()[0]).name for line in lines if line.startswith("end -std")
+    )
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of small CUDA files in place of csrc/cuda, with nothing of the environment."""
+    folder = tmp_path / "cuda"
+    folder.mkdir()
+    (folder / "a.cu").write_text('#include "a.h"\n')
+    (folder / "b.cu").write_text('#include "../both.h"\n#include <vector>\n')
+    (folder / "a.h").write_text('#include "../both.h"\n')
+    (tmp_path / "both.h").write_text("// one\n")
+    monkeypatch.setattr(cuda_build, "FOLDER", folder)
+    monkeypatch.setattr(cuda_build, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(cuda_build, "_capabilities", set)
+    for name in ("CUDA_HOME", "CUTLASS_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture
+def small_source(source: Path) -> Path:
+    """With one C++ file alone, so that the tests of CUDA do not wait for the others."""
+    for path in (source / "csrc" / "cpu").glob("*.cpp"):
+        if path.name != "philox.cpp":
+            path.unlink()
+    return source
+
+
+@needs_torch_with_cuda
+def test_wheel_holds_the_cuda_kernels_and_says_what_they_are_for(small_source):
+    nvcc = make_nvcc(small_source.parent / "home")
+    environment = {"CUDA_HOME": str(nvcc.parents[1]), "TORCH_CUDA_ARCH_LIST": "8.0 9.0+PTX"}
+    said, tag, wheel = build(small_source, RESFAST_CUDA="1", **environment)
+    release = cuda_build.nvcc_version(nvcc).rpartition(".")[0]
+    assert said.count(f"resfast: CUDA kernels for 8.0 and 9.0+PTX by nvcc {release}") == 1
+    assert not tag.startswith("py3-none")
+    with zipfile.ZipFile(wheel) as archive:
+        assert {"resfast/_CUDA.so", "resfast/_CUDA.json"} < set(archive.namelist())
+        facts = json.loads(archive.read("resfast/_CUDA.json"))
+    assert facts == {
+        "architectures": ["8.0", "9.0+PTX"],
+        "cutlass": False,
+        "nvcc": release,
+        "torch": torch.__version__,
+    }
+    assert {"conv.cu", "conv_bf16.cu"} <= set(compiled(nvcc))
+    wheel.unlink()
+    _, _, wheel = build(small_source, RESFAST_CUDA="0")  # in the same tree
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if "_CUDA" in name]
+
+
+@needs_torch_with_cuda
+def test_editable_install_has_the_cuda_kernels_and_loses_those_of_before(small_source):
+    nvcc = make_nvcc(small_source.parent / "home")
+    environment = {"CUDA_HOME": str(nvcc.parents[1]), "TORCH_CUDA_ARCH_LIST": "8.0"}
+    library = small_source / "resfast" / "_CUDA.so"
+    build(small_source, editable=True, RESFAST_CUDA="1", **environment)[2].unlink()
+    first = compiled(nvcc)
+    assert library.exists()
+    assert library.with_suffix(".json").exists()
+    build(small_source, editable=True, RESFAST_CUDA="1", **environment)[2].unlink()
+    assert compiled(nvcc) == first  # nothing is compiled again
+    (small_source / "csrc" / "cuda" / "broken.cu").touch()
+    said, _, wheel = build(small_source, editable=True, RESFAST_CUDA="", **environment)
+    assert "resfast: installed without the CUDA kernels: nvcc" in said
+    assert "broken.cu(1): error: no such kernel" in said
+    assert not library.exists()
+    assert not library.with_suffix(".json").exists()
+    assert list((small_source / "resfast").glob("_C.*"))  # the others are there
+    wheel.unlink()
+    done = run_backend(small_source, "build_wheel('.')", RESFAST_CUDA="1", **environment)
+    assert done.returncode != 0
+    assert "resfast: the CUDA kernels cannot be built: nvcc" in done.stderr
+    library.touch()
+    said, _, _ = build(small_source, editable=True, RESFAST_EXTENSION="0")
+    assert not library.exists()
+    assert said.count("installed without the CUDA kernels: RESFAST_CUDA is 0") == 1
+
+
+def test_cuda_kernels_that_are_required_and_cannot_be_built_are_an_error(source):
+    for environment, reason in (
+        ({"CUDA_HOME": "/nowhere"}, "there is no nvcc in CUDA_HOME=/nowhere"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler was found"),
+        ({"RESFAST_EXTENSION": "0"}, "RESFAST_EXTENSION is 0"),
+    ):
+        done = run_backend(source, "build_wheel('.')", RESFAST_CUDA="1", **environment)
+        assert done.returncode != 0
+        if torch.version.cuda is None and "CUDA_HOME" in environment:
+            reason = "is built without CUDA"
+        assert "resfast: the CUDA kernels cannot be built: " in done.stderr
+        assert reason in done.stderr
+
+
+def test_bad_number_of_jobs_is_an_error(source):
+    done = run_backend(source, "build_wheel('.')", MAX_JOBS="many")
+    assert done.returncode != 0
+    assert "MAX_JOBS is 'many'; expected a number of at least 1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_reason_against_cuda_kernels_says_what_to_do(kernels, tmp_path, monkeypatch):
+    def reason(version: str = "2.15.0", cuda: str | None = "13.2") -> str | None:
+        monkeypatch.setattr(cuda_build, "torch_version", lambda: (version, cuda))
+        return cuda_build.obstacle()
+
+    assert reason("2.15.0+cpu", None) == "torch 2.15.0+cpu is built without CUDA"
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
+    assert "`pip install nvidia-cuda-nvcc==13.2.* nvidia-nvvm==13.2.* " in reason()
+    old = make_nvcc(tmp_path / "old", version="12")
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: old)
+    assert f"nvcc is of CUDA 12.9.1 ({old}) and torch of 13.2" in reason()
+    assert "set CUDA_HOME to a toolkit of CUDA 13" in reason()
+    new = make_nvcc(tmp_path / "new", version="13")
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: new)
+    assert reason() is None
+    new.write_text("#!/bin/sh\necho not nvcc\n")
+    cuda_build.nvcc_version.cache_clear()
+    assert "does not name a version of nvcc: 'not nvcc" in reason()
+    make_nvcc(tmp_path / "newer", version="13").rename(new)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    assert "architecture '7.5' in '7.5'; expected 8.0 or newer" in reason()
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    monkeypatch.setattr(cuda_build, "_capabilities", lambda: {(7, 5)})
+    assert "compute capability 7.5, and the kernels need 8.0 or newer" in reason()
+
+
+def test_compiler_is_that_of_cuda_home_then_of_the_packages_then_of_path(
+    kernels, tmp_path, monkeypatch
+):
+    by_path = make_nvcc(tmp_path / "path")
+    monkeypatch.setenv("PATH", str(by_path.parent), prepend=os.pathsep)
+    monkeypatch.setattr(cuda_build, "_pip_toolkits", list)
+    assert cuda_build.find_nvcc() == by_path
+    package = make_nvcc(tmp_path / "cu13")
+    monkeypatch.setattr(cuda_build, "_pip_toolkits", lambda: [tmp_path / "cu13"])
+    assert cuda_build.find_nvcc() == by_path  # one package of three
+    for part in ("bin/crt", "nvvm/bin/cicc"):
+        (tmp_path / "cu13" / part).mkdir(parents=True)
+    assert cuda_build.find_nvcc() == package
+    home = make_nvcc(tmp_path / "home")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert cuda_build.find_nvcc() == home
+    home.unlink()
+    assert cuda_build.find_nvcc() is None  # what was named is not replaced by another
+
+
+def test_architectures_are_those_of_the_gpus_here(kernels, tmp_path, monkeypatch):
+    assert cuda_build.architectures() == cuda_build.ARCHITECTURES
+    monkeypatch.undo()
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    smi = tmp_path / "nvidia-smi"
+    smi.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for said, expected in (
+        ("echo 9.0; echo 8.6; echo 9.0", "8.6;9.0a"),
+        ("echo 12.0; echo 7.5", "12.0"),
+        ("echo '[N/A]'", cuda_build.ARCHITECTURES),
+        ("echo 'driver failed'; exit 9", cuda_build.ARCHITECTURES),
+    ):
+        smi.write_text(f"#!/bin/sh\n{said}\n")
+        assert cuda_build.architectures() == expected
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
+    assert cuda_build.architectures() == "8.9"
+
+
+def compile_all(nvcc: Path, names: str = "8.0") -> dict[str, str]:
+    return cuda_build.compile_objects(nvcc=nvcc, names=names)
+
+
+@needs_gcc_on_linux
+def test_only_what_changed_is_compiled_again(kernels, tmp_path, monkeypatch):
+    nvcc = make_nvcc(tmp_path / "home")
+    first = compile_all(nvcc)
+    assert set(first.values()) == {"ptxas info: 7 registers\n"}
+    assert compile_all(nvcc) == first
+    assert compiled(nvcc) == ["a.cu", "b.cu"]
+    (kernels / "a.h").write_text('#include "../both.h"\n// changed\n')
+    second = compile_all(nvcc)
+    assert compiled(nvcc) == ["a.cu", "a.cu", "b.cu"]
+    assert len(set(first) & set(second)) == 1
+    (tmp_path / "both.h").write_text("// two\n")
+    compile_all(nvcc)
+    assert compiled(nvcc) == ["a.cu"] * 3 + ["b.cu"] * 2
+    monkeypatch.setenv("CXX", f"env {shutil.which('g++')} -pthread")  # as it is without
+    compile_all(nvcc)
+    assert compiled(nvcc) == ["a.cu"] * 3 + ["b.cu"] * 2
+    compile_all(nvcc, "8.0;9.0")  # for others
+    assert compiled(nvcc) == ["a.cu"] * 4 + ["b.cu"] * 3
+    nvcc.write_text(nvcc.read_text().replace(".9.1", ".9.2"))  # by another compiler
+    cuda_build.nvcc_version.cache_clear()
+    compile_all(nvcc)
+    assert compiled(nvcc) == ["a.cu"] * 5 + ["b.cu"] * 4
+    other = tmp_path / "other-c++"
+    other.touch(0o755)
+    monkeypatch.setenv("CXX", str(other))
+    compile_all(nvcc)
+    assert compiled(nvcc) == ["a.cu"] * 6 + ["b.cu"] * 5
+    assert (nvcc.parent / "log").read_text().count(f"-ccbin {other} ") == 4  # begin and end of each
+
+
+@needs_gcc_on_linux
+def test_file_that_does_not_compile_leaves_nothing_behind(kernels, tmp_path):
+    nvcc = make_nvcc(tmp_path / "home")
+    (kernels / "broken.cu").touch()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"fails for broken.cu:\nbroken.cu\(1\): error"):
+            compile_all(nvcc)
+    assert not list((tmp_path / "cache").glob("*broken*"))
+
+
+@needs_gcc_on_linux
+@pytest.mark.parametrize(("jobs", "most"), [("1", 1), ("3", 3)])
+def test_as_many_files_at_a_time_as_max_jobs_says(kernels, tmp_path, monkeypatch, jobs, most):
+    for i in range(6):
+        (kernels / f"{i}.cu").write_text(f"// {i}\n")
+    nvcc = make_nvcc(tmp_path / "home")
+    monkeypatch.setenv("MAX_JOBS", jobs)
+    compile_all(nvcc)
+    running = seen = 0
+    for line in (nvcc.parent / "log").read_text().splitlines():
+        if " -c " in line and "--dryrun" not in line:
+            running += 1 if line.startswith("begin") else -1
+            seen = max(seen, running)
+    assert seen == most
+
+
+@needs_torch_with_cuda
+def test_kernels_on_cutlass_are_built_for_hopper_where_it_is_installed(
+    kernels, tmp_path, monkeypatch
+):
+    nvcc = make_nvcc(tmp_path / "home")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    (kernels / "hopper_x.cu").touch()
+    version = tmp_path / "cutlass" / "include" / "cutlass" / "version.h"
+    version.parent.mkdir(parents=True)
+    library = tmp_path / "_CUDA.so"
+    monkeypatch.setattr(cuda_build, "_folder_of", lambda name, of=cuda_build._folder_of: (
+        None if name == "cutlass_library" else of(name)
+    ))  # fmt: skip
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+    said = cuda_build.build(library)
+    assert said.endswith("`pip install --no-deps nvidia-cutlass`, or set CUTLASS_HOME")
+    assert json.loads((tmp_path / "_CUDA.json").read_text())["cutlass"] is False
+    monkeypatch.setenv("CUTLASS_HOME", str(tmp_path / "cutlass"))
+    assert cuda_build.find_cutlass() is None  # the folder is empty
+    version.write_text("1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert "CUTLASS" not in cuda_build.build(library)
+    assert "hopper_x.cu" not in compiled(nvcc)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+    assert "CUTLASS" not in cuda_build.build(library)
+    assert json.loads((tmp_path / "_CUDA.json").read_text())["cutlass"] is True
+    (command,) = [
+        line for line in (nvcc.parent / "log").read_text().splitlines()
+        if line.startswith("end") and "hopper_x.cu" in line
+    ]  # fmt: skip
+    assert "sm_90a" in command
+    assert "sm_80" not in command
+    assert f"-isystem {tmp_path}/cutlass/include" in command
+    version.write_text("2")
+    cuda_build.build(library)
+    assert compiled(nvcc).count("hopper_x.cu") == 2
+
+
+def test_cuda_kernels_are_left_out_at_run_time_on_request(tmp_path):
+    code = "from resfast.kernels import extension; print(extension.CUDA_MISSING)"
+    for name in ("RESFAST_EXTENSION", "RESFAST_CUDA"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), name: "0"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() == f"{name} is 0", done.stderr
 
 
 # -- what it links to --------------------------------------------------------------------------

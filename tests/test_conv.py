@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resfast.kernels import conv, conv_cpu, conv_reference
+from resfast.kernels import conv, conv_choice, conv_cpu, conv_reference
 from resfast.kernels.add_relu import add_relu
 from resfast.kernels.conv import DTYPES, ConvBiasAct, conv2d_bias_act
 
@@ -40,14 +41,19 @@ ROUNDING = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache file of the test's own, and no choice left from the environment."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("RESFAST_CONV", raising=False)
-    monkeypatch.setattr(conv_cpu, "MAX_SPREAD", torch.inf)  # the machine may be busy
-    conv_cpu._known.clear()
-    conv_cpu._warn_once.cache_clear()
-    return tmp_path / "cache" / "resfast" / "conv-cpu.json"
+    monkeypatch.setattr(conv_choice, "MAX_SPREAD", torch.inf)  # the machine may be busy
+    conv_cpu.CHOICES.forget()
+    conv_choice.warn_once.cache_clear()
+    precision = torch.backends.cudnn.conv.fp32_precision
+    if torch.cuda.is_available():  # whose tensor cores cut off what they add
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        monkeypatch.setitem(ROUNDING, torch.float32, 2.0**-15)
+    yield tmp_path / "cache" / "resfast" / "conv-cpu.json"
+    torch.backends.cudnn.conv.fp32_precision = precision
 
 
 @pytest.fixture
@@ -465,17 +471,17 @@ def test_choice_is_measured_once_and_kept_for_other_processes(
     assert f"torch {torch.__version__}" in key
     monkeypatch.setattr(conv_cpu, "_fastest", lambda *args: pytest.fail("measured again"))
     assert fresh() == chosen
-    conv_cpu._known.clear()  # as in another process
+    conv_cpu.CHOICES.forget()  # as in another process
     assert fresh() == chosen
     other = next(name for name in conv_cpu.ALGORITHMS if name != chosen)
     cache.write_text(json.dumps({key: other}))
-    conv_cpu._known.clear()
+    conv_cpu.CHOICES.forget()
     assert fresh() == other
 
 
 @needs_bf16
 def test_choice_of_a_busy_machine_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_cpu, "MAX_SPREAD", 0.5)  # no times agree so well
+    monkeypatch.setattr(conv_choice, "MAX_SPREAD", 0.5)  # no times agree so well
     args = arguments(1, 16, 16, (8, 8))
     assert_right(ConvBiasAct(args["weight"], args["bias"], padding=1)(args["x"]), args)
     assert not cache.exists()

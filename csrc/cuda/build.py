@@ -1,27 +1,42 @@
 """Compiles csrc/cuda/*.cu, the CUDA kernels, into one library that torch loads.
 
-    python csrc/cuda/build.py resfast/_CUDA.so        # then torch.ops.load_library of that file
+    python csrc/cuda/build.py resfast/_CUDA.so
 
-The compiler is that of CUDA_HOME, of PATH, or of the packages nvidia-cuda-nvcc, nvidia-nvvm and
-nvidia-cuda-crt (of torch's CUDA version). TORCH_CUDA_ARCH_LIST names the architectures, in torch's
-form ("8.0;9.0a;9.0+PTX"), MAX_JOBS how many files are compiled at a time. A build of the whole
-package takes ``compile_objects`` as ``extra_objects`` and LIBRARIES of its extension.
+The package's build does the same (build_backend/resfast_build.py). The compiler is that of
+CUDA_HOME, else of the packages nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-crt (of torch's CUDA
+version), else of PATH. TORCH_CUDA_ARCH_LIST names the architectures, in torch's form
+("8.0;9.0a;9.0+PTX"); without it they are those of the GPUs that nvidia-smi sees, or ARCHITECTURES.
+MAX_JOBS says how many files are compiled at a time.
+
+hopper*.cu need the headers of CUTLASS (CUTLASS_HOME, or the package nvidia-cutlass) and are
+compiled for 9.0a alone; the library goes without them where there are none.
+
+Objects are kept in build/cuda, each under a digest of all that it is made from.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.util
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-ARCHITECTURES = "8.0;9.0+PTX"
+CACHE = FOLDER.parents[1] / "build" / "cuda"
+ARCHITECTURES = "8.0+PTX;9.0a"
+"""Where no GPU says otherwise: every GPU from Ampere on, and Hopper with its own instructions."""
+OLDEST = (8, 0)
 LIBRARIES = ("torch_cpu", "torch_cuda", "cudart")
 FLAGS = [
     "-std=c++17",
@@ -34,13 +49,38 @@ FLAGS = [
     "-DUSE_CUDA",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
+HOPPER_FLAGS = ["-DNDEBUG"]
+"""CUTLASS's assertions cost registers, and abort Python."""
+NO_CUTLASS = "its headers are missing: `pip install --no-deps nvidia-cutlass`, or set CUTLASS_HOME"
+
+
+# -- what is there -------------------------------------------------------------------------------
 
 
 def _folder_of(package: str) -> Path | None:
+    """Of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def torch_version() -> tuple[str, str | None]:
+    """Version of the installed torch and of the CUDA that it was built for, if any.
+
+    Raises:
+        RuntimeError: torch is not installed.
+    """
+    folder = _folder_of("torch")
+    if folder is None:
+        raise RuntimeError("torch is not installed; its headers are needed")
+    # By this file alone: importing torch takes seconds.
+    spec = importlib.util.spec_from_file_location("_torch_version", folder / "version.py")
+    assert spec is not None
+    assert spec.loader is not None
+    version = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(version)
+    return version.__version__, version.cuda
 
 
 def _pip_toolkits() -> list[Path]:
@@ -54,12 +94,112 @@ def find_nvcc() -> Path | None:
     home = os.environ.get("CUDA_HOME")
     if home:
         return path if (path := Path(home) / "bin" / "nvcc").exists() else None
+    for root in _pip_toolkits():
+        # All three packages; one alone compiles nothing.
+        parts = [root / "bin" / "nvcc", root / "nvvm" / "bin" / "cicc", root / "bin" / "crt"]
+        if all(path.exists() for path in parts):
+            return parts[0]
     found = shutil.which("nvcc")
-    if found:
-        return Path(found).resolve()
-    return next(
-        (path for root in _pip_toolkits() if (path := root / "bin" / "nvcc").exists()), None
-    )
+    return Path(found).resolve() if found else None
+
+
+def find_cutlass() -> Path | None:
+    """CUTLASS's folder, with include and tools/util/include; None where it is not installed."""
+    home, package = os.environ.get("CUTLASS_HOME"), _folder_of("cutlass_library")
+    folder = Path(home) if home else package / "source" if package else None
+    if folder is None or not (folder / "include" / "cutlass" / "version.h").exists():
+        return None
+    return folder
+
+
+@functools.cache
+def nvcc_version(nvcc: Path) -> str:
+    """Like ``13.2.86``.
+
+    Raises:
+        RuntimeError: it does not run, or is not nvcc.
+    """
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        raise RuntimeError(f"{nvcc} does not run: {error}") from None
+    match = re.search(r"release .*, V(\d+\.\d+\.\d+)", said)
+    if match is None:
+        raise RuntimeError(f"{nvcc} --version does not name a version of nvcc: {said!r}")
+    return match[1]
+
+
+@functools.cache
+def _toolkit(nvcc: Path) -> Path:
+    """The folder that nvcc takes headers from, also where ``nvcc`` is a script that calls it."""
+    command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True)
+    match = re.search(r"^#\$ TOP=(.+)$", said.stdout + said.stderr, re.MULTILINE)
+    return Path(match[1]).resolve() if match else nvcc.parents[1]
+
+
+def obstacle() -> str | None:
+    """Why the CUDA kernels cannot be built here, or None where they can."""
+    try:
+        version, cuda = torch_version()
+        if cuda is None:
+            return f"torch {version} is built without CUDA"
+        nvcc = find_nvcc()
+        if nvcc is None:
+            home = os.environ.get("CUDA_HOME")
+            where = f"in CUDA_HOME={home}" if home else "(CUDA_HOME, the package, PATH)"
+            wanted = f"nvidia-cuda-nvcc=={cuda}.* nvidia-nvvm=={cuda}.* nvidia-cuda-crt=={cuda}.*"
+            return f"there is no nvcc {where}; `pip install {wanted}` installs one"
+        found = nvcc_version(nvcc)
+        if found.split(".")[0] != cuda.split(".")[0]:
+            return (
+                f"nvcc is of CUDA {found} ({nvcc}) and torch of {cuda}, which cannot be mixed; "
+                f"set CUDA_HOME to a toolkit of CUDA {cuda.split('.')[0]}"
+            )
+        architecture_flags(architectures())
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+# -- architectures -------------------------------------------------------------------------------
+
+
+def architectures() -> str:
+    """Those to compile for, as TORCH_CUDA_ARCH_LIST names them.
+
+    Raises:
+        RuntimeError: every GPU here is too old.
+    """
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if named:
+        return named
+    seen = _capabilities()
+    if not seen:
+        return ARCHITECTURES
+    able = sorted(one for one in seen if one >= OLDEST)
+    if not able:
+        found = ", ".join("{}.{}".format(*one) for one in sorted(seen))
+        raise RuntimeError(
+            f"the GPU is of compute capability {found}, and the kernels need 8.0 or newer"
+        )
+    return ";".join("9.0a" if one == (9, 0) else "{}.{}".format(*one) for one in able)
+
+
+def _capabilities() -> set[tuple[int, int]]:
+    """Of the GPUs that nvidia-smi sees; none where it is missing or fails."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return set()
+    if said.returncode:
+        return set()
+    return {(int(a), int(b)) for a, b in re.findall(r"^(\d+)\.(\d+)\s*$", said.stdout, re.M)}
+
+
+def _split(names: str) -> list[str]:
+    return [name for name in re.split(r"[;,\s]+", names) if name]
 
 
 def architecture_flags(names: str) -> list[str]:
@@ -69,9 +209,9 @@ def architecture_flags(names: str) -> list[str]:
         ValueError: a name that is not one, or an architecture below 8.0.
     """
     flags = []
-    for name in re.split(r"[;,\s]+", names.strip()):
+    for name in _split(names) or [names]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
-        if match is None or int(match[1]) < 8:
+        if match is None or (int(match[1]), int(match[2])) < OLDEST:
             raise ValueError(
                 f"architecture {name!r} in {names!r}; expected 8.0 or newer, as in '8.0;9.0+PTX'"
             )
@@ -82,50 +222,134 @@ def architecture_flags(names: str) -> list[str]:
     return flags
 
 
+# -- compilation ---------------------------------------------------------------------------------
+
+
+def jobs() -> int:
+    """How many files to compile at a time: MAX_JOBS, or as many as there are processors.
+
+    Raises:
+        ValueError: MAX_JOBS is not a number of at least 1.
+    """
+    named = os.environ.get("MAX_JOBS")
+    if not named:
+        has_affinity = hasattr(os, "sched_getaffinity")
+        return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    if not named.isdecimal() or int(named) < 1:
+        raise ValueError(f"MAX_JOBS is {named!r}; expected a number of at least 1")
+    return int(named)
+
+
+def host_compiler() -> str | None:
+    """The program that CXX names, without what stands around it (``ccache g++ -pthread``)."""
+    words = [word for word in shlex.split(os.environ.get("CXX", "")) if not word.startswith("-")]
+    return words[-1] if words else None
+
+
+def host_flags() -> list[str]:
+    """nvcc's flags for a host compiler that is not the one it takes anyway.
+
+    So the objects are the same, and found again, whether or not CXX names the usual compiler.
+    """
+    named, usual = (shutil.which(name or "") for name in (host_compiler(), "g++"))
+    if named is None or (usual is not None and os.path.samefile(named, usual)):
+        return []
+    return ["-ccbin", named]
+
+
+def is_hopper(source: Path) -> bool:
+    return source.name.startswith("hopper")
+
+
+def sources_for(names: str) -> list[Path]:
+    """The files that are compiled for these architectures."""
+    hopper = "9.0a" in _split(names) and find_cutlass() is not None
+    found = [path for path in FOLDER.glob("*.cu") if hopper or not is_hopper(path)]
+    return sorted(found, key=lambda path: (not is_hopper(path), path.name))  # the slow ones first
+
+
+def read_with_includes(source: Path) -> dict[Path, bytes]:
+    """Contents of a file and of all that it includes in quotation marks and is there."""
+    found: dict[Path, bytes] = {}
+    waiting = [source.resolve()]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.is_file():
+            continue
+        found[path] = path.read_bytes()
+        names = re.findall(rb'^\s*#\s*include\s*"([^"]+)"', found[path], re.MULTILINE)
+        waiting += [(path.parent / os.fsdecode(name)).resolve() for name in names]
+    return found
+
+
 def compile_objects(
-    folder: Path, *, nvcc: Path, architectures: str | None = None, jobs: int | None = None
+    sources: Iterable[Path] | None = None, *, nvcc: Path, names: str | None = None
 ) -> dict[str, str]:
-    """Compiles every .cu file.
+    """Compiles .cu files, but for those whose object is there already.
 
     Args:
-        folder: where the objects are written.
+        sources: of this folder; those of ``sources_for(names)`` by default.
         nvcc: the compiler.
-        architectures: as ``TORCH_CUDA_ARCH_LIST``, which is the default.
-        jobs: files at a time; ``MAX_JOBS``, or as many as there are processors, by default.
+        names: architectures, those of ``architectures()`` by default.
 
     Returns:
         What the compiler said, by path of the object: registers and spills of each kernel.
 
     Raises:
-        RuntimeError: torch is missing, or a file does not compile.
-        ValueError: a bad name of an architecture.
+        RuntimeError: torch or CUTLASS is missing, or a file does not compile.
+        ValueError: a bad name of an architecture, or a bad MAX_JOBS.
     """
+    names = names or architectures()
+    version, _ = torch_version()
     torch = _folder_of("torch")
-    if torch is None:
-        raise RuntimeError("torch is not installed; its headers are needed")
-    names = architectures or os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-    toolkit = nvcc.parents[1]
     includes = ["-isystem", str(torch / "include")]
-    # The pip compiler may stand apart from the runtime's headers, which come with torch.
-    if (toolkit / "nvvm").exists() and not (toolkit / "include" / "cuda_runtime.h").exists():
+    toolkit = _toolkit(nvcc)
+    if not any(
+        toolkit.glob(f"{folder}/cuda_runtime.h") for folder in ("include", "targets/*/include")
+    ):
+        # The pip compiler may stand apart from the runtime's headers, which come with torch.
         includes += [f"-I{root / 'include'}" for root in _pip_toolkits()]
-    host = ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
-    flags = [*FLAGS, *architecture_flags(names), *includes, *host]
+    CACHE.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> tuple[str, str]:
-        target = folder / f"{source.stem}.o"
-        command = [str(nvcc), *flags, "-c", str(source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"nvcc failed for {source.name}:\n{done.stdout}{done.stderr}")
-        return str(target), done.stderr
+        flags, made_from = [*FLAGS], [version, nvcc_version(nvcc)]
+        if is_hopper(source):
+            cutlass = find_cutlass()
+            if cutlass is None:
+                raise RuntimeError(f"{source.name} needs CUTLASS: {NO_CUTLASS}")
+            flags += [*HOPPER_FLAGS, *architecture_flags("9.0a")]
+            for name in ("include", "tools/util/include"):
+                flags += ["-isystem", str(cutlass / name)]
+            made_from.append((cutlass / "include" / "cutlass" / "version.h").read_text())
+        else:
+            flags += architecture_flags(names)
+        flags += [*includes, *host_flags()]
+        digest = hashlib.sha256("\0".join([*flags, *made_from]).encode())
+        for path, content in sorted(read_with_includes(source).items()):
+            digest.update(path.name.encode() + b"\0" + content + b"\0")
+        target = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        log = target.with_suffix(".log")
+        if target.exists() and log.exists():
+            return str(target), log.read_text(encoding="utf-8")
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder) / target.name
+            command = [str(nvcc), *flags, "-c", str(source), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            said = done.stdout + done.stderr
+            if done.returncode:
+                raise RuntimeError(f"nvcc {nvcc_version(nvcc)} fails for {source.name}:\n{said}")
+            made.with_suffix(".log").write_text(said, encoding="utf-8")
+            made.with_suffix(".log").replace(log)
+            made.replace(target)
+        print(f"resfast: {source.name}: {time.monotonic() - start:.0f} s", file=sys.stderr)
+        return str(target), said
 
-    jobs = jobs or int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    with ThreadPoolExecutor(jobs) as pool:
-        return dict(pool.map(compile_one, sorted(FOLDER.glob("*.cu"))))
+    with ThreadPoolExecutor(jobs()) as pool:
+        return dict(pool.map(compile_one, sources_for(names) if sources is None else sources))
 
 
-def link(objects: list[str], library: Path) -> None:
+def link(objects: Iterable[str], library: Path, *, nvcc: Path) -> None:
     """Links the objects to a library, without a path of this machine in it.
 
     Raises:
@@ -133,37 +357,75 @@ def link(objects: list[str], library: Path) -> None:
     """
     torch = _folder_of("torch")
     assert torch is not None  # compile_objects needed it
+    toolkit = _toolkit(nvcc)
     with tempfile.TemporaryDirectory() as folder:
         # The packages have libcudart.so.13 without the plain name that a linker looks for.
-        runtimes = [
-            path for root in _pip_toolkits() for path in (root / "lib").glob("libcudart.so*")
-        ]
-        for path in runtimes:
-            if not (Path(folder) / "libcudart.so").exists():
-                (Path(folder) / "libcudart.so").symlink_to(path)
-        command = [os.environ.get("CXX", "g++"), "-shared", "-o", str(library), *objects]
+        plain = Path(folder) / "libcudart.so"
+        runtimes = [one for root in _pip_toolkits() for one in root.glob("lib/libcudart.so*")]
+        if runtimes:
+            plain.symlink_to(runtimes[0])
+        command = [host_compiler() or "g++", "-shared", "-o", str(library), *objects]
         command += [f"-L{folder}", f"-L{torch / 'lib'}"]
-        if home := os.environ.get("CUDA_HOME"):
-            command += [f"-L{Path(home) / name}" for name in ("lib64", "lib")]
+        command += [f"-L{path}" for path in (toolkit / "lib64", toolkit / "lib")]
         command += [f"-l{name}" for name in LIBRARIES]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"linking failed:\n{done.stderr}")
+        raise RuntimeError(f"linking the CUDA kernels fails:\n{done.stderr}")
+
+
+# -- the library ---------------------------------------------------------------------------------
+
+
+def build(library: Path) -> str:
+    """Writes the library, and beside it what it is: ``_CUDA.json`` for ``_CUDA.so``.
+
+    Both are written anew or, where that fails, are not there.
+
+    Returns:
+        What was built, in a line.
+
+    Raises:
+        RuntimeError: something is missing or does not compile.
+        ValueError: a bad name of an architecture, or a bad MAX_JOBS.
+    """
+    record = library.with_suffix(".json")
+    for path in (library, record):
+        path.unlink(missing_ok=True)
+    reason = obstacle()
+    if reason:
+        raise RuntimeError(reason)
+    nvcc, names = find_nvcc(), architectures()
+    assert nvcc is not None  # or there was an obstacle
+    sources = sources_for(names)
+    objects = compile_objects(sources, nvcc=nvcc, names=names)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    hopper = any(is_hopper(path) for path in sources)
+    release = ".".join(nvcc_version(nvcc).split(".")[:2])
+    facts = {
+        "architectures": _split(names),
+        "cutlass": hopper,
+        "nvcc": release,
+        "torch": torch_version()[0],
+    }
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        link(objects, made, nvcc=nvcc)
+        made.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        made.replace(library)
+        made.with_suffix(".json").replace(record)
+    said = f"CUDA kernels for {' and '.join(_split(names))} by nvcc {release}"
+    if "9.0a" in _split(names) and not hopper and any(map(is_hopper, FOLDER.glob("*.cu"))):
+        said += f", without those for Hopper on CUTLASS: {NO_CUTLASS}"
+    return said
 
 
 def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise SystemExit("nvcc was not found: set CUDA_HOME, or install nvidia-cuda-nvcc")
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            said = compile_objects(Path(folder), nvcc=nvcc)
-            link(list(said), Path(sys.argv[1]))
+        print(f"{sys.argv[1]}: {build(Path(sys.argv[1]).resolve())}")
     except (RuntimeError, ValueError) as error:
         raise SystemExit(str(error)) from None
-    print(f"{sys.argv[1]} is built with {nvcc}")
 
 
 if __name__ == "__main__":

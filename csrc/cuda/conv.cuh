@@ -69,10 +69,10 @@ RESFAST_DEVICE int swizzle(int row, int vector) {
   return vector ^ ((row / (8 / kVectors)) & (kVectors - 1));
 }
 
-RESFAST_DEVICE float activate(float value, Activation activation) {
-  switch (activation) { // NaN stays NaN
+RESFAST_DEVICE float activate(float value, const Params& params) {
+  switch (params.activation) { // NaN stays NaN
     case Activation::kRelu: return value < 0 ? 0.f : value;
-    case Activation::kLeakyRelu: return value < 0 ? 0.01f * value : value;
+    case Activation::kLeakyRelu: return value < 0 ? params.negative_slope * value : value;
     case Activation::kSilu: return value / (1 + expf(-value));
     default: return value;
   }
@@ -247,6 +247,25 @@ RESFAST_DEVICE uint4 load_residual(const Params& params, int m, int n) {
       static_cast<const typename Type::Value*>(params.residual) + offset);
 }
 
+// What `out` holds of kVector consecutive filters of one pixel.
+template <class Type, int kVector>
+RESFAST_DEVICE void load_out(const Params& params, int m, int n, float (&sums)[kVector]) {
+  using Value = typename Type::Value;
+  const int64_t offset = static_cast<int64_t>(m) * params.problem.filters + n;
+  const Value* out = static_cast<const Value*>(params.out) + offset;
+  Value values[kVector] = {};
+  if (params.vector_store) {
+    const uint4 vector = *reinterpret_cast<const uint4*>(out);
+    memcpy(values, &vector, 16);
+  } else {
+    RESFAST_UNROLL
+    for (int e = 0; e < kVector; ++e)
+      if (n + e < params.problem.filters) values[e] = out[e];
+  }
+  RESFAST_UNROLL
+  for (int e = 0; e < kVector; ++e) sums[e] = Type::to_float(values[e]);
+}
+
 // Finishes kVector consecutive filters of one pixel and stores them.
 template <class Type, int kVector>
 RESFAST_DEVICE void finish(
@@ -264,7 +283,7 @@ RESFAST_DEVICE void finish(
     for (int e = 0; e < kVector; ++e) {
       float value = sums[e] + bias[e];
       if (residual) value += Type::to_float(values[e]);
-      values[e] = Type::from_float(activate(value, params.activation));
+      values[e] = Type::from_float(activate(value, params));
     }
     uint4 vector;
     memcpy(&vector, values, 16);
@@ -275,7 +294,7 @@ RESFAST_DEVICE void finish(
       if (n + e >= params.problem.filters) continue;
       float value = sums[e] + bias[e];
       if (residual) value += Type::to_float(residual[offset + e]);
-      out[e] = Type::from_float(activate(value, params.activation));
+      out[e] = Type::from_float(activate(value, params));
     }
   }
 }
@@ -452,6 +471,7 @@ RESFAST_DEVICE void convolve(const Params& params) {
 constexpr int kReduceThreads = 128;
 
 // The second kernel where the reduction is split: adds the parts, in their order, and finishes.
+// Without parts (`splits` is 0) it finishes what another convolution left in `out`.
 template <class Type>
 RESFAST_DEVICE void reduce(const Params& params) {
   constexpr int kVector = 16 / sizeof(typename Type::Value);
@@ -465,6 +485,7 @@ RESFAST_DEVICE void reduce(const Params& params) {
   float sums[kVector] = {}, bias[kVector];
   load_bias(params, n, bias);
   const uint4 residual = load_residual<Type>(params, m, n);
+  if (params.splits == 0) load_out<Type>(params, m, n, sums);
   for (int split = 0; split < params.splits; ++split) {
     float values[kVector];
     load_floats(values, from);

@@ -44,7 +44,7 @@ template <class Type>
 cudaError_t launch_type(
     const Params& params, int tile, bool aligned, int device, cudaStream_t stream) {
   constexpr int kBytes = sizeof(typename Type::Value);
-  cudaError_t error = cudaErrorInvalidValue;
+  cudaError_t error = tile == kEpilogueOnly ? cudaSuccess : cudaErrorInvalidValue;
 #define RESFAST_LAUNCH(index, unused)                                                        \
   if constexpr (has_tile(index, kBytes, true))                                               \
     if (tile == index && aligned) error = launch_tile<Type, index, true>(params, device, stream); \
@@ -59,7 +59,8 @@ cudaError_t launch_type(
   return cudaGetLastError();
 }
 
-// The launches, defined in conv_TYPE.cu: a tile of `has_tile`, on the current device.
+// The launches, defined in conv_TYPE.cu: a tile of `has_tile`, or kEpilogueOnly with no splits, on
+// the current device.
 cudaError_t launch_bf16(const Params&, int tile, bool aligned, int device, cudaStream_t);
 cudaError_t launch_fp16(const Params&, int tile, bool aligned, int device, cudaStream_t);
 cudaError_t launch_fp32(const Params&, int tile, bool aligned, int device, cudaStream_t);

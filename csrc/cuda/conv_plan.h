@@ -51,6 +51,7 @@ struct Params {
   int splits;
   int partial_pitch;      // K rounded up to 8
   Activation activation;
+  float negative_slope;   // of leaky ReLU
   bool vector_store;      // rows of out (and residual) are aligned to 16 bytes
 };
 
@@ -111,6 +112,9 @@ constexpr bool has_tile(int tile, int value_bytes, bool aligned) {
   if (!aligned) return tile == 2 || tile == 4;
   return value_bytes == 2 || tile == 2 || tile == 4 || tile == 6;
 }
+
+// In the place of a tile: bias, residual and activation of what `out` holds.
+inline constexpr int kEpilogueOnly = -1;
 
 struct Candidate {
   int tile, splits;
@@ -174,20 +178,22 @@ inline std::vector<Candidate> candidates(
 // The parameters of a launch but for the pointers. `splits` that would leave one empty are reduced.
 inline Params make_params(
     const Problem& problem, int tile, int splits, int value_bytes, Activation activation,
-    bool vector_store) {
+    float negative_slope, bool vector_store) {
   Params params{};
   params.problem = problem;
   params.pixels = static_cast<int>(problem.pixels());
+  params.partial_pitch = static_cast<int>(ceil_div(problem.filters, 8) * 8);
+  params.activation = activation;
+  params.negative_slope = negative_slope;
+  params.vector_store = vector_store;
+  if (tile == kEpilogueOnly) return params;
   params.blocks = static_cast<int>(depth_blocks(problem, tile, value_bytes));
   params.blocks_per_split = static_cast<int>(ceil_div(params.blocks, splits));
   params.splits = static_cast<int>(ceil_div(params.blocks, params.blocks_per_split));
-  params.partial_pitch = static_cast<int>(ceil_div(problem.filters, 8) * 8);
   params.filter_tiles =
       Divider(static_cast<uint32_t>(ceil_div(problem.filters, kTileShapes[tile].n)));
   params.out_width = Divider(static_cast<uint32_t>(problem.out_width));
   params.out_height = Divider(static_cast<uint32_t>(problem.out_height));
-  params.activation = activation;
-  params.vector_store = vector_store;
   return params;
 }
 

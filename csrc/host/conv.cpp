@@ -1,7 +1,8 @@
 // Runs csrc/cuda/conv.cuh on the host.
 //
 //   conv CASES OUTPUTS        one case is kHeader int32 and then x, weight and, if there, bias and
-//                             residual; its output is written as it is
+//                             residual; its output is written as it is. Where the tile is -1, x is
+//                             what another convolution left in the output: only the epilogue runs
 //   conv CASES OUTPUTS 132    writes for each case, without data, the number of candidates that a
 //                             GPU of 132 multiprocessors has and (tile, splits) of each, as int32
 #include <cstdio>
@@ -17,7 +18,7 @@ namespace resfast::conv {
 namespace {
 
 enum Field {
-  kType, kTile, kSplits, kAligned, kOrder, kActivation, kHasBias, kHasResidual,
+  kType, kTile, kSplits, kAligned, kOrder, kActivation, kThousandthsOfSlope, kHasBias, kHasResidual,
   kBatch, kHeight, kWidth, kChannels, kFilters, kKernelH, kKernelW,
   kStrideH, kStrideW, kPaddingH, kPaddingW, kOutHeight, kOutWidth, kHeader
 };
@@ -44,19 +45,12 @@ void run(const Params& params, unsigned order) {
       device::run_block(
           tile, static_cast<unsigned>(split), Tile::kThreads, Tile::kSharedBytes, order + tile,
           [&params] { convolve<Type, Tile, kVectors>(params); });
-  if (params.splits == 1) return;
-  const int64_t items =
-      int64_t{params.pixels} * params.partial_pitch * sizeof(typename Type::Value) / 16;
-  for (int64_t i = 0; i < ceil_div(items, kReduceThreads); ++i)
-    device::run_block(
-        static_cast<unsigned>(i), 0, kReduceThreads, 16, order,
-        [&params] { reduce<Type>(params); });
 }
 
 template <class Type>
 void run_type(const Params& params, int tile, bool aligned, unsigned order) {
   constexpr int kBytes = sizeof(typename Type::Value);
-  bool found = false;
+  bool found = tile == kEpilogueOnly;
 #define RESFAST_RUN(index, unused)                                               \
   if constexpr (has_tile(index, kBytes, true))                                   \
     if (tile == index && aligned) found = true, run<Type, index, true>(params, order);   \
@@ -64,6 +58,12 @@ void run_type(const Params& params, int tile, bool aligned, unsigned order) {
     if (tile == index && !aligned) found = true, run<Type, index, false>(params, order);
   RESFAST_CONV_TILES(RESFAST_RUN)
   device::require(found, "no such tile");
+  if (params.splits == 1) return;
+  const int64_t items = int64_t{params.pixels} * (params.partial_pitch * kBytes / 16);
+  for (int64_t i = 0; i < ceil_div(items, kReduceThreads); ++i)
+    device::run_block(
+        static_cast<unsigned>(i), 0, kReduceThreads, 16, order,
+        [&params] { reduce<Type>(params); });
 }
 
 Problem problem_of(const Header& header) {
@@ -124,18 +124,20 @@ void run_case(std::ifstream& in, std::ofstream& out, const Header& header) {
 
   Params params = make_params(
       problem, header[kTile], header[kSplits], bytes,
-      static_cast<Activation>(header[kActivation]), problem.filters % (16 / bytes) == 0);
+      static_cast<Activation>(header[kActivation]), static_cast<float>(header[kThousandthsOfSlope]) / 1000,
+      problem.filters % (16 / bytes) == 0);
   device::require(params.splits == header[kSplits], "as many splits as asked for");
   Memory partial(
-      params.splits == 1
+      params.splits <= 1
           ? 1
           : size_t{4} * params.splits * params.pixels * params.partial_pitch);
+  if (header[kTile] == kEpilogueOnly) std::memcpy(result.data, x.data, outputs * bytes);
   params.x = x.data;
   params.weight = weight.data;
   params.bias = header[kHasBias] ? reinterpret_cast<const float*>(bias.data) : nullptr;
   params.residual = header[kHasResidual] ? residual.data : nullptr;
   params.out = result.data;
-  params.partial = params.splits == 1 ? nullptr : reinterpret_cast<float*>(partial.data);
+  params.partial = params.splits <= 1 ? nullptr : reinterpret_cast<float*>(partial.data);
   const bool aligned = header[kAligned] != 0;
   const unsigned order = static_cast<unsigned>(header[kOrder]);
   switch (header[kType]) {

@@ -1,7 +1,7 @@
 """``resfast::conv2d_bias_act``: convolution, bias, residual and activation, for inference.
 
-``activation(conv2d(x, weight, stride, padding) + bias + residual)``, accumulated in float32. On the
-CPU see :mod:`resfast.kernels.conv_cpu`; on CUDA without a kernel of our own, cuDNN's fused calls.
+``activation(conv2d(x, weight, stride, padding) + bias + residual)``, accumulated in float32. How is
+chosen by :mod:`resfast.kernels.conv_cpu` and :mod:`resfast.kernels.conv_cuda`.
 
 Shapes: x ``[N, C, H, W]``, weight ``[K, C, R, S]``, result ``[N, K, P, Q]``.
 """
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from resfast.errors import nearest
-from resfast.kernels import conv_cpu, conv_reference, extension
+from resfast.kernels import conv_choice, conv_cpu, conv_cuda, conv_reference, extension
+from resfast.kernels.conv_reference import output_shape
 
 Activation = Literal["none", "relu", "leaky_relu", "silu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -134,52 +135,12 @@ def check_arguments(
         raise ValueError(f"residual is {list(residual.shape)}; expected {shape}, like the result")
 
 
-def output_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> list[int]:
-    """``[N, K, P, Q]``."""
-    sides = (
-        (x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)
-    )
-    return [x.shape[0], weight.shape[0], *sides]
-
-
 def _checked(function: Any) -> Any:
     def kernel(*args: Any) -> Tensor:
         check_arguments(*args)
         return function(*args)
 
     return kernel
-
-
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    activation: str,
-    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
-) -> Tensor:
-    half = x.dtype != torch.float32
-    if half and activation == "relu" and torch.backends.cudnn.is_available() and x.numel():
-        fmt = torch.channels_last
-        x, weight = x.contiguous(memory_format=fmt), weight.contiguous(memory_format=fmt)
-        bias = None if bias is None else bias.to(x.dtype)
-        if residual is None:
-            out = torch.cudnn_convolution_relu(x, weight, bias, stride, padding, (1, 1), 1)
-        else:
-            residual = residual.contiguous(memory_format=fmt)
-            out = torch.cudnn_convolution_add_relu(
-                x, weight, residual, 1.0, bias, stride, padding, (1, 1), 1
-            )
-        return out.contiguous(memory_format=fmt)
-    out = torch.nn.functional.conv2d(x, weight, None, stride, padding).float()
-    if bias is not None:
-        out = out + bias[:, None, None]
-    if residual is not None:
-        out = out + residual
-    out = conv_reference.ACTIVATIONS[activation](out, negative_slope).to(x.dtype)
-    return out.contiguous(memory_format=torch.channels_last)
 
 
 def _has_kernel(key: str) -> bool:
@@ -191,8 +152,9 @@ if not _has_kernel("CPU"):
     torch.library.register_kernel("resfast::conv2d_bias_act", "cpu")(
         _checked(conv_cpu.conv2d_bias_act)
     )
-if not _has_kernel("CUDA"):
-    torch.library.register_kernel("resfast::conv2d_bias_act", "cuda")(_checked(_cuda))
+torch.library.register_kernel("resfast::conv2d_bias_act", "cuda")(
+    _checked(conv_cuda.conv2d_bias_act)
+)
 
 
 @torch.library.register_fake("resfast::conv2d_bias_act")
@@ -229,9 +191,10 @@ class ConvBiasAct(nn.Module):
     Shape: ``[N, C, H, W]`` of the weight's dtype and, optionally, a residual of the result's shape,
     to ``[N, K, P, Q]`` in ``channels_last`` memory.
 
-    The first call for a shape on the CPU measures which algorithm is the fastest; see
-    :mod:`resfast.kernels.conv_cpu`. Writing to ``weight`` in place needs :meth:`repack` afterwards;
-    ``load_state_dict``, ``to`` and the like do it by themselves.
+    The first call for a shape measures which algorithm is the fastest; see
+    :mod:`resfast.kernels.conv_cpu` and :mod:`resfast.kernels.conv_cuda`. Writing to ``weight`` in
+    place needs :meth:`repack` afterwards; ``load_state_dict``, ``to`` and the like do it by
+    themselves.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`conv2d_bias_act`.
@@ -272,20 +235,26 @@ class ConvBiasAct(nn.Module):
 
     def repack(self) -> None:
         """Forgets the packed weights: they are packed again by the next call."""
-        self._plans: dict[tuple, conv_cpu.Plan] = {}
+        self._plans: dict[tuple, conv_choice.Plan] = {}
         self._packed: dict[Any, Any] = {}
+        if self.weight.is_cuda:
+            self.weight = conv_cuda.channels_last(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling():
+        is_cpu = x.is_cpu
+        if type(x) is not Tensor or not (is_cpu or x.is_cuda) or torch.compiler.is_compiling():
             return torch.ops.resfast.conv2d_bias_act(*self._arguments(x, residual))
-        key = (x.shape, x.dtype, residual is None, torch.get_num_threads())
+        how = torch.get_num_threads() if is_cpu else conv_cuda.tf32(x.dtype)
+        key = (x.shape, x.dtype, x.device, residual is None, how)
         plan = self._plans.get(key)
         if plan is None:
             args = self._arguments(x, residual)
             check_arguments(*args)
-            plan = self._plans[key] = conv_cpu.plan(*args, self._packed)
+            plan = conv_cpu.plan(*args, self._packed) if is_cpu else conv_cuda.plan(*args)
+            if plan.settled:
+                self._plans[key] = plan
         if residual is not None and (
-            residual.shape != plan.shape or residual.dtype != x.dtype or not residual.is_cpu
+            residual.shape != plan.shape or residual.dtype != x.dtype or residual.device != x.device
         ):
             check_arguments(*self._arguments(x, residual))
         if torch.is_grad_enabled() and (

@@ -15,44 +15,21 @@ and number of threads, unless the machine was too busy to tell. ``RESFAST_CONV=o
 from __future__ import annotations
 
 import functools
-import json
-import logging
-import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resfast import atomic
-from resfast.kernels import conv_reference
+from resfast.kernels import conv_choice, conv_reference
+from resfast.kernels.conv_choice import Plan, Run
 
-logger = logging.getLogger("resfast")
-
-ALGORITHMS = ("oneDNN", "gemm", "winograd")
+ALGORITHMS = conv_choice.NAMES["cpu"]
+CHOICES = conv_choice.Choices("conv-cpu.json")
 ONEDNN_NAMES = {"none": "none", "relu": "relu", "leaky_relu": "leaky_relu", "silu": "swish"}
-MEASURE_SECONDS = 0.04
-"""Spent on each candidate of each shape."""
-MAX_SPREAD = 1.5
-"""Median over shortest time up to which a measurement is kept for other processes."""
 MAX_ERROR = 0.02
 """Of a candidate, root mean square relative to that of the result: a few roundings to bfloat16."""
-
-Run = Callable[[Tensor, Tensor | None], Tensor]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How convolutions of one shape are computed: ``run(x, residual)``, to a given ``shape``."""
-
-    algorithm: str
-    shape: torch.Size
-    run: Run
 
 
 def conv2d_bias_act(
@@ -84,22 +61,17 @@ def plan(
     """The algorithm for arguments like these; ``packed`` keeps the weights between plans."""
     args = (x, weight, bias, stride, padding, activation, negative_slope, packed)
     names = [name for name in ALGORITHMS if _applies(name, x, weight, stride)]
-    named = os.environ.get("RESFAST_CONV")
-    if named and named not in ALGORITHMS:
-        _warn_once(f"RESFAST_CONV={named} is unknown; expected one of {', '.join(ALGORITHMS)}")
+    named = conv_choice.forced("cpu")
     chosen = named if named in names else None
-    if chosen is None and (named in ALGORITHMS or len(names) == 1 or x.numel() == 0):
+    if chosen is None and (named or len(names) == 1 or x.numel() == 0):
         chosen = "oneDNN"
     if chosen is None:
-        sizes = (x.shape, weight.shape, stride, padding, residual is not None)
-        key = "-".join(",".join(map(str, part)) for part in sizes[:-1]) + f"-{sizes[-1]:d}"
-        key = f"{_machine()}|{torch.get_num_threads()} threads|{key}"
-        chosen = _choices().get(key)
-        if chosen not in names:
+        sizes = conv_choice.describe_sizes(x, weight, stride, padding, residual is not None)
+        key = f"{_machine()}|{torch.get_num_threads()} threads|{sizes}"
+        chosen = CHOICES.get(key, names)
+        if chosen is None:
             chosen, steady = _fastest(names, args, residual)
-            _choices()[key] = chosen
-            if steady:
-                _save(key, chosen)
+            CHOICES.put(key, chosen, keep=steady)
     run = BUILDERS[chosen](*args)
     with torch.inference_mode():
         shape = run(x, residual).shape
@@ -111,9 +83,7 @@ def _applies(name: str, x: Tensor, weight: Tensor, stride: list[int]) -> bool:
         return True
     if x.dtype != torch.bfloat16 or x.numel() == 0 or not _has_kernels():
         return False
-    return name == "gemm" or (
-        list(weight.shape[2:]) == [3, 3] and list(stride) in ([1, 1], [2, 2])
-    )
+    return name == "gemm" or (list(weight.shape[2:]) == [3, 3] and list(stride) in ([1, 1], [2, 2]))
 
 
 @functools.cache
@@ -231,10 +201,7 @@ BUILDERS: dict[str, Callable[..., Run]] = {
 
 @torch.inference_mode()
 def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[str, bool]:
-    """The fastest of the algorithms whose result on these very numbers is good enough.
-
-    Also whether its times agree, so that the choice is worth keeping: not on a busy machine.
-    """
+    """The fastest of the algorithms whose result on these very numbers is good enough."""
     x, weight, bias, stride, padding, activation, negative_slope, _ = args
     exact = conv_reference.conv2d_bias_act(
         x.float(),
@@ -246,38 +213,20 @@ def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[st
         activation,
         negative_slope,
     )
-    scale = exact.square().mean().sqrt()
-    runs = {}
-    for name in names:
-        run = BUILDERS[name](*args[:-1], {})
-        error = (run(x, residual).float() - exact).square().mean().sqrt()
-        if name == "oneDNN" or error <= MAX_ERROR * scale:
-            runs[name] = run
-    times = _seconds(runs, x, residual)
-    chosen = min(times, key=lambda name: min(times[name]))
-    steady = statistics.median(times[chosen]) <= MAX_SPREAD * min(times[chosen])
-    shortest = {name: min(values) for name, values in times.items()}
-    logger.debug("convolution %s %s: %s of %s", x.shape, weight.shape, chosen, shortest)
-    return chosen, steady
-
-
-def _seconds(runs: dict[str, Run], x: Tensor, residual: Tensor | None) -> dict[str, list[float]]:
-    """Times of each, measured in turns, so that a busy machine slows all of them alike."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    end, rounds = time.perf_counter() + MEASURE_SECONDS * len(runs), 0
-    while rounds < 3 or (time.perf_counter() < end and rounds < 100):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(x, residual)
-            times[name].append(time.perf_counter() - start)
-        rounds += 1
-    return times
+    if not exact.isfinite().all():  # nothing can be compared with it
+        return "oneDNN", False
+    runs = {name: BUILDERS[name](*args[:-1], {}) for name in names}
+    return conv_choice.fastest(
+        {name: functools.partial(run, x, residual) for name, run in runs.items()},
+        is_right=conv_choice.near(exact, MAX_ERROR),
+        seconds=conv_choice.host_seconds,
+        trusted="oneDNN",
+        what=f"{list(x.shape)} with {list(weight.shape)}",
+    )
 
 
 @functools.cache
 def _machine() -> str:
-    from resfast import __version__
-
     name = platform.processor()
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
@@ -285,49 +234,4 @@ def _machine() -> str:
         name = " ".join(dict.fromkeys(line.partition(":")[2].strip() for line in lines))
     except OSError:
         pass  # not Linux
-    return f"{name}|torch {torch.__version__}|resfast {__version__}"
-
-
-def cache_path() -> Path:
-    """The file that keeps the choices between processes."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "resfast" / "conv-cpu.json"
-
-
-_known: dict[Path, dict[str, str]] = {}
-
-
-def _read(path: Path) -> dict[str, str]:
-    try:
-        choices = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        _warn_once(f"{path} is ignored: it cannot be read ({error}); it is written anew")
-        return {}
-    if not isinstance(choices, dict):
-        _warn_once(f"{path} is ignored: it does not hold choices of algorithms; it is written anew")
-        return {}
-    return {key: name for key, name in choices.items() if name in ALGORITHMS}
-
-
-def _choices() -> dict[str, str]:
-    path = cache_path()
-    if path not in _known:
-        _known[path] = _read(path)
-    return _known[path]
-
-
-def _save(key: str, name: str) -> None:
-    path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        merged = {**_read(path), key: name}  # another process may have written meanwhile
-        atomic.write_bytes(path, json.dumps(merged, indent=0, sort_keys=True).encode())
-    except OSError as error:
-        _warn_once(f"{path} cannot be written ({error}); convolutions are measured in each process")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+    return f"{name}|{conv_choice.versions()}"

@@ -22,6 +22,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 """Name to function of a tensor and the slope of leaky ReLU."""
 
 
+def output_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> list[int]:
+    """``[N, K, P, Q]``."""
+    sides = (
+        (x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)
+    )
+    return [x.shape[0], weight.shape[0], *sides]
+
+
 def conv2d_bias_act(
     x: Tensor,
     weight: Tensor,

@@ -1,10 +1,13 @@
-"""The compiled C++ kernels, where they were built; plain PyTorch in their place where not.
+"""The compiled C++ and CUDA kernels, where they were built; PyTorch in their place where not.
 
-RESFAST_EXTENSION=0 in the environment leaves them out at run time too.
+RESFAST_EXTENSION=0 in the environment leaves them out at run time too, RESFAST_CUDA=0 those for
+CUDA.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.machinery
 import logging
 import os
@@ -17,6 +20,7 @@ import torch
 logger = logging.getLogger("resfast")
 
 _LIBRARY = torch.library.Library("resfast", "FRAGMENT")
+_loaded: list[Path] = []
 
 
 def _load() -> str | None:
@@ -31,24 +35,44 @@ def _load() -> str | None:
                 torch.ops.load_library(path)
             except OSError as error:
                 return f"{path} cannot be loaded ({error})"
+            _loaded.append(path)
             return None
-    return "they were not built when resfast was installed; `pip install -v` of it says why"
+    return NOT_BUILT
 
 
-def _load_cuda() -> None:
-    """Loads the CUDA kernels that ``csrc/cuda/build.py`` made, where it did."""
+def _load_cuda() -> str | None:
+    """Loads the CUDA kernels that ``csrc/cuda/build.py`` made; why they are not there, or None."""
+    for variable in ("RESFAST_EXTENSION", "RESFAST_CUDA"):
+        if os.environ.get(variable) == "0":
+            return f"{variable} is 0"
     path = Path(__file__).resolve().parents[1] / "_CUDA.so"
-    if path.exists():
-        try:
-            torch.ops.load_library(path)
-        except OSError as error:
-            logger.warning("the CUDA kernels are left out: %s cannot be loaded (%s)", path, error)
+    if not path.exists():
+        return NOT_BUILT
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:  # such as a torch without CUDA
+        reason = f"{path} cannot be loaded ({error})"
+        logger.warning("the CUDA kernels are left out: %s", reason)
+        return reason
+    _loaded.append(path)
+    return None
 
 
+NOT_BUILT = "they were not built when resfast was installed; `pip install -v` of it says why"
 MISSING = _load()
 """Why the compiled kernels are not there, or None where they are."""
-_load_cuda()
+CUDA_MISSING = _load_cuda()
+"""Likewise for those for CUDA."""
 _said = False
+
+
+@functools.cache
+def fingerprint() -> str:
+    """Eight digits that another build of the loaded kernels has others of."""
+    digest = hashlib.blake2b(digest_size=4)
+    for path in _loaded:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _say_once() -> None:
