@@ -14,7 +14,7 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 from resfast.errors import ResfastError
+from resfast.fusion_blocks import group_blocks
 from resfast.kernels.conv import ConvBiasAct
 from resfast.kernels.conv_reference import NEGATIVE_SLOPE
 from resfast.layers import fused
@@ -76,6 +77,8 @@ class FusionReport:
         activations: activations that a convolution's kernel does.
         left: name of each convolution, batch norm, addition or activation that was left, and why.
         traced_by: ``torch.fx`` or ``torch.export``.
+        blocks: pairs of those convolutions that are a residual block, which a GPU can run as one
+            kernel (:class:`~resfast.kernels.basic_block.BasicBlock`).
     """
 
     convolutions: int
@@ -84,6 +87,7 @@ class FusionReport:
     activations: int
     left: tuple[tuple[str, str], ...]
     traced_by: str
+    blocks: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -91,6 +95,8 @@ class FusionReport:
             f"addition of a residual, {self.activations} with an activation); {self.batch_norms} "
             f"batch norms were folded; traced by {self.traced_by}"
         ]
+        if self.blocks:
+            lines.append(f"{self.blocks} pairs of them are a residual block")
         reasons: dict[str, list[str]] = {}
         for name, why in self.left:
             reasons.setdefault(why, []).append(name)
@@ -281,6 +287,7 @@ def fuse(
         model = copy.deepcopy(model).requires_grad_(False)
         network, shapes, traced_by = _trace(model, example)
         made = _Rewriter(network, dtype, example, traced_by).run()
+        made = replace(made, blocks=group_blocks(network))
         network = network.to(where)
     result = FusedModel(network, dtype, made, cuda_graph, shapes)
     if report is not None:
@@ -352,13 +359,32 @@ class _Tracer(fx.Tracer):
         return home.startswith("torch.nn") and not isinstance(m, nn.Sequential)
 
 
+def _traced(model: nn.Module, given: int) -> fx.Graph:
+    """The graph for so many inputs; arguments beyond them that have a default have that value."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    defaults = {
+        p.name: p.default
+        for p in parameters[given:]
+        if p.default is None or isinstance(p.default, bool | int | float | str)
+    }
+    graph = _Tracer().trace(model, concrete_args=defaults or None)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, parameter in zip(placeholders, parameters, strict=False):
+        if parameter.name in defaults:  # it may not be given: nothing reads it but an assertion
+            for user in list(node.users):
+                for check in (*user.users, user):
+                    graph.erase_node(check)
+            graph.erase_node(node)
+    return graph
+
+
 def _trace(
     model: nn.Module, example: tuple[Tensor, ...] | None
 ) -> tuple[fx.GraphModule, tuple[tuple[int | None, ...], ...] | None, str]:
     """The network as a graph without in-place operations, the input shapes it is bound to, and
     by what it was traced."""
     try:
-        network = fx.GraphModule(model, _Tracer().trace(model))
+        network = fx.GraphModule(model, _traced(model, 1 if example is None else len(example)))
         _make_out_of_place(network)
         return network, None, "torch.fx"
     except Exception as error:  # noqa: BLE001 - tracing runs the user's code

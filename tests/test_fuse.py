@@ -396,6 +396,25 @@ class DependsOnData(Small):
         return self.conv1(x) if x.sum() > 0 else self.conv3(x)
 
 
+class OptionalResidual(Small):
+    def forward(self, x: Tensor, residual: Tensor | None = None, scale: float = 2.0) -> Tensor:
+        out = self.bn1(self.conv1(x))
+        return F.relu(out if residual is None else out + residual) * scale
+
+
+def test_arguments_that_are_not_given_have_their_defaults():
+    torch.manual_seed(0)
+    model = trained_like(OptionalResidual())
+    x, residual = images(2, 3, 8, 8), images(2, 8, 8, 8)
+    for inputs in ((x,), (x, residual)):
+        example = inputs if len(inputs) > 1 else None
+        fused = resfast.fuse(model, torch.float32, example=example)
+        assert fused.report.residuals == len(inputs) - 1
+        torch.testing.assert_close(fused(*inputs), model(*inputs).detach())
+    with pytest.raises(TypeError):
+        resfast.fuse(model)(x, residual)
+
+
 def test_export_is_the_second_way_and_keeps_the_batch_size_free():
     torch.manual_seed(0)
     model = trained_like(DependsOnShape())
