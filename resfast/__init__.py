@@ -30,11 +30,11 @@ _HOME = {
     "recipe": "resfast.training.recipes",
 }
 
-__all__ = ["__version__", "evaluate", "predict", "train", *sorted(_HOME)]
+__all__ = ["__version__", "evaluate", "export", "predict", "train", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("train", "evaluate", "predict"):
+    if name in ("train", "evaluate", "predict", "export"):
         # Entry points: modules that can be called (see resfast.entry.make_callable).
         return importlib.import_module(f"resfast.{name}")
     if name in _HOME:
