@@ -24,7 +24,12 @@ def hardware(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "resfast": resfast.__version__,
         **{name: version(name) for name in _PACKAGES},
+        **(_cuda() if device == "cuda" else {}),
     }
+
+
+def _cuda() -> dict[str, Any]:
+    return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
 
 
 def version(name: str) -> str | None:
@@ -45,3 +50,8 @@ def installed(module: str) -> bool:
 
 def rate(images_per_second: float) -> str:
     return f"{images_per_second:,.0f} images/s"
+
+
+def verdict(value: float, target: float) -> str:
+    """Whether a figure is as high as it was meant to be."""
+    return "reached" if value >= target else f"missed by {target - value:.2f}"

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 TRAIN, EVAL, RATE = "#1f5fa8", "#d1495b", "#5b7f3a"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     atomic.save(path, buffer.getvalue())
@@ -55,7 +55,7 @@ def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...]) -> None:
@@ -85,4 +85,4 @@ def save_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...]) -> N
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
-    _save(figure, path)
+    save(figure, path)

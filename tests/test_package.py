@@ -104,7 +104,7 @@ def test_network_is_made_without_compiler_and_network(tmp_path):
     run_python(code, tmp_path, bare=True)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export"])
 def test_entry_point_is_function_and_module_in_either_import_order(name, tmp_path):
     check = f"""
 import types
@@ -255,5 +255,6 @@ def test_make_says_what_is_wrong_with_the_python(python, said, tmp_path):
 def test_make_without_a_target_lists_the_targets(tmp_path):
     done = run_make(cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    listed = re.findall(r"^  ([a-z]+) ", done.stdout, re.MULTILINE)
-    assert {"help", "train", "test", "bench", "lint", "clean"} == set(listed)
+    listed = re.findall(r"^  ([a-z-]+) ", done.stdout, re.MULTILINE)
+    reports = {"bench-report", "gpu-report", "doctor"}
+    assert {"help", "train", "test", "bench", "lint", "clean"} | reports == set(listed)
