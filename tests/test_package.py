@@ -183,7 +183,7 @@ def test_constraints_are_exact_versions_within_the_declared_bounds():
 
 def test_wheel_builds_without_compiler_and_holds_the_package_alone(tmp_path):
     source = tmp_path / "source"
-    skip = shutil.ignore_patterns("__pycache__", "*.so")
+    skip = shutil.ignore_patterns("__pycache__", "*.so", "_CUDA.json")
     for folder in ("resfast", "tests", "benchmarks", "csrc", "build_backend"):
         shutil.copytree(ROOT / folder, source / folder, ignore=skip)
     for path in ROOT.iterdir():
@@ -191,7 +191,8 @@ def test_wheel_builds_without_compiler_and_holds_the_package_alone(tmp_path):
             shutil.copy(path, source)
     empty = tmp_path / "empty"
     empty.mkdir()
-    env = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX")}
+    variables = ("CC", "CXX", "RESFAST_EXTENSION", "RESFAST_CUDA")
+    env = {name: value for name, value in os.environ.items() if name not in variables}
     arguments = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir"]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "wheel", *arguments, str(tmp_path), str(source)],
