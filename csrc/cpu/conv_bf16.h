@@ -76,26 +76,26 @@ class Workspace {
 
 // -- the matrix product --------------------------------------------------------------------------
 
-// sums[row][output] (+)= sum over pairs of a[row][pair] * b[pair][output].
+// sums[row][output] (+)= sum over pairs of a[row][pair] * b[pair][output]. Strides are in values.
 template <int Rows, int Blocks>
 RESFAST_BF16 inline void product_tile(
-    const uint16_t* a, int64_t row_stride, const uint16_t* b, int64_t pairs, float* sums,
-    bool add) {
+    const uint16_t* a, int64_t row_stride, int64_t pair_stride, const uint16_t* b,
+    int64_t b_stride, int64_t pairs, float* sums, int64_t sums_stride, bool add) {
   __m512 sum[Rows][Blocks];
 #pragma GCC unroll 12
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < Blocks; ++j)
-      sum[i][j] = add ? _mm512_load_ps(sums + (i * Blocks + j) * kLanes) : _mm512_setzero_ps();
+      sum[i][j] = add ? _mm512_load_ps(sums + i * sums_stride + j * kLanes) : _mm512_setzero_ps();
   for (int64_t pair = 0; pair < pairs; ++pair) {
     __m512bh weights[Blocks];
 #pragma GCC unroll 4
     for (int j = 0; j < Blocks; ++j)
-      weights[j] = (__m512bh)_mm512_loadu_si512(b + (pair * Blocks + j) * 2 * kLanes);
+      weights[j] = (__m512bh)_mm512_loadu_si512(b + pair * b_stride + j * 2 * kLanes);
 #pragma GCC unroll 12
     for (int i = 0; i < Rows; ++i) {
       int32_t both;
-      std::memcpy(&both, a + i * row_stride + 2 * pair, sizeof(both));
+      std::memcpy(&both, a + i * row_stride + pair * pair_stride, sizeof(both));
       const __m512bh value = (__m512bh)_mm512_set1_epi32(both);
 #pragma GCC unroll 4
       for (int j = 0; j < Blocks; ++j)
@@ -106,7 +106,7 @@ RESFAST_BF16 inline void product_tile(
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < Blocks; ++j)
-      _mm512_store_ps(sums + (i * Blocks + j) * kLanes, sum[i][j]);
+      _mm512_store_ps(sums + i * sums_stride + j * kLanes, sum[i][j]);
 }
 
 template <int Rows, int Blocks>
@@ -117,8 +117,8 @@ RESFAST_BF16 inline void product_panel(
     const int64_t block = std::min(kPairBlock, pairs - first);
     for (int64_t row = 0; row < rows; row += Rows)
       product_tile<Rows, Blocks>(
-          a + row * row_stride + 2 * first, row_stride, b + first * Blocks * 2 * kLanes, block,
-          sums + row * Blocks * kLanes, first > 0);
+          a + row * row_stride + 2 * first, row_stride, 2, b + first * Blocks * 2 * kLanes,
+          Blocks * 2 * kLanes, block, sums + row * Blocks * kLanes, Blocks * kLanes, first > 0);
   }
 }
 

@@ -13,97 +13,13 @@
 
 #if defined(__x86_64__)
 
-#include "conv_bf16.h"
+#include "winograd.h"
 
 namespace resfast {
 namespace {
 
 // Per block, so that reading the weights is worth it.
 inline int64_t least_tiles() { return amx::supported() ? 64 : 24; }
-
-// The transforms of one direction, in any arithmetic: of inputs, of products to results, of kernels.
-template <int kStride>
-struct Transform;
-
-template <>
-struct Transform<1> {
-  static constexpr int kSide = 4; // inputs of a tile, and its products
-  template <class V>
-  RESFAST_BF16_INLINE static void inputs(const V* d, V* t) {
-    t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
-  }
-  template <class V>
-  RESFAST_BF16_INLINE static void results(const V* m, V* y) {
-    y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] - m[3];
-  }
-  static void kernel(const float* g, float* u) {
-    u[0] = g[0], u[1] = 0.5f * (g[0] + g[1] + g[2]), u[2] = 0.5f * (g[0] - g[1] + g[2]), u[3] = g[2];
-  }
-};
-
-template <>
-struct Transform<2> {
-  static constexpr int kSide = 5;
-  template <class V>
-  RESFAST_BF16_INLINE static void inputs(const V* d, V* t) {
-    t[0] = d[0] - d[2], t[1] = d[2], t[2] = d[4] - d[2], t[3] = d[1], t[4] = d[3];
-  }
-  template <class V>
-  RESFAST_BF16_INLINE static void results(const V* m, V* y) {
-    y[0] = m[0] + m[1] + m[3], y[1] = m[1] + m[2] + m[4];
-  }
-  static void kernel(const float* g, float* u) {
-    u[0] = g[0], u[1] = g[0] + g[2], u[2] = g[2], u[3] = g[1], u[4] = g[1];
-  }
-};
-
-template <int kStride>
-constexpr int kPoints = Transform<kStride>::kSide * Transform<kStride>::kSide;
-
-struct Tiles {
-  int64_t rows, columns, count; // per image, per image, of the batch
-  explicit Tiles(const ConvShape& shape)
-      : rows(ceil_div(shape.rows, 2)), columns(ceil_div(shape.columns, 2)),
-        count(shape.batch * rows * columns) {}
-};
-
-// Goes from tile to tile.
-struct TileAt {
-  const Tiles& tiles;
-  int64_t image, row, column; // of the tile's first result
-  TileAt(const Tiles& all, int64_t tile)
-      : tiles(all), image(tile / tiles.columns / tiles.rows),
-        row(tile / tiles.columns % tiles.rows * 2), column(tile % tiles.columns * 2) {}
-  // To the next one; whether it is in the same row.
-  bool next() {
-    column += 2;
-    if (column < 2 * tiles.columns) return true;
-    column = 0, row += 2;
-    if (row == 2 * tiles.rows) row = 0, ++image;
-    return false;
-  }
-};
-
-// Channels come in groups of 32: first the even ones, then the odd ones, which are the upper and
-// lower halves of 32-bit words and need no shuffle to become float32. Those after the last whole
-// group stay in order.
-enum class Channels { kEven, kOdd, kRest };
-
-int64_t channel_of(int64_t index, int64_t channels) {
-  const int64_t group = index / 32 * 32, i = index % 32;
-  if (group + 32 > channels) return index;
-  return group + (i < kLanes ? 2 * i : 2 * (i - kLanes) + 1);
-}
-
-// 16 channels as float32, zeros where `mask` is not set.
-template <Channels kWhich>
-RESFAST_BF16_INLINE __m512 load_channels(const uint16_t* from, __mmask16 mask) {
-  if constexpr (kWhich == Channels::kRest) return load_bf16(mask, from);
-  const __m512i pairs = _mm512_maskz_loadu_epi32(mask, from);
-  return _mm512_castsi512_ps(
-      kWhich == Channels::kEven ? _mm512_slli_epi32(pairs, 16)
-                                : _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
-}
 
 // inputs[point][tile][i] = (B^T d B)[point] of the values d that the tile's results are made of, for
 // 16 channels of each tile, the first of them (or of their group) at `channel`.
@@ -264,7 +180,7 @@ int64_t winograd_size(int64_t outputs, int64_t channels) {
 
 // G g G^T of one 3x3 kernel.
 template <int kStride>
-void transform_kernel(const uint16_t* kernel, uint16_t* points, int64_t point_stride) {
+RESFAST_BF16 void transform_kernel(const uint16_t* kernel, uint16_t* points, int64_t point_stride) {
   constexpr int kSide = Transform<kStride>::kSide;
   float columns[kSide][3];
   for (int j = 0; j < 3; ++j) {
@@ -303,6 +219,7 @@ Tensor pack(const Tensor& weight) {
 }
 
 Tensor conv_winograd_pack(const Tensor& weight, int64_t stride) {
+  if (!bf16_supported()) fail("this processor has no AVX512-BF16");
   check_weight(weight);
   if (weight.size(2) != 3 || weight.size(3) != 3)
     fail("weight is ", shape_name(weight.sizes()), "; expected [K, C, 3, 3]");

@@ -1,0 +1,363 @@
+// What training needs beside conv_winograd.cpp, which computes the result, and for stride 1 the
+// gradient of the input as a convolution of the result's gradient: the weight in its order, packed
+// anew for each step, and the gradient of the weight,
+//
+//   dw = G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G,
+//
+// one matrix product over the tiles for each point, with the transforms of the result transposed.
+
+#if defined(__x86_64__)
+
+#include <type_traits>
+
+#include "winograd.h"
+
+namespace resfast {
+namespace {
+
+// -- the weight ------------------------------------------------------------------------------------
+
+// 16 outputs of one channel and tap.
+struct WeightLanes {
+  const float* weight; // [K, 3, 3, C]
+  int64_t filters, channels;
+  bool transposed; // outputs are the channels of the weight, channels its filters, and taps turned
+
+  RESFAST_BF16_INLINE __m512 load(int64_t output, int64_t channel, int tap) const {
+    if (transposed) {
+      const float* from = weight + (channel * 9 + 8 - tap) * channels + output;
+      return _mm512_maskz_loadu_ps(mask(output, channels), from);
+    }
+    const float* from = weight + (output * 9 + tap) * channels + channel;
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i at = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(9 * channels)));
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask(output, filters), at, from, 4);
+  }
+  RESFAST_BF16_INLINE static __mmask16 mask(int64_t output, int64_t outputs) {
+    return outputs - output >= kLanes ? 0xFFFF : static_cast<__mmask16>((1 << (outputs - output)) - 1);
+  }
+};
+
+// (G g G^T) of one channel's kernels, for 16 outputs.
+template <int kStride>
+RESFAST_BF16 void transform_weight(
+    const WeightLanes& from, int64_t output, int64_t channel, __m512* points) {
+  constexpr int kSide = Transform<kStride>::kSide;
+  __m512 columns[kSide][3];
+  for (int j = 0; j < 3; ++j) {
+    __m512 g[3], u[kSide];
+    for (int i = 0; i < 3; ++i) g[i] = from.load(output, channel, 3 * i + j);
+    Transform<kStride>::kernel(g, u);
+    for (int i = 0; i < kSide; ++i) columns[i][j] = u[i];
+  }
+  for (int i = 0; i < kSide; ++i) Transform<kStride>::kernel(columns[i], points + kSide * i);
+}
+
+RESFAST_BF16_INLINE __m512i words(__m512 value) {
+  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value));
+}
+
+template <int kStride>
+RESFAST_BF16 void pack_pair(
+    const WeightLanes& from, int64_t output, int64_t pair, int64_t channels, uint16_t* to,
+    int64_t point_stride) {
+  __m512 even[kPoints<kStride>], odd[kPoints<kStride>];
+  transform_weight<kStride>(from, output, channel_of(2 * pair, channels), even);
+  const bool both = 2 * pair + 1 < channels;
+  if (both) transform_weight<kStride>(from, output, channel_of(2 * pair + 1, channels), odd);
+  for (int point = 0; point < kPoints<kStride>; ++point) {
+    __m512i value = words(even[point]);
+    if (both) value = _mm512_or_si512(value, _mm512_slli_epi32(words(odd[point]), 16));
+    _mm512_storeu_si512(to + point * point_stride, value);
+  }
+}
+
+template <int kStride>
+Tensor pack(const WeightLanes& from) {
+  const int64_t outputs = from.transposed ? from.channels : from.filters;
+  const int64_t channels = from.transposed ? from.filters : from.channels;
+  const int64_t pairs = ceil_div(channels, 2), blocks = ceil_div(outputs, kLanes);
+  Tensor packed = torch::stable::empty(
+      {kPoints<kStride> * blocks * kLanes * 2 * pairs}, ScalarType::BFloat16);
+  auto* to = static_cast<uint16_t*>(packed.mutable_data_ptr());
+  const int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, pairs, ceil_div(pairs, threads), [&](int64_t begin, int64_t end) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t output = block * kLanes, panel = output / kPanel;
+      const int64_t width = panel_blocks(outputs, panel) * kLanes;
+      uint16_t* base = to + panel * kPanel * kPoints<kStride> * 2 * pairs + output % kPanel * 2;
+      for (int64_t pair = begin; pair < end; ++pair)
+        pack_pair<kStride>(from, output, pair, channels, base + pair * width * 2, width * 2 * pairs);
+    }
+  });
+  return packed;
+}
+
+Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed) {
+  if (!bf16_supported()) fail("this processor has no AVX512-BF16");
+  if (weight.scalar_type() != ScalarType::Float || weight.dim() != 4 || weight.numel() == 0 ||
+      weight.size(2) != 3 || weight.size(3) != 3 || !is_channels_last(weight) || !weight.is_cpu())
+    fail("weight is ", dtype_name(weight.scalar_type()), " ", shape_name(weight.sizes()),
+         "; expected torch.float32 [K, C, 3, 3] in channels_last memory of the CPU");
+  if (stride != 1 && (stride != 2 || transposed))
+    fail("stride is ", stride, "; expected 1, or 2 where not transposed");
+  if (weight.numel() > int64_t{1} << 30) fail("the weight has more than 2^30 values");
+  const WeightLanes from{
+      static_cast<const float*>(weight.const_data_ptr()), weight.size(0), weight.size(1),
+      transposed};
+  return stride == 1 ? pack<1>(from) : pack<2>(from);
+}
+
+// -- its gradient ----------------------------------------------------------------------------------
+
+constexpr int64_t kOperandBytes = 8 * 1024 * 1024; // of all points of a chunk of tiles: a part of L3
+constexpr int64_t kLeastChunk = 512, kMostChunk = 8192; // tiles
+
+// Two tiles make a pair: [tiles / 2][channels][2]. The even one comes first.
+RESFAST_BF16_INLINE void store_of_pair(uint16_t* to, __m512 value, bool odd) {
+  __m512i word = words(value);
+  if (odd) word = _mm512_or_si512(_mm512_slli_epi32(word, 16), _mm512_loadu_si512(to));
+  _mm512_storeu_si512(to, word);
+}
+
+struct Operand {
+  uint16_t* values; // [point][tiles / 2][width][2]
+  int64_t width, point_stride;
+};
+
+// (B^T d B) of the input's tiles [begin, end) of the chunk.
+template <int kStride>
+RESFAST_BF16 void gather_inputs(
+    const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t begin, int64_t end,
+    const Operand& to) {
+  constexpr int kSide = Transform<kStride>::kSide, kShared = kSide - 2 * kStride;
+  for (int64_t channel = 0; channel < to.width; channel += kLanes) {
+    const __mmask16 mask = lane_mask(shape.channels - channel);
+    TileAt at(tiles, first + begin);
+    __m512 t[kSide][kSide];
+    bool follows = false;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t top = kStride * at.row - shape.padding_h;
+      const int64_t left = kStride * at.column - shape.padding_w;
+      const uint16_t* source = shape.x +
+          ((at.image * shape.height + top) * shape.width + left) * shape.channels + channel;
+#pragma GCC unroll 5
+      for (int j = 0; j < kSide; ++j) {
+        if (j < kShared && follows) {
+#pragma GCC unroll 5
+          for (int i = 0; i < kSide; ++i) t[i][j] = t[i][kSide - kShared + j];
+          continue;
+        }
+        const bool inside = left + j >= 0 && left + j < shape.width;
+        __m512 d[kSide], transformed[kSide];
+#pragma GCC unroll 5
+        for (int i = 0; i < kSide; ++i)
+          d[i] = load_bf16(
+              inside && top + i >= 0 && top + i < shape.height ? mask : __mmask16{0},
+              source + (i * shape.width + j) * shape.channels);
+        Transform<kStride>::inputs(d, transformed);
+#pragma GCC unroll 5
+        for (int i = 0; i < kSide; ++i) t[i][j] = transformed[i];
+      }
+      uint16_t* base = to.values + (tile / 2 * to.width + channel) * 2;
+#pragma GCC unroll 5
+      for (int i = 0; i < kSide; ++i) {
+        __m512 row[kSide];
+        Transform<kStride>::inputs(t[i], row);
+#pragma GCC unroll 5
+        for (int j = 0; j < kSide; ++j)
+          store_of_pair(base + (kSide * i + j) * to.point_stride, row[j], tile % 2);
+      }
+      follows = at.next();
+    }
+  }
+}
+
+// (A dy A^T) of the tiles [begin, end) of the chunk.
+template <int kStride>
+RESFAST_BF16 void gather_gradients(
+    const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t begin, int64_t end,
+    const uint16_t* grad, const Operand& to) {
+  constexpr int kSide = Transform<kStride>::kSide;
+  TileAt at(tiles, first + begin);
+  for (int64_t tile = begin; tile < end; ++tile, at.next()) {
+    const uint16_t* source =
+        grad + ((at.image * shape.rows + at.row) * shape.columns + at.column) * shape.outputs;
+    for (int64_t output = 0; output < to.width; output += kLanes) {
+      const __mmask16 mask = lane_mask(shape.outputs - output);
+      __m512 t[kSide][2];
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        __m512 y[2], transformed[kSide];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i)
+          y[i] = load_bf16(
+              at.row + i < shape.rows && at.column + j < shape.columns ? mask : __mmask16{0},
+              source + (i * shape.columns + j) * shape.outputs + output);
+        Transform<kStride>::gradients(y, transformed);
+#pragma GCC unroll 5
+        for (int i = 0; i < kSide; ++i) t[i][j] = transformed[i];
+      }
+      uint16_t* base = to.values + (tile / 2 * to.width + output) * 2;
+#pragma GCC unroll 5
+      for (int i = 0; i < kSide; ++i) {
+        __m512 row[kSide];
+        Transform<kStride>::gradients(t[i], row);
+#pragma GCC unroll 5
+        for (int j = 0; j < kSide; ++j)
+          store_of_pair(base + (kSide * i + j) * to.point_stride, row[j], tile % 2);
+      }
+    }
+  }
+}
+
+// sums[output][channel] (+)= over pairs of tiles, for a panel of up to 64 channels.
+template <int Rows, int Blocks>
+RESFAST_BF16 void multiply_rows(
+    const Operand& grads, const Operand& inputs, const uint16_t* grad, const uint16_t* input,
+    int64_t& row, int64_t rows, int64_t pairs, float* sums, bool add) {
+  for (; row + Rows <= rows; row += Rows)
+    product_tile<Rows, Blocks>(
+        grad + 2 * row, 2, 2 * grads.width, input, 2 * inputs.width, pairs,
+        sums + row * inputs.width, inputs.width, add);
+}
+
+template <int Blocks>
+RESFAST_BF16 void multiply(
+    const Operand& grads, const Operand& inputs, int64_t point, int64_t channel, int64_t rows,
+    int64_t pairs, float* sums, bool add) {
+  constexpr int kTall = Blocks > 2 ? 6 : 12;
+  for (int64_t first = 0; first < pairs; first += kPairBlock) {
+    const int64_t count = std::min(kPairBlock, pairs - first);
+    const uint16_t* grad = grads.values + point * grads.point_stride + first * 2 * grads.width;
+    const uint16_t* input =
+        inputs.values + point * inputs.point_stride + (first * inputs.width + channel) * 2;
+    int64_t row = 0;
+    multiply_rows<kTall, Blocks>(grads, inputs, grad, input, row, rows, count, sums, add || first);
+    multiply_rows<2, Blocks>(grads, inputs, grad, input, row, rows, count, sums, add || first);
+    multiply_rows<1, Blocks>(grads, inputs, grad, input, row, rows, count, sums, add || first);
+  }
+}
+
+// dw [K, 3, 3, C] = G^T sums G, for some outputs.
+template <int kStride>
+RESFAST_BF16 void transform_sums(
+    const ConvShape& shape, const float* sums, int64_t point_stride, int64_t width, int64_t begin,
+    int64_t end, float* to) {
+  constexpr int kSide = Transform<kStride>::kSide;
+  for (int64_t output = begin; output < end; ++output)
+    for (int64_t channel = 0; channel < shape.channels; channel += kLanes) {
+      const __mmask16 mask = lane_mask(shape.channels - channel);
+      const float* from = sums + output * width + channel;
+      __m512 half[3][kSide];
+#pragma GCC unroll 5
+      for (int j = 0; j < kSide; ++j) {
+        __m512 u[kSide], g[3];
+#pragma GCC unroll 5
+        for (int i = 0; i < kSide; ++i) u[i] = _mm512_load_ps(from + (kSide * i + j) * point_stride);
+        Transform<kStride>::kernel_gradient(u, g);
+        for (int i = 0; i < 3; ++i) half[i][j] = g[i];
+      }
+      for (int i = 0; i < 3; ++i) {
+        __m512 g[3];
+        Transform<kStride>::kernel_gradient(half[i], g);
+        for (int j = 0; j < 3; ++j)
+          _mm512_mask_storeu_ps(
+              to + ((output * 3 + i) * 3 + j) * shape.channels + channel, mask, g[j]);
+      }
+    }
+}
+
+template <int kStride>
+void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
+  const Tiles tiles(shape);
+  const int64_t width = round_up(shape.channels, kLanes), rows = round_up(shape.outputs, kLanes);
+  const int64_t per_tile = kPoints<kStride> * 2 * (width + rows); // bytes
+  const int64_t most =
+      std::min(std::clamp(kOperandBytes / per_tile, kLeastChunk, kMostChunk), tiles.count);
+  const int64_t chunk = round_up(most, 2);
+  thread_local Workspace<uint16_t> inputs_memory, grads_memory;
+  thread_local Workspace<float> sums_memory;
+  // Not a multiple of 4096 bytes apart, as in conv_winograd.cpp.
+  const Operand inputs{nullptr, width, chunk * width + 2 * kLanes};
+  const Operand grads{nullptr, rows, chunk * rows + 2 * kLanes};
+  Operand a = grads, b = inputs;
+  a.values = grads_memory.get(kPoints<kStride> * grads.point_stride);
+  b.values = inputs_memory.get(kPoints<kStride> * inputs.point_stride);
+  const int64_t sums_stride = shape.outputs * width + kLanes;
+  float* sums = sums_memory.get(kPoints<kStride> * sums_stride);
+  const int64_t threads = torch::stable::get_num_threads();
+  auto share = [&](int64_t count, auto part) {
+    torch::stable::parallel_for(0, count, ceil_div(count, threads), part);
+  };
+  for (int64_t first = 0; first < tiles.count; first += chunk) {
+    const int64_t count = std::min(chunk, tiles.count - first), pairs = ceil_div(count, 2);
+    share(pairs, [&](int64_t begin, int64_t end) {
+      const int64_t last = std::min(count, 2 * end);
+      gather_inputs<kStride>(shape, tiles, first, 2 * begin, last, b);
+      gather_gradients<kStride>(shape, tiles, first, 2 * begin, last, grad, a);
+    });
+    const int64_t panels = ceil_div(width, kPanel);
+    share(kPoints<kStride> * panels, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t point = part / panels, channel = part % panels * kPanel;
+        float* out = sums + point * sums_stride + channel;
+        auto run = [&](auto blocks) {
+          multiply<decltype(blocks)::value>(
+              a, b, point, channel, shape.outputs, pairs, out, first > 0);
+        };
+        switch (panel_blocks(width, channel / kPanel)) {
+          case 1: run(std::integral_constant<int, 1>{}); break;
+          case 2: run(std::integral_constant<int, 2>{}); break;
+          case 3: run(std::integral_constant<int, 3>{}); break;
+          default: run(std::integral_constant<int, 4>{});
+        }
+      }
+    });
+  }
+  share(shape.outputs, [&](int64_t begin, int64_t end) {
+    transform_sums<kStride>(shape, sums, sums_stride, width, begin, end, to);
+  });
+}
+
+Tensor conv_train_weight_gradient(
+    const Tensor& x, const Tensor& grad, int64_t stride, int64_t padding) {
+  if (!bf16_supported()) fail("this processor has no AVX512-BF16");
+  if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
+  if (padding < 0) fail("padding is ", padding, "; expected at least 0");
+  check_map("x", x, {-1, -1, -1, -1});
+  ConvShape shape{};
+  shape.batch = x.size(0), shape.channels = x.size(1);
+  shape.height = x.size(2), shape.width = x.size(3);
+  shape.padding_h = shape.padding_w = padding;
+  shape.rows = (shape.height + 2 * padding - 3) / stride + 1;
+  shape.columns = (shape.width + 2 * padding - 3) / stride + 1;
+  if (shape.height + 2 * padding < 3 || shape.width + 2 * padding < 3)
+    fail("x is smaller than the kernel");
+  check_map("grad", grad, {shape.batch, -1, shape.rows, shape.columns});
+  shape.outputs = grad.size(1);
+  shape.x = static_cast<const uint16_t*>(x.const_data_ptr());
+  Tensor result = torch::stable::empty(
+      {shape.outputs, shape.channels, 3, 3}, ScalarType::Float, std::nullopt, std::nullopt,
+      std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  const auto run = stride == 1 ? weight_gradient<1> : weight_gradient<2>;
+  run(shape, static_cast<const uint16_t*>(grad.const_data_ptr()),
+      static_cast<float*>(result.mutable_data_ptr()));
+  return result;
+}
+
+} // namespace
+} // namespace resfast
+
+STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
+  m.def("conv_train_pack(Tensor weight, int stride, bool transposed) -> Tensor");
+  m.def(
+      "conv_train_weight_gradient(Tensor x, Tensor grad, int stride, int padding) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
+  m.impl("conv_train_pack", TORCH_BOX(&resfast::conv_train_pack));
+  m.impl("conv_train_weight_gradient", TORCH_BOX(&resfast::conv_train_weight_gradient));
+}
+
+#endif
