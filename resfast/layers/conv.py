@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class Conv2d(nn.Conv2d):
-    """``torch.nn.Conv2d`` without bias and with "same" padding for odd kernels."""
+    """``torch.nn.Conv2d`` without bias and with "same" padding for odd kernels.
+
+    Where gradients are recorded under CPU autocast to bfloat16, 3x3 convolutions of enough channels
+    are :func:`resfast.kernels.conv_train.conv2d`.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
@@ -14,3 +19,16 @@ class Conv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
         )
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if (
+            torch.is_grad_enabled()
+            and torch.is_autocast_enabled("cpu")
+            and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        ):
+            from resfast.kernels import conv_train
+
+            where = self.stride[0], self.padding[0]
+            if conv_train.applies(input, weight, *where):
+                return conv_train.conv2d(input.to(torch.bfloat16), weight, *where)
+        return super()._conv_forward(input, weight, bias)

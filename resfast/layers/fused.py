@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from resfast.kernels.conv_reference import ACTIVATIONS, NEGATIVE_SLOPE
+from resfast.layers.conv import Conv2d
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -39,7 +40,7 @@ def is_conv(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Conv2d)
         and type(module).forward is nn.Conv2d.forward
-        and type(module)._conv_forward is nn.Conv2d._conv_forward
+        and type(module)._conv_forward in (nn.Conv2d._conv_forward, Conv2d._conv_forward)
         and not hooked(module)
     )
 

@@ -1,0 +1,179 @@
+"""``resfast::conv2d_train``: a 3x3 convolution in bfloat16 with gradients, by Winograd, on the CPU.
+
+Result and gradients take fewer multiplications than a plain convolution (``csrc/cpu/winograd.h``).
+The weight stays float32 and is rounded to bfloat16 after its transform; its gradient is float32.
+Where :func:`applies` says no, ``torch.nn.functional.conv2d`` is the way. The choice depends on
+shapes and processor, never on a measurement: a run that is resumed computes the same bits.
+
+Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308.
+Shapes: x ``[N, C, H, W]``, weight ``[K, C, 3, 3]``, result ``[N, K, P, Q]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resfast.kernels import conv_cpu, conv_reference
+
+LEAST_CHANNELS = 32
+"""In and out, from which on the transforms cost less than they save."""
+
+torch.library.define(
+    "resfast::conv2d_train", "(Tensor x, Tensor weight, int stride, int padding) -> Tensor"
+)
+torch.library.define(
+    "resfast::conv2d_train_backward",
+    "(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool[2] needed) "
+    "-> (Tensor, Tensor)",
+)
+
+
+def applies(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether :func:`conv2d` computes this convolution, and faster than PyTorch's own.
+
+    Args:
+        x: ``[N, C, H, W]``, on any device; its dtype is not looked at.
+        weight: ``[K, C, R, S]``.
+        stride: of rows and columns.
+        padding: likewise.
+    """
+    return (
+        x.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and tuple(weight.shape[2:]) == (3, 3)
+        and min(weight.shape[:2]) >= LEAST_CHANNELS
+        and stride in (1, 2)
+        and padding in (0, 1, 2)
+        and conv_cpu._has_kernels()
+    )
+
+
+def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
+    """A convolution without bias, with gradients.
+
+    Args:
+        x: ``[N, C, H, W]``, bfloat16, on a CPU with AVX512-BF16; fast in ``channels_last``.
+        weight: float32 ``[K, C, 3, 3]``; fast in ``channels_last``.
+        stride: 1 or 2, rows and columns.
+        padding: zeros on each side, 0 to 2.
+
+    Returns:
+        bfloat16 ``[N, K, P, Q]`` in ``channels_last`` memory. The gradient of ``weight`` is float32.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+        RuntimeError: the C++ kernels are not there.
+    """
+    check_arguments(x, weight, stride, padding)
+    return torch.ops.resfast.conv2d_train(x, weight, stride, padding)
+
+
+def check_arguments(x: Tensor, weight: Tensor, stride: int, padding: int) -> None:
+    """Says what is wrong with the operator's arguments.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+    """
+    if x.dtype != torch.bfloat16:
+        raise TypeError(f"x is {x.dtype}; expected torch.bfloat16")
+    if weight.dtype != torch.float32:
+        raise TypeError(f"weight is {weight.dtype}; expected torch.float32")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}; expected {x.device}, like x")
+    if x.ndim != 4:
+        raise ValueError(f"x is {list(x.shape)}; expected [N, C, H, W]")
+    if weight.ndim != 4 or 0 in weight.shape or tuple(weight.shape[2:]) != (3, 3):
+        raise ValueError(f"weight is {list(weight.shape)}; expected [K, C, 3, 3]")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, and weight {list(weight.shape)} is for "
+            f"{weight.shape[1]}; they must be the same"
+        )
+    if stride not in (1, 2):
+        raise ValueError(f"stride is {stride}; expected 1 or 2")
+    if padding not in (0, 1, 2):
+        raise ValueError(f"padding is {padding}; expected 0, 1 or 2")
+    if min(_output_sides(x, stride, padding)) < 1:
+        raise ValueError(
+            f"images of {x.shape[2]}x{x.shape[3]} with padding {padding} are smaller than the "
+            "kernel of 3x3"
+        )
+
+
+def _output_sides(x: Tensor, stride: int, padding: int) -> tuple[int, int]:
+    height, width = ((side + 2 * padding - 3) // stride + 1 for side in x.shape[2:])
+    return height, width
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _winograd(
+    x: Tensor, weight: Tensor, stride: int, padding: int, *, transposed: bool = False
+) -> Tensor:
+    packed = torch.ops.resfast.conv_train_pack(_channels_last(weight), stride, transposed)
+    outputs, channels = weight.shape[:2][::-1] if transposed else weight.shape[:2]
+    geometry = [outputs, channels, 3, 3, stride, stride, padding, padding]
+    kernel = torch.ops.resfast.conv_winograd.default
+    return kernel(x, packed, None, None, geometry, 0, conv_reference.NEGATIVE_SLOPE)
+
+
+@torch.library.impl("resfast::conv2d_train", "cpu")
+def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return _winograd(_channels_last(x), weight, stride, padding)
+
+
+@torch.library.impl("resfast::conv2d_train_backward", "cpu")
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needed: list[bool]
+) -> tuple[Tensor, Tensor]:
+    grad, x = _channels_last(grad), _channels_last(x)
+    none = x.new_empty(0)
+    if not needed[0]:
+        for_x = none
+    elif stride == 1:
+        for_x = _winograd(grad, weight, 1, 2 - padding, transposed=True)
+    else:
+        rest = (None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False])
+        narrow = weight.to(torch.bfloat16, memory_format=torch.channels_last)
+        for_x = torch.ops.aten.convolution_backward(grad, x, narrow, *rest)[0]
+    gradient = torch.ops.resfast.conv_train_weight_gradient
+    return for_x, gradient(x, grad, stride, padding) if needed[1] else none
+
+
+@torch.library.register_fake("resfast::conv2d_train")
+def _fake(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    p, q = _output_sides(x, stride, padding)
+    return x.new_empty((x.shape[0], p, q, weight.shape[0])).permute(0, 3, 1, 2)
+
+
+@torch.library.register_fake("resfast::conv2d_train_backward")
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needed: list[bool]
+) -> tuple[Tensor, Tensor]:
+    return tuple(
+        torch.empty_like(like, memory_format=torch.channels_last) if wanted else x.new_empty(0)
+        for like, wanted in zip((x, weight), needed, strict=True)
+    )
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.where = inputs[2:]
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:2])
+    both = torch.ops.resfast.conv2d_train_backward(grad, x, weight, *ctx.where, needed)
+    return *(one if wanted else None for one, wanted in zip(both, needed, strict=True)), None, None
+
+
+torch.library.register_autograd("resfast::conv2d_train", _gradients, setup_context=_setup)
