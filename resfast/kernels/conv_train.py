@@ -14,13 +14,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resfast.kernels import conv_cpu, conv_reference
 
 LEAST_CHANNELS = 32
 """In and out, from which on the transforms cost less than they save."""
+AVAILABLE = conv_cpu._has_kernels()
+"""Whether the kernels are built and this processor has AVX512-BF16."""
 
 torch.library.define(
     "resfast::conv2d_train", "(Tensor x, Tensor weight, int stride, int padding) -> Tensor"
@@ -48,7 +49,7 @@ def applies(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
         and min(weight.shape[:2]) >= LEAST_CHANNELS
         and stride in (1, 2)
         and padding in (0, 1, 2)
-        and conv_cpu._has_kernels()
+        and AVAILABLE
     )
 
 
@@ -62,7 +63,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0) -> Tens
         padding: zeros on each side, 0 to 2.
 
     Returns:
-        bfloat16 ``[N, K, P, Q]`` in ``channels_last`` memory. The gradient of ``weight`` is float32.
+        bfloat16 ``[N, K, P, Q]`` in ``channels_last`` memory. The weight's gradient is float32.
 
     Raises:
         TypeError: a tensor of a wrong dtype.
