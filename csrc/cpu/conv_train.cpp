@@ -130,47 +130,15 @@ template <int kStride>
 RESFAST_BF16 void gather_inputs(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t begin, int64_t end,
     const Operand& to) {
-  constexpr int kSide = Transform<kStride>::kSide, kShared = kSide - 2 * kStride;
-  for (int64_t channel = 0; channel < to.width; channel += kLanes) {
-    const __mmask16 mask = lane_mask(shape.channels - channel);
-    TileAt at(tiles, first + begin);
-    __m512 t[kSide][kSide];
-    bool follows = false;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t top = kStride * at.row - shape.padding_h;
-      const int64_t left = kStride * at.column - shape.padding_w;
-      const uint16_t* source = shape.x +
-          ((at.image * shape.height + top) * shape.width + left) * shape.channels + channel;
-#pragma GCC unroll 5
-      for (int j = 0; j < kSide; ++j) {
-        if (j < kShared && follows) {
-#pragma GCC unroll 5
-          for (int i = 0; i < kSide; ++i) t[i][j] = t[i][kSide - kShared + j];
-          continue;
-        }
-        const bool inside = left + j >= 0 && left + j < shape.width;
-        __m512 d[kSide], transformed[kSide];
-#pragma GCC unroll 5
-        for (int i = 0; i < kSide; ++i)
-          d[i] = load_bf16(
-              inside && top + i >= 0 && top + i < shape.height ? mask : __mmask16{0},
-              source + (i * shape.width + j) * shape.channels);
-        Transform<kStride>::inputs(d, transformed);
-#pragma GCC unroll 5
-        for (int i = 0; i < kSide; ++i) t[i][j] = transformed[i];
-      }
-      uint16_t* base = to.values + (tile / 2 * to.width + channel) * 2;
-#pragma GCC unroll 5
-      for (int i = 0; i < kSide; ++i) {
-        __m512 row[kSide];
-        Transform<kStride>::inputs(t[i], row);
-#pragma GCC unroll 5
-        for (int j = 0; j < kSide; ++j)
-          store_of_pair(base + (kSide * i + j) * to.point_stride, row[j], tile % 2);
-      }
-      follows = at.next();
-    }
-  }
+  for (int64_t channel = 0; channel < to.width; channel += kLanes)
+    transform_tiles<kStride, Channels::kRest>(
+        shape, tiles, first + begin, end - begin, channel,
+        [&](int64_t i, int point, __m512 value) RESFAST_BF16 {
+          const int64_t tile = begin + i;
+          store_of_pair(
+              to.values + point * to.point_stride + (tile / 2 * to.width + channel) * 2, value,
+              tile % 2);
+        });
 }
 
 // (A dy A^T) of the tiles [begin, end) of the chunk.

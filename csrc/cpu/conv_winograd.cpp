@@ -27,47 +27,13 @@ template <int kStride, Channels kWhich>
 RESFAST_BF16 void transform_channels(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, int64_t channel,
     uint16_t* inputs, int64_t point_stride, int64_t tile_stride) {
-  constexpr int kSide = Transform<kStride>::kSide, kShared = kSide - 2 * kStride;
-  const __mmask16 mask = kWhich == Channels::kRest ? lane_mask(shape.channels - channel) : 0xFFFF;
-  TileAt at(tiles, first);
-  __m512 t[kSide][kSide]; // the columns transformed
-  bool follows = false; // so that its first columns are the last ones of the tile before
-  for (int64_t tile = 0; tile < count; ++tile) {
-    const int64_t top = kStride * at.row - shape.padding_h;
-    const int64_t left = kStride * at.column - shape.padding_w;
-    const uint16_t* source =
-        shape.x + ((at.image * shape.height + top) * shape.width + left) * shape.channels + channel;
-#pragma GCC unroll 5
-    for (int j = 0; j < kSide; ++j) {
-      if (j < kShared && follows) {
-#pragma GCC unroll 5
-        for (int i = 0; i < kSide; ++i) t[i][j] = t[i][kSide - kShared + j];
-        continue;
-      }
-      const bool inside = left + j >= 0 && left + j < shape.width;
-      __m512 d[kSide], transformed[kSide];
-#pragma GCC unroll 5
-      for (int i = 0; i < kSide; ++i)
-        d[i] = load_channels<kWhich>(
-            source + (i * shape.width + j) * shape.channels,
-            inside && top + i >= 0 && top + i < shape.height ? mask : __mmask16{0});
-      Transform<kStride>::inputs(d, transformed);
-#pragma GCC unroll 5
-      for (int i = 0; i < kSide; ++i) t[i][j] = transformed[i];
-    }
-    uint16_t* to = inputs + tile * tile_stride;
-#pragma GCC unroll 5
-    for (int i = 0; i < kSide; ++i) {
-      __m512 row[kSide];
-      Transform<kStride>::inputs(t[i], row);
-#pragma GCC unroll 5
-      for (int j = 0; j < kSide; ++j)
+  transform_tiles<kStride, kWhich>(
+      shape, tiles, first, count, channel,
+      [&](int64_t tile, int point, __m512 value) RESFAST_BF16 {
         _mm256_store_si256(
-            reinterpret_cast<__m256i*>(to + (kSide * i + j) * point_stride),
-            (__m256i)_mm512_cvtneps_pbh(row[j]));
-    }
-    follows = at.next();
-  }
+            reinterpret_cast<__m256i*>(inputs + point * point_stride + tile * tile_stride),
+            (__m256i)_mm512_cvtneps_pbh(value));
+      });
 }
 
 template <int kStride>

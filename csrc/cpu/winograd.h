@@ -113,6 +113,52 @@ RESFAST_BF16_INLINE __m512 load_channels(const uint16_t* from, __mmask16 mask) {
                                 : _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
 }
 
+// Calls `store(tile, point, (B^T d B)[point])` for tiles from `first` on, counted from 0, where d are
+// the values that a tile's results are made of, zeros outside the image: 16 channels of them, the
+// first (or that of their group) at `channel`.
+template <int kStride, Channels kWhich, class Store>
+RESFAST_BF16_INLINE void transform_tiles(
+    const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, int64_t channel,
+    Store store) {
+  constexpr int kSide = Transform<kStride>::kSide, kShared = kSide - 2 * kStride;
+  const __mmask16 mask = kWhich == Channels::kRest ? lane_mask(shape.channels - channel) : 0xFFFF;
+  TileAt at(tiles, first);
+  __m512 t[kSide][kSide]; // the columns transformed
+  bool follows = false; // so that its first columns are the last ones of the tile before
+  for (int64_t tile = 0; tile < count; ++tile) {
+    const int64_t top = kStride * at.row - shape.padding_h;
+    const int64_t left = kStride * at.column - shape.padding_w;
+    const uint16_t* source =
+        shape.x + ((at.image * shape.height + top) * shape.width + left) * shape.channels + channel;
+#pragma GCC unroll 5
+    for (int j = 0; j < kSide; ++j) {
+      if (j < kShared && follows) {
+#pragma GCC unroll 5
+        for (int i = 0; i < kSide; ++i) t[i][j] = t[i][kSide - kShared + j];
+        continue;
+      }
+      const bool inside = left + j >= 0 && left + j < shape.width;
+      __m512 d[kSide], transformed[kSide];
+#pragma GCC unroll 5
+      for (int i = 0; i < kSide; ++i)
+        d[i] = load_channels<kWhich>(
+            source + (i * shape.width + j) * shape.channels,
+            inside && top + i >= 0 && top + i < shape.height ? mask : __mmask16{0});
+      Transform<kStride>::inputs(d, transformed);
+#pragma GCC unroll 5
+      for (int i = 0; i < kSide; ++i) t[i][j] = transformed[i];
+    }
+#pragma GCC unroll 5
+    for (int i = 0; i < kSide; ++i) {
+      __m512 row[kSide];
+      Transform<kStride>::inputs(t[i], row);
+#pragma GCC unroll 5
+      for (int j = 0; j < kSide; ++j) store(tile, kSide * i + j, row[j]);
+    }
+    follows = at.next();
+  }
+}
+
 } // namespace resfast
 
 #endif
