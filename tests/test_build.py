@@ -613,6 +613,25 @@ for size in (0, 1, 7, 1001):
     words = philox.philox(indices, seed=-5, epoch=2**32 - 1, stream=3)
     assert torch.equal(words, reference.philox(indices, -5, 2**32 - 1, 3))
     add(words)
+
+# The bfloat16 convolutions: their numbers are tested elsewhere, here only what they touch.
+ops, last = torch.ops.resfast, torch.channels_last
+if len(sys.argv) > 1 and hasattr(ops, "conv_bf16_supported") and ops.conv_bf16_supported():
+    from resfast.kernels import conv_train
+
+    for n, c, k, side, stride, padding in [
+        (3, 32, 48, 9, 1, 1), (2, 40, 64, 8, 2, 1), (1, 33, 35, 7, 1, 0), (2, 64, 32, 5, 1, 2),
+        (3, 3, 20, 6, 2, 1), (1, 250, 60, 3, 1, 1), (5, 16, 130, 4, 2, 0), (2, 128, 96, 5, 2, 2),
+    ]:
+        x = torch.randn(n, c, side, side).to(torch.bfloat16, memory_format=last).requires_grad_()
+        weight = torch.randn(k, c, 3, 3, requires_grad=True)
+        y = conv_train.conv2d(x, weight, stride, padding)
+        y.backward(torch.randn_like(y))
+        residual = torch.randn(y.shape).to(torch.bfloat16, memory_format=last)
+        half, geometry = weight.detach().bfloat16(), [k, c, 3, 3, *[stride] * 2, *[padding] * 2]
+        rest = torch.randn(k), residual, geometry, 3, 0.1
+        ops.conv_gemm(x.detach(), ops.conv_gemm_pack(half), *rest)
+        ops.conv_winograd(x.detach(), ops.conv_winograd_pack(half, stride), *rest)
 print(digest.hexdigest())
 """
 
