@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from benchmarks.report import verdict
+from benchmarks.report import slug, verdict
 from resfast import atomic, entry
 from resfast.errors import ResfastError
 
@@ -496,12 +495,7 @@ def write(report: Report, folder: Path, name: str) -> list[Path]:
     """
     if not report.rows:
         raise ResfastError("the results have no rows: no benchmark ran; see what was skipped")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResfastError(
-            f"cannot make {folder}: {error.strerror}; choose another --out"
-        ) from None
+    atomic.make_folder(folder, "--out")
     rows = [row.model_dump(mode="json", exclude_defaults=True) for row in report.rows]
     data, page = folder / f"{name}.json", folder / f"{name}.md"
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
@@ -521,7 +515,7 @@ def default_folder(report: Report) -> Path:
     own = [row for row in report.rows if not row.given]
     date = max((row.date for row in own if row.date), default=f"{datetime.now(UTC):%Y-%m-%d}")
     gpus = [row.hardware for row in own if row.device == "cuda"]
-    device = re.sub(r"[^a-z0-9]+", "-", gpus[0].lower()).strip("-") if gpus else "cpu"
+    device = slug(gpus[0]) if gpus else "cpu"
     return RESULTS / f"{date}-{device}"
 
 

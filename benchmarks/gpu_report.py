@@ -48,7 +48,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from benchmarks.report import hardware, installed
+from benchmarks.report import cuda_versions, hardware, installed, slug
 from resfast import atomic, doctor, entry, runtime
 from resfast.errors import ResfastError
 
@@ -469,15 +469,13 @@ def _new_name(folder: Path) -> str:
     """Processor and date, like ``nvidia-h200-2026-11-21``; of several a day, with a number."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = runtime.describe(device).partition(",")[0]
-    name = re.sub(r"[^a-z0-9]+", "-", f"{processor} {datetime.now():%Y-%m-%d}".lower()).strip("-")
+    name = slug(f"{processor} {datetime.now():%Y-%m-%d}")
     names = [name, *(f"{name}-{count}" for count in range(2, 1000))]
     return next(name for name in names if not (folder / f"{name}.json").exists())
 
 
 def _machine() -> dict[str, Any]:
-    cuda = torch.cuda.is_available()
-    found = hardware("cuda" if cuda else "cpu")
-    return found | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return hardware("cuda" if torch.cuda.is_available() else "cpu") | cuda_versions()
 
 
 def options_of(args: Sequence[str] | None) -> argparse.Namespace:

@@ -12,7 +12,6 @@ import copy
 import functools
 import math
 import os
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -25,6 +24,8 @@ from torch.fx.experimental import optimization
 from torch.utils.flop_counter import FlopCounterMode
 
 import resfast
+from benchmarks.plain_step import with_plain_convolutions
+from benchmarks.report import timed
 from resfast import runtime
 from resfast.errors import ResfastError
 from resfast.kernels.conv import ConvBiasAct
@@ -216,11 +217,7 @@ def reference(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, in
 
 def fold(module: nn.Module) -> nn.Module:
     """A copy with its batch norms folded by ``torch.fx``."""
-    module = copy.deepcopy(module)
-    for conv in module.modules():
-        if isinstance(conv, nn.Conv2d):
-            conv.__class__ = nn.Conv2d  # it knows no subclasses; ours only sets arguments
-    return optimization.fuse(module)
+    return optimization.fuse(with_plain_convolutions(copy.deepcopy(module)))
 
 
 def variant(name: str, case: Case, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
@@ -276,22 +273,14 @@ def take_turns(
         seconds: about how long all of it may take; at least 5 rounds, at most 15.
     """
 
-    def timed(call: Callable[[], object], repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
-
-    once = {name: timed(call, 1) for name, call in calls.items()}
+    once = {name: timed(call, 1, device) for name, call in calls.items()}
     repeats = {name: math.ceil(ROUND_SECONDS[device] / once[name]) for name in calls}
     turn = sum(once[name] * repeats[name] for name in calls) or 1.0
     rounds = min(max(int(seconds / turn), ROUNDS[0]), ROUNDS[1])
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(timed(call, repeats[name]))
+            times[name].append(timed(call, repeats[name], device))
     return times
 
 

@@ -15,6 +15,14 @@ from torch import nn
 import resfast
 
 
+def with_plain_convolutions(model: nn.Module) -> nn.Module:
+    """The same, its convolutions PyTorch's own and not of resfast's class."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.__class__ = nn.Conv2d
+    return model
+
+
 def build(device: torch.device, batch_size: int) -> Callable[[], None]:
     """The script up to its training loop.
 
@@ -28,10 +36,8 @@ def build(device: torch.device, batch_size: int) -> Callable[[], None]:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    model = resfast.create_model().to(device, memory_format=torch.channels_last)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.__class__ = nn.Conv2d  # and not resfast's
+    model = with_plain_convolutions(resfast.create_model())
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import platform
+import re
+import time
+from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
@@ -24,11 +27,12 @@ def hardware(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "resfast": resfast.__version__,
         **{name: version(name) for name in _PACKAGES},
-        **(_cuda() if device == "cuda" else {}),
+        **(cuda_versions() if device == "cuda" else {}),
     }
 
 
-def _cuda() -> dict[str, Any]:
+def cuda_versions() -> dict[str, Any]:
+    """Of CUDA and cuDNN that torch is built with; None where there are none."""
     return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
 
 
@@ -50,6 +54,21 @@ def installed(module: str) -> bool:
 
 def rate(images_per_second: float) -> str:
     return f"{images_per_second:,.0f} images/s"
+
+
+def slug(text: str) -> str:
+    """As part of a file's name: lower case, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def timed(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Seconds of each of some calls in a row, until ``device`` is done with them."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
 
 
 def verdict(value: float, target: float) -> str:

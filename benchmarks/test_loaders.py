@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.report import hardware, installed, rate
+from benchmarks.report import hardware, installed, rate, timed
 from resfast.data.augment import Augment, parse_augment
 from resfast.data.dataset import load_dataset
 from resfast.data.loader import ResidentLoader
@@ -184,20 +183,15 @@ def test_part_of_a_training_step(
     batches = (batch for epoch in range(1 << 30) for batch in loader.epoch(epoch))
     many = 20 if device == "cpu" else 200
 
-    def timed(call: Callable[[], object], repeats: int) -> float:
+    def warm(call: Callable[[], object], repeats: int) -> float:
         call()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
+        return timed(call, repeats, device)
 
     parts = []
 
     def pair() -> None:
-        making = timed(lambda: next(batches), many)
-        parts.append(making / timed(step, 2 if device == "cpu" else 50))
+        making = warm(lambda: next(batches), many)
+        parts.append(making / warm(step, 2 if device == "cpu" else 50))
 
     benchmark.group = "data path in a training step"
     benchmark.pedantic(pair, rounds=3, warmup_rounds=1)

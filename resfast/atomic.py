@@ -55,6 +55,21 @@ def save(path: Path, data: bytes | memoryview) -> None:
         ) from None
 
 
+def make_folder(path: Path, option: str) -> Path:
+    """Makes a folder that a command's ``option`` named, and those above it.
+
+    Raises:
+        ResfastError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResfastError(
+            f"cannot create the folder {path}: {error.strerror}; choose another {option}"
+        ) from None
+    return path
+
+
 def remove_stale(folder: Path, older_than_s: float = 24 * 3600) -> None:
     """Remove temporary files that a killed process left in ``folder`` more than a day ago."""
     limit = time.time() - older_than_s

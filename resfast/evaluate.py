@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 import tyro
 
-from resfast import __version__, entry, inference, runtime
+from resfast import __version__, atomic, entry, inference, runtime
 from resfast.data import feed
 from resfast.data.dataset import Dataset, print_to_stderr
 from resfast.data.stream import Stream, open_data
@@ -121,7 +121,7 @@ def evaluate(
         run = inference.load(run, weights=weights, device=device, precision=precision)
     batch_size = run.checked_batch_size(batch_size)
     tta = run.config.evaluation.tta if tta == "auto" else tta
-    folder = None if out is None else _folder(Path(out).expanduser())
+    folder = None if out is None else atomic.make_folder(Path(out).expanduser(), "--out")
     dataset = open_data(
         run.config.data.data if data is None else data,
         data_dir=run.config.data.data_dir if data_dir is None else Path(data_dir),
@@ -216,16 +216,6 @@ def _note_changed_data(
     digest = summary.get("data_digest")
     if summary.get("data") == dataset.name and digest not in (None, dataset.digest):
         report(f"data {dataset.name} has changed since {run.path} was trained on it")
-
-
-def _folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResfastError(
-            f"cannot create the folder {path}: {error.strerror}; choose another --out"
-        ) from None
-    return path
 
 
 def _write(folder: Path, result: Result) -> None:

@@ -227,12 +227,7 @@ def _target(path: Path, suffix: str) -> Path:
         raise ResfastError(f"--output {path} is a folder; expected the name of a {suffix} file")
     if path.suffix != suffix:
         raise ResfastError(f"--output {path} must end in {suffix} for this --format")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResfastError(
-            f"cannot create the folder {path.parent}: {error.strerror}; choose another --output"
-        ) from None
+    atomic.make_folder(path.parent, "--output")
     return path
 
 

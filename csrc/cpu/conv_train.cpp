@@ -26,15 +26,12 @@ struct WeightLanes {
   RESFAST_BF16_INLINE __m512 load(int64_t output, int64_t channel, int tap) const {
     if (transposed) {
       const float* from = weight + (channel * 9 + 8 - tap) * channels + output;
-      return _mm512_maskz_loadu_ps(mask(output, channels), from);
+      return _mm512_maskz_loadu_ps(lane_mask(channels - output), from);
     }
     const float* from = weight + (output * 9 + tap) * channels + channel;
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i at = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(9 * channels)));
-    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask(output, filters), at, from, 4);
-  }
-  RESFAST_BF16_INLINE static __mmask16 mask(int64_t output, int64_t outputs) {
-    return outputs - output >= kLanes ? 0xFFFF : static_cast<__mmask16>((1 << (outputs - output)) - 1);
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lane_mask(filters - output), at, from, 4);
   }
 };
 
@@ -247,11 +244,11 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
   thread_local Workspace<uint16_t> inputs_memory, grads_memory;
   thread_local Workspace<float> sums_memory;
   // Not a multiple of 4096 bytes apart, as in conv_winograd.cpp.
-  const Operand inputs{nullptr, width, chunk * width + 2 * kLanes};
-  const Operand grads{nullptr, rows, chunk * rows + 2 * kLanes};
-  Operand a = grads, b = inputs;
-  a.values = grads_memory.get(kPoints<kStride> * grads.point_stride);
-  b.values = inputs_memory.get(kPoints<kStride> * inputs.point_stride);
+  auto operand = [&](Workspace<uint16_t>& memory, int64_t size) {
+    const int64_t point_stride = chunk * size + 2 * kLanes;
+    return Operand{memory.get(kPoints<kStride> * point_stride), size, point_stride};
+  };
+  const Operand inputs = operand(inputs_memory, width), grads = operand(grads_memory, rows);
   const int64_t sums_stride = shape.outputs * width + kLanes;
   float* sums = sums_memory.get(kPoints<kStride> * sums_stride);
   const int64_t threads = torch::stable::get_num_threads();
@@ -262,8 +259,8 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
     const int64_t count = std::min(chunk, tiles.count - first), pairs = ceil_div(count, 2);
     share(pairs, [&](int64_t begin, int64_t end) {
       const int64_t last = std::min(count, 2 * end);
-      gather_inputs<kStride>(shape, tiles, first, 2 * begin, last, b);
-      gather_gradients<kStride>(shape, tiles, first, 2 * begin, last, grad, a);
+      gather_inputs<kStride>(shape, tiles, first, 2 * begin, last, inputs);
+      gather_gradients<kStride>(shape, tiles, first, 2 * begin, last, grad, grads);
     });
     const int64_t panels = ceil_div(width, kPanel);
     share(kPoints<kStride> * panels, [&](int64_t begin, int64_t end) {
@@ -272,7 +269,7 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
         float* out = sums + point * sums_stride + channel;
         auto run = [&](auto blocks) {
           multiply<decltype(blocks)::value>(
-              a, b, point, channel, shape.outputs, pairs, out, first > 0);
+              grads, inputs, point, channel, shape.outputs, pairs, out, first > 0);
         };
         switch (panel_blocks(width, channel / kPanel)) {
           case 1: run(std::integral_constant<int, 1>{}); break;

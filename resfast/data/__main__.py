@@ -88,12 +88,7 @@ def _preview(options: Options, path: Path) -> None:
     )
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", optimize=True)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResfastError(
-            f"cannot create the folder {path.parent}: {error.strerror}; choose another --preview"
-        ) from None
+    atomic.make_folder(path.parent, "--preview")
     atomic.save(path, buffer.getvalue())
     print(path)
 

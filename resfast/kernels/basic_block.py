@@ -296,7 +296,7 @@ def _choose(args: tuple, ways: dict[str, tuple[int, int]]) -> str | None:
             if not exact.isfinite().all():
                 return None
             is_right = conv_choice.near(exact, conv_cuda.MAX_ERROR)
-            given = conv_cuda.channels_last(x)
+            given = conv_reference.channels_last(x)
             scratch = given.clone()
             rest = args[1:]
             calls = {SEPARATE: functools.partial(_two_convolutions, scratch, *rest)}

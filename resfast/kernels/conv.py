@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from resfast.errors import nearest
 from resfast.kernels import conv_choice, conv_cpu, conv_cuda, conv_reference, extension
-from resfast.kernels.conv_reference import output_shape
+from resfast.kernels.conv_reference import channels_last, output_shape
 
 Activation = Literal["none", "relu", "leaky_relu", "silu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -238,7 +238,7 @@ class ConvBiasAct(nn.Module):
         self._plans: dict[tuple, conv_choice.Plan] = {}
         self._packed: dict[Any, Any] = {}
         if self.weight.is_cuda:
-            self.weight = conv_cuda.channels_last(self.weight)
+            self.weight = channels_last(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         is_cpu = x.is_cpu

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from resfast.kernels import conv_choice, conv_reference
 from resfast.kernels.conv_choice import Call, Plan, Times
+from resfast.kernels.conv_reference import channels_last
 
 CHOICES = conv_choice.Choices("conv-cuda.json")
 MOST_OF_OURS = 6
@@ -90,10 +91,6 @@ def plan(*args: Any) -> Plan:
     return Plan(way.name, torch.Size(shape), planned, settled)
 
 
-def channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
 def tf32(dtype: torch.dtype) -> bool:
     """Whether a convolution of this dtype may be rounded to TF32, by torch's switches for cuDNN."""
     # Set by torch.backends.cudnn.allow_tf32 too, which cannot always be read.
@@ -122,7 +119,7 @@ def _with_slope(*args: Any) -> Arguments:
 
 def _ways(args: Arguments) -> dict[str, Way]:
     """Those that apply, by name; the first is the best guess, ``torch`` is always the last."""
-    x, weight, _, residual, stride, padding, activation, slope = args
+    x, weight, _, _, stride, padding, activation, slope = args
     geometry = stride, padding
     capability = _capability(x.device)
     found = []
@@ -140,8 +137,7 @@ def _ways(args: Arguments) -> dict[str, Way]:
             found.append(Way(f"hopper:{config}", _then(kernel, rest)))
     if torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled:
         if activation == "relu":
-            run = _cudnn_relu if residual is None else _cudnn_add_relu
-            found.append(Way("cudnn", functools.partial(run, *geometry), _cudnn_bias))
+            found.append(Way("cudnn", functools.partial(_cudnn_relu, *geometry), _cudnn_bias))
         elif has_ours:
             run = functools.partial(_cudnn_then_epilogue, *geometry, activation, slope)
             found.append(Way("cudnn", run))
@@ -191,22 +187,10 @@ def _cudnn_relu(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    out = torch.cudnn_convolution_relu(x, weight, bias, stride, padding, (1, 1), 1)
-    return channels_last(out)
-
-
-def _cudnn_add_relu(
-    stride: list[int],
-    padding: list[int],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    out = torch.cudnn_convolution_add_relu(
-        x, weight, residual, 1.0, bias, stride, padding, (1, 1), 1
-    )
-    return channels_last(out)
+    rest = (bias, stride, padding, (1, 1), 1)
+    if residual is None:
+        return channels_last(torch.cudnn_convolution_relu(x, weight, *rest))
+    return channels_last(torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, *rest))
 
 
 def _cudnn_then_epilogue(

@@ -48,7 +48,12 @@ def conv2d_bias_act(
     if residual is not None:
         out = out + residual.to(dtype)
     out = ACTIVATIONS[activation](out, negative_slope).to(x.dtype)
-    return out.contiguous(memory_format=torch.channels_last)
+    return channels_last(out)
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """``[N, C, H, W]`` in that memory order, copied only where it is in another."""
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:

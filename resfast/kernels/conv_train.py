@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from resfast.kernels import conv_cpu, conv_reference
+from resfast.kernels.conv_reference import channels_last, output_shape
 
 LEAST_CHANNELS = 32
 """In and out, from which on the transforms cost less than they save."""
@@ -100,26 +101,17 @@ def check_arguments(x: Tensor, weight: Tensor, stride: int, padding: int) -> Non
         raise ValueError(f"stride is {stride}; expected 1 or 2")
     if padding not in (0, 1, 2):
         raise ValueError(f"padding is {padding}; expected 0, 1 or 2")
-    if min(_output_sides(x, stride, padding)) < 1:
+    if min(output_shape(x, weight, [stride] * 2, [padding] * 2)[2:]) < 1:
         raise ValueError(
             f"images of {x.shape[2]}x{x.shape[3]} with padding {padding} are smaller than the "
             "kernel of 3x3"
         )
 
 
-def _output_sides(x: Tensor, stride: int, padding: int) -> tuple[int, int]:
-    height, width = ((side + 2 * padding - 3) // stride + 1 for side in x.shape[2:])
-    return height, width
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
 def _winograd(
     x: Tensor, weight: Tensor, stride: int, padding: int, *, transposed: bool = False
 ) -> Tensor:
-    packed = torch.ops.resfast.conv_train_pack(_channels_last(weight), stride, transposed)
+    packed = torch.ops.resfast.conv_train_pack(channels_last(weight), stride, transposed)
     outputs, channels = weight.shape[:2][::-1] if transposed else weight.shape[:2]
     geometry = [outputs, channels, 3, 3, stride, stride, padding, padding]
     kernel = torch.ops.resfast.conv_winograd.default
@@ -128,14 +120,14 @@ def _winograd(
 
 @torch.library.impl("resfast::conv2d_train", "cpu")
 def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    return _winograd(_channels_last(x), weight, stride, padding)
+    return _winograd(channels_last(x), weight, stride, padding)
 
 
 @torch.library.impl("resfast::conv2d_train_backward", "cpu")
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needed: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    grad, x = _channels_last(grad), _channels_last(x)
+    grad, x = channels_last(grad), channels_last(x)
     none = x.new_empty(0)
     if not needed[0]:
         for_x = none
@@ -151,8 +143,8 @@ def _backward(
 
 @torch.library.register_fake("resfast::conv2d_train")
 def _fake(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    p, q = _output_sides(x, stride, padding)
-    return x.new_empty((x.shape[0], p, q, weight.shape[0])).permute(0, 3, 1, 2)
+    n, k, p, q = output_shape(x, weight, [stride] * 2, [padding] * 2)
+    return x.new_empty((n, p, q, k)).permute(0, 3, 1, 2)
 
 
 @torch.library.register_fake("resfast::conv2d_train_backward")
