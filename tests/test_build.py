@@ -619,13 +619,15 @@ ops, last = torch.ops.resfast, torch.channels_last
 if len(sys.argv) > 1 and hasattr(ops, "conv_bf16_supported") and ops.conv_bf16_supported():
     from resfast.kernels import conv_train
 
-    for n, c, k, side, stride, padding in [
-        (3, 32, 48, 9, 1, 1), (2, 40, 64, 8, 2, 1), (1, 33, 35, 7, 1, 0), (2, 64, 32, 5, 1, 2),
-        (3, 3, 20, 6, 2, 1), (1, 250, 60, 3, 1, 1), (5, 16, 130, 4, 2, 0), (2, 128, 96, 5, 2, 2),
+    for n, c, k, side, stride, padding, tile in [
+        (3, 32, 48, 9, 1, 1, 2), (2, 40, 64, 8, 2, 1, 2), (1, 33, 35, 7, 1, 0, 2),
+        (2, 64, 32, 5, 1, 2, 2), (3, 3, 20, 6, 2, 1, 2), (1, 250, 60, 3, 1, 1, 2),
+        (5, 16, 130, 4, 2, 0, 2), (2, 128, 96, 5, 2, 2, 2), (3, 33, 35, 9, 1, 1, 4),
+        (1, 250, 60, 3, 1, 1, 4), (2, 24, 130, 7, 1, 2, 4),
     ]:
         x = torch.randn(n, c, side, side).to(torch.bfloat16, memory_format=last).requires_grad_()
         weight = torch.randn(k, c, 3, 3, requires_grad=True)
-        y = conv_train.conv2d(x, weight, stride, padding)
+        y = conv_train.conv2d(x, weight, stride, padding, tile)
         y.backward(torch.randn_like(y))
         residual = torch.randn(y.shape).to(torch.bfloat16, memory_format=last)
         half, geometry = weight.detach().bfloat16(), [k, c, 3, 3, *[stride] * 2, *[padding] * 2]

@@ -36,61 +36,61 @@ struct WeightLanes {
 };
 
 // (G g G^T) of one channel's kernels, for 16 outputs.
-template <int kStride>
+template <class Form>
 RESFAST_BF16 void transform_weight(
     const WeightLanes& from, int64_t output, int64_t channel, __m512* points) {
-  constexpr int kSide = Transform<kStride>::kSide;
+  constexpr int kSide = Form::kSide;
   __m512 columns[kSide][3];
   for (int j = 0; j < 3; ++j) {
     __m512 g[3], u[kSide];
     for (int i = 0; i < 3; ++i) g[i] = from.load(output, channel, 3 * i + j);
-    Transform<kStride>::kernel(g, u);
+    Form::kernel(g, u);
     for (int i = 0; i < kSide; ++i) columns[i][j] = u[i];
   }
-  for (int i = 0; i < kSide; ++i) Transform<kStride>::kernel(columns[i], points + kSide * i);
+  for (int i = 0; i < kSide; ++i) Form::kernel(columns[i], points + kSide * i);
 }
 
 RESFAST_BF16_INLINE __m512i words(__m512 value) {
   return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value));
 }
 
-template <int kStride>
+template <class Form>
 RESFAST_BF16 void pack_pair(
     const WeightLanes& from, int64_t output, int64_t pair, int64_t channels, uint16_t* to,
     int64_t point_stride) {
-  __m512 even[kPoints<kStride>], odd[kPoints<kStride>];
-  transform_weight<kStride>(from, output, channel_of(2 * pair, channels), even);
+  __m512 even[kPoints<Form>], odd[kPoints<Form>];
+  transform_weight<Form>(from, output, channel_of(2 * pair, channels), even);
   const bool both = 2 * pair + 1 < channels;
-  if (both) transform_weight<kStride>(from, output, channel_of(2 * pair + 1, channels), odd);
-  for (int point = 0; point < kPoints<kStride>; ++point) {
+  if (both) transform_weight<Form>(from, output, channel_of(2 * pair + 1, channels), odd);
+  for (int point = 0; point < kPoints<Form>; ++point) {
     __m512i value = words(even[point]);
     if (both) value = _mm512_or_si512(value, _mm512_slli_epi32(words(odd[point]), 16));
     _mm512_storeu_si512(to + point * point_stride, value);
   }
 }
 
-template <int kStride>
+template <class Form>
 Tensor pack(const WeightLanes& from) {
   const int64_t outputs = from.transposed ? from.channels : from.filters;
   const int64_t channels = from.transposed ? from.filters : from.channels;
   const int64_t pairs = ceil_div(channels, 2), blocks = ceil_div(outputs, kLanes);
   Tensor packed = torch::stable::empty(
-      {kPoints<kStride> * blocks * kLanes * 2 * pairs}, ScalarType::BFloat16);
+      {kPoints<Form> * blocks * kLanes * 2 * pairs}, ScalarType::BFloat16);
   auto* to = static_cast<uint16_t*>(packed.mutable_data_ptr());
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, pairs, ceil_div(pairs, threads), [&](int64_t begin, int64_t end) {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t output = block * kLanes, panel = output / kPanel;
       const int64_t width = panel_blocks(outputs, panel) * kLanes;
-      uint16_t* base = to + panel * kPanel * kPoints<kStride> * 2 * pairs + output % kPanel * 2;
+      uint16_t* base = to + panel * kPanel * kPoints<Form> * 2 * pairs + output % kPanel * 2;
       for (int64_t pair = begin; pair < end; ++pair)
-        pack_pair<kStride>(from, output, pair, channels, base + pair * width * 2, width * 2 * pairs);
+        pack_pair<Form>(from, output, pair, channels, base + pair * width * 2, width * 2 * pairs);
     }
   });
   return packed;
 }
 
-Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed) {
+Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed, int64_t tile) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
   if (weight.scalar_type() != ScalarType::Float || weight.dim() != 4 || weight.numel() == 0 ||
       weight.size(2) != 3 || weight.size(3) != 3 || !is_channels_last(weight) || !weight.is_cpu())
@@ -98,11 +98,13 @@ Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed) {
          "; expected torch.float32 [K, C, 3, 3] in channels_last memory of the CPU");
   if (stride != 1 && (stride != 2 || transposed))
     fail("stride is ", stride, "; expected 1, or 2 where not transposed");
+  check_tile(tile, stride);
   if (weight.numel() > int64_t{1} << 30) fail("the weight has more than 2^30 values");
   const WeightLanes from{
       static_cast<const float*>(weight.const_data_ptr()), weight.size(0), weight.size(1),
       transposed};
-  return stride == 1 ? pack<1>(from) : pack<2>(from);
+  if (tile == 4) return pack<Form4>(from);
+  return stride == 1 ? pack<Form2>(from) : pack<Form2Stride2>(from);
 }
 
 // -- its gradient ----------------------------------------------------------------------------------
@@ -123,12 +125,12 @@ struct Operand {
 };
 
 // (B^T d B) of the input's tiles [begin, end) of the chunk.
-template <int kStride>
+template <class Form>
 RESFAST_BF16 void gather_inputs(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t begin, int64_t end,
     const Operand& to) {
   for (int64_t channel = 0; channel < to.width; channel += kLanes)
-    transform_tiles<kStride, Channels::kRest>(
+    transform_tiles<Form, Channels::kRest>(
         shape, tiles, first + begin, end - begin, channel,
         [&](int64_t i, int point, __m512 value) RESFAST_BF16 {
           const int64_t tile = begin + i;
@@ -139,36 +141,36 @@ RESFAST_BF16 void gather_inputs(
 }
 
 // (A dy A^T) of the tiles [begin, end) of the chunk.
-template <int kStride>
+template <class Form>
 RESFAST_BF16 void gather_gradients(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t begin, int64_t end,
     const uint16_t* grad, const Operand& to) {
-  constexpr int kSide = Transform<kStride>::kSide;
+  constexpr int kSide = Form::kSide, kResults = Form::kResults;
   TileAt at(tiles, first + begin);
   for (int64_t tile = begin; tile < end; ++tile, at.next()) {
     const uint16_t* source =
         grad + ((at.image * shape.rows + at.row) * shape.columns + at.column) * shape.outputs;
     for (int64_t output = 0; output < to.width; output += kLanes) {
       const __mmask16 mask = lane_mask(shape.outputs - output);
-      __m512 t[kSide][2];
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        __m512 y[2], transformed[kSide];
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; ++i)
+      __m512 t[kSide][kResults];
+#pragma GCC unroll 4
+      for (int j = 0; j < kResults; ++j) {
+        __m512 y[kResults], transformed[kSide];
+#pragma GCC unroll 4
+        for (int i = 0; i < kResults; ++i)
           y[i] = load_bf16(
               at.row + i < shape.rows && at.column + j < shape.columns ? mask : __mmask16{0},
               source + (i * shape.columns + j) * shape.outputs + output);
-        Transform<kStride>::gradients(y, transformed);
-#pragma GCC unroll 5
+        Form::gradients(y, transformed);
+#pragma GCC unroll 6
         for (int i = 0; i < kSide; ++i) t[i][j] = transformed[i];
       }
       uint16_t* base = to.values + (tile / 2 * to.width + output) * 2;
-#pragma GCC unroll 5
+#pragma GCC unroll 6
       for (int i = 0; i < kSide; ++i) {
         __m512 row[kSide];
-        Transform<kStride>::gradients(t[i], row);
-#pragma GCC unroll 5
+        Form::gradients(t[i], row);
+#pragma GCC unroll 6
         for (int j = 0; j < kSide; ++j)
           store_of_pair(base + (kSide * i + j) * to.point_stride, row[j], tile % 2);
       }
@@ -205,27 +207,27 @@ RESFAST_BF16 void multiply(
 }
 
 // dw [K, 3, 3, C] = G^T sums G, for some outputs.
-template <int kStride>
+template <class Form>
 RESFAST_BF16 void transform_sums(
     const ConvShape& shape, const float* sums, int64_t point_stride, int64_t width, int64_t begin,
     int64_t end, float* to) {
-  constexpr int kSide = Transform<kStride>::kSide;
+  constexpr int kSide = Form::kSide;
   for (int64_t output = begin; output < end; ++output)
     for (int64_t channel = 0; channel < shape.channels; channel += kLanes) {
       const __mmask16 mask = lane_mask(shape.channels - channel);
       const float* from = sums + output * width + channel;
       __m512 half[3][kSide];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
       for (int j = 0; j < kSide; ++j) {
         __m512 u[kSide], g[3];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
         for (int i = 0; i < kSide; ++i) u[i] = _mm512_load_ps(from + (kSide * i + j) * point_stride);
-        Transform<kStride>::kernel_gradient(u, g);
+        Form::kernel_gradient(u, g);
         for (int i = 0; i < 3; ++i) half[i][j] = g[i];
       }
       for (int i = 0; i < 3; ++i) {
         __m512 g[3];
-        Transform<kStride>::kernel_gradient(half[i], g);
+        Form::kernel_gradient(half[i], g);
         for (int j = 0; j < 3; ++j)
           _mm512_mask_storeu_ps(
               to + ((output * 3 + i) * 3 + j) * shape.channels + channel, mask, g[j]);
@@ -233,11 +235,11 @@ RESFAST_BF16 void transform_sums(
     }
 }
 
-template <int kStride>
+template <class Form>
 void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
-  const Tiles tiles(shape);
+  const Tiles tiles(shape, Form::kResults);
   const int64_t width = round_up(shape.channels, kLanes), rows = round_up(shape.outputs, kLanes);
-  const int64_t per_tile = kPoints<kStride> * 2 * (width + rows); // bytes
+  const int64_t per_tile = kPoints<Form> * 2 * (width + rows); // bytes
   const int64_t most =
       std::min(std::clamp(kOperandBytes / per_tile, kLeastChunk, kMostChunk), tiles.count);
   const int64_t chunk = round_up(most, 2);
@@ -246,11 +248,11 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
   // Not a multiple of 4096 bytes apart, as in conv_winograd.cpp.
   auto operand = [&](Workspace<uint16_t>& memory, int64_t size) {
     const int64_t point_stride = chunk * size + 2 * kLanes;
-    return Operand{memory.get(kPoints<kStride> * point_stride), size, point_stride};
+    return Operand{memory.get(kPoints<Form> * point_stride), size, point_stride};
   };
   const Operand inputs = operand(inputs_memory, width), grads = operand(grads_memory, rows);
   const int64_t sums_stride = shape.outputs * width + kLanes;
-  float* sums = sums_memory.get(kPoints<kStride> * sums_stride);
+  float* sums = sums_memory.get(kPoints<Form> * sums_stride);
   const int64_t threads = torch::stable::get_num_threads();
   auto share = [&](int64_t count, auto part) {
     torch::stable::parallel_for(0, count, ceil_div(count, threads), part);
@@ -259,11 +261,11 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
     const int64_t count = std::min(chunk, tiles.count - first), pairs = ceil_div(count, 2);
     share(pairs, [&](int64_t begin, int64_t end) {
       const int64_t last = std::min(count, 2 * end);
-      gather_inputs<kStride>(shape, tiles, first, 2 * begin, last, inputs);
-      gather_gradients<kStride>(shape, tiles, first, 2 * begin, last, grad, grads);
+      gather_inputs<Form>(shape, tiles, first, 2 * begin, last, inputs);
+      gather_gradients<Form>(shape, tiles, first, 2 * begin, last, grad, grads);
     });
     const int64_t panels = ceil_div(width, kPanel);
-    share(kPoints<kStride> * panels, [&](int64_t begin, int64_t end) {
+    share(kPoints<Form> * panels, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         const int64_t point = part / panels, channel = part % panels * kPanel;
         float* out = sums + point * sums_stride + channel;
@@ -281,14 +283,15 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
     });
   }
   share(shape.outputs, [&](int64_t begin, int64_t end) {
-    transform_sums<kStride>(shape, sums, sums_stride, width, begin, end, to);
+    transform_sums<Form>(shape, sums, sums_stride, width, begin, end, to);
   });
 }
 
 Tensor conv_train_weight_gradient(
-    const Tensor& x, const Tensor& grad, int64_t stride, int64_t padding) {
+    const Tensor& x, const Tensor& grad, int64_t stride, int64_t padding, int64_t tile) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
   if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
+  check_tile(tile, stride);
   if (padding < 0) fail("padding is ", padding, "; expected at least 0");
   check_map("x", x, {-1, -1, -1, -1});
   ConvShape shape{};
@@ -305,7 +308,8 @@ Tensor conv_train_weight_gradient(
   Tensor result = torch::stable::empty(
       {shape.outputs, shape.channels, 3, 3}, ScalarType::Float, std::nullopt, std::nullopt,
       std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-  const auto run = stride == 1 ? weight_gradient<1> : weight_gradient<2>;
+  const auto run = tile == 4 ? weight_gradient<Form4>
+                             : stride == 1 ? weight_gradient<Form2> : weight_gradient<Form2Stride2>;
   run(shape, static_cast<const uint16_t*>(grad.const_data_ptr()),
       static_cast<float*>(result.mutable_data_ptr()));
   return result;
@@ -315,9 +319,10 @@ Tensor conv_train_weight_gradient(
 } // namespace resfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
-  m.def("conv_train_pack(Tensor weight, int stride, bool transposed) -> Tensor");
+  m.def("conv_train_pack(Tensor weight, int stride, bool transposed, int tile=2) -> Tensor");
   m.def(
-      "conv_train_weight_gradient(Tensor x, Tensor grad, int stride, int padding) -> Tensor");
+      "conv_train_weight_gradient(Tensor x, Tensor grad, int stride, int padding, int tile=2) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {

@@ -1,5 +1,5 @@
-// Winograd's minimal filtering for 3x3 kernels, tiles of 2x2 results: its transforms, and the walk
-// over tiles. What they compute: conv_winograd.cpp.
+// Winograd's minimal filtering for 3x3 kernels: its transforms, and the walk over tiles. What they
+// compute: conv_winograd.cpp.
 #pragma once
 
 #if defined(__x86_64__)
@@ -8,13 +8,13 @@
 
 namespace resfast {
 
-// The transforms of one direction, in any arithmetic: of inputs, of products to results, of kernels,
-// and, transposed, of the results' gradients and to the kernel's gradient.
-template <int kStride>
-struct Transform;
+// A form is the transforms of one direction, in any arithmetic: of inputs, of products to results, of
+// kernels, and, transposed, of the results' gradients and to the kernel's gradient.
 
-template <>
-struct Transform<1> {
+// Stride 1, tiles of 2x2 results.
+struct Form2 {
+  static constexpr int kStride = 1;
+  static constexpr int kResults = 2; // of a tile
   static constexpr int kSide = 4; // inputs of a tile, and its products
   template <class V>
   RESFAST_BF16_INLINE static void inputs(const V* d, V* t) {
@@ -40,8 +40,10 @@ struct Transform<1> {
   }
 };
 
-template <>
-struct Transform<2> {
+// Stride 2, tiles of 2x2 results.
+struct Form2Stride2 {
+  static constexpr int kStride = 2;
+  static constexpr int kResults = 2;
   static constexpr int kSide = 5;
   template <class V>
   RESFAST_BF16_INLINE static void inputs(const V* d, V* t) {
@@ -65,13 +67,68 @@ struct Transform<2> {
   }
 };
 
-template <int kStride>
-constexpr int kPoints = Transform<kStride>::kSide * Transform<kStride>::kSide;
+RESFAST_BF16_INLINE __m512 multiply_add(float factor, __m512 value, __m512 to) {
+  return _mm512_fmadd_ps(_mm512_set1_ps(factor), value, to);
+}
 
+// Stride 1, tiles of 4x4 results: F(4x4, 3x3) at the points 0, +-2/3, +-3/2 and infinity, which
+// round off half as much as the usual 0, +-1, +-2 and infinity.
+struct Form4 {
+  static constexpr int kStride = 1;
+  static constexpr int kResults = 4;
+  static constexpr int kSide = 6;
+  static constexpr float kA = 2.0f / 3, kB = 3.0f / 2, kA2 = kA * kA, kB2 = kB * kB;
+  static constexpr float kA3 = kA2 * kA, kB3 = kB2 * kB, kSum = kA2 + kB2;
+  static constexpr float kOfA = 1 / (2 * kA2 * (kA2 - kB2)), kOfB = 1 / (2 * kB2 * (kB2 - kA2));
+  RESFAST_BF16_INLINE static void inputs(const __m512* d, __m512* t) {
+    t[0] = multiply_add(-kSum, d[2], d[0] + d[4]);
+    const __m512 even_a = multiply_add(-kB2, d[2], d[4]), odd_a = multiply_add(-kB2, d[1], d[3]);
+    t[1] = multiply_add(kA, odd_a, even_a), t[2] = multiply_add(-kA, odd_a, even_a);
+    const __m512 even_b = multiply_add(-kA2, d[2], d[4]), odd_b = multiply_add(-kA2, d[1], d[3]);
+    t[3] = multiply_add(kB, odd_b, even_b), t[4] = multiply_add(-kB, odd_b, even_b);
+    t[5] = multiply_add(-kSum, d[3], d[1] + d[5]);
+  }
+  RESFAST_BF16_INLINE static void results(const __m512* m, __m512* y) {
+    const __m512 even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4];
+    const __m512 odd_b = m[3] - m[4];
+    y[0] = m[0] + even_a + even_b;
+    y[1] = multiply_add(kA, odd_a, kB * odd_b);
+    y[2] = multiply_add(kA2, even_a, kB2 * even_b);
+    y[3] = multiply_add(kA3, odd_a, multiply_add(kB3, odd_b, m[5]));
+  }
+  RESFAST_BF16_INLINE static void kernel(const __m512* g, __m512* u) {
+    const __m512 even_a = kOfA * multiply_add(kA2, g[2], g[0]), odd_a = (kOfA * kA) * g[1];
+    const __m512 even_b = kOfB * multiply_add(kB2, g[2], g[0]), odd_b = (kOfB * kB) * g[1];
+    u[0] = g[0], u[1] = even_a + odd_a, u[2] = even_a - odd_a;
+    u[3] = even_b + odd_b, u[4] = even_b - odd_b, u[5] = g[2];
+  }
+  RESFAST_BF16_INLINE static void gradients(const __m512* y, __m512* m) {
+    const __m512 even_a = multiply_add(kA2, y[2], y[0]), odd_a = multiply_add(kA3, y[3], kA * y[1]);
+    const __m512 even_b = multiply_add(kB2, y[2], y[0]), odd_b = multiply_add(kB3, y[3], kB * y[1]);
+    m[0] = y[0], m[1] = even_a + odd_a, m[2] = even_a - odd_a;
+    m[3] = even_b + odd_b, m[4] = even_b - odd_b, m[5] = y[3];
+  }
+  RESFAST_BF16_INLINE static void kernel_gradient(const __m512* u, __m512* g) {
+    const __m512 even_a = kOfA * (u[1] + u[2]), odd_a = (kOfA * kA) * (u[1] - u[2]);
+    const __m512 even_b = kOfB * (u[3] + u[4]), odd_b = (kOfB * kB) * (u[3] - u[4]);
+    g[0] = u[0] + even_a + even_b, g[1] = odd_a + odd_b;
+    g[2] = multiply_add(kA2, even_a, multiply_add(kB2, even_b, u[5]));
+  }
+};
+
+inline void check_tile(int64_t tile, int64_t stride) {
+  if (tile != 2 && (tile != 4 || stride != 1))
+    fail("tile is ", tile, "; expected 2, or 4 where the stride is 1");
+}
+
+template <class Form>
+constexpr int kPoints = Form::kSide * Form::kSide;
+
+// A map of results in tiles of `side` rows and columns.
 struct Tiles {
-  int64_t rows, columns, count; // per image, per image, of the batch
-  explicit Tiles(const ConvShape& shape)
-      : rows(ceil_div(shape.rows, 2)), columns(ceil_div(shape.columns, 2)),
+  int64_t side, rows, columns, count; // per image, per image, of the batch
+  Tiles(const ConvShape& shape, int64_t side)
+      : side(side), rows(ceil_div(shape.rows, side)), columns(ceil_div(shape.columns, side)),
         count(shape.batch * rows * columns) {}
 };
 
@@ -81,13 +138,14 @@ struct TileAt {
   int64_t image, row, column; // of the tile's first result
   TileAt(const Tiles& all, int64_t tile)
       : tiles(all), image(tile / tiles.columns / tiles.rows),
-        row(tile / tiles.columns % tiles.rows * 2), column(tile % tiles.columns * 2) {}
+        row(tile / tiles.columns % tiles.rows * tiles.side),
+        column(tile % tiles.columns * tiles.side) {}
   // To the next one; whether it is in the same row.
   bool next() {
-    column += 2;
-    if (column < 2 * tiles.columns) return true;
-    column = 0, row += 2;
-    if (row == 2 * tiles.rows) row = 0, ++image;
+    column += tiles.side;
+    if (column < tiles.side * tiles.columns) return true;
+    column = 0, row += tiles.side;
+    if (row == tiles.side * tiles.rows) row = 0, ++image;
     return false;
   }
 };
@@ -116,43 +174,43 @@ RESFAST_BF16_INLINE __m512 load_channels(const uint16_t* from, __mmask16 mask) {
 // Calls `store(tile, point, (B^T d B)[point])` for tiles from `first` on, counted from 0, where d are
 // the values that a tile's results are made of, zeros outside the image: 16 channels of them, the
 // first (or that of their group) at `channel`.
-template <int kStride, Channels kWhich, class Store>
+template <class Form, Channels kWhich, class Store>
 RESFAST_BF16_INLINE void transform_tiles(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, int64_t channel,
     Store store) {
-  constexpr int kSide = Transform<kStride>::kSide, kShared = kSide - 2 * kStride;
+  constexpr int kSide = Form::kSide, kShared = kSide - Form::kResults * Form::kStride;
   const __mmask16 mask = kWhich == Channels::kRest ? lane_mask(shape.channels - channel) : 0xFFFF;
   TileAt at(tiles, first);
   __m512 t[kSide][kSide]; // the columns transformed
   bool follows = false; // so that its first columns are the last ones of the tile before
   for (int64_t tile = 0; tile < count; ++tile) {
-    const int64_t top = kStride * at.row - shape.padding_h;
-    const int64_t left = kStride * at.column - shape.padding_w;
+    const int64_t top = Form::kStride * at.row - shape.padding_h;
+    const int64_t left = Form::kStride * at.column - shape.padding_w;
     const uint16_t* source =
         shape.x + ((at.image * shape.height + top) * shape.width + left) * shape.channels + channel;
-#pragma GCC unroll 5
+#pragma GCC unroll 6
     for (int j = 0; j < kSide; ++j) {
       if (j < kShared && follows) {
-#pragma GCC unroll 5
+#pragma GCC unroll 6
         for (int i = 0; i < kSide; ++i) t[i][j] = t[i][kSide - kShared + j];
         continue;
       }
       const bool inside = left + j >= 0 && left + j < shape.width;
       __m512 d[kSide], transformed[kSide];
-#pragma GCC unroll 5
+#pragma GCC unroll 6
       for (int i = 0; i < kSide; ++i)
         d[i] = load_channels<kWhich>(
             source + (i * shape.width + j) * shape.channels,
             inside && top + i >= 0 && top + i < shape.height ? mask : __mmask16{0});
-      Transform<kStride>::inputs(d, transformed);
-#pragma GCC unroll 5
+      Form::inputs(d, transformed);
+#pragma GCC unroll 6
       for (int i = 0; i < kSide; ++i) t[i][j] = transformed[i];
     }
-#pragma GCC unroll 5
+#pragma GCC unroll 6
     for (int i = 0; i < kSide; ++i) {
       __m512 row[kSide];
-      Transform<kStride>::inputs(t[i], row);
-#pragma GCC unroll 5
+      Form::inputs(t[i], row);
+#pragma GCC unroll 6
       for (int j = 0; j < kSide; ++j) store(tile, kSide * i + j, row[j]);
     }
     follows = at.next();
