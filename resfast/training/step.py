@@ -1,20 +1,31 @@
-"""One training step: forward, loss, backward and optimizer, compiled where asked."""
+"""One training step: forward, loss, backward, optimizer and averaging, compiled where asked.
+
+On CUDA the whole of it can be captured as one CUDA graph. What changes from step to step then lives
+on the device: learning rates and the weight of an average are rows of a table computed up front,
+and the step itself counts which row is next.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from resfast.training.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
 from resfast.training.config import OptimConfig
+from resfast.training.optim import WHITENING_BIAS, Schedule
 
 logger = logging.getLogger("resfast")
+
+_RECOMPILE_LIMIT = 64
+"""Image sizes times batch sizes times two (whitening bias trained or not) that get compiled."""
 
 
 class TrainStep:
@@ -23,10 +34,17 @@ class TrainStep:
     Args:
         model: the network, in ``channels_last``, on the device.
         optimizer: over its parameters.
-        config: clipping, label smoothing and averaging.
+        config: clipping, label smoothing, averaging and the training of a whitening bias.
         device: where it runs.
         dtype: compute dtype under autocast; fp16 scales the loss.
         compile: whether forward and backward go through torch.compile.
+        schedule: of ``optimizer``; needed by Lookahead, the whitening bias and ``captured``.
+        captured: run each kind of step as one CUDA graph. On the CPU everything is the same but
+            that the graph is a call.
+        image_losses: whether :attr:`image_losses` is kept.
+
+    Raises:
+        ValueError: the schedule is missing, or :func:`why_not_captured` has a reason.
     """
 
     def __init__(
@@ -38,29 +56,56 @@ class TrainStep:
         device: torch.device,
         dtype: torch.dtype,
         compile: bool,
+        schedule: Schedule | None = None,
+        captured: bool = False,
+        image_losses: bool = False,
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.device, self.dtype = device, dtype
+        self.schedule = schedule
+        if schedule is None and (captured or config.lookahead or config.whitening_bias_epochs):
+            raise ValueError(
+                "schedule is None; lookahead, whitening_bias_epochs and captured need it"
+            )
+        if captured and (reason := why_not_captured(config, dtype)):
+            raise ValueError(f"the step cannot be captured: {reason}")
+        self.steps: int | None = 0
+        """Steps done; None where a checkpoint did not count them, until the next one."""
+        self.image_losses: Tensor | None = None
+        """Loss of each image of the latest batch, float32 ``[B]``, where asked for; valid until
+        the next call."""
+        self._keep_image_losses = image_losses
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.ema: AveragedModel | None = None
-        if config.ema:
-            self.ema = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
-        self._loss = torch.compile(self._forward) if compile else self._forward
+        self.average = Average(model) if config.ema or config.lookahead else None
+        self._whitening_bias = dict(model.named_parameters()).get(WHITENING_BIAS)
+        if self._whitening_bias is not None and not self._whitening_bias.requires_grad:
+            self._whitening_bias = None
+        self._loss = self._forward
+        if compile:
+            limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+            torch._dynamo.config.recompile_limit = limit
+            self._loss = torch.compile(self._forward, dynamic=False)
+        self._table = _Table(self) if captured else None
+        self._graphs: dict[Any, _Graph] = {}
+        self._graph_memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def _average(self, averaged: Any, current: Any, updates: Tensor) -> None:
-        # A short memory at first, so that the average does not hold on to the random start.
-        # `updates` lives on the CPU: reading it waits for nothing.
-        done = int(updates)
-        decay = min(self.config.ema, (1 + done) / (10 + done))
-        get_ema_multi_avg_fn(decay)(averaged, current, updates)
+    @property
+    def ema(self) -> Average | None:
+        """The averaged network of an exponential moving average."""
+        return self.average if self.config.ema else None
 
-    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(images)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        reduction = "none" if self._keep_image_losses else "mean"
+        smoothing = self.config.label_smoothing
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
         main = labels if labels.ndim == 1 else labels.argmax(1)
-        return loss, (logits.detach().argmax(1) == main).sum()
+        correct = (logits.detach().argmax(1) == main).sum()
+        if self._keep_image_losses:
+            return loss.mean(), correct, loss.detach()
+        return loss, correct
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step.
@@ -71,9 +116,30 @@ class TrainStep:
                 largest then counts as the correct one.
 
         Returns:
-            Mean loss (float32) and number of correct predictions (int64), both 0-d on the device.
+            Mean loss (float32) and number of correct predictions (int64), both 0-d on the device,
+            valid until the next call.
         """
-        loss, correct = self._loss(images, labels)
+        if self.steps is None:
+            self.steps = self.schedule.position if self.schedule else 0
+        if self.average is not None and self.steps == 0:
+            self.average.restart()  # weights may have been prepared since it was made
+        kind = self._kind(self.steps)
+        self._train_whitening_bias(kind.whitening_bias)
+        if self._table is None:
+            out = self._step(images, labels, kind.moves_average, self._average_weight(self.steps))
+        else:
+            self._table.go_to(self.steps)
+            out = self._graph(images, labels, kind).run(images, labels)
+        self.steps += 1
+        loss, correct, *rest = out
+        if rest:
+            self.image_losses = rest[0]
+        return loss, correct
+
+    def _step(
+        self, images: Tensor, labels: Tensor, moves_average: bool, weight: float | Tensor
+    ) -> tuple[Tensor, ...]:
+        loss, *rest = self._loss(images, labels)
         self.scaler.scale(loss).backward()
         parameters = self.model.parameters()
         if self.config.clip_value or self.config.clip_norm:
@@ -85,53 +151,170 @@ class TrainStep:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
-        return loss.detach(), correct
+        if moves_average:
+            self.average.move(weight, write_back=bool(self.config.lookahead))
+        return loss.detach(), *rest
+
+    # -- what changes from step to step -----------------------------------------------------------
+
+    def _kind(self, step: int) -> _Kind:
+        bias = self._whitening_bias is not None and step < self.schedule.whitening_bias_steps
+        moves = bool(self.config.ema)
+        if self.config.lookahead:
+            moves = moves_lookahead(self.config, step + 1, self.schedule.total)
+        return _Kind(whitening_bias=bias, moves_average=moves)
+
+    def _average_weight(self, step: int) -> float:
+        if self.config.ema:
+            return ema_weight(self.config.ema, step)
+        if self.config.lookahead:
+            return lookahead_weight(self.config, step + 1, self.schedule.total)
+        return 0.0
+
+    def _train_whitening_bias(self, trained: bool) -> None:
+        if self._whitening_bias is not None and self._whitening_bias.requires_grad != trained:
+            self._whitening_bias.requires_grad_(trained)
+
+    # -- compilation and capture ------------------------------------------------------------------
 
     def warm_up(self, images: Tensor, labels: Tensor, *, fall_back: bool) -> float:
-        """Compiles on a dummy batch, leaving weights, statistics and generators as they were.
+        """Compiles (and captures) every kind of step on a dummy batch.
+
+        Weights, statistics, generators and the optimizer are left as they were. Call it once for
+        each shape to come.
 
         Args:
             images: a batch of the shape, dtype and layout to come.
             labels: its labels.
-            fall_back: go on without compilation, and say so, where compiling fails.
+            fall_back: go on without compilation or capture, and say so, where it fails.
 
         Returns:
             Seconds it took.
 
         Raises:
-            RuntimeError: compiling failed and ``fall_back`` is False.
+            RuntimeError: compiling or capturing failed and ``fall_back`` is False.
         """
         start = time.perf_counter()
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
-        with _keep_generators(self.device):
+        kinds = self._kinds_to_come()
+        for trained in sorted({kind.whitening_bias for kind in kinds}, reverse=True):
+            self._train_whitening_bias(trained)
+            self._compile(images, labels, fall_back)
+        if self._table is not None:
             try:
-                loss, _ = self._loss(images, labels)
-                loss.backward()
+                for kind in kinds:
+                    self._train_whitening_bias(kind.whitening_bias)
+                    self._graph(images, labels, kind)
             except RuntimeError as error:
                 if not fall_back:
                     raise
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                logger.warning("training goes on without torch.compile, which failed: %s", reason)
-                self._loss = self._forward
-        self.optimizer.zero_grad(set_to_none=True)
-        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(before)
+                logger.warning(
+                    "training goes on without a CUDA graph, which failed: %s", _first_line(error)
+                )
+                self._table.give_back()
+                self._table = None
+                self._graphs.clear()
+        self._train_whitening_bias(self._kind(self.steps or 0).whitening_bias)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
+    def _kinds_to_come(self) -> list[_Kind]:
+        if self.schedule is None:
+            return [self._kind(0)]
+        return list(dict.fromkeys(self._kind(s) for s in range(self.schedule.total)))
+
+    def _compile(self, images: Tensor, labels: Tensor, fall_back: bool) -> None:
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        with _keep_generators(self.device):
+            try:
+                loss, *_ = self._loss(images, labels)
+                loss.backward()
+            except RuntimeError as error:
+                if not fall_back:
+                    raise
+                logger.warning(
+                    "training goes on without torch.compile, which failed: %s", _first_line(error)
+                )
+                self._loss = self._forward
+        self.optimizer.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def _graph(self, images: Tensor, labels: Tensor, kind: _Kind) -> _Graph:
+        key = kind, images.shape, images.dtype, labels.shape
+        if key not in self._graphs:
+
+            def step(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+                self._table.advance()
+                return self._step(images, labels, kind.moves_average, self._table.average_weight)
+
+            with self._everything_kept(), _keep_generators(self.device):
+                self._graphs[key] = _Graph(
+                    step, images, labels, optimizer=self.optimizer, memory=self._graph_memory
+                )
+        return self._graphs[key]
+
+    @contextlib.contextmanager
+    def _everything_kept(self):
+        """Within it steps may be run; after it all is as before, at the same addresses."""
+        before = [(tensor, tensor.detach().clone()) for tensor in self._state_tensors()]
+        known = {id(tensor) for tensor, _ in before}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in before:
+                    tensor.copy_(value)
+                for tensor in self._optimizer_tensors():
+                    if id(tensor) not in known:
+                        tensor.zero_()  # momentum that the steps brought forth
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        state = self.optimizer.state.values()
+        return [value for values in state for value in values.values() if torch.is_tensor(value)]
+
+    def _state_tensors(self) -> list[Tensor]:
+        modules = [self.model] if self.average is None else [self.model, self.average.module]
+        tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+        tensors += self._optimizer_tensors()
+        return tensors if self._table is None else [*tensors, *self._table.tensors]
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def reset(self, model_state: dict[str, Tensor]) -> None:
+        """Begins a new training with what is compiled and captured.
+
+        Weights, averages, optimizer, schedule and scaler become those of a new step over a model
+        with ``model_state``; the schedule's length and the configuration stay.
+
+        Args:
+            model_state: state dict of the model, as its initialisation left it.
+        """
+        self.model.load_state_dict(model_state)
+        if self._graphs:  # they know the addresses of the optimizer's state
+            for tensor in self._optimizer_tensors():
+                tensor.zero_()
+        else:
+            self.optimizer.state.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        if self.schedule is not None:
+            self.schedule.reset()
+        self.steps, self.image_losses = 0, None
+        if self.average is not None:
+            self.average.restart()
+
     @property
     def evaluated_model(self) -> nn.Module:
         """The network whose weights count: the averaged one where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.average is None else self.average.module
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on, as tensors and plain values."""
         return {
+            "steps": self.steps,
             "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(self.steps),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -139,10 +322,158 @@ class TrainStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a state of :meth:`state_dict`."""
         self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.steps = state.get("steps")
+        if self.steps is None and self.average is not None:  # of version 0.1
+            self.steps = int(state["ema"]["n_averaged"])
+        self._graphs.clear()  # the optimizer's state has moved
+        if self._table is not None:
+            self._table.take_over()
+
+
+def why_not_captured(config: OptimConfig, dtype: torch.dtype) -> str | None:
+    """What keeps a step from being captured as a CUDA graph, or None where nothing does."""
+    if dtype == torch.float16:
+        return "the loss scale of float16 is decided by the host"
+    if config.schedule == "plateau":
+        return "the plateau schedule is decided by the host"
+    if config.schedule == "onecycle" and config.cycle_momentum:
+        return "--cycle-momentum changes the optimizer's momentum on the host"
+    return None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What of a step is not data: another value means another graph."""
+
+    whitening_bias: bool
+    moves_average: bool
+
+
+class _Table:
+    """Learning rates and the average's weight of every step, on the device.
+
+    Attributes:
+        average_weight: of the step at hand, float32 0-d.
+        tensors: all of what changes.
+    """
+
+    def __init__(self, step: TrainStep) -> None:
+        self.schedule, self.optimizer = step.schedule, step.optimizer
+        weights = [step._average_weight(s) for s in range(self.schedule.total)]
+        table = torch.cat([self.schedule.table(), torch.tensor(weights)[:, None]], 1)
+        self.rows = table.to(step.device)
+        self.row = torch.zeros_like(self.rows[0])
+        self.next = torch.zeros(1, dtype=torch.int64, device=step.device)
+        self.tensors = [self.row, self.next]
+        self.average_weight = self.row[-1]
+        self._next_on_host = 0
+        self.take_over()
+
+    def take_over(self) -> None:
+        """Makes the optimizer read its learning rates from the device."""
+        self.schedule.steers_groups = False
+        for group, rate in zip(self.optimizer.param_groups, self.row, strict=False):
+            group["lr"] = rate
+
+    def give_back(self) -> None:
+        """Lets the schedule write learning rates as numbers again."""
+        self.schedule.steers_groups = True
+        self.schedule.rewrite()
+
+    def go_to(self, step: int) -> None:
+        """Sets which row is next, where it is not that one anyway."""
+        step = min(step, len(self.rows) - 1)
+        if step != self._next_on_host:
+            self.next.fill_(step)
+        self._next_on_host = step + 1
+
+    def advance(self) -> None:
+        """Part of a captured step: takes up the next row."""
+        self.row.copy_(self.rows.index_select(0, self.next)[0])
+        self.next += 1
+
+
+class _Graph:
+    """A function of a batch that runs as one CUDA graph, on buffers of its own.
+
+    Args:
+        step: what to capture; it may change anything that keeps its address.
+        images: a batch of the shape, dtype and layout to come.
+        labels: its labels.
+        optimizer: what ``step`` calls; its state comes into being here.
+        memory: pool that graphs may share of which no two run at a time.
+    """
+
+    WARM_UP_STEPS = 3
+
+    def __init__(
+        self,
+        step: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        images: Tensor,
+        labels: Tensor,
+        *,
+        optimizer: torch.optim.Optimizer,
+        memory: tuple[int, int] | None,
+    ) -> None:
+        self.images, self.labels = images.clone(), labels.clone()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if images.is_cuda:
+            with torch.cuda.device(images.device):
+                self._capture(step, optimizer, memory)
+        else:
+            self.call = step
+            self.out = step(self.images, self.labels)
+
+    def _capture(
+        self,
+        step: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        optimizer: torch.optim.Optimizer,
+        memory: tuple[int, int] | None,
+    ) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.WARM_UP_STEPS):
+                step(self.images, self.labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: the threads of a data loader may go on meanwhile.
+        capture = torch.cuda.graph(
+            self.graph, pool=memory, stream=stream, capture_error_mode="thread_local"
+        )
+        with _capturable(optimizer), capture:
+            self.out = step(self.images, self.labels)
+
+    def run(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """The result for a batch, valid until the next call."""
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            for place, value in zip(self.out, self.call(self.images, self.labels), strict=True):
+                place.copy_(value)
+        return self.out
+
+
+@contextlib.contextmanager
+def _capturable(optimizer: torch.optim.Optimizer):
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager
