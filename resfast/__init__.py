@@ -22,6 +22,8 @@ _HOME = {
     "RECIPES": "resfast.training.recipes",
     "ResNet": "resfast.models.resnet",
     "ResNetSpec": "resfast.models.resnet",
+    "SpeedNet": "resfast.models.speednet",
+    "SpeedNetSpec": "resfast.models.speednet",
     "ResfastError": "resfast.errors",
     "create_model": "resfast.models.presets",
     "fuse": "resfast.fusion",

@@ -4,7 +4,8 @@ The network is traced with ``torch.fx``, or with ``torch.export`` where Python's
 at the data, and its in-place operations are made out of place, so that an operation can move to
 where its operands are ready. Every convolution then takes in what follows it and nobody else
 reads: the batch norm (folded into the weights, Jacob et al., arXiv:1712.05877, section 3.2), the
-addition of a residual and the activation.
+addition of a residual and the activation. A max pool moves behind a norm and an activation that
+keep the order of numbers, so that these stand behind the convolution.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ _ADDS = (operator.add, torch.add, aten.add.Tensor, "add")
 _CONVS = (F.conv2d, torch.conv2d, aten.conv2d.default)
 _NORMS = (F.batch_norm, aten.batch_norm.default)
 _LINEARS = (F.linear, aten.linear.default)
+_MAX_POOLS = (F.max_pool2d, torch.max_pool2d, aten.max_pool2d.default)
+_SCALINGS = (operator.mul, torch.mul, aten.mul.Tensor, aten.mul.Scalar, "mul")
 _IN_PLACE = {
     getattr(operator, f"i{name}"): getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow")
@@ -625,6 +628,8 @@ class _Rewriter:
     def run(self) -> FusionReport:
         for node in list(self.graph.nodes):
             self._cast(node)
+        for node in list(self.graph.nodes):
+            self._delay_max_pool(node)
         branches = [branch for node in self.graph.nodes if (branch := self._branch(node))]
         values = {branch.value: branch for branch in branches if self._fits(branch)}
         for branch in branches:
@@ -775,6 +780,20 @@ class _Rewriter:
             return None
         return other
 
+    def _is_max_pool(self, node: fx.Node) -> bool:
+        module = self._module(node)
+        if module is not None:
+            return type(module) is nn.MaxPool2d and not fused.hooked(module)
+        return node.op == "call_function" and node.target in _MAX_POOLS
+
+    def _rises(self, node: fx.Node, x: fx.Node) -> bool:
+        """Whether a node is a norm or an activation of ``x`` that keeps the order of numbers."""
+        if norm := self._norm(node, x):
+            return bool((norm[0] > 0).all())
+        found = self._activation(node, x) or {}
+        kind, slope = found.get("activation"), found.get("negative_slope", 0)
+        return kind == "relu" or (kind == "leaky_relu" and slope >= 0)
+
     # -- rewriting it --------------------------------------------------------------------------
 
     def _cast(self, node: fx.Node) -> None:
@@ -788,6 +807,25 @@ class _Rewriter:
 
             node.args = _map_leaves(change, node.args)
             node.kwargs = _map_leaves(change, node.kwargs)
+
+    def _delay_max_pool(self, conv: fx.Node) -> None:
+        """Moves a max pool of a convolution behind the norms and activations that it commutes with.
+
+        For an increasing function f, max(f(x)) = f(max(x)), also where results are rounded.
+        """
+        found, pool = self._conv(conv), _only_user(conv)
+        if found is None or fused.why_not_fused(found[0]) or not pool:
+            return
+        if not self._is_max_pool(pool) or pool.args[0] is not conv:
+            return
+        x = conv
+        while (user := _only_user(pool)) and self._rises(user, pool):
+            user.replace_all_uses_with(pool)
+            user.replace_input_with(pool, x)
+            pool.replace_input_with(x, user)
+            user.append(pool)
+            user.meta = {"shape": x.meta["shape"]} if "shape" in x.meta else {}
+            x = user
 
     def _branch(self, node: fx.Node) -> _Branch | None:
         found = self._conv(node)
@@ -899,7 +937,9 @@ class _Rewriter:
                 conv = self._module(x) if isinstance(x, fx.Node) else None
                 if isinstance(conv, ConvBiasAct) and (conv.activation != "none" or x.args[1:]):
                     conv = None  # what the norm follows is the activation or the addition
-                if not isinstance(conv, ConvBiasAct | nn.Conv2d):
+                if isinstance(x, fx.Node) and self._is_max_pool(x):
+                    why = "behind a max pool (folded only if its scales are positive)"
+                elif not isinstance(conv, ConvBiasAct | nn.Conv2d):
                     why = "that follows no convolution"
                 elif len(x.users) > 1:
                     why = "behind a convolution whose output is used elsewhere too"
@@ -913,7 +953,7 @@ class _Rewriter:
         exact: set[fx.Node] = set()
         for node in list(self.graph.nodes):
             if isinstance(self._module(node), nn.Linear) or node.target in _LINEARS:
-                if set(node.users) == {output} and isinstance(node.args[0], fx.Node):
+                if _only_scaled(node) is output and isinstance(node.args[0], fx.Node):
                     exact.add(node)
             elif node.target in _NORMS:
                 exact.add(node)
@@ -959,6 +999,14 @@ def _leaky(slope: Any) -> dict[str, Any] | None:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _only_scaled(node: fx.Node) -> fx.Node | None:
+    """The only reader of a value, past multiplications by a number."""
+    user = _only_user(node)
+    while user is not None and user.target in _SCALINGS and user.all_input_nodes == [node]:
+        node, user = user, _only_user(user)
+    return user
 
 
 def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:

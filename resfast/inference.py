@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from resfast import runtime
 from resfast.errors import ResfastError, nearest
-from resfast.models.resnet import ResNet
+from resfast.models.presets import build_model
 from resfast.training import records
 from resfast.training.checkpoint import Weights, load_weights
 from resfast.training.config import Config, network
@@ -237,7 +237,7 @@ def _weights_file(run: Path, weights: Which) -> Path:
 def _network(file: Path, weights: Weights) -> nn.Module:
     """The network of the configuration, with the weights in it."""
     with torch.random.fork_rng(devices=[]):  # its initial values are not wanted
-        model = ResNet(network(weights.config.model), len(weights.classes))
+        model = build_model(network(weights.config.model), len(weights.classes))
     wanted, given = model.state_dict(), weights.tensors
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} is not part of the network" for name in given if name not in wanted]

@@ -22,7 +22,7 @@ from resfast import export, runtime
 from resfast.errors import ResfastError
 from resfast.fusion_blocks import group_blocks
 from resfast.kernels.basic_block import BasicBlock
-from resfast.models.resnet import ResNet
+from resfast.models.presets import build_model
 from resfast.training import records
 from resfast.training.checkpoint import save_weights
 from resfast.training.config import Config, DataConfig, ModelConfig, RuntimeConfig, network
@@ -64,7 +64,7 @@ def make_run(folder: Path, size: int = 12, **model: object) -> Path:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        made = ResNet(network(config.model), len(CLASSES))
+        made = build_model(network(config.model), len(CLASSES))
         for module in made.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.running_mean, 0, 0.3)

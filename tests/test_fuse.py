@@ -18,6 +18,7 @@ from resfast.kernels.conv import ConvBiasAct
 from resfast.layers import ConvBNAddReLU, ConvBNReLU, FusedBasicBlock, FusedBottleneck
 from resfast.models.presets import PRESETS
 from resfast.models.resnet import ResNet, ResNetSpec
+from resfast.models.speednet import SpeedNet, SpeedNetSpec
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 LAYERS = {
@@ -295,8 +296,8 @@ def conv_count(model: nn.Module) -> int:
     return sum(isinstance(module, nn.Conv2d) for module in model.modules())
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_every_preset_is_fused_as_a_whole(name: str):
+@pytest.mark.parametrize("name", sorted(n for n, s in PRESETS.items() if type(s) is ResNetSpec))
+def test_every_resnet_preset_is_fused_as_a_whole(name: str):
     torch.manual_seed(0)
     model = trained_like(resfast.create_model(name))
     fused = resfast.fuse(model, torch.float32)
@@ -310,6 +311,113 @@ def test_every_preset_is_fused_as_a_whole(name: str):
     assert fused.report.left == ()
     assert "batch_norm" not in fused.network.code
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+
+
+def as_trained(model: SpeedNet) -> SpeedNet:
+    """Its frozen scales stay 1."""
+    trained_like(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:
+            nn.init.ones_(module.weight)
+    if model.spec.whitening:
+        nn.init.normal_(model.whitening.bias, 0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", sorted(n for n, s in PRESETS.items() if type(s) is SpeedNetSpec))
+def test_every_speednet_preset_is_fused_but_for_its_gelu_and_pools(name: str):
+    torch.manual_seed(0)
+    model = as_trained(resfast.create_model(name))
+    spec = model.spec
+    fused = resfast.fuse(model, torch.float32)
+    assert error(model, fused, images(2, 3, 32, 32)) < 1e-4
+    assert error(model, resfast.fuse(model), images(8, 3, 32, 32)) < 0.03
+    norms = sum(spec.convolutions)
+    residuals = sum(spec.residual and count >= 3 for count in spec.convolutions)
+    assert counts(fused.report) == (norms + 1, norms, residuals, 0)
+    assert {why for _, why in fused.report.left} == {"GELU: no activation of the fused kernel"}
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+
+
+@pytest.mark.parametrize(
+    ("values", "activations", "left"),
+    [
+        ({}, 0, 3),
+        ({"activation": "relu"}, 6, 0),
+        ({"activation": "leaky_relu"}, 6, 0),
+        ({"activation": "silu"}, 4, 0),  # not increasing: those of the two pools stay behind them
+        ({"activation": "relu", "whitening": False}, 6, 0),
+        ({"activation": "relu", "strides": (1, 2), "final_pool": "avg"}, 6, 0),
+        ({"activation": "relu", "whitening_padding": "same", "whitening_kernel": 3}, 6, 0),
+        ({"activation": "relu", "whitening_padding": "same"}, 6, 0),
+    ],
+)
+@pytest.mark.parametrize("scales", ["frozen", "positive"])
+def test_every_speednet_keeps_its_numbers(values: dict, activations: int, left: int, scales: str):
+    torch.manual_seed(0)
+    model = as_trained(
+        SpeedNet(
+            SpeedNetSpec(
+                (8, 12), (2, 3), residual=True, freeze_norm_scale=scales == "frozen", **values
+            )
+        )
+    )
+    fused = resfast.fuse(model, torch.float32)
+    for size in (13, 18):
+        assert error(model, fused, images(3, 3, size, size)) < 1e-5
+    assert error(model, resfast.fuse(model), images(3, 3, 16, 16)) < 0.03
+    norms = 5 if model.spec.whitening else 6
+    assert counts(fused.report) == (6, norms, 1, activations)
+    assert len(fused.report.left) == left
+    assert "batch_norm" not in fused.network.code
+
+
+class Pooled(nn.Module):
+    """Convolution, max pool, norm and ReLU; ``control`` is control flow torch.fx cannot follow."""
+
+    def __init__(
+        self, scales: tuple[float, ...], functional: bool, between: bool, control: bool
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, len(scales), 3, padding=1)
+        self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+        self.bn = nn.BatchNorm2d(len(scales))
+        self.act = nn.ReLU(inplace=True)
+        self.functional, self.between, self.control = functional, between, control
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.control and x.shape[2] < 5:
+            return x
+        x = self.conv(x)
+        pooled = F.max_pool2d(x, 3, 2, 1, ceil_mode=True) if self.functional else self.pool(x)
+        out = self.act(self.bn(pooled))
+        return out + x.mean() if self.between else out
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize(
+    ("scales", "between", "folded"),
+    [
+        ((0.5, 2.0, 1.0, 1e-3), False, True),
+        ((0.5, 2.0, -1.0, 1.0), False, False),
+        ((0.5, 2.0, 0.0, 1.0), False, False),
+        ((0.5, 2.0, 1.0, 1.0), True, False),
+    ],
+)
+@pytest.mark.parametrize("traced_by", ["torch.fx", "torch.export"])
+def test_a_norm_behind_a_max_pool_is_folded_where_its_scales_are_positive(
+    scales: tuple[float, ...], between: bool, folded: bool, functional: bool, traced_by: str
+):
+    torch.manual_seed(0)
+    model = trained_like(Pooled(scales, functional, between, traced_by == "torch.export"))
+    model.bn.weight.data.copy_(torch.tensor(scales))
+    x = images(2, 3, 11, 14)
+    fused = resfast.fuse(model, torch.float32, example=x)
+    assert fused.report.traced_by == traced_by
+    assert error(model, fused, x) < 1e-5
+    assert counts(fused.report) == (1, int(folded), 0, int(folded))
+    if not folded:
+        assert any("behind a max pool" in why for _, why in fused.report.left)
 
 
 @pytest.mark.parametrize("activation", ["leaky_relu", "silu", "gelu"])
@@ -671,6 +779,17 @@ def test_cuda_network_keeps_its_numbers(model: nn.Module):
     x = images(4, 3, 16, 16).cuda()
     assert error(on_gpu, resfast.fuse(on_gpu, torch.float32), x) < 2e-3
     assert error(on_gpu, resfast.fuse(model, device="cuda"), x) < 0.03
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_cuda_speednet_keeps_its_numbers(padding: str):
+    torch.manual_seed(0)
+    spec = SpeedNetSpec((16, 24), (2, 3), residual=True, whitening_padding=padding)
+    on_gpu = as_trained(SpeedNet(spec)).cuda()
+    x = images(4, 3, 18, 18).cuda()
+    assert error(on_gpu, resfast.fuse(on_gpu, torch.float32), x) < 2e-3
+    assert error(on_gpu, resfast.fuse(on_gpu), x) < 0.03
 
 
 # -- layers ------------------------------------------------------------------------------------

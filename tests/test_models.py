@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -31,6 +33,8 @@ PARAMETERS = {
     "resnet-224-251": 4_993_025,
     "resnet-453": 4_992_586,
     "resnet-member1m": 987_402,
+    "speednet-94": 1_972_792,
+    "speednet-96": 3_363_448,
 }
 
 
@@ -68,6 +72,41 @@ def test_every_variant_trains_all_its_parameters(activation: str, block: str, sh
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("shortcut", ["conv1", "conv3"])
+def test_dirac_init_passes_channels_on(shortcut: str):
+    spec = ResNetSpec((1, 1), (8, 4), 8, shortcut=shortcut, dirac_init=True)
+    torch.manual_seed(0)
+    model = ResNet(spec)
+    torch.manual_seed(0)
+    plain = ResNet(dataclasses.replace(spec, dirac_init=False))
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(model.stages[0][0].conv1(x), x)
+    torch.testing.assert_close(model.stages[1][0].conv1(x), x[:, :4, ::2, ::2])
+    image = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(model.stem.conv(image)[:, :3], image)
+    for (name, one), other in zip(model.named_modules(), plain.modules(), strict=True):
+        if isinstance(one, nn.Conv2d):
+            torch.testing.assert_close(
+                one.weight[one.in_channels :], other.weight[one.in_channels :]
+            )
+            assert not torch.equal(one.weight, other.weight), name
+
+
+def test_frozen_norm_scales_stay_one_and_count():
+    spec = ResNetSpec((1, 1), (4, 8), 4)
+    model = ResNet(dataclasses.replace(spec, freeze_norm_scale=True))
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.1)
+    model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(norm.weight, torch.ones_like(norm.weight)) for norm in norms)
+    assert all(bool(norm.bias.any()) for norm in norms)
+    scales = sum(norm.num_features for norm in norms)
+    assert count_parameters(model) == count_parameters(ResNet(spec))
+    assert sum(p.numel() for p in trained) == count_parameters(model) - scales
 
 
 def test_strides_default_to_one_then_two():

@@ -6,12 +6,16 @@ from torch import nn
 
 from resfast.errors import ResfastError, nearest
 from resfast.models.resnet import ResNet, ResNetSpec
+from resfast.models.speednet import SpeedNet, SpeedNetSpec
+
+Spec = ResNetSpec | SpeedNetSpec
+"""The shape of any network here."""
 
 WIDE = (64, 128, 256, 512)
 HALF = (32, 64, 128, 256)
 NARROW = (16, 64, 128, 256)
 
-PRESETS: dict[str, ResNetSpec] = {
+PRESETS: dict[str, Spec] = {
     "resnet18": ResNetSpec((2, 2, 2, 2), WIDE),  # 11,173,962
     "resnet34": ResNetSpec((3, 4, 6, 3), WIDE),  # 21,282,122
     "resnet50": ResNetSpec((3, 4, 6, 3), WIDE, block="bottleneck"),  # 23,520,842
@@ -36,13 +40,15 @@ PRESETS: dict[str, ResNetSpec] = {
     "resnet-224-251": ResNetSpec((2, 2, 4), (64, 130, 251)),  # 4,993,025
     "resnet-453": ResNetSpec((4, 5, 3), (64, 128, 256)),  # 4,992,586
     "resnet-member1m": ResNetSpec((2, 2, 2, 2), (32, 64, 96, 120), stem=32),  # 987,402
+    "speednet-94": SpeedNetSpec((64, 256, 256), (2, 2, 2)),  # 1,972,792
+    "speednet-96": SpeedNetSpec((96, 256, 256), (3, 3, 3), residual=True),  # 3,363,448
 }
 """Preset name to shape."""
 
 DEFAULT_MODEL = "resnet-2111"
 
 
-def preset(name: str) -> ResNetSpec:
+def preset(name: str) -> Spec:
     """The shape of a named preset.
 
     Raises:
@@ -51,7 +57,8 @@ def preset(name: str) -> ResNetSpec:
     if name not in PRESETS:
         raise ResfastError(
             f"unknown model {name!r}{nearest(name, PRESETS)} "
-            f"(known: {', '.join(PRESETS)}; or 'resnet' with blocks and channels of your own)"
+            f"(known: {', '.join(PRESETS)}; or 'resnet' with blocks and channels of your own, or "
+            "'speednet' with convolutions and channels)"
         )
     return PRESETS[name]
 
@@ -64,9 +71,35 @@ def create_model(name: str = DEFAULT_MODEL, *, classes: int = 10) -> nn.Module:
         classes: number of logits.
 
     Returns:
-        A :class:`~resfast.models.resnet.ResNet` in training mode on the CPU, in float32.
+        A :class:`~resfast.models.resnet.ResNet` or :class:`~resfast.models.speednet.SpeedNet` in
+        training mode on the CPU, in float32.
 
     Raises:
         ResfastError: an unknown name or fewer than two classes.
     """
-    return ResNet(preset(name), classes)
+    return build_model(preset(name), classes)
+
+
+def build_model(spec: Spec, classes: int = 10, image_size: int | None = None) -> nn.Module:
+    """A freshly initialised network of any shape here.
+
+    Args:
+        spec: its shape.
+        classes: number of logits.
+        image_size: height and width of the images that it must be able to take, in pixels.
+
+    Returns:
+        As of :func:`create_model`.
+
+    Raises:
+        ResfastError: fewer than two classes, or images too small for the network.
+    """
+    if isinstance(spec, ResNetSpec):
+        return ResNet(spec, classes)
+    if image_size is not None and image_size < spec.least_image_size:
+        raise ResfastError(
+            f"images of {image_size}x{image_size} pixels are too small for this network, whose "
+            f"pools need {spec.least_image_size}; choose a larger --image-size or fewer --strides "
+            "of 2"
+        )
+    return SpeedNet(spec, classes)

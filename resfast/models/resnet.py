@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
 from resfast.layers.conv import Conv2d
+from resfast.layers.norm import norm_act
 from resfast.layers.shortcut import PoolPadShortcut
 
 Block = Literal["basic", "bottleneck"]
@@ -46,6 +48,9 @@ class ResNetSpec:
         activation: ``relu``, ``leaky_relu`` (slope 0.1), ``silu`` or ``gelu``.
         head: sizes of dense layers between the pooled features and the logits.
         dropout: probability of dropping a feature before each dense layer.
+        freeze_norm_scale: whether the scale of batch norms stays 1 (Jordan, arXiv:2404.00498).
+        dirac_init: whether convolutions start as the identity on their first channels
+            (:func:`dirac_init`).
 
     Raises:
         ResfastError: lengths that differ, or a value out of range.
@@ -60,6 +65,8 @@ class ResNetSpec:
     activation: Activation = "relu"
     head: tuple[int, ...] = ()
     dropout: float = 0.0
+    freeze_norm_scale: bool = False
+    dirac_init: bool = False
 
     def __post_init__(self) -> None:
         stages = len(self.blocks)
@@ -67,12 +74,12 @@ class ResNetSpec:
             object.__setattr__(self, "strides", (1,) + (2,) * (stages - 1))
         if stages == 0 or len(self.channels) != stages or len(self.strides) != stages:
             raise ResfastError(
-                f"blocks {_list(self.blocks)}, channels {_list(self.channels)} and strides "
-                f"{_list(self.strides)} must name the same number of stages, at least one"
+                f"blocks {as_text(self.blocks)}, channels {as_text(self.channels)} and strides "
+                f"{as_text(self.strides)} must name the same number of stages, at least one"
             )
         for name in ("blocks", "channels", "strides", "head"):
             if any(value < 1 for value in getattr(self, name)):
-                raise ResfastError(f"{name} {_list(getattr(self, name))} must all be at least 1")
+                raise ResfastError(f"{name} {as_text(getattr(self, name))} must all be at least 1")
         if self.stem < 1:
             raise ResfastError(f"stem {self.stem} must be at least 1 channel")
         if not 0 <= self.dropout < 1:
@@ -82,13 +89,20 @@ class ResNetSpec:
                 f"activation {self.activation!r} is unknown; choose {', '.join(ACTIVATIONS)}"
             )
 
+    def __str__(self) -> str:
+        text = f"blocks {as_text(self.blocks)}  channels {as_text(self.channels)}  stem {self.stem}"
+        text += f"  {self.block}" if self.block != "basic" else ""
+        text += f"  shortcut {self.shortcut}" if self.shortcut != "conv1" else ""
+        return text + (f"  head {as_text(self.head)}" if self.head else "")
+
     @property
     def expansion(self) -> int:
         """Output channels of a block per channel of its stage."""
         return BOTTLENECK_EXPANSION if self.block == "bottleneck" else 1
 
 
-def _list(values: tuple[int, ...]) -> str:
+def as_text(values: tuple[int, ...]) -> str:
+    """``2,1,1``, as on the command line."""
     return ",".join(map(str, values)) or "(none)"
 
 
@@ -103,12 +117,19 @@ def _shortcut(spec: ResNetSpec, in_channels: int, out_channels: int, stride: int
             )
         return PoolPadShortcut(in_channels, out_channels, stride)
     kernel_size = 3 if spec.shortcut == "conv3" else 1
-    return nn.Sequential(
+    return ConvNorm(
         OrderedDict(
             conv=Conv2d(in_channels, out_channels, kernel_size, stride),
             bn=nn.BatchNorm2d(out_channels),
         )
     )
+
+
+class ConvNorm(nn.Sequential):
+    """``conv``, ``bn`` and, where there is one, ``activation``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_act(self.conv(x), self.bn, getattr(self, "activation", "none"))
 
 
 class BasicBlock(nn.Module):
@@ -124,9 +145,8 @@ class BasicBlock(nn.Module):
         self.activation = ACTIVATIONS[spec.activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.activation(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.activation(out + self.shortcut(x))
+        out = norm_act(self.conv1(x), self.bn1, self.activation)
+        return norm_act(self.conv2(out), self.bn2, self.activation, self.shortcut(x))
 
     @property
     def last_bn(self) -> nn.BatchNorm2d:
@@ -150,10 +170,9 @@ class Bottleneck(nn.Module):
         self.activation = ACTIVATIONS[spec.activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.activation(self.bn1(self.conv1(x)))
-        out = self.activation(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        return self.activation(out + self.shortcut(x))
+        out = norm_act(self.conv1(x), self.bn1, self.activation)
+        out = norm_act(self.conv2(out), self.bn2, self.activation)
+        return norm_act(self.conv3(out), self.bn3, self.activation, self.shortcut(x))
 
     @property
     def last_bn(self) -> nn.BatchNorm2d:
@@ -186,7 +205,7 @@ class ResNet(nn.Module):
             raise ResfastError(f"classes {classes} must be at least 2")
         self.spec = spec
         self.classes = classes
-        self.stem = nn.Sequential(
+        self.stem = ConvNorm(
             OrderedDict(
                 conv=Conv2d(3, spec.stem, 3),
                 bn=nn.BatchNorm2d(spec.stem),
@@ -215,6 +234,10 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if self.spec.dirac_init:
+            dirac_init(self)
+        if self.spec.freeze_norm_scale:
+            freeze_norm_scales(self)
 
     def zero_init_residual(self) -> None:
         """Starts every residual branch at zero, so that blocks begin as their shortcut.
@@ -233,6 +256,30 @@ def _dropout(spec: ResNetSpec) -> list[nn.Module]:
     return [nn.Dropout(spec.dropout)] if spec.dropout > 0 else []
 
 
+def dirac_init(model: nn.Module) -> None:
+    """Makes the first filters of each convolution pass the channels of their input on unchanged.
+
+    As many filters as there are input channels, or all where those are more; the others, and all
+    other weights, stay as they are. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single
+    GPU", arXiv:2404.00498.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.dirac_(module.weight[: module.in_channels])
+
+
+def freeze_norm_scales(model: nn.Module) -> None:
+    """Excludes the scale of every batch norm, which starts at 1, from training.
+
+    Sources: Page, "How to Train Your ResNet 8: Bag of tricks" (myrtle.ai, 2019); Jordan, "94% on
+    CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.requires_grad_(False)
+
+
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Number of parameters, frozen ones included."""
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,137 @@
+"""Batch norm followed by an activation, as the blocks of the networks need it.
+
+Where a training step runs in bfloat16 on a CPU with AVX512-BF16, pooling, norm, addition and
+activation are one operator, :func:`resfast.kernels.norm_act.batch_norm_act`; elsewhere, in eval
+mode and under tracers they are the modules, one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resfast.errors import ResfastError
+
+LEAST_CHANNELS = 16
+"""From which on half of a vector is used."""
+_NEGATIVE_SLOPE = 0.1
+_BY_NAME = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, _NEGATIVE_SLOPE),
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+
+
+def norm_act(
+    x: Tensor,
+    bn: nn.BatchNorm2d,
+    activation: str | nn.Module,
+    residual: Tensor | None = None,
+    pool: bool = False,
+) -> Tensor:
+    """``activation(bn(x) + residual)``, with a 2x2 max pooling of ``x`` before it where asked.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        bn: the norm, with its parameters and running statistics.
+        activation: a module, or ``none``, ``relu``, ``leaky_relu`` (slope 0.1), ``silu`` or
+            ``gelu`` (of erf).
+        residual: of the shape of the result; added before the activation.
+        pool: whether the norm is of ``max_pool2d(x, 2)``.
+
+    Returns:
+        ``[N, C, H, W]``, or ``[N, C, H // 2, W // 2]`` with ``pool``.
+
+    Raises:
+        ResfastError: an activation that is none of these.
+    """
+    if isinstance(activation, str) and activation not in _BY_NAME:
+        raise ResfastError(
+            f"activation {activation!r} is unknown; choose {', '.join(_BY_NAME)} or pass a module"
+        )
+    known = _known(activation)
+    if known is not None and _applies(x, bn, pool):
+        return _fused(x, bn, *known, residual, pool)
+    out = bn(F.max_pool2d(x, 2) if pool else x)
+    if residual is not None:
+        out = out + residual
+    return _BY_NAME[activation](out) if isinstance(activation, str) else activation(out)
+
+
+def _known(activation: str | nn.Module) -> tuple[str, float] | None:
+    """Name and slope, or None for a module that is none of the five, or has hooks."""
+    if isinstance(activation, str):
+        return activation, _NEGATIVE_SLOPE
+    if activation._forward_hooks or activation._forward_pre_hooks:
+        return None
+    kind = type(activation)
+    if kind is nn.LeakyReLU:
+        return None if activation.negative_slope < 0 else ("leaky_relu", activation.negative_slope)
+    if kind is nn.GELU:
+        return None if activation.approximate != "none" else ("gelu", 0.0)
+    names = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
+    return (names[kind], 0.0) if kind in names else None
+
+
+def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
+    if not (
+        bn.training
+        and torch.is_grad_enabled()
+        and type(bn).forward is nn.BatchNorm2d.forward
+        and bn.running_mean is not None
+        and bn.momentum is not None
+        and not bn._forward_hooks
+        and not bn._forward_pre_hooks
+    ):
+        return False
+    # Tracers pass what is no tensor.
+    if not (isinstance(x, Tensor) and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
+        return False
+    wide = [t for t in (bn.weight, bn.bias, bn.running_mean) if t is not None]
+    if any(t.dtype != torch.float32 for t in wide):
+        return False
+    from resfast.kernels import norm_act as kernel
+
+    return (
+        kernel.AVAILABLE
+        and x.dim() == 4
+        and x.shape[1] == bn.num_features >= LEAST_CHANNELS
+        and _count(x, pool) > 1
+    )
+
+
+def _count(x: Tensor, pool: bool) -> int:
+    """Values of a channel that are normalized."""
+    n, _, h, w = x.shape
+    return n * (h // 2) * (w // 2) if pool else n * h * w
+
+
+def _fused(
+    x: Tensor,
+    bn: nn.BatchNorm2d,
+    activation: str,
+    negative_slope: float,
+    residual: Tensor | None,
+    pool: bool,
+) -> Tensor:
+    from resfast.kernels import norm_act as kernel
+
+    out, mean, var = kernel.batch_norm_act(
+        x,
+        bn.weight,
+        bn.bias,
+        None if residual is None else residual.to(x.dtype),
+        eps=bn.eps,
+        activation=activation,
+        negative_slope=negative_slope,
+        pool=pool,
+    )
+    count = _count(x, pool)
+    with torch.no_grad():
+        bn.num_batches_tracked.add_(1)
+        bn.running_mean.lerp_(mean, bn.momentum)
+        bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
+    return out

@@ -1,0 +1,264 @@
+"""Convolutional networks for training in seconds, described by a :class:`SpeedNetSpec`.
+
+Shapes: images are ``[N, 3, H, W]``, logits ``[N, classes]``. A first layer of frozen whitening
+filters, then stages of 3x3 convolutions, the first of each followed by a 2x2 max pool, then a
+global pool and a linear layer without bias. Sources of the family: Page, "How to Train Your
+ResNet" (myrtle.ai, 2018 to 2019); Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
+arXiv:2404.00498, whose airbench94 has the layers of ``speednet-94`` and whose airbench96 those of
+``speednet-96``, wider.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resfast.errors import ResfastError
+from resfast.layers.conv import Conv2d
+from resfast.layers.norm import norm_act
+from resfast.models.resnet import (
+    ACTIVATIONS,
+    Activation,
+    as_text,
+    dirac_init,
+    freeze_norm_scales,
+)
+
+FinalPool = Literal["max", "avg"]
+Padding = Literal["valid", "same"]
+IMAGE_CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class SpeedNetSpec:
+    """All that defines a :class:`SpeedNet`.
+
+    Attributes:
+        channels: width of each stage.
+        convolutions: 3x3 convolutions of each stage.
+        strides: 2 for a 2x2 max pool behind the first convolution of a stage, 1 for none; empty
+            for 2 in all.
+        residual: whether stages of at least three convolutions have an identity shortcut around
+            all but the first (airbench96).
+        whitening: whether the first convolution is frozen, with a bias, and its weight is to be
+            computed from training images (:mod:`resfast.layers.whitening`); otherwise it is
+            learned, without bias, and a batch norm follows. It has the same shape either way.
+        whitening_kernel: its height and width in pixels.
+        whitening_padding: ``valid`` for none, or ``same`` for zeros around the image so that the
+            map has its size; an even kernel has one row and column more behind it than before.
+        whitening_width: eigenvectors kept, each as two filters of opposite signs; 0 for all
+            ``3 * whitening_kernel**2``.
+        activation: ``gelu``, ``silu``, ``relu`` or ``leaky_relu`` (slope 0.1), after every norm and
+            the whitening.
+        final_pool: maximum or average of each channel before the head.
+        logit_scale: what the logits are multiplied by.
+        head_std: standard deviation that the head's initial weight is scaled to; 0 for PyTorch's
+            own, which is ``(3 * channels[-1]) ** -0.5``.
+        norm_momentum: weight of a batch in the running statistics of batch norms.
+        norm_eps: added to the variance in batch norms.
+        freeze_norm_scale: whether the scale of batch norms stays 1 (airbench94).
+        dirac_init: whether convolutions start as the identity on their first channels
+            (:func:`resfast.models.resnet.dirac_init`); the first layer does not.
+
+    Raises:
+        ResfastError: lengths that differ, or a value out of range.
+    """
+
+    channels: tuple[int, ...]
+    convolutions: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+    residual: bool = False
+    whitening: bool = True
+    whitening_kernel: int = 2
+    whitening_padding: Padding = "valid"
+    whitening_width: int = 0
+    activation: Activation = "gelu"
+    final_pool: FinalPool = "max"
+    logit_scale: float = 1 / 9
+    head_std: float = 0.0
+    norm_momentum: float = 0.4
+    norm_eps: float = 1e-5
+    freeze_norm_scale: bool = True
+    dirac_init: bool = True
+
+    def __post_init__(self) -> None:
+        stages = len(self.channels)
+        if not self.strides:
+            object.__setattr__(self, "strides", (2,) * stages)
+        if stages == 0 or len(self.convolutions) != stages or len(self.strides) != stages:
+            raise ResfastError(
+                f"channels {as_text(self.channels)}, convolutions {as_text(self.convolutions)} and "
+                f"strides {as_text(self.strides)} must name the same number of stages, at least one"
+            )
+        for name in ("channels", "convolutions"):
+            if min(getattr(self, name)) < 1:
+                raise ResfastError(f"{name} {as_text(getattr(self, name))} must all be at least 1")
+        if not set(self.strides) <= {1, 2}:
+            raise ResfastError(
+                f"strides {as_text(self.strides)} must all be 2 (a max pool) or 1 (none) in a "
+                "speednet"
+            )
+        if self.whitening_kernel < 1:
+            raise ResfastError(
+                f"whitening_kernel {self.whitening_kernel} must be at least 1; to learn the first "
+                "convolution, set whitening to False"
+            )
+        most = self.patch_size if self.whitening else None
+        if self.whitening_width < 0 or (most and self.whitening_width > most):
+            raise ResfastError(
+                f"whitening_width {self.whitening_width} must be 1 to {self.patch_size}, the "
+                f"numbers in a patch of {self.whitening_kernel}x{self.whitening_kernel} pixels, or "
+                "0 for all of them"
+            )
+        for name, known in (
+            ("activation", tuple(ACTIVATIONS)),
+            ("final_pool", ("max", "avg")),
+            ("whitening_padding", ("valid", "same")),
+        ):
+            if getattr(self, name) not in known:
+                raise ResfastError(
+                    f"{name} {getattr(self, name)!r} is unknown; choose {', '.join(known)}"
+                )
+        for name, ok, expected in (
+            ("logit_scale", 0 < self.logit_scale < float("inf"), "a positive number"),
+            ("head_std", 0 <= self.head_std < float("inf"), "a number of at least 0"),
+            ("norm_momentum", 0 < self.norm_momentum <= 1, "above 0 and at most 1"),
+            ("norm_eps", 0 < self.norm_eps < float("inf"), "a positive number"),
+        ):
+            if not ok:
+                raise ResfastError(f"{name} {getattr(self, name)} must be {expected}")
+
+    def __str__(self) -> str:
+        text = (
+            f"convolutions {as_text(self.convolutions)}  channels {as_text(self.channels)}  "
+            f"stem {self.stem}"
+        )
+        text += "  residual" if self.residual else ""
+        return text + ("" if self.whitening else "  learned stem")
+
+    @property
+    def patch_size(self) -> int:
+        """Numbers in a patch of the first convolution, which is how many eigenvectors there are."""
+        return IMAGE_CHANNELS * self.whitening_kernel**2
+
+    @property
+    def stem(self) -> int:
+        """Filters of the first convolution."""
+        return 2 * (self.whitening_width or self.patch_size)
+
+    @property
+    def least_image_size(self) -> int:
+        """Height and width in pixels of the smallest image that every pool has something of."""
+        return math.prod(self.strides) + self.whitening_kernel - 1 - sum(self.zeros)
+
+    @property
+    def zeros(self) -> tuple[int, int]:
+        """Rows and columns of zeros before and behind the image."""
+        if self.whitening_padding == "valid":
+            return 0, 0
+        return (self.whitening_kernel - 1) // 2, self.whitening_kernel // 2
+
+
+class SpeedStage(nn.Module):
+    """Convolutions of one width: ``[N, Cin, H, W]`` to ``[N, C, H // stride, W // stride]``.
+
+    The first is followed by the max pool, then by its norm; the pool comes first because a quarter
+    of the map is left to normalize.
+    """
+
+    def __init__(
+        self, spec: SpeedNetSpec, in_channels: int, channels: int, convolutions: int, stride: int
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [channels] * convolutions
+        self.convs = nn.ModuleList(Conv2d(cin, cout, 3) for cin, cout in pairwise(widths))
+        self.norms = nn.ModuleList(
+            nn.BatchNorm2d(channels, eps=spec.norm_eps, momentum=spec.norm_momentum)
+            for _ in range(convolutions)
+        )
+        self.activation = ACTIVATIONS[spec.activation]()
+        self.pool = stride == 2
+        self.residual = spec.residual and convolutions >= 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = norm_act(self.convs[0](x), self.norms[0], self.activation, pool=self.pool)
+        shortcut, last = x, len(self.convs) - 1
+        for index in range(1, len(self.convs)):
+            residual = shortcut if self.residual and index == last else None
+            x = norm_act(self.convs[index](x), self.norms[index], self.activation, residual)
+        return x
+
+
+class SpeedNet(nn.Module):
+    """A network for small images that trains fast.
+
+    Args:
+        spec: its shape and start.
+        classes: number of logits.
+
+    Shape: float ``[N, 3, H, W]`` (fastest in ``channels_last``) to ``[N, classes]``; any H and W of
+    at least ``spec.least_image_size``.
+
+    Convolutions start from PyTorch's default initialisation, with the identity in it where
+    ``spec.dirac_init``. The whitening's filters are drawn likewise and frozen until
+    :func:`resfast.layers.whitening.prepare_model` replaces them; its bias starts at 0.
+
+    Raises:
+        ResfastError: fewer than two classes.
+    """
+
+    def __init__(self, spec: SpeedNetSpec, classes: int = 10) -> None:
+        super().__init__()
+        if classes < 2:
+            raise ResfastError(f"classes {classes} must be at least 2")
+        self.spec = spec
+        self.classes = classes
+        before, behind = spec.zeros
+        self.more_zeros = behind - before
+        kernel = spec.whitening_kernel
+        first = nn.Conv2d(IMAGE_CHANNELS, spec.stem, kernel, padding=before, bias=spec.whitening)
+        if spec.whitening:
+            self.whitening = first
+            first.weight.requires_grad_(False)
+            nn.init.zeros_(first.bias)
+            self.activation = ACTIVATIONS[spec.activation]()
+        else:
+            norm = nn.BatchNorm2d(spec.stem, eps=spec.norm_eps, momentum=spec.norm_momentum)
+            self.stem = nn.Sequential(
+                OrderedDict(conv=first, bn=norm, activation=ACTIVATIONS[spec.activation]())
+            )
+        stages, width = [], spec.stem
+        for channels, convolutions, stride in zip(
+            spec.channels, spec.convolutions, spec.strides, strict=True
+        ):
+            stages.append(SpeedStage(spec, width, channels, convolutions, stride))
+            width = channels
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(width, classes, bias=False)
+        if spec.dirac_init:
+            dirac_init(self.stages)
+        if spec.freeze_norm_scale:
+            freeze_norm_scales(self)
+        if spec.head_std:
+            self.head.weight.data.mul_(spec.head_std / self.head.weight.data.std())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.more_zeros:
+            x = F.pad(x, (0, self.more_zeros, 0, self.more_zeros))
+        if self.spec.whitening:
+            x = self.activation(self.whitening(x))
+        else:
+            x = norm_act(self.stem.conv(x), self.stem.bn, self.stem.activation)
+        x = self.stages(x)
+        if self.spec.final_pool == "avg":
+            x = x.mean((2, 3))
+        else:
+            # Not amax: its compiled gradient finds no maximum if the map was rounded in between.
+            x = F.adaptive_max_pool2d(x, 1).flatten(1)
+        return self.head(x) * self.spec.logit_scale
