@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -147,9 +146,10 @@ def evaluate(
             classes=len(run.classes),
             numbering=numbering,
         )
-        score = partial(evaluation.evaluate, run.model, batches, dtype=run.dtype)
-        plain = score(tta="none")
-        augmented = plain if tta == "none" else score(tta=tta)
+        select = run.config.evaluation.tta_select
+        plain, augmented = evaluation.evaluate_both(
+            run.model, batches, dtype=run.dtype, tta=tta, tta_select=select
+        )
     seconds = time.perf_counter() - start
     record = {
         "run": run.path.resolve().name,
@@ -161,6 +161,7 @@ def evaluate(
         "test_accuracy": plain.accuracy,
         "test_loss": plain.loss,
         "tta": tta,
+        "tta_select": select,
         "tta_accuracy": augmented.accuracy,
         "tta_loss": augmented.loss,
         "per_class_accuracy": {

@@ -201,6 +201,72 @@ def test_a_held_out_part_of_a_stream_is_that_of_the_resident_data_set(
         assert feed.count(streamed) == feed.count(resident) == len(streamed.paths)
 
 
+def test_the_last_of_each_class_are_held_out_whatever_the_seed(image_tree: Path, tmp_path: Path):
+    held = load_dataset(f"folder:{image_tree}", data_dir=tmp_path, image_size=16)
+    opened = open_data(f"folder:{image_tree}", loader="dali", data_dir=tmp_path, image_size=16)
+    train, val, test = feed.split_sources(held, 0, 7, hold_out=10)
+    assert test[0] is held.test_images
+    expected = torch.zeros(48, dtype=torch.bool)
+    for label in (0, 1):
+        expected[(held.train_labels == label).nonzero().flatten()[-5:]] = True
+    assert torch.equal(val[0], held.train_images[expected])
+    assert torch.equal(val[1], held.train_labels[expected])
+    assert torch.equal(train[0], held.train_images[~expected])
+    assert torch.equal(feed.split_sources(held, 0, 8, hold_out=10)[1][0], val[0])
+    streamed, streamed_val, _ = feed.split_sources(opened, 0, 7, hold_out=10)
+    assert torch.equal(streamed.labels, train[1])
+    assert torch.equal(streamed_val.labels, val[1])
+    names = {Path(path).name for path in streamed_val.paths}
+    assert names == {f"{number:03d}.png" for number in range(19, 24)}
+
+
+@pytest.mark.parametrize(
+    ("val_fraction", "hold_out", "said"),
+    [
+        (0.1, 10, "--val-fraction 0.1 and --hold-out 10 both hold out images; choose one"),
+        (0, 5, "--hold-out 5 cannot be shared out among 2 classes.*for example 4"),
+        (0, 1, "--hold-out 1 cannot be shared out among 2 classes.*for example 2"),
+        (0, 48, "--hold-out 48 takes 24 images of each class.*choose at most 46"),
+    ],
+)
+def test_a_part_that_cannot_be_held_out_is_refused(
+    image_tree: Path, tmp_path: Path, val_fraction: float, hold_out: int, said: str
+):
+    held = load_dataset(f"folder:{image_tree}", data_dir=tmp_path, image_size=16)
+    with pytest.raises(ResfastError, match=said):
+        feed.split_sources(held, val_fraction, 0, hold_out)
+
+
+def test_shards_cannot_be_split(tmp_path: Path):
+    from resfast.data.stream import Shards
+
+    shards = Shards(("a.tar",), 8)
+    opened = Stream("shards:x", shards, shards, ("a", "b"), 16, "0")
+    with pytest.raises(ResfastError, match="--hold-out cannot split shards"):
+        feed.split_sources(opened, 0, 0, 2)
+
+
+def test_batches_of_any_sizes_and_order_are_made_of_the_same_images():
+    from resfast.training.curriculum import Batch
+
+    loader = make(augment=tamed("standard"), batch_size=1)
+    order = torch.tensor([4, 22, 0, 7, 9, 13, 2, 5])
+    given = [Batch(0, 3, 9), Batch(3, 1, 9), Batch(4, 4, 9)]
+    made = list(loader.epoch(2, batches=given, order=order))
+    assert [len(images) for images, _ in made] == [3, 1, 4]
+    assert torch.equal(torch.cat([labels for _, labels in made]), order % CLASSES)
+    alone = {}
+    from resfast.data.augment import order as shuffle
+
+    whole = shuffle(COUNT, seed=0, epoch=2, device="cpu").tolist()
+    for index, (images, _) in zip(whole, loader.epoch(2), strict=True):
+        alone[index] = images[0]
+    for index, image in zip(order.tolist(), torch.cat([i for i, _ in made]), strict=True):
+        assert torch.equal(image, alone[index])
+    later = list(loader.epoch(2, 1, batches=given, order=order))
+    assert torch.equal(later[0][0], made[1][0])
+
+
 @pytest.mark.parametrize(
     ("data", "options", "said"),
     [

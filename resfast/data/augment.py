@@ -23,6 +23,7 @@ from resfast.kernels.augment import AugmentParams, MixParams, Padding
 from resfast.kernels.philox import philox, uniform
 
 Flip = Literal["none", "random", "alternating"]
+ResizeBy = Literal["resize", "crop"]
 
 # Streams of Philox, with what its four words decide. A stream is drawn only where it is used, and
 # no draw looks at another's: changing one augmentation leaves the others' draws as they are.
@@ -36,6 +37,7 @@ _CHANCE = 7  # auto-contrast, grey
 _MIX = 8  # MixUp or CutMix, lambda, centre's row, column
 _PARTNER = 9  # second image
 _ORDER = 10  # key of the shuffle, two words
+_CROP = 11  # top, left of the window that a smaller batch shows
 WINDOW_STREAM = 32  # random-resized crop by DALI, of images at their full size: as _RESIZE
 
 _MAX_ANGLE = 30.0
@@ -441,6 +443,65 @@ def order(count: int, *, seed: int, epoch: int, device: torch.device | str) -> T
     indices = torch.arange(count, device=device)
     words = philox(indices, seed=seed, epoch=epoch, stream=_ORDER)
     return torch.argsort((words[0] << 30) | (words[1] >> 2), stable=True)
+
+
+def smaller(
+    images: Tensor, pixels: int, *, by: ResizeBy, seed: int, epoch: int, first: int
+) -> Tensor:
+    """A batch at a smaller size, for training at progressive sizes.
+
+    ``resize`` is antialiased bilinear, as torchvision's and Pillow's, as two matrix products.
+    ``crop`` shows a window whose place is drawn for each image, a function of (seed, epoch, place
+    in the epoch).
+
+    Args:
+        images: ``[B, C, H, W]`` in ``channels_last``, augmented.
+        pixels: height and width of the result, at most H and W.
+        by: how.
+        seed: seed of the run.
+        epoch: epoch, from 0.
+        first: place of the first image in the epoch's order.
+
+    Returns:
+        ``[B, C, pixels, pixels]`` in ``channels_last``, of the same dtype; ``images`` itself where
+        it has that size.
+
+    Raises:
+        ValueError: ``pixels`` is larger than the images.
+    """
+    batch, channels, height, width = images.shape
+    if pixels > min(height, width):
+        raise ValueError(f"pixels is {pixels}; expected at most the images' {height}x{width}")
+    if (height, width) == (pixels, pixels):
+        return images
+    rows = images.permute(0, 2, 3, 1)
+    if by == "resize":
+        down = _bilinear(height, pixels, 1, images.dtype, images.device)
+        across = _bilinear(width, pixels, channels, images.dtype, images.device)
+        rows = torch.bmm(down.expand(batch, -1, -1), rows.reshape(batch, height, width * channels))
+        rows = rows.view(batch * pixels, width * channels) @ across.T
+        return rows.view(batch, pixels, pixels, channels).permute(0, 3, 1, 2)
+    places = torch.arange(first, first + batch, device=images.device)
+    words = philox(places, seed=seed, epoch=epoch, stream=_CROP)
+    window = torch.arange(pixels, device=images.device)
+    y = _below(words[0], height - pixels + 1)[:, None] + window
+    x = _below(words[1], width - pixels + 1)[:, None] + window
+    number = torch.arange(batch, device=images.device)[:, None, None]
+    return rows[number, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+
+
+@cache
+def _bilinear(
+    size: int, smaller: int, channels: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Weights of pixels with interleaved channels, ``[smaller * channels, size * channels]``."""
+    scale = size / smaller
+    centre = (torch.arange(smaller, dtype=torch.float64) + 0.5) * scale
+    distance = torch.arange(size) + 0.5 - centre[:, None]
+    weights = (1 - (distance / scale).abs()).clamp(min=0)
+    weights = weights / weights.sum(1, keepdim=True)
+    weights = torch.kron(weights, torch.eye(channels, dtype=torch.float64))
+    return weights.to(device, dtype)
 
 
 def mixed_labels(labels: Tensor, partner_labels: Tensor, own_part: Tensor, classes: int) -> Tensor:

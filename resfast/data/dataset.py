@@ -153,6 +153,33 @@ def split_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     return torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()
 
 
+def split_last(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Holds out the last ``count / classes`` images of each class of ``labels`` (int64 ``[N]``).
+
+    Returns ``(train_indices, val_indices)``, sorted int64 on the CPU, a function of the data set
+    alone. Raises ``ResfastError`` when ``count`` is no multiple of the classes, or a class would
+    have no image left.
+    """
+    labels = labels.cpu()
+    members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    each, rest = divmod(count, len(members))
+    if rest or each < 1:
+        nearest = max(1, round(count / len(members))) * len(members)
+        raise ResfastError(
+            f"--hold-out {count} cannot be shared out among {len(members)} classes, as many images "
+            f"of each were expected: choose a multiple of {len(members)}, for example {nearest}"
+        )
+    smallest = min(map(len, members))
+    if each >= smallest:
+        raise ResfastError(
+            f"--hold-out {count} takes {each} images of each class, and the smallest has "
+            f"{smallest}: choose at most {(smallest - 1) * len(members)}"
+        )
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[torch.cat([indices[-each:] for indices in members])] = True
+    return torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()
+
+
 def channel_mean_std(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation of each channel of uint8 ``[N, H, W, C]`` images.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resfast.data.augment import Augment
-from resfast.data.dataset import Dataset, channel_mean_std, split_validation
+from resfast.data.dataset import Dataset, channel_mean_std, split_last, split_validation
 from resfast.data.loader import ResidentLoader, resident_batches
 from resfast.data.stream import Files, Loader, Shards, Stream, free_memory
 from resfast.errors import ResfastError
@@ -32,38 +32,65 @@ def choose_loader(asked: Loader, data: Dataset | Stream, device: torch.device) -
 
 
 def split_sources(
-    data: Dataset | Stream, val_fraction: float, seed: int
+    data: Dataset | Stream, val_fraction: float, seed: int, hold_out: int = 0
 ) -> tuple[Source, Source | None, Source]:
     """Training, validation (None without a held-out part) and test images.
+
+    Args:
+        data: the data set.
+        val_fraction: part of the training images to hold out, by class, drawn by ``seed``.
+        seed: for that.
+        hold_out: how many to hold out instead, the last of each class.
 
     Raises:
         ResfastError: a part would be empty, or the data set cannot be split.
     """
+    if val_fraction and hold_out:
+        raise ResfastError(
+            f"--val-fraction {val_fraction:g} and --hold-out {hold_out} both hold out images; "
+            "choose one"
+        )
     if isinstance(data, Stream):
         train, test = data.train, data.test
-        if not val_fraction:
-            return train, None, test
-        if isinstance(train, Shards):
-            raise ResfastError(
-                "--val-fraction cannot split shards; write the held-out images as shards of "
-                "their own, or use an image folder"
-            )
-        kept, held_out = split_validation(train.labels, val_fraction, seed)
-        return train[kept], train[held_out], test
-    test = data.test_images, data.test_labels
-    if not val_fraction:
-        return (data.train_images, data.train_labels), None, test
-    kept, held_out = split_validation(data.train_labels, val_fraction, seed)
-    return (
-        (data.train_images[kept], data.train_labels[kept]),
-        (data.train_images[held_out], data.train_labels[held_out]),
-        test,
-    )
+    else:
+        train = data.train_images, data.train_labels
+        test = data.test_images, data.test_labels
+    if not (val_fraction or hold_out):
+        return train, None, test
+    if isinstance(train, Shards):
+        raise ResfastError(
+            f"{'--hold-out' if hold_out else '--val-fraction'} cannot split shards; write the "
+            "held-out images as shards of their own, or use an image folder"
+        )
+    labels = train.labels if isinstance(train, Files) else train[1]
+    if hold_out:
+        parts = split_last(labels, hold_out)
+    else:
+        parts = split_validation(labels, val_fraction, seed)
+    if isinstance(train, Files):
+        kept, held_out = (train[part] for part in parts)
+    else:
+        kept, held_out = ((train[0][part], train[1][part]) for part in parts)
+    return kept, held_out, test
 
 
 def count(source: Source) -> int:
     """Images."""
     return len(source[0]) if isinstance(source, tuple) else len(source)
+
+
+def spread(source: Source, count: int) -> Source:
+    """At most ``count`` images at even distances, so that images sorted by class give all classes.
+
+    Shards, which hold training images in random order, are returned whole.
+    """
+    total = len(source[0]) if isinstance(source, tuple) else len(source)
+    if isinstance(source, Shards) or total <= count:
+        return source
+    indices = torch.arange(count) * total // count
+    if isinstance(source, tuple):
+        return source[0][indices], source[1][indices]
+    return source[indices]
 
 
 def mean_std(source: Source, image_size: int, **pipeline: Any) -> tuple[Tensor, Tensor]:

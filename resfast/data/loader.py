@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,13 +13,20 @@ from resfast.data.augment import (
     check_augment,
     mixed_labels,
     needs_statistics,
-    order,
     sample,
     sample_mix,
     statistics,
 )
+from resfast.data.augment import order as shuffle
 from resfast.errors import ResfastError
 from resfast.kernels.augment import augment, augment_drawn, normalization
+
+
+class Slice(Protocol):
+    """Which images of an epoch's order a batch takes: ``images`` from place ``first`` on."""
+
+    first: int
+    images: int
 
 
 class ResidentLoader:
@@ -85,12 +92,23 @@ class ResidentLoader:
         whole, rest = divmod(self.count, self.batch_size * self.world)
         return whole + (rest >= self.world and not self.drop_last)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(
+        self,
+        epoch: int,
+        first_step: int = 0,
+        *,
+        batches: Sequence[Slice] | None = None,
+        order: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of one epoch.
 
         Args:
             epoch: epoch, from 0.
             first_step: batches to leave out at the start, to resume inside an epoch.
+            batches: what each batch takes (None: all images in batches of ``batch_size``). What is
+                done to an image does not depend on it. Of one rank only.
+            order: int64 ``[M]``, the images to go through on the loader's device (None: all in the
+                order of (seed, epoch)).
 
         Yields:
             images ``[B, C, H, W]`` in ``channels_last`` and the loader's dtype, and labels: int64
@@ -106,11 +124,16 @@ class ResidentLoader:
             epoch=epoch,
             statistics=self._statistics,
         )
-        shuffled = order(self.count, seed=self.seed, epoch=epoch, device=self.device)
-        step_images = self.batch_size * self.world
-        for step in range(first_step, len(self)):
-            everyone = shuffled[step * step_images : (step + 1) * step_images]
-            indices = everyone.tensor_split(self.world)[self.rank]
+        if order is None:
+            order = shuffle(self.count, seed=self.seed, epoch=epoch, device=self.device)
+        for step in range(first_step, len(self) if batches is None else len(batches)):
+            if batches is None:
+                step_images = self.batch_size * self.world
+                everyone = order[step * step_images : (step + 1) * step_images]
+                indices = everyone.tensor_split(self.world)[self.rank]
+            else:
+                batch = batches[step]
+                indices = order[batch.first : batch.first + batch.images]
             labels = self.labels[indices]
             mix = sample_mix(
                 self.augment, indices, count=self.count, size=size, seed=self.seed, epoch=epoch

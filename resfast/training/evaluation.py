@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 
 from resfast.data.loader import resident_batches
 
-TTA = Literal["none", "flip", "shift"]
+TTA = Literal["none", "flip", "shift", "multi-crop"]
+
+# Rows and columns of a frame of one pixel that a view starts at: image moved down-right, up-left, …
+_MOVES = {"shift": ((0, 0), (2, 2)), "multi-crop": ((0, 0), (2, 2), (0, 2), (2, 0))}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of :func:`evaluate`.
+    """Result of :func:`evaluate` and :func:`evaluate_both`.
 
     Attributes:
         accuracy: part of the images classified correctly, 0 to 1.
@@ -56,7 +60,8 @@ def predict(
         dtype: compute dtype under autocast.
         tta: ``flip`` averages the logits of each image and its mirror; ``shift`` averages those
             (weight 1/2) and the same two of the image moved by one pixel up-left and down-right
-            (Jordan, arXiv:2404.00498, section 3.5).
+            (Jordan, arXiv:2404.00498, section 3.5); ``multi-crop`` moves it up-right and down-left
+            too, ten views in all.
 
     Returns:
         float32 ``[N, classes]`` on the same device.
@@ -68,27 +73,43 @@ def predict(
         for batch, _ in resident_batches(
             images, unlabelled, mean, std, batch_size=batch_size, dtype=dtype
         ):
-            out.append(_logits(model, batch, dtype, tta))
+            out.append(_logits(model, batch, dtype, tta)[1])
     return torch.cat(out)
 
 
-def _logits(model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA) -> Tensor:
-    with torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32):
-        if tta == "none":
-            return model(batch).float()
-        logits = _mirrored(model, batch)
-        if tta == "shift":
-            height, width = batch.shape[2:]
-            padded = F.pad(batch, (1, 1, 1, 1), mode="reflect")
-            padded = padded.contiguous(memory_format=torch.channels_last)
-            moved = [padded[:, :, s : s + height, s : s + width] for s in (0, 2)]
-            moved = [m.contiguous(memory_format=torch.channels_last) for m in moved]
-            logits = logits / 2 + (_mirrored(model, moved[0]) + _mirrored(model, moved[1])) / 4
-        return logits
+def _logits(model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA) -> tuple[Tensor, Tensor]:
+    """Logits without and with test-time augmentation, float32 ``[B, classes]``."""
+    plain, mirrored = _upright(model, batch, dtype, tta)
+    return plain, _moved(model, batch, dtype, tta, mirrored)
 
 
-def _mirrored(model: nn.Module, batch: Tensor) -> Tensor:
-    return (model(batch).float() + model(batch.flip(3)).float()) / 2
+def _upright(
+    model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA
+) -> tuple[Tensor, Tensor]:
+    """Logits of the images, and their mean with those of the mirrored ones."""
+    with _autocast(batch, dtype):
+        plain = model(batch).float()
+        return plain, plain if tta == "none" else (plain + model(batch.flip(3)).float()) / 2
+
+
+def _moved(
+    model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA, mirrored: Tensor
+) -> Tensor:
+    """Logits with all views, ``mirrored`` being those of the first two."""
+    if tta not in _MOVES:
+        return mirrored
+    height, width = batch.shape[2:]
+    padded = F.pad(batch, (1, 1, 1, 1), mode="reflect")
+    total = 0
+    for row, column in _MOVES[tta]:
+        view = padded[:, :, row : row + height, column : column + width]
+        view = view.contiguous(memory_format=torch.channels_last)
+        total = total + _upright(model, view, dtype, "flip")[1]
+    return mirrored / 2 + total / (2 * len(_MOVES[tta]))
+
+
+def _autocast(batch: Tensor, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(batch.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def evaluate(
@@ -97,37 +118,109 @@ def evaluate(
     *,
     dtype: torch.dtype = torch.float32,
     tta: TTA = "none",
+    tta_select: float = 1.0,
 ) -> Evaluation:
-    """Scores a network.
+    """Scores a network; arguments as of :func:`evaluate_both`."""
+    return evaluate_both(model, batches, dtype=dtype, tta=tta, tta_select=tta_select)[1]
+
+
+def evaluate_both(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    tta: TTA = "none",
+    tta_select: float = 1.0,
+) -> tuple[Evaluation, Evaluation]:
+    """Scores a network without and with test-time augmentation, in one go over its views.
 
     Args:
         model: a network on the device of the batches; put in eval mode for the call, and back.
         batches: normalized images ``[B, C, H, W]`` in ``dtype`` and labels int64 ``[B]``, at least
-            one batch.
-        dtype: compute dtype under autocast.
+            one batch. With ``tta_select`` they are iterated twice.
+        dtype: compute dtype under autocast; float32 for none.
         tta: as of :func:`predict`.
+        tta_select: part of the images, above 0, that get all views: those with the smallest
+            greatest probability under the image and its mirror, which decide the others (selective
+            test-time augmentation).
+
+    Raises:
+        ValueError: ``tta_select`` is out of range, or the batches can be iterated only once.
     """
+    if not 0 < tta_select <= 1:
+        raise ValueError(f"tta_select is {tta_select}; expected more than 0, at most 1")
+    selective = tta in _MOVES and tta_select < 1
+    if selective and isinstance(batches, Iterator):
+        raise ValueError("batches is an iterator, and tta_select needs them twice; pass a list")
     was_training = model.training
     model.eval()
-    confusion = loss = None
+    plain, augmented = _Tally(), _Tally()
     try:
         with torch.inference_mode():
+            kept = []
             for images, labels in batches:
-                logits = _logits(model, images, dtype, tta)
-                classes = logits.shape[1]
-                if confusion is None:
-                    confusion = labels.new_zeros(classes * classes)
-                    loss = logits.new_zeros((), dtype=torch.float64)
-                confusion += torch.bincount(
-                    labels * classes + logits.argmax(1), minlength=classes * classes
-                )
-                loss += F.cross_entropy(logits, labels, reduction="sum")
+                logits, mirrored = _upright(model, images, dtype, tta)
+                plain.add(logits, labels)
+                if selective:
+                    kept.append((mirrored, labels))
+                elif tta != "none":
+                    augmented.add(_moved(model, images, dtype, tta, mirrored), labels)
+            if selective:
+                mirrored, labels = (torch.cat(values) for values in zip(*kept, strict=True))
+                confidence = mirrored.softmax(1).amax(1)
+                least = confidence.argsort(stable=True)[: math.ceil(tta_select * len(labels))]
+                for images, indices in _chosen(batches, least.sort().values):
+                    logits = _moved(model, images, dtype, tta, mirrored[indices])
+                    mirrored[indices] = logits
+                augmented.add(mirrored, labels)
     finally:
         model.train(was_training)
-    confusion = confusion.view(classes, classes).cpu()
-    count = int(confusion.sum())
-    return Evaluation(
-        accuracy=int(confusion.diagonal().sum()) / count,
-        loss=loss.item() / count,
-        confusion=confusion,
-    )
+    result = plain.result()
+    return result, result if tta == "none" else augmented.result()
+
+
+def _chosen(
+    batches: Iterable[tuple[Tensor, Tensor]], chosen: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images by their rising places ``chosen``, in batches as large as the first, with places."""
+    rows: list[Tensor] = []
+    start = done = size = 0
+    for images, _ in batches:
+        size = size or len(images)
+        end = start + len(images)
+        mine = chosen[(chosen >= start) & (chosen < end)] - start
+        rows.append(images.permute(0, 2, 3, 1)[mine])
+        start = end
+        waiting = sum(map(len, rows))
+        while waiting >= size:
+            together = torch.cat(rows)
+            yield together[:size].permute(0, 3, 1, 2), chosen[done : done + size]
+            rows, done, waiting = [together[size:]], done + size, waiting - size
+    if done < len(chosen):
+        yield torch.cat(rows).permute(0, 3, 1, 2), chosen[done:]
+
+
+class _Tally:
+    """Confusion matrix and loss of the logits seen so far, on their device."""
+
+    def __init__(self) -> None:
+        self.confusion: Tensor | None = None
+        self.loss: Tensor | None = None
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        classes = logits.shape[1]
+        if self.confusion is None:
+            self.confusion = labels.new_zeros(classes, classes)
+            self.loss = logits.new_zeros((), dtype=torch.float64)
+        pairs = torch.bincount(labels * classes + logits.argmax(1), minlength=classes * classes)
+        self.confusion += pairs.view(classes, classes)
+        self.loss += F.cross_entropy(logits, labels, reduction="sum")
+
+    def result(self) -> Evaluation:
+        confusion = self.confusion.cpu()
+        count = int(confusion.sum())
+        return Evaluation(
+            accuracy=int(confusion.diagonal().sum()) / count,
+            loss=self.loss.item() / count,
+            confusion=confusion,
+        )
