@@ -117,6 +117,18 @@ def prepare(device: torch.device, *, threads: int, tf32: bool, tuned_allocator: 
         logger.warning("the allocator could not be tuned: this is not glibc")
 
 
+def peak_memory(device: torch.device) -> int:
+    """Most bytes used so far: by tensors on a CUDA device, else by the process in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
 def describe(device: torch.device) -> str:
     """Name of the processor, for the records of a run."""
     if device.type == "cuda":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,6 +34,9 @@ class Start:
     """Print the recipes and models with their parameter counts, and stop."""
     summary: bool = False
     """Print the network layer by layer, and stop."""
+    profile: Path | None = None
+    """Train for a few steps only, write a Chrome trace of them to this file, print the operators
+    that took most and how the step compares with a matrix product, and stop."""
 
 
 @dataclass(frozen=True)
@@ -72,49 +77,70 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
         default = replace(default, run=replace(default.run, name=None))
     else:
         default = recipe(start.recipe or "default")
-    command = entry.parse(Command, args, PROG, Command(start, default))
-    return start, command.config
+    config = entry.parse(Command, args, PROG, Command(start, default)).config
+    if not given and config.evaluation.target is not None and config.run.max_seconds is not None:
+        default = recipe(_picked(config))
+        config = entry.parse(Command, args, PROG, Command(start, default)).config
+    return start, config
+
+
+def _picked(config: Config) -> str:
+    """Name of the recipe for a target and a limit of seconds; says which and why."""
+    from resfast import runtime
+    from resfast.training.targets import pick
+
+    row, reason = pick(
+        config.evaluation.target,
+        config.run.max_seconds,
+        device=runtime.resolve_device(config.runtime.device),
+        data=config.data.data,
+        threads=config.runtime.threads,
+    )
+    print(reason)
+    return row.recipe
 
 
 def print_list() -> None:
     """Prints recipes and models."""
     import torch
 
-    from resfast.models.presets import PRESETS, create_model
+    from resfast.models.presets import PRESETS, build_model, create_model
     from resfast.models.resnet import count_parameters
+    from resfast.training.targets import TABLE, read
 
     with torch.device("meta"):  # shapes alone: nothing is initialised
         counts = {name: count_parameters(create_model(name)) for name in PRESETS}
+        trained = {
+            name: count_parameters(build_model(network(config.model)))
+            for name, config in RECIPES.items()
+        }
     print("recipes (--recipe NAME)")
     for name, config in RECIPES.items():
-        model = config.model.model
-        print(f"  {name:<20} {model:<20} {counts[model]:>11,}  {SUMMARIES[name]}")
+        print(f"  {name:<20} {config.model.model:<20} {trained[name]:>11,}  {SUMMARIES[name]}")
+    measured = read(TABLE)
+    if measured:
+        print("\nmeasured (--target 0.94 --max-seconds 300 picks among these)")
+    for row in measured:
+        print(f"  {row}")
     print("\nmodels (--model NAME), parameters for 10 classes")
     for name, spec in PRESETS.items():
-        shape = (
-            f"blocks {_commas(spec.blocks)}  channels {_commas(spec.channels)}  stem {spec.stem}"
-        )
-        extra = [spec.block] if spec.block != "basic" else []
-        extra += [f"shortcut {spec.shortcut}"] if spec.shortcut != "conv1" else []
-        extra += [f"head {_commas(spec.head)}"] if spec.head else []
-        print(f"  {name:<20} {counts[name]:>11,}  {'  '.join([shape, *extra])}")
+        print(f"  {name:<20} {counts[name]:>11,}  {spec}")
     print("  resnet               of your own: --blocks 2,1,1,1 --channels 64,128,256,512 …")
-
-
-def _commas(values: Sequence[int]) -> str:
-    return ",".join(map(str, values))
+    print("  speednet             of your own: --convolutions 2,2,2 --channels 64,256,256 …")
 
 
 def print_summary(config: Config) -> None:
     """Prints the layer table of the network that ``config`` describes, for 10 classes."""
-    from resfast.models.resnet import ResNet
+    from resfast.models.presets import build_model
     from resfast.models.summary import summarize
 
-    print(summarize(ResNet(network(config.model)), config.data.image_size))
+    size = config.data.image_size
+    print(summarize(build_model(network(config.model), image_size=size), size))
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    started = time.perf_counter() - (_process_seconds() if args is None else 0.0)
     arguments = list(sys.argv[1:] if args is None else args)
 
     def command() -> None:
@@ -125,23 +151,31 @@ def main(args: Sequence[str] | None = None) -> int:
         if start.summary:
             print_summary(config)
             return
-        from resfast.training.trainer import train
+        if start.profile is not None:
+            from resfast.training.profiling import profile
 
-        result = train(config, resume=start.resume)
-        summary = result.summary
-        print(
-            f"test accuracy {summary['test_accuracy']:.2%}, with test-time augmentation "
-            f"({summary['tta']}) {summary['tta_accuracy']:.2%}; trained in "
-            f"{summary['train_seconds']:.1f} s ({summary['images_per_second']:,.0f} images/s) + "
-            f"{summary['compile_seconds']:.1f} s compiling + {summary['eval_seconds']:.1f} s "
-            f"evaluating\n{result.path}"
-        )
+            print(profile(config, start.profile))
+            return
+        from resfast.training.runs import headline, train
+
+        result = train(config, resume=start.resume, started=started)
+        print(f"{headline(result.summary)}\n{result.path}")
 
     return entry.run(command)
 
 
+def _process_seconds() -> float:
+    """Seconds since this process began; 0 where only the clock of the process itself knows."""
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])  # proc(5): field 22
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # not Linux
+        return 0.0
+
+
 def _train(*args: object, **kwargs: object) -> object:
-    from resfast.training.trainer import train
+    from resfast.training.runs import train
 
     return train(*args, **kwargs)
 

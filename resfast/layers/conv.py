@@ -11,7 +11,12 @@ class Conv2d(nn.Conv2d):
 
     Where gradients are recorded under CPU autocast to bfloat16, 3x3 convolutions of enough channels
     are :func:`resfast.kernels.conv_train.conv2d`.
+
+    Attributes:
+        tile: the largest tile that they may compute their results in, 2 or 4.
     """
+
+    tile = 2
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
@@ -30,5 +35,13 @@ class Conv2d(nn.Conv2d):
 
             where = self.stride[0], self.padding[0]
             if conv_train.applies(input, weight, *where):
-                return conv_train.conv2d(input.to(torch.bfloat16), weight, *where)
+                tile = min(self.tile, conv_train.fastest_tile(input, *where))
+                return conv_train.conv2d(input.to(torch.bfloat16), weight, *where, tile)
         return super()._conv_forward(input, weight, bias)
+
+
+def set_winograd_tile(model: nn.Module, tile: int) -> None:
+    """Sets :attr:`Conv2d.tile` of every convolution in a model: 2, or 4 for speed."""
+    for module in model.modules():
+        if isinstance(module, Conv2d):
+            module.tile = tile

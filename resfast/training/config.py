@@ -18,8 +18,9 @@ import tyro
 
 from resfast.data.augment import POLICIES, Augment, parse_augment
 from resfast.errors import ResfastError
-from resfast.models.presets import DEFAULT_MODEL, preset
+from resfast.models.presets import DEFAULT_MODEL, Spec, preset
 from resfast.models.resnet import Activation, Block, ResNetSpec, Shortcut
+from resfast.models.speednet import FinalPool, Padding, SpeedNetSpec
 
 
 def _int_list(argument: list[str]) -> tuple[int, ...]:
@@ -41,6 +42,36 @@ IntList = Annotated[
     ),
 ]
 """``2,1,1,1`` on the command line, a tuple of integers in Python."""
+
+Phases = tuple[tuple[int, float], ...]
+"""Values with the part of the training, 0 to 1, up to which each holds."""
+
+
+def _phases(argument: list[str]) -> Phases:
+    text = argument[0]
+    try:
+        items = (part.split(":") for part in text.split(",") if part != "")
+        return tuple((int(value), float(end)) for value, end in items)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a list of VALUE:PART such as 24:0.5,28:0.8") from None
+
+
+def phases_text(phases: Phases) -> str:
+    """Phases as the command line has them."""
+    return ",".join(f"{value}:{end:g}" for value, end in phases)
+
+
+PhaseList = Annotated[
+    Phases,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="N:PART,…",
+        instance_from_str=_phases,
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [phases_text(value)],
+    ),
+]
+"""``24:0.5,28:0.8`` on the command line, ``((24, 0.5), (28, 0.8))`` in Python."""
 
 
 def _augment(argument: list[str]) -> Augment:
@@ -72,13 +103,16 @@ class ModelConfig:
     __pydantic_config__ = _STRICT
 
     model: str = DEFAULT_MODEL
-    """Name of a preset (--list shows them), or 'resnet' with --blocks and --channels."""
+    """Name of a preset (--list shows them), or 'resnet' with --blocks and --channels, or 'speednet'
+    with --convolutions and --channels."""
     blocks: IntList = ()
     """Residual blocks of each stage."""
+    convolutions: IntList = ()
+    """Speednet: convolutions of each stage."""
     channels: IntList = ()
     """Channels of each stage."""
     strides: IntList = ()
-    """Stride of each stage (1, then 2 for each later one)."""
+    """Stride of each stage (1, then 2 for each later one; in a speednet 2 is a max pool)."""
     stem: int | None = None
     """Channels of the first convolution."""
     block: Block | None = None
@@ -93,6 +127,31 @@ class ModelConfig:
     """Probability of dropping a feature before each dense layer."""
     zero_init_residual: bool = False
     """Start the last norm of each block at zero."""
+    dirac_init: bool | None = None
+    """Start convolutions as the identity on their first channels."""
+    freeze_norm_scale: bool | None = None
+    """Leave the scale of batch norms at 1 instead of training it."""
+    residual: bool | None = None
+    """Speednet: identity shortcut around all but the first convolution of a stage of three up."""
+    whitening: bool | None = None
+    """Speednet: first convolution frozen, its filters computed from training images so that what
+    they put out is uncorrelated; otherwise learned, with a batch norm."""
+    whitening_kernel: int | None = None
+    """Speednet: height and width of the first convolution, in pixels."""
+    whitening_padding: Padding | None = None
+    """Speednet: zeros around the image before the first convolution."""
+    whitening_width: int | None = None
+    """Speednet: eigenvectors kept in the first convolution, each as two filters (0: all)."""
+    final_pool: FinalPool | None = None
+    """Speednet: maximum or average of each channel before the logits."""
+    logit_scale: float | None = None
+    """Speednet: factor of the logits."""
+    head_std: float | None = None
+    """Speednet: standard deviation of the first weight of the last layer (0: torch's own)."""
+    norm_momentum: float | None = None
+    """Speednet: weight of a batch in the running statistics of batch norms."""
+    norm_eps: float | None = None
+    """Speednet: added to the variance in batch norms."""
     param_budget: int = 0
     """Refuse a network with more parameters than this (0: no budget)."""
 
@@ -114,6 +173,18 @@ class DataConfig:
     """Leave out images that cannot be decoded instead of stopping."""
     val_fraction: float = 0.0
     """Part of the training set held out for validation, best weights and early stopping."""
+    hold_out: int = 0
+    """Training images held out for the same, instead of a part: the last of each class, as many of
+    each, whatever the seed (0: none)."""
+    sizes: PhaseList = ()
+    """Progressive image size: heights and widths to train at, in pixels, each up to a part of the
+    training; 24:0.5,28:0.8 is 24 in the first half, 28 up to 80 % and then the images' own."""
+    resize_by: Literal["resize", "crop"] = "resize"
+    """How augmented images get a size of --sizes: antialiased bilinear, or a random crop."""
+    filter_start: float = 1.0
+    """Part of the training from which epochs leave out the images with the lowest loss."""
+    filter_keep: float = 1.0
+    """Part of the images that those epochs keep (1: all)."""
     augment: AugmentOption = POLICIES["light"]
     """Augmentation: a policy (none, light, standard, strong, report-001), values of its own such
     as crop=4,flip=alternating,cutout=8,mixup=0.2, or a policy and values that override its."""
@@ -130,21 +201,47 @@ class OptimConfig:
 
     __pydantic_config__ = _STRICT
 
-    epochs: int | None = None
-    """Passes over the training set (None: 70, or 14 for a data set below 10,000 images)."""
+    epochs: int | float | None = None
+    """Passes over the training set, of which the last may be cut short, as in 5.5 (None: 70, or 14
+    for a data set below 10,000 images)."""
     batch_size: int | None = None
     """Images a step (None: 128, or 64 for a data set below 10,000 images)."""
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """Optimizer; sgd is Nesterov's."""
+    batch_sizes: PhaseList = ()
+    """Batch sizes before that one, each up to a part of the training, as in 256:0.3,512:0.7."""
+    optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
+    """Optimizer; sgd is Nesterov's; muon orthogonalises the updates of convolution filters and
+    leaves all else to sgd."""
     lr: float = 0.1
-    """Peak learning rate; an adapted batch size scales it."""
+    """Peak learning rate, of convolution filters where others are given; an adapted batch size
+    scales all of them."""
+    head_lr: float | None = None
+    """Peak learning rate of dense layers' weights (None: --lr)."""
+    bias_lr: float | None = None
+    """Peak learning rate of norm parameters and biases (None: --lr)."""
     momentum: float = 0.9
-    """Momentum of sgd, beta1 of adam and adamw."""
+    """Momentum of sgd and muon, beta1 of adam and adamw."""
+    sgd_momentum: float | None = None
+    """Muon: momentum of what is left to sgd (None: --momentum)."""
     weight_decay: float = 5e-4
-    """Weight decay: L2 for sgd and adam, decoupled for adamw."""
+    """Weight decay: L2 for sgd and adam, decoupled for adamw and muon's filters. Per step it takes
+    learning rate times this off a weight."""
+    head_weight_decay: float | None = None
+    """Weight decay of dense layers' weights (None: --weight-decay)."""
+    bias_weight_decay: float | None = None
+    """Weight decay of norm parameters and biases (None: 0, or --weight-decay with
+    --decay-norm-bias)."""
     decay_norm_bias: bool = False
     """Decay norm parameters and biases too."""
-    schedule: Literal["onecycle", "cosine", "plateau", "multistep", "constant"] = "onecycle"
+    newton_schulz_steps: int = 5
+    """Muon: iterations of the orthogonalisation."""
+    normalize_filters: bool = False
+    """Muon: before each step scale every convolution's weight to the norm sqrt(filters)."""
+    whitening_bias_epochs: float = 0.0
+    """Epochs in which the bias of a whitening first layer is trained, its learning rate falling
+    from --bias-lr to 0 (0: never)."""
+    schedule: Literal["onecycle", "cosine", "linear", "plateau", "multistep", "constant"] = (
+        "onecycle"
+    )
     """Learning rate over time; all but plateau step once a batch."""
     anneal: Literal["cos", "linear"] = "cos"
     """Shape of the one-cycle's two legs."""
@@ -155,7 +252,7 @@ class OptimConfig:
     start_factor: float = 0.04
     """First learning rate as a part of the peak."""
     end_factor: float = 1e-4
-    """Last learning rate of one-cycle, cosine and plateau as a part of the peak."""
+    """Last learning rate of one-cycle, cosine, linear and plateau as a part of the peak."""
     milestones: IntList = ()
     """Multistep: epochs at which the learning rate is multiplied by --gamma."""
     gamma: float = 0.1
@@ -171,6 +268,13 @@ class OptimConfig:
     ema: float = 0.0
     """Decay per step of an exponential moving average of the weights, which is then what is
     evaluated and saved (0: off)."""
+    lookahead: int = 0
+    """Steps after which slow weights move towards the trained ones, which then go on from there;
+    the slow ones are evaluated and saved (0: off)."""
+    lookahead_decay: float = 0.95
+    """Lookahead: what the slow weights keep a step at the end of the training."""
+    lookahead_power: float = 3.0
+    """Lookahead: at a part t of the training they keep t to this power of that (0: all of it)."""
 
 
 @dataclass(frozen=True)
@@ -179,15 +283,25 @@ class EvalConfig:
 
     __pydantic_config__ = _STRICT
 
-    tta: Literal["none", "flip", "shift"] = "shift"
-    """Test-time augmentation of the final evaluation: mean of the image and its mirror, and with
-    'shift' also both translated by 1 pixel."""
+    tta: Literal["none", "flip", "shift", "multi-crop"] = "shift"
+    """Test-time augmentation of the final evaluation: mean of the image and its mirror, with
+    'shift' also both translated by 1 pixel along one diagonal, with 'multi-crop' along both."""
+    tta_select: float = 1.0
+    """Part of the images that get the translated views: those with the least confident prediction
+    under the image and its mirror (1: all)."""
+    score_test: bool = True
+    """Score the test images; without, choices are made on a held-out part and the test images are
+    not looked at."""
+    fuse: bool = False
+    """Evaluate a fused copy of the network (resfast.fuse) in the compute dtype. Its making counts
+    as evaluation, the timing of its kernels before the training as compilation."""
     eval_every: int = 1
-    """Epochs between evaluations."""
+    """Epochs between evaluations (0: only after the last)."""
     eval_batch_size: int = 1000
     """Images a step in evaluation."""
     target: float | None = None
-    """Stop once this accuracy is reached (0.94 for 94 %)."""
+    """Stop once this accuracy is reached (0.94 for 94 %); with --runs what the mean is tested
+    against; with --max-seconds and no recipe what a known recipe is looked for by."""
     early_stop: int = 0
     """Stop after this many evaluations without a better accuracy (0: off)."""
 
@@ -205,10 +319,15 @@ class RuntimeConfig:
     fp32 on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: where a compiler is present and the run is long enough to gain."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Capture the training step as one CUDA graph; auto: where device and options allow it."""
     tf32: bool = True
     """Let fp32 matrix products and convolutions use TF32 on CUDA."""
     threads: int = 0
     """CPU threads (0: torch's default)."""
+    winograd_tile: Literal[2, 4] = 2
+    """Bf16 training on the CPU: side of the largest tiles in which 3x3 convolutions compute their
+    results; 4 takes about half as many multiplications and rounds off 3 times as much."""
     tune_allocator: bool = True
     """Keep freed memory in the process instead of returning it to the kernel every step."""
     seed: int = 0
@@ -225,6 +344,11 @@ class RunConfig:
     """Name of the run's folder (None: recipe, model, data, seed and time)."""
     out: Path = Path("runs")
     """Folder that holds the runs."""
+    runs: int = 1
+    """Trainings with the seeds --seed, --seed + 1, …, each in a folder of its own below the run's,
+    and statistics of them."""
+    max_seconds: float | None = None
+    """Stop after this many seconds of training, saved; compiling and loading do not count."""
     save_seconds: float = 15.0
     """Least time between two checkpoints, in seconds; the last epoch always saves."""
     tensorboard: bool = False
@@ -329,26 +453,52 @@ def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def network(config: ModelConfig) -> ResNetSpec:
+_OWN = {"resnet": ("blocks", ResNetSpec), "speednet": ("convolutions", SpeedNetSpec)}
+"""Networks without a preset: what has to be given beside the channels, and the kind of shape."""
+
+
+def network(config: ModelConfig) -> Spec:
     """The shape that a model configuration names, overrides applied.
 
     Raises:
-        ResfastError: an unknown preset, or 'resnet' without blocks and channels.
+        ResfastError: an unknown preset, 'resnet' without blocks and channels, 'speednet' without
+            convolutions and channels, an option of the other family, or two that exclude each
+            other.
     """
-    if config.model == "resnet":
-        if not config.blocks or not config.channels:
+    values: dict[str, Any] = {}
+    if config.model in _OWN:
+        depth, kind = _OWN[config.model]
+        if not getattr(config, depth) or not config.channels:
             raise ResfastError(
-                "model 'resnet' needs --blocks and --channels, for example "
-                "--blocks 2,1,1,1 --channels 64,128,256,512"
+                f"model {config.model!r} needs --{depth} and --channels, for example "
+                f"--{depth} 2,1,1,1 --channels 64,128,256,512"
             )
-        values: dict[str, Any] = {}
     else:
-        values = asdict(preset(config.model))
-        if config.blocks and not config.strides and len(config.blocks) != len(values["strides"]):
+        spec = preset(config.model)
+        values, kind = asdict(spec), type(spec)
+        depth = "blocks" if kind is ResNetSpec else "convolutions"
+        given = getattr(config, depth)
+        if given and not config.strides and len(given) != len(values["strides"]):
             values["strides"] = ()
-    for name in ("blocks", "channels", "strides", "head"):
-        values[name] = getattr(config, name) or values.get(name, ())
-    for name in ("stem", "block", "shortcut", "activation", "dropout"):
-        if getattr(config, name) is not None:
-            values[name] = getattr(config, name)
-    return ResNetSpec(**values)
+    shape = {f.name for f in fields(kind)}
+    others = {"model", "param_budget"} | ({"zero_init_residual"} if kind is ResNetSpec else set())
+    for option in fields(ModelConfig):
+        value = getattr(config, option.name)
+        if value == option.default:
+            continue
+        if option.name in shape:
+            values[option.name] = value
+        elif option.name not in others:
+            families = ("speednets", "resnets") if kind is ResNetSpec else ("resnets", "speednets")
+            raise ResfastError(
+                f"--{option.name.replace('_', '-')} is an option of {families[0]}, and "
+                f"{config.model!r} is one of the {families[1]}; leave it out or choose another "
+                "--model"
+            )
+    made = kind(**values)
+    if config.zero_init_residual and made.freeze_norm_scale:
+        raise ResfastError(
+            "--zero-init-residual starts norm scales at zero and --freeze-norm-scale would leave "
+            "them there; choose one"
+        )
+    return made

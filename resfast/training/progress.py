@@ -38,7 +38,7 @@ class Display:
         self.console.print(line, markup=False)
 
     def start(self, epochs: int, steps: int, evaluated_on: str) -> None:
-        """Begins the display of training: ``steps`` batches an epoch, for ``epochs`` epochs."""
+        """Begins the display of training: ``steps`` batches in all, in ``epochs`` epochs."""
         self.epochs, self.evaluated_on = epochs, evaluated_on
         self.say(HEADER.format(set=evaluated_on))
         if self.console.is_terminal:
@@ -52,7 +52,7 @@ class Display:
                 refresh_per_second=4,
                 transient=True,
             )
-            self.task = self.progress.add_task("", total=epochs * steps, epoch=0, status="")
+            self.task = self.progress.add_task("", total=steps, epoch=0, status="")
             self.progress.start()
 
     def step(

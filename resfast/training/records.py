@@ -14,22 +14,28 @@ from resfast.training.config import Config, to_json
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, BEST = "checkpoint.pt", "model.safetensors", "best.safetensors"
 CURVES, CONFUSION = "curves.png", "confusion.png"
+TIMING_RULE = (
+    "timed_seconds = whitening + training + final evaluation with test-time augmentation: all that "
+    "depends on the training images or produces the final predictions. Not in it: compiling and "
+    "warm-up on dummy data, loading data (with its channel mean and deviation), other evaluations."
+)
+"""Of ``timed_seconds``, the same as airbench's (Jordan, arXiv:2404.00498)."""
 
 
 def run_folder(config: Config, network_name: str) -> Path:
-    """A new folder for a run.
+    """A new folder for a run, or for several that differ in their seed.
 
     Raises:
         ResfastError: the name is taken or the folder cannot be made.
     """
     name = config.run.name
+    seeds = f"seed{config.runtime.seed}"
+    if config.run.runs > 1:
+        seeds = f"seeds{config.runtime.seed}-{config.runtime.seed + config.run.runs - 1}"
     if name is None:
         data = config.data.data.removeprefix("folder:").rstrip("/")
         data = Path(data).name.split(".")[0] or "folder"
-        name = (
-            f"{config.recipe}-{network_name}-{data}-seed{config.runtime.seed}-"
-            f"{time.strftime('%Y%m%d-%H%M%S')}"
-        )
+        name = f"{config.recipe}-{network_name}-{data}-{seeds}-{time.strftime('%Y%m%d-%H%M%S')}"
     elif Path(name).name != name or name in (".", ".."):
         raise ResfastError(f"run name {name!r} must be a plain folder name; --out sets its place")
     path = config.run.out / name

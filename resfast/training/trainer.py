@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -18,15 +20,20 @@ from torch import Tensor, nn
 
 from resfast import __version__, atomic, runtime
 from resfast.data import feed
-from resfast.data.augment import generator
+from resfast.data.augment import generator, smaller
 from resfast.data.dataset import Dataset
 from resfast.data.stream import Stream, open_data
 from resfast.errors import NonFiniteLossError, ResfastError
-from resfast.models.resnet import ResNet, count_parameters
+from resfast.fusion import fuse
+from resfast.layers import whitening
+from resfast.layers.conv import set_winograd_tile
+from resfast.models.presets import build_model
+from resfast.models.resnet import count_parameters
 from resfast.models.summary import count_macs
 from resfast.training import checkpoint, records
-from resfast.training.config import Config, differences, load, network
-from resfast.training.evaluation import Evaluation, evaluate
+from resfast.training.config import Config, differences, load, network, phases_text
+from resfast.training.curriculum import Batch, epoch_order, make_plan, weighted_mean
+from resfast.training.evaluation import TTA, Evaluation, evaluate_both
 from resfast.training.optim import Schedule, build_optimizer
 from resfast.training.progress import Display
 from resfast.training.resolve import check, resolve
@@ -51,6 +58,28 @@ class Result:
     model: nn.Module
 
 
+@dataclass
+class Shared:
+    """What trainings that differ in their seed alone take over from each other.
+
+    Attributes:
+        data: the data set, once it was opened.
+        step: the training step, once it was compiled.
+    """
+
+    data: Dataset | Stream | None = None
+    step: TrainStep | None = None
+
+
+@dataclass(frozen=True)
+class _Score:
+    """Result of an evaluation without and with test-time augmentation, and the seconds it took."""
+
+    plain: Evaluation
+    augmented: Evaluation
+    seconds: float
+
+
 class Interrupted(KeyboardInterrupt):
     """A run stopped by a signal after saving; ``path`` is its folder."""
 
@@ -59,13 +88,24 @@ class Interrupted(KeyboardInterrupt):
         self.path, self.signum = path, signum
 
 
-def train(config: Config | None = None, *, resume: str | Path | None = None) -> Result:
-    """Trains a network.
+def train(
+    config: Config | None = None,
+    *,
+    resume: str | Path | None = None,
+    shared: Shared | None = None,
+    after_step: Callable[[int, Tensor], None] | None = None,
+    started: float | None = None,
+) -> Result:
+    """Trains one network.
 
     Args:
         config: what to train; :data:`resfast.training.recipes.RECIPES` has complete ones. With
             ``resume`` it may be left out, and otherwise must agree with the run's own.
         resume: the folder of a run to go on with.
+        shared: filled by the first of several trainings, used by the others.
+        after_step: called after each step with its number (from 0, over the whole run) and its
+            images.
+        started: ``time.perf_counter()`` when the command began (None: now).
 
     Returns:
         The finished run.
@@ -75,7 +115,9 @@ def train(config: Config | None = None, *, resume: str | Path | None = None) -> 
         NonFiniteLossError: the loss became infinite or NaN.
         Interrupted: SIGINT or SIGTERM came; the run was saved and can be resumed.
     """
+    started = time.perf_counter() if started is None else started
     display = Display()
+    shared = shared or Shared()
     state: dict[str, Any] | None = None
     path: Path | None = None
     if resume is not None:
@@ -90,16 +132,23 @@ def train(config: Config | None = None, *, resume: str | Path | None = None) -> 
     elif config is None:
         raise ResfastError("train needs a configuration or a run to resume")
     check(config)
-    data = open_data(
-        config.data.data,
-        data_dir=config.data.data_dir,
-        image_size=config.data.image_size,
-        skip_corrupt=config.data.skip_corrupt,
-        loader=config.data.loader,
-        device=runtime.resolve_device(config.runtime.device),
-        report=display.say,
-    )
-    return _Run(config, data, display, path, state).train()
+    if config.run.runs > 1:
+        raise ResfastError(
+            f"--runs {config.run.runs} is more than one training; call resfast.train for several"
+        )
+    if shared.data is None:
+        shared.data = open_data(
+            config.data.data,
+            data_dir=config.data.data_dir,
+            image_size=config.data.image_size,
+            skip_corrupt=config.data.skip_corrupt,
+            loader=config.data.loader,
+            device=runtime.resolve_device(config.runtime.device),
+            report=display.say,
+        )
+    run = _Run(config, shared, display, path, state)
+    run.started, run.after_step = started, after_step
+    return run.train()
 
 
 def _resumed(saved: Config, given: Config | None, path: Path) -> Config:
@@ -128,17 +177,19 @@ class _Run:
     def __init__(
         self,
         config: Config,
-        data: Dataset | Stream,
+        shared: Shared,
         display: Display,
         path: Path | None,
         state: dict[str, Any] | None,
     ) -> None:
+        data = shared.data
+        assert data is not None
         self.display, self.data = display, data
         train_source, val_source, self.test_source = feed.split_sources(
-            data, config.data.val_fraction, config.runtime.seed
+            data, config.data.val_fraction, config.runtime.seed, config.data.hold_out
         )
         config, notes = resolve(config, data, feed.count(train_source))
-        for note in notes:
+        for note in notes if shared.step is None else ():
             display.say(note)
         self.config = config
         self.device = torch.device(config.runtime.device)
@@ -168,12 +219,13 @@ class _Run:
             dtype=self.dtype,
             **self.pipeline,
         )
+        self.plan = make_plan(config, self.loader.count, data.image_size)
         held_out = val_source is not None
         self.val = self._batches(val_source if held_out else self.test_source)
         self.evaluated_on = "val" if held_out else "test"
 
         torch.manual_seed(config.runtime.seed)
-        model = ResNet(network(config.model), len(data.classes))
+        model = build_model(network(config.model), len(data.classes), data.image_size)
         budget, self.params = config.model.param_budget, count_parameters(model)
         if budget and self.params > budget:
             raise ResfastError(
@@ -183,22 +235,60 @@ class _Run:
         if config.model.zero_init_residual:
             model.zero_init_residual()
         self.macs = count_macs(model, data.image_size)
+        self.macs_by_pixels = {data.image_size: self.macs} | self._macs_of_sizes(model)
         model = model.to(self.device, memory_format=torch.channels_last)
-        optimizer = build_optimizer(model, config.optim)
-        self.schedule = Schedule(optimizer, config.optim, config.optim.epochs, len(self.loader))
-        compiled = config.runtime.compile != "off"
-        self.step = TrainStep(
-            model, optimizer, config.optim, device=self.device, dtype=self.dtype, compile=compiled
-        )
+        set_winograd_tile(model, config.runtime.winograd_tile)
+        self.train_source = train_source
+        whitening_seconds = self._whiten(model) if state is None else 0.0
+        self.compiled = shared.step is not None
+        if shared.step is None:
+            optimizer = build_optimizer(model, config.optim)
+            schedule = Schedule(
+                optimizer,
+                config.optim,
+                config.optim.epochs,
+                len(self.loader),
+                self.plan.progress(),
+            )
+            shared.step = TrainStep(
+                model,
+                optimizer,
+                config.optim,
+                device=self.device,
+                dtype=self.dtype,
+                compile=config.runtime.compile != "off",
+                schedule=schedule,
+                captured=config.runtime.cuda_graph != "off",
+                image_losses=self._filters,
+            )
+        else:
+            shared.step.reset(model.state_dict())
+        self.step, self.schedule = shared.step, shared.step.schedule
 
         self.epoch, self.first_step = 0, 0
-        self.losses = torch.zeros(len(self.loader), device=self.device)
+        self.losses = torch.zeros(self.plan.most_steps, device=self.device)
+        self.image_losses: Tensor | None = None
+        """Of each training image the latest loss, float32 ``[N]``, where a later epoch asks."""
+        self.order: Tensor | None = None
+        """Of the epoch at hand, where it depends on :attr:`image_losses`."""
+        if self._filters:
+            self.image_losses = torch.full((self.loader.count,), math.inf, device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.history: list[dict[str, Any]] = []
         self.best, self.best_epoch, self.since_best = -1.0, 0, 0
         self.epoch_seconds = 0.0
-        self.last_evaluation: Evaluation | None = None
-        self.seconds = {"train": 0.0, "compile": 0.0, "eval": 0.0}
+        self.final: _Score | None = None
+        """Of the network as it is, on the images that it is evaluated on while it is trained."""
+        self.seconds = {
+            "whitening": whitening_seconds,
+            "train": 0.0,
+            "compile": 0.0,
+            "eval": 0.0,
+            "total": 0.0,
+        }
+        self.started = time.perf_counter()
+        self.after_step: Callable[[int, Tensor], None] | None = None
+        self.stopped: str | None = None
         self.saved_at, self.saved_epoch = time.monotonic(), None
         self.stop_signal: int | None = None
 
@@ -209,6 +299,11 @@ class _Run:
             atomic.remove_stale(self.path, older_than_s=0)  # of a save that a kill cut short
         if state is not None:
             self._restore(state)
+
+    @property
+    def _filters(self) -> bool:
+        """Whether some epoch leaves out images."""
+        return any(epoch.kept < self.loader.count for epoch in self.plan.epochs)
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -225,10 +320,12 @@ class _Run:
             "schedule": self.schedule.state_dict(),
             "losses": self.losses.cpu(),
             "correct": self.correct.cpu(),
+            "image_losses": None if self.image_losses is None else self.image_losses.cpu(),
+            "order": None if self.order is None or not step else self.order.cpu(),
             "epoch_seconds": self.epoch_seconds,
             "history": json.dumps(self.history),
             "best": [self.best, self.best_epoch, self.since_best],
-            "seconds": self.seconds,
+            "seconds": self.seconds | {"total": self._total_seconds()},
             "loader": self.loader.state_dict(),
             "generator": torch.get_rng_state(),
             "cuda_generator": (
@@ -250,10 +347,13 @@ class _Run:
         self.loader.load_state_dict(state["loader"])
         self.losses.copy_(state["losses"])
         self.correct.copy_(state["correct"])
+        if self.image_losses is not None:
+            self.image_losses.copy_(state["image_losses"])
+            self.order = None if state["order"] is None else state["order"].to(self.device)
         self.epoch_seconds = state["epoch_seconds"]
         self.history = json.loads(state["history"])
         self.best, self.best_epoch, self.since_best = state["best"]
-        self.seconds = dict(state["seconds"])
+        self.seconds |= state["seconds"]
         self.generators = state["generator"], state["cuda_generator"]
         self.saved_epoch = self.epoch
         records.write_metrics(self.path, self.history)
@@ -265,8 +365,9 @@ class _Run:
             else f"the last good checkpoint is {self.path / records.CHECKPOINT} "
             f"(after {self.saved_epoch} epochs)"
         )
+        steps = len(self.plan.epochs[min(epoch, len(self.plan.epochs) - 1)].batches)
         return NonFiniteLossError(
-            f"{what} at epoch {epoch + 1}, step {step + 1} of {len(self.loader)}, learning rate "
+            f"{what} at epoch {epoch + 1}, step {step + 1} of {steps}, learning rate "
             f"{self.schedule.lr:g}; {good}; try a lower --lr or --clip-norm 1"
         )
 
@@ -280,12 +381,18 @@ class _Run:
             display.say(f"{self.path} is already trained; evaluating it")
         else:
             self._announce()
+            if self.device.type == "cuda":
+                self._warm_up_loader()
             self._compile()
+        self._warm_up_evaluation()
         with display, _Signals(self):
             if not finished:
-                display.start(config.optim.epochs, len(self.loader), self.evaluated_on)
+                display.start(len(self.plan.epochs), self.plan.steps, self.evaluated_on)
             while not finished:
                 self._train_epoch(self.epoch)
+                if self.stopped is not None:
+                    self._save(self.epoch, self.first_step)
+                    break
                 self._end_epoch(self.epoch, loggers)
                 self.epoch, self.first_step = self.epoch + 1, 0
                 finished = self._over()
@@ -293,6 +400,9 @@ class _Run:
                     self._save(self.epoch, 0)
                 if not finished:
                     self._stop_if_asked(0)
+        if self.first_step:  # out of time within an epoch
+            self.final = self._evaluate(self.val, config.evaluation.tta)
+            self._keep_best(self.final.plain.accuracy, self.epoch)
         summary = self._finish()
         loggers.close(summary)
         model = self.step.evaluated_model.eval()
@@ -309,24 +419,80 @@ class _Run:
         )
 
     def _compile(self) -> None:
-        asked = self.config.runtime.compile
-        if asked == "off":
+        asked = {self.config.runtime.compile, self.config.runtime.cuda_graph}
+        if asked == {"off"} or self.compiled:
             return
         self.display.say("compiling the training step (up to a minute the first time) …")
-        size = self.data.image_size
-        shape = (self.config.optim.batch_size, 3, size, size)
-        images = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        images = images.contiguous(memory_format=torch.channels_last)
-        labels = torch.zeros(shape[0], dtype=torch.int64, device=self.device)
-        if self.config.data.augment.mixes:
-            labels = F.one_hot(labels, len(self.data.classes)).float()
         self.step.model.train()
-        seconds = self.step.warm_up(images, labels, fall_back=asked == "auto")
+        seconds = 0.0
+        for batch, size in self.plan.shapes():
+            images = torch.zeros((batch, 3, size, size), device=self.device, dtype=self.dtype)
+            images = images.contiguous(memory_format=torch.channels_last)
+            labels = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            if self.config.data.augment.mixes:
+                labels = F.one_hot(labels, len(self.data.classes)).float()
+            seconds += self.step.warm_up(images, labels, fall_back="on" not in asked)
         self.seconds["compile"] += seconds
         self.display.say(f"compiled in {seconds:.1f} s")
 
+    def _warm_up_loader(self) -> None:
+        """Makes a batch of each shape that is thrown away, where its kernels get compiled."""
+        if self.compiled or self.config.data.loader != "resident":
+            return
+        start = time.perf_counter()
+        for batch, pixels in self.plan.shapes():
+            made = self.loader.epoch(0, batches=[Batch(0, batch, pixels)])
+            smaller(next(made)[0], pixels, by=self.config.data.resize_by, seed=0, epoch=0, first=0)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds["compile"] += time.perf_counter() - start
+
+    def _warm_up_evaluation(self) -> None:
+        """Evaluates dummy images, where the first evaluation times kernels or loads them."""
+        if self.compiled or not (self.config.evaluation.fuse or self.device.type == "cuda"):
+            return
+        size, pixels = self.config.evaluation.eval_batch_size, self.data.image_size
+        counts = [self.val.count]
+        if self.config.evaluation.score_test:
+            counts.append(feed.count(self.test_source))
+        counts += [math.ceil(count * self.config.evaluation.tta_select) for count in counts]
+        sizes = {min(size, count) for count in counts} | {count % size for count in counts} - {0}
+        before = self.seconds["eval"]
+        for batch in sorted(sizes, reverse=True):
+            images = torch.zeros((batch, 3, pixels, pixels), device=self.device, dtype=self.dtype)
+            images = images.contiguous(memory_format=torch.channels_last)
+            labels = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            self.seconds["compile"] += self._evaluate([(images, labels)], "flip").seconds
+        self.seconds["eval"] = before
+
+    def _batches_to_train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the plan says of an epoch, from the step to begin with."""
+        seed, batches = self.config.runtime.seed, self.plan.epochs[epoch].batches
+        options: dict[str, Any] = {}
+        if self.config.data.loader == "resident":
+            options["batches"] = batches
+        if self.image_losses is not None and not self.first_step:
+            kept, count = self.plan.epochs[epoch].kept, self.loader.count
+            self.order = epoch_order(kept, self.image_losses, count=count, seed=seed, epoch=epoch)
+        if self.order is not None:
+            options["order"] = self.order
+        made = self.loader.epoch(epoch, self.first_step, **options)
+        for batch, (images, labels) in zip(batches[self.first_step :], made, strict=False):
+            yield (
+                smaller(
+                    images,
+                    batch.pixels,
+                    by=self.config.data.resize_by,
+                    seed=seed,
+                    epoch=epoch,
+                    first=batch.first,
+                ),
+                labels,
+            )
+
     def _train_epoch(self, epoch: int) -> None:
-        steps, batch = len(self.loader), self.config.optim.batch_size
+        plan = self.plan.epochs[epoch]
+        steps = len(plan.batches)
         if self.first_step == 0:
             self.losses.zero_()
             self.correct.zero_()
@@ -342,32 +508,39 @@ class _Run:
         watch = _LossWatch(self.losses, self.correct)
         self.step.model.train()
         before, start = self.epoch_seconds, time.perf_counter()
-        for step, (images, labels) in enumerate(
-            self.loader.epoch(epoch, self.first_step), self.first_step
-        ):
+        for step, (images, labels) in enumerate(self._batches_to_train(epoch), self.first_step):
             loss, correct = self.step(images, labels)
             self.losses[step] = loss
             self.correct += correct
+            if self.image_losses is not None:
+                taken = plan.batches[step].first
+                indices = self.order[taken : taken + len(images)]
+                self.image_losses[indices] = self.step.image_losses
             lr = self.schedule.lr
             last_loss, correct_so_far, known = watch.poll(step)
             if known and not math.isfinite(last_loss):
                 raise self._non_finite(f"the loss is {last_loss}", epoch, self._first_bad(step))
-            self.schedule.step(epoch * steps + step)
+            self.schedule.step(plan.first_step + step)
             self.epoch_seconds = before + time.perf_counter() - start
             self.display.step(
-                epoch * steps + step + 1,
+                plan.first_step + step + 1,
                 epoch,
                 last_loss,
-                correct_so_far / (known * batch) if known else math.nan,
+                correct_so_far / plan.images_in(known) if known else math.nan,
                 lr,
-                (step + 1) * batch / self.epoch_seconds,
+                plan.images_in(step + 1) / self.epoch_seconds,
             )
+            if self.after_step is not None:
+                self.after_step(plan.first_step + step, images)
             if self.stop_signal is not None:
                 self._stop_if_asked(step + 1)
+            if step + 1 < steps and self._out_of_time(self.epoch_seconds):
+                self.first_step = step + 1
+                break
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.epoch_seconds = before + time.perf_counter() - start
-        if not bool(torch.isfinite(self.losses).all()):
+        if not bool(torch.isfinite(self.losses[:steps]).all()):
             bad = self._first_bad(steps - 1)
             raise self._non_finite(f"the loss is {float(self.losses[bad])}", epoch, bad)
 
@@ -377,47 +550,72 @@ class _Run:
 
     def _end_epoch(self, epoch: int, loggers: records.Loggers) -> None:
         """Evaluates and records a trained epoch."""
-        config, steps = self.config, len(self.loader)
-        last = epoch + 1 == config.optim.epochs
+        config, plan = self.config, self.plan.epochs[epoch]
+        last = epoch + 1 == len(self.plan.epochs)
         self.seconds["train"] += self.epoch_seconds
         result: Evaluation | None = None
         eval_seconds = 0.0
-        if last or (epoch + 1) % config.evaluation.eval_every == 0:
-            result, eval_seconds = self._evaluate(self.val, "none")
+        every = config.evaluation.eval_every
+        self.final = None
+        if last or (every and (epoch + 1) % every == 0):
+            tta = config.evaluation.tta if last else "none"
+            score = self._evaluate(self.val, tta)
+            result, eval_seconds = score.plain, score.seconds
+            self.final = score if tta == config.evaluation.tta else None
             self.schedule.evaluated(result.accuracy)
             self._keep_best(result.accuracy, epoch)
-        self.last_evaluation = result
         row = {
             "epoch": epoch + 1,
             "lr": self.schedule.lr,
-            "train_loss": float(self.losses.mean()),
-            "train_accuracy": int(self.correct) / (steps * config.optim.batch_size),
+            "train_loss": weighted_mean(self.losses[: len(plan.batches)], plan.batches),
+            "train_accuracy": int(self.correct) / plan.images,
             "eval_set": self.evaluated_on,
             "eval_loss": result and result.loss,
             "eval_accuracy": result and result.accuracy,
-            "images_per_second": steps * config.optim.batch_size / self.epoch_seconds,
+            "images_per_second": plan.images / self.epoch_seconds,
             "train_seconds": self.epoch_seconds,
             "eval_seconds": eval_seconds,
         }
         self.history.append(row)
         records.write_metrics(self.path, self.history)
         loggers.log(row)
-        mean_seconds = (self.seconds["train"] + self.seconds["eval"]) / len(self.history)
-        self.display.epoch(row, mean_seconds * (config.optim.epochs - epoch - 1))
+        seen = plan.first_image + plan.images
+        spent = self.seconds["train"] + self.seconds["eval"]
+        self.display.epoch(row, spent * (self.plan.images - seen) / seen)
 
     def _over(self) -> bool:
-        """Whether the last epoch, the target or the end of patience was reached; says which."""
+        """Whether an end was reached: target, patience, epochs or time; says which."""
         target, patience = self.config.evaluation.target, self.config.evaluation.early_stop
         if target is not None and self.best >= target:
             self.display.say(
                 f"target {target:.2%} reached: {self.best:.2%} of the {self.evaluated_on} images "
                 f"after {self.best_epoch} epochs"
             )
+            self.stopped = "target"
             return True
         if patience and self.since_best >= patience:
             self.display.say(f"no better accuracy for {self.since_best} evaluations: stopping")
+            self.stopped = "early_stop"
             return True
-        return self.epoch >= self.config.optim.epochs
+        if self.epoch >= len(self.plan.epochs):
+            return True
+        return self._out_of_time(self.epoch_seconds if self.first_step else 0.0)
+
+    def _out_of_time(self, epoch_seconds: float) -> bool:
+        """Whether the limit of time is reached, ``epoch_seconds`` into the epoch; says so."""
+        limit = self.config.run.max_seconds
+        seconds = self.seconds["whitening"] + self.seconds["train"] + epoch_seconds
+        if limit is None or seconds < limit:
+            return False
+        self.display.say(
+            f"limit of {limit:g} seconds of training reached: stopping; go on with --resume "
+            f"{self.path} --max-seconds and a higher one"
+        )
+        self.stopped = "max_seconds"
+        return True
+
+    def _total_seconds(self) -> float:
+        return self.seconds["total"] + time.perf_counter() - self.started
 
     def _keep_best(self, accuracy: float, epoch: int) -> None:
         if accuracy <= self.best:
@@ -425,6 +623,33 @@ class _Run:
             return
         self.best, self.best_epoch, self.since_best = accuracy, epoch + 1, 0
         self._save_weights(records.BEST)
+
+    def _macs_of_sizes(self, model: nn.Module) -> dict[int, int]:
+        """Multiply-accumulates an image at each of the sizes that it is trained at first."""
+        sizes = self.config.data.sizes
+        try:
+            return {pixels: count_macs(model, pixels) for pixels, _ in sizes}
+        except RuntimeError as error:
+            raise ResfastError(
+                f"--sizes {phases_text(sizes)}: the network cannot take that size "
+                f"({next(iter(str(error).splitlines()), error)}); choose larger ones"
+            ) from None
+
+    def _whiten(self, model: nn.Module) -> float:
+        """Computes the frozen first layer of a network that has one; the seconds it took."""
+        if not whitening.needed(model):
+            return 0.0
+        size = self.data.image_size
+        count = min(self.config.evaluation.eval_batch_size, whitening.IMAGES)
+        blank = torch.zeros(count, size, size, 3, dtype=torch.uint8), torch.zeros(count).long()
+        # Loads libraries and compiles kernels, which does not count.
+        whitening.prepare_model(copy.deepcopy(model), self._batches(blank, torch.float32))
+        start = time.perf_counter()
+        some = feed.spread(self.train_source, whitening.IMAGES)
+        whitening.prepare_model(model, self._batches(some, torch.float32))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
 
     def _save_weights(self, name: str) -> None:
         checkpoint.save_weights(
@@ -436,7 +661,9 @@ class _Run:
             self.std,
         )
 
-    def _batches(self, source: feed.Source) -> feed.EvaluationBatches:
+    def _batches(
+        self, source: feed.Source, dtype: torch.dtype | None = None
+    ) -> feed.EvaluationBatches:
         return feed.EvaluationBatches(
             source,
             self.mean,
@@ -444,17 +671,31 @@ class _Run:
             image_size=self.data.image_size,
             batch_size=self.config.evaluation.eval_batch_size,
             device=self.device,
-            dtype=self.dtype,
+            dtype=dtype or self.dtype,
             classes=len(self.data.classes),
             **self.pipeline,
         )
 
-    def _evaluate(self, batches: feed.EvaluationBatches, tta: str) -> tuple[Evaluation, float]:
+    def _evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], tta: TTA) -> _Score:
         start = time.perf_counter()
-        result = evaluate(self.step.evaluated_model, batches, dtype=self.dtype, tta=tta)
+        model, dtype = self.step.evaluated_model, self.dtype
+        if self.config.evaluation.fuse:
+            model, dtype = self._fused(model), torch.float32  # it needs no autocast
+        plain, augmented = evaluate_both(
+            model, batches, dtype=dtype, tta=tta, tta_select=self.config.evaluation.tta_select
+        )
         seconds = time.perf_counter() - start
         self.seconds["eval"] += seconds
-        return result, seconds
+        return _Score(plain, augmented, seconds)
+
+    def _fused(self, model: nn.Module) -> nn.Module:
+        was_training = model.training
+        pixels = self.data.image_size
+        example = torch.zeros((1, 3, pixels, pixels), device=self.device, dtype=self.dtype)
+        try:
+            return fuse(model.eval(), self.dtype, example=example)
+        finally:
+            model.train(was_training)
 
     def _stop_if_asked(self, step: int) -> None:
         if self.stop_signal is not None:
@@ -466,42 +707,65 @@ class _Run:
     def _finish(self) -> dict[str, Any]:
         config, data = self.config, self.data
         self._save_weights(records.WEIGHTS)
-        test = self.val if self.evaluated_on == "test" else self._batches(self.test_source)
-        plain = self.last_evaluation
-        if plain is None or self.evaluated_on != "test":
-            plain, _ = self._evaluate(test, "none")
-        tta = plain
-        if config.evaluation.tta != "none":
-            tta, _ = self._evaluate(test, config.evaluation.tta)
+        tta = config.evaluation.tta
+        if self.final is None:
+            self.final = self._evaluate(self.val, tta)
+        held_out = self.final if self.evaluated_on == "val" else None
+        test, tested = (None, None) if held_out else (self.val, self.final)
+        if held_out and config.evaluation.score_test:
+            test = self._batches(self.test_source)
+            tested = self._evaluate(test, tta)
+        main = tested or self.final
         epochs = len(self.history)
-        seen = epochs * len(self.loader) * config.optim.batch_size
+        seen = self.plan.images_before(self.epoch, self.first_step)
+        train_seconds = self.seconds["train"] + (self.epoch_seconds if self.first_step else 0.0)
         summary = {
             "run": self.path.name,
             "recipe": config.recipe,
             "model": config.model.model,
             "params": self.params,
             "macs": self.macs,
+            "macs_by_pixels": {str(size): macs for size, macs in self.macs_by_pixels.items()},
+            "train_macs": sum(
+                images * self.macs_by_pixels[pixels]
+                for pixels, images in self.plan.images_by_pixels(
+                    self.epoch, self.first_step
+                ).items()
+            ),
             "epochs": epochs,
             "data": data.name,
             "data_digest": data.digest,
             "train_images": self.loader.count,
-            "test_images": test.count,
-            "test_accuracy": plain.accuracy,
-            "test_loss": plain.loss,
-            "tta": config.evaluation.tta,
-            "tta_accuracy": tta.accuracy,
+            "test_images": test.count if test else 0,
+            "test_accuracy": tested and tested.plain.accuracy,
+            "test_loss": tested and tested.plain.loss,
+            "tta": tta,
+            "tta_select": config.evaluation.tta_select,
+            "tta_accuracy": tested and tested.augmented.accuracy,
+            "val_images": self.val.count if held_out else 0,
+            "val_accuracy": held_out and held_out.plain.accuracy,
+            "val_tta_accuracy": held_out and held_out.augmented.accuracy,
             "best_accuracy": self.best,
             "best_epoch": self.best_epoch,
             "best_on": self.evaluated_on,
-            "per_class_accuracy": dict(zip(data.classes, plain.per_class, strict=True)),
-            "confusion": plain.confusion.tolist(),
-            "train_seconds": self.seconds["train"],
+            "scored_on": "test" if tested else "val",
+            "per_class_accuracy": dict(zip(data.classes, main.plain.per_class, strict=True)),
+            "confusion": main.plain.confusion.tolist(),
+            "whitening_seconds": self.seconds["whitening"],
+            "train_seconds": train_seconds,
+            "final_eval_seconds": main.seconds,
+            "timed_seconds": self.seconds["whitening"] + train_seconds + main.seconds,
             "compile_seconds": self.seconds["compile"],
             "eval_seconds": self.seconds["eval"],
-            "images_per_second": seen / self.seconds["train"],
+            "total_seconds": self._total_seconds(),
+            "timing_rule": records.TIMING_RULE,
+            "peak_memory_bytes": runtime.peak_memory(self.device),
+            "stopped": self.stopped,
+            "images_per_second": seen / train_seconds,
             "loader": config.data.loader,
             "augment": str(config.data.augment),
             "device": runtime.describe(self.device),
+            "device_type": self.device.type,
             "precision": config.runtime.precision,
             "compile": config.runtime.compile,
             "batch_size": config.optim.batch_size,
@@ -515,7 +779,7 @@ class _Run:
         from resfast import plots  # matplotlib is slow to import
 
         plots.save_curves(self.path / records.CURVES, self.history, self.path.name)
-        plots.save_confusion(self.path / records.CONFUSION, plain.confusion, data.classes)
+        plots.save_confusion(self.path / records.CONFUSION, main.plain.confusion, data.classes)
         return summary
 
 

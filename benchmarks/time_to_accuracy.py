@@ -1,0 +1,600 @@
+"""How accurate each recipe is after how many seconds, over several seeds.
+
+``python -m benchmarks.time_to_accuracy [RECIPE…] [--runs N] [-- options of resfast.train]`` trains
+each recipe (those named ``fast…`` by default) with N seeds, writes a row for each and a plot of all
+rows beside public results. Other uses:
+
+- ``--add FOLDER…``: rows from folders that ``resfast.train --runs N`` left, without training. They
+  enter ``resfast/training/targets.json`` too, which ``--target`` with ``--max-seconds`` picks from.
+- ``--ablation FILE`` with one recipe: FILE is a JSON list of ``{"component", "options"}``, such as
+  ``{"component": "without averaging", "options": "--ema 0"}``. Each is trained with N seeds, and a
+  Markdown table says what it gives against the whole recipe.
+- ``--plot``: the plot alone, from the rows that are there.
+
+What was interrupted goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+from matplotlib.transforms import Bbox
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from benchmarks.report import slug
+from resfast import atomic, entry, plots, runtime
+from resfast.errors import ResfastError, nearest
+from resfast.train import command_line
+from resfast.training import records, runs, targets
+from resfast.training.config import Config, load
+from resfast.training.recipes import RECIPES
+from resfast.training.resolve import check
+from resfast.training.statistics import statistics
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PUBLIC = ROOT / "benchmarks" / "data" / "public-results.json"
+PREFIX, PLOT = "time-to-accuracy", "time-to-accuracy.png"
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class MeanSd(BaseModel):
+    """Over the runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    mean: float
+    sd: float | None
+
+
+class Row(BaseModel):
+    """Several runs of a recipe.
+
+    Attributes:
+        recipe: its name.
+        hardware, threads: processor; CPU threads.
+        versions: of resfast, torch and where there is one of CUDA and cuDNN.
+        data, data_digest: what it was trained and scored on.
+        scored_on: the test set, or a held-out part of the training set.
+        accuracy: name of the accuracy that counts.
+        seeds, accuracies: of the runs.
+        seconds: of a run, by kind; ``timed`` is what counts, by ``timing_rule``.
+        compile_seconds: of the run that compiled.
+        flops: of a run by the direct method: 3 x 2 x MACs of every image trained on, 2 x MACs of
+            every view of the final evaluation.
+        peak_memory_bytes: of the process, on CUDA of the device.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    recipe: str
+    model: str
+    params: PositiveInt
+    device: Literal["cpu", "cuda"]
+    hardware: str
+    threads: PositiveInt
+    compile_seconds: float = Field(ge=0)
+    versions: dict[str, str | int | None]
+    precision: str
+    data: str
+    data_digest: str
+    scored_on: Literal["test", "val"]
+    accuracy: str
+    seeds: list[int] = Field(min_length=1)
+    accuracies: list[float] = Field(min_length=1)
+    mean: float = Field(ge=0, le=1)
+    sd: float | None
+    confidence_interval: tuple[float, float] | None
+    seconds: dict[str, MeanSd]
+    total_seconds: PositiveFloat
+    timing_rule: str
+    flops: PositiveInt
+    peak_memory_bytes: PositiveInt
+    date: str
+    command: str
+
+
+class PublicResult(BaseModel):
+    """Somebody else's figure: seconds from least to most, and where it comes from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    accuracy: float = Field(gt=0, le=1)
+    seconds: tuple[PositiveFloat, PositiveFloat]
+    hardware: str
+    data: str
+    source: str = Field(min_length=1)
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def row_of(folder: Path) -> Row:
+    """The row of a folder that ``resfast.train --runs N`` left.
+
+    Raises:
+        ResfastError: it is not one, not all of its runs are finished, or one was cut short.
+    """
+    config = load(folder / records.CONFIG)
+    summary = _json(folder / records.SUMMARY, "the summary of several runs")
+    if "finished" not in summary:
+        raise ResfastError(f"{folder} is one run; expected the folder of --runs 2 or more")
+    if summary["finished"] < summary["runs"]:
+        raise ResfastError(
+            f"{folder} has {summary['finished']} of {summary['runs']} runs; go on with: "
+            f"python -m resfast.train --resume {folder}"
+        )
+    if summary["stopped"]:
+        raise ResfastError(
+            f"{folder} has runs that were cut short ({', '.join(summary['stopped'])}); expected "
+            "whole ones"
+        )
+    count = config.run.runs
+    device, processor = summary["device_type"], summary["device"]
+    scored = summary[f"{summary['scored_on']}_images"]
+    seen = views(summary["tta"], summary["tta_select"])
+    values = {name: summary[name] for name in Row.model_fields if name in summary}
+    return Row.model_validate(
+        values
+        | {
+            "device": device,
+            "hardware": processor if device == "cuda" else processor.rpartition(",")[0],
+            "flops": 3 * 2 * summary["train_macs"] + round(2 * summary["macs"] * seen * scored),
+            "command": f"python -m resfast.train --recipe {config.recipe} --runs {count}",
+        }
+    )
+
+
+def views(tta: str, select: float) -> float:
+    """Forward passes an image of the final evaluation, of which a part may get the moved views."""
+    upright, moved = {"none": (1, 0), "flip": (2, 0), "shift": (2, 4), "multi-crop": (2, 8)}[tta]
+    return upright + select * moved
+
+
+def target_row(row: Row, source: str) -> targets.Row:
+    """A row as the table of ``--target`` with ``--max-seconds`` has it; ``source`` is its file.
+
+    Raises:
+        ResfastError: it was not scored on the test set, or its recipe has no name.
+    """
+    if row.scored_on != "test":
+        raise ResfastError(
+            f"{row.recipe} was scored on held-out training images; the table is of the test set: "
+            "train with --score-test and without --hold-out and --val-fraction"
+        )
+    _known([row.recipe])
+    return targets.Row(
+        recipe=row.recipe,
+        device=row.device,
+        hardware=row.hardware,
+        threads=None if row.device == "cuda" else row.threads,
+        data=targets.data_name(row.data),
+        data_digest=row.data_digest,
+        accuracy=row.mean,
+        sd=row.sd,
+        runs=len(row.seeds),
+        timed_seconds=row.seconds["timed"].mean,
+        compile_seconds=row.compile_seconds,
+        date=row.date,
+        versions=f"resfast {row.versions['resfast']}, torch {row.versions['torch']}",
+        source=source,
+    )
+
+
+def add_target(row: targets.Row, table: Path) -> None:
+    """Puts a row into the table, in place of an older one of the same recipe, machine and data."""
+
+    def key(row: targets.Row) -> tuple[Any, ...]:
+        return row.recipe, row.device, row.hardware, row.threads, row.data
+
+    kept = [other for other in targets.read(table) if key(other) != key(row)]
+    atomic.save(table, targets.to_json([*kept, row]).encode())
+
+
+def write_row(row: Row, folder: Path) -> Path:
+    """Saves a row."""
+    atomic.make_folder(folder, "--out")
+    path = folder / file_name(row)
+    atomic.save(path, (row.model_dump_json(indent=2) + "\n").encode())
+    return path
+
+
+def file_name(row: Row) -> str:
+    """Of a row, by its recipe and data."""
+    return f"{PREFIX}-{slug(row.recipe)}-{slug(targets.data_name(row.data))}.json"
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """All rows of a folder.
+
+    Raises:
+        ResfastError: a file that is not a row.
+    """
+    return [_valid(Row, path) for path in sorted(folder.glob(f"{PREFIX}-*.json"))]
+
+
+def default_folder(row: Row) -> Path:
+    """``benchmarks/results/DATE-DEVICE`` of a measurement."""
+    return RESULTS / f"{row.date}-{slug(row.hardware) if row.device == 'cuda' else 'cpu'}"
+
+
+def _folder_of_today(device: str) -> Path:
+    kind = runtime.resolve_device(device)
+    name = slug(runtime.describe(kind)) if kind.type == "cuda" else "cpu"
+    return RESULTS / f"{time.strftime('%Y-%m-%d')}-{name}"
+
+
+def _valid(kind: type[Model], path: Path, content: Any = None) -> Model:
+    try:
+        return kind.model_validate(_json(path, "a row") if content is None else content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "row"
+        raise ResfastError(f"{path}, {place}: {first['msg']}; expected a row of {PREFIX}") from None
+
+
+def _json(path: Path, what: str) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ResfastError(f"cannot read {path}: {error.strerror}; expected {what}") from None
+    except ValueError as error:
+        raise ResfastError(f"{path} is not JSON: {error}; expected {what}") from None
+
+
+def _known(recipes: Sequence[str]) -> None:
+    for name in recipes:
+        if name not in RECIPES:
+            raise ResfastError(
+                f"unknown recipe {name!r}{nearest(name, RECIPES)} (known: {', '.join(RECIPES)})"
+            )
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+def train(config: Config, count: int, folder: Path) -> Path:
+    """Trains ``count`` seeds in ``folder``, or goes on with what is there; returns ``folder``."""
+    run = replace(config.run, runs=count, name=folder.name, out=folder.parent)
+    there = (folder / records.CONFIG).exists()
+    runs.train(replace(config, run=run), resume=folder if there else None)
+    return folder
+
+
+def measure(recipe: str, count: int, options: Sequence[str], runs_folder: Path) -> Row:
+    """Trains a recipe with ``count`` seeds and the ``options`` of resfast.train given beside."""
+    _, config = command_line(["--recipe", recipe, *options])
+    row = row_of(train(config, count, runs_folder / f"{PREFIX}-{slug(recipe)}"))
+    command = shlex.join(["--recipe", recipe, *options, "--runs", str(count)])
+    return row.model_copy(update={"command": f"python -m resfast.train {command}"})
+
+
+# -- ablation --------------------------------------------------------------------------------------
+
+
+class Component(BaseModel):
+    """What is switched for a line of an ablation table: options of resfast.train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    component: str = Field(min_length=1)
+    options: str
+
+
+class _AblationRow(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    component: str
+    options: str
+    row: Row
+
+
+def read_components(path: Path) -> list[Component]:
+    """The components of a file.
+
+    Raises:
+        ResfastError: it is not a list of them, or two have the same name.
+    """
+    content = _json(path, 'a list of {"component", "options"}')
+    if not isinstance(content, list) or not content:
+        raise ResfastError(f'{path}: expected a list of {{"component", "options"}}')
+    try:
+        components = [Component.model_validate(entry) for entry in content]
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "entry"
+        raise ResfastError(
+            f'{path}: {place}: {first["msg"]}; expected {{"component", "options"}}'
+        ) from None
+    names = [slug(component.component) for component in components]
+    if len(set(names)) < len(names):
+        raise ResfastError(f"{path}: two components have the same name; give each its own")
+    return components
+
+
+def ablation(
+    recipe: str,
+    components: Sequence[Component],
+    count: int,
+    options: Sequence[str],
+    runs_folder: Path,
+    folder: Path,
+) -> Path:
+    """Trains a recipe whole and with each component switched, and writes a table.
+
+    Rows that are there already, of the same options and seeds, are kept.
+
+    Returns:
+        The Markdown table; the rows are in the JSON file beside it.
+    """
+    path = atomic.make_folder(folder, "--out") / f"ablation-{slug(recipe)}.json"
+    kept: dict[tuple[str, str, tuple[int, ...]], _AblationRow] = {}
+    if path.exists():
+        for entry_ in _json(path, "rows of an ablation"):
+            known = _valid(_AblationRow, path, entry_)
+            kept[known.component, known.options, tuple(known.row.seeds)] = known
+    whole = Component(component=recipe, options="")
+    wanted: list[tuple[Component, Config]] = []
+    for component in (whole, *components):  # all options are checked before anything is trained
+        arguments = ["--recipe", recipe, *options, *shlex.split(component.options)]
+        config = command_line(arguments)[1]
+        if wanted and config == wanted[0][1]:
+            raise ResfastError(
+                f"component {component.component!r}: {component.options!r} changes nothing of "
+                f"{recipe}; give the options that switch it"
+            )
+        check(config)
+        wanted.append((component, config))
+    done: list[_AblationRow] = []
+    for component, config in wanted:
+        given = shlex.join([*options, *shlex.split(component.options)])
+        first = config.runtime.seed
+        key = component.component, given, tuple(range(first, first + count))
+        if key not in kept:
+            name = f"ablation-{slug(recipe)}-{slug(component.component)}"
+            row = row_of(train(config, count, runs_folder / name))
+            kept[key] = _AblationRow(component=component.component, options=given, row=row)
+        done.append(kept[key])
+        dumped = [row.model_dump(mode="json") for row in done]
+        rest = [row.model_dump(mode="json") for row in kept.values() if row not in done]
+        atomic.save(path, (json.dumps(dumped + rest, indent=2) + "\n").encode())
+    table = path.with_suffix(".md")
+    atomic.save(table, ablation_table(done).encode())
+    return table
+
+
+def ablation_table(rows: Sequence[_AblationRow]) -> str:
+    """A Markdown table; the first row is the whole recipe that the others are compared with."""
+    first = rows[0].row
+    seeds = f"seeds {first.seeds[0]} to {first.seeds[-1]}" if len(first.seeds) > 1 else "one seed"
+    lines = [
+        f"`{first.recipe}` on {first.data}, {first.hardware}, {first.threads} threads, "
+        f"{first.date}, {seeds}, {first.accuracy} of the {first.scored_on} images; seconds are "
+        "timed ones. Differences are to the first line, with the standard error of a difference "
+        "of means.",
+        "",
+        "| component | options | accuracy | difference | seconds | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry_ in rows:
+        row, seconds = entry_.row, entry_.row.seconds["timed"]
+        spread = "" if row.sd is None else f" ± {row.sd:.2%}"
+        change = took = ""
+        if row is not first:
+            change = f"{100 * (row.mean - first.mean):+.2f}"
+            if row.sd is not None and first.sd is not None:
+                error = (row.sd**2 / len(row.seeds) + first.sd**2 / len(first.seeds)) ** 0.5
+                change += f" ± {100 * error:.2f}"
+            took = f"{seconds.mean - first.seconds['timed'].mean:+.1f}"
+        options = f"`{entry_.options}`" if entry_.options else ""
+        lines.append(
+            f"| {entry_.component} | {options} | {row.mean:.2%}{spread} | {change} | "
+            f"{seconds.mean:.1f} | {took} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+# -- plot ------------------------------------------------------------------------------------------
+
+ORIGINAL = "CIFAR-10, original pixels"
+_COLORS = ("#1f5fa8", "#d1495b", "#5b7f3a", "#e3a857", "#7a5195", "#3aa6a0")
+
+
+def _data_label(data: str) -> str:
+    name = targets.data_name(data)
+    return ORIGINAL if name == "cifar10" else name.removeprefix("folder:")
+
+
+def save_plot(rows: Sequence[Row], public: Sequence[PublicResult], path: Path) -> None:
+    """Accuracy against seconds: our rows filled, public results hollow; what is on the original
+    pixels round, on other data square; a color for each processor.
+    """
+    points: list[tuple[PublicResult, float | None, bool]] = [(p, None, False) for p in public]
+    for row in rows:
+        seconds = row.seconds["timed"].mean
+        processor = row.hardware
+        if row.device == "cpu":
+            processor += f", {row.threads} threads"
+        given = PublicResult(
+            name=row.recipe,
+            accuracy=row.mean,
+            seconds=(seconds, seconds),
+            hardware=processor,
+            data=_data_label(row.data),
+            source="measured",
+        )
+        points.insert(0, (given, row.sd, True))
+    hardware = list(dict.fromkeys(point.hardware for point, *_ in points))
+    colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(hardware)}
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.subplots()
+    labels: list[tuple[str, float, float]] = []
+    for point, sd, ours in points:
+        color, (least, most) = colors[point.hardware], point.seconds
+        middle = (least * most) ** 0.5
+        axes.errorbar(
+            middle,
+            point.accuracy,
+            yerr=sd,
+            xerr=[[middle - least], [most - middle]],
+            color=color,
+            marker="o" if point.data == ORIGINAL else "s",
+            markerfacecolor=color if ours else "white",
+            markersize=8,
+            capsize=3,
+        )
+        other = "" if point.data == ORIGINAL else f" ({point.data})"
+        took = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
+        text = f"{point.name}{other}\n{point.accuracy:.2%}, {took} s, {point.hardware}"
+        labels.append((text, middle, point.accuracy))
+    handles = [Line2D([], [], color=c, marker="o", ls="", label=h) for h, c in colors.items()]
+    gray = {"color": "#666666", "ls": ""}
+    handles += [
+        Line2D([], [], marker="o", label="original CIFAR-10 pixels", **gray),
+        Line2D([], [], marker="s", label="other data: named at the point", **gray),
+        Line2D([], [], marker="D", label="filled: resfast, mean ± standard deviation", **gray),
+        Line2D(
+            [], [], marker="D", markerfacecolor="white", label="hollow: others' figures", **gray
+        ),
+    ]
+    figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=3)
+    axes.set_xscale("log")
+    axes.margins(x=0.25, y=0.2)
+    axes.set_xlabel("seconds of a training, compilation and loading left out")
+    axes.set_ylabel("test accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _annotate(axes, labels)
+    plots.save(figure, path)
+
+
+def _annotate(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
+    """Writes each text beside its point, where it covers no point or text written before."""
+    axes.figure.draw_without_rendering()
+    axes.figure.set_layout_engine("none")
+    taken = [
+        Bbox.from_bounds(x - 6, y - 6, 12, 12)
+        for x, y in axes.transData.transform([(x, y) for _, x, y in labels])
+    ]
+    for text, x, y in labels:
+        for (dx, ha), (dy, va) in product(
+            ((8, "left"), (-8, "right")), ((-4, "top"), (4, "bottom"), (-24, "top"), (24, "bottom"))
+        ):
+            written = axes.annotate(
+                text, (x, y), (dx, dy), textcoords="offset points", fontsize=7, ha=ha, va=va
+            )
+            box = written.get_window_extent()
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.figure.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+            written.remove()
+        else:
+            written = axes.annotate(text, (x, y), (8, -4), textcoords="offset points", fontsize=7)
+            box = written.get_window_extent()
+        taken.append(box)
+
+
+def public_results(path: Path = PUBLIC) -> list[PublicResult]:
+    """The figures of others that are kept with the benchmarks."""
+    return [_valid(PublicResult, path, entry_) for entry_ in _json(path, "public results")]
+
+
+# -- command ---------------------------------------------------------------------------------------
+
+
+def _line(row: Row) -> str:
+    found, seconds = statistics(row.accuracies), row.seconds["timed"]
+    spread = "" if found.sd is None else f" ± {found.sd:.2%}"
+    return (
+        f"{row.recipe}: {row.mean:.2%}{spread} ({len(row.seeds)} seeds, {row.accuracy}) in "
+        f"{seconds.mean:.2f} s, {row.flops / 1e15:.3g} PFLOP, peak memory "
+        f"{row.peak_memory_bytes / 2**30:.2f} GiB"
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.time_to_accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipes", nargs="*", metavar="RECIPE")
+    parser.add_argument("--runs", type=int, default=5, help="seeds of each (default: 5)")
+    parser.add_argument("--add", type=Path, nargs="+", metavar="FOLDER", help="folders of runs")
+    parser.add_argument("--ablation", type=Path, metavar="FILE", help="components to switch")
+    parser.add_argument("--plot", action="store_true", help="only plot the rows that are there")
+    parser.add_argument("--out", type=Path, help="folder of rows, tables and the plot")
+    parser.add_argument(
+        "--runs-folder", type=Path, default=Path("runs"), help="where the runs go (default: runs)"
+    )
+    arguments = list(sys.argv[1:] if args is None else args)
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    given, options = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+
+    def command() -> None:
+        _known(given.recipes)
+        if given.runs < 2 and not given.add:
+            raise ResfastError(f"--runs {given.runs} is out of range: expected at least 2")
+        if (given.add or given.plot) and (given.recipes or options or given.ablation):
+            raise ResfastError("--add and --plot train nothing; leave recipes and options out")
+        folder = given.out
+        if given.ablation is not None:
+            if len(given.recipes) != 1:
+                raise ResfastError("--ablation needs exactly one recipe")
+            components = read_components(given.ablation)
+            config = command_line(["--recipe", given.recipes[0], *options])[1]
+            folder = folder or _folder_of_today(config.runtime.device)
+            table = ablation(
+                given.recipes[0], components, given.runs, options, given.runs_folder, folder
+            )
+            print(f"{table.read_text()}\n{table}")
+            return
+        measured = [row_of(path) for path in given.add or []]
+        if not (given.add or given.plot):
+            recipes = given.recipes or [name for name in RECIPES if name.startswith("fast")]
+            if not recipes:
+                raise ResfastError("no recipe is named fast…; name the recipes to measure")
+            for name in recipes:
+                measured.append(measure(name, given.runs, options, given.runs_folder))
+                folder = folder or default_folder(measured[0])
+                print(_line(measured[-1]), write_row(measured[-1], folder), sep="\n", flush=True)
+        if given.add:
+            folder = folder or default_folder(measured[0])
+            if not folder.resolve().is_relative_to(ROOT):
+                raise ResfastError(
+                    f"--out {folder} is outside the repository, and the table names files in it; "
+                    f"choose a folder below {RESULTS}"
+                )
+            inside = folder.resolve().relative_to(ROOT)
+            found = [target_row(row, str(inside / file_name(row))) for row in measured]
+            for row, target in zip(measured, found, strict=True):
+                print(_line(row), write_row(row, folder), sep="\n")
+                add_target(target, targets.TABLE)
+        folder = folder or _folder_of_today("auto")
+        rows = read_rows(folder)
+        if not rows:
+            raise ResfastError(f"{folder} has no rows; measure some first")
+        save_plot(rows, public_results(), folder / PLOT)
+        print(folder / PLOT)
+
+    return entry.run(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
