@@ -634,6 +634,21 @@ if len(sys.argv) > 1 and hasattr(ops, "conv_bf16_supported") and ops.conv_bf16_s
         rest = torch.randn(k), residual, geometry, 3, 0.1
         ops.conv_gemm(x.detach(), ops.conv_gemm_pack(half), *rest)
         ops.conv_winograd(x.detach(), ops.conv_winograd_pack(half, stride), *rest)
+
+    from resfast.kernels import norm_act
+
+    for (n, c, height, width), pool in itertools.product(
+        [(3, 64, 9, 7), (2, 33, 4, 6), (5, 24, 5, 5), (1, 130, 2, 3), (40, 96, 6, 6)], (False, True)
+    ):
+        x = torch.randn(n, c, height, width).to(torch.bfloat16, memory_format=last)
+        sizes = norm_act.result_shape(x, pool)
+        residual = torch.randn(sizes).to(torch.bfloat16, memory_format=last).requires_grad_()
+        for activation, other in itertools.product(norm_act.ACTIVATIONS, (None, residual)):
+            weight = torch.randn(c, requires_grad=True)
+            y, _, _ = norm_act.batch_norm_act(
+                x.requires_grad_(), weight, torch.randn(c), other, activation=activation, pool=pool
+            )
+            y.backward(torch.randn_like(y))
 print(digest.hexdigest())
 """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import resfast
 from resfast.kernels import conv_train
-from resfast.layers.conv import Conv2d
+from resfast.layers.conv import Conv2d, set_winograd_tile
 
 pytestmark = pytest.mark.skipif(
     not conv_train.AVAILABLE, reason="needs the C++ kernels and AVX512-BF16"
@@ -167,12 +167,18 @@ def test_kernels_refuse_what_they_cannot_read():
     x = torch.zeros(2, 8, 6, 6).to(torch.bfloat16, memory_format=LAST)
     grad = torch.zeros(2, 4, 6, 6).to(torch.bfloat16, memory_format=LAST)
     gradient(x, grad, 1, 1)
+    transposed = torch.ops.resfast.conv_winograd_transposed
+    packed = pack(weight, 2, True)
+    transposed(grad, packed, [8, 12, 12, 4])
     for call, message in (
         (lambda: pack(weight.contiguous(), 1, False), "in channels_last memory"),
         (lambda: pack(weight, 3, False), "stride is 3"),
         (lambda: pack(weight, 1, False, 3), "tile is 3; expected 2, or 4 where the stride is 1"),
         (lambda: gradient(x, grad, 1, 1, 6), "tile is 6"),
-        (lambda: pack(weight, 2, True), "stride is 2; expected 1, or 2 where not transposed"),
+        (lambda: transposed(grad, packed, [8, 12, 12, 5]), r"x is \[2, 4, 6, 6\]"),
+        (lambda: transposed(grad, packed, [8, 13, 12, 4]), r"x is \[2, 4, 6, 6\]"),
+        (lambda: transposed(grad, packed[1:], [8, 12, 12, 4]), "packed weights of"),
+        (lambda: transposed(grad, packed, [8, 12, 0, 4]), r"geometry is \[8, 12, 0, 4\]"),
         (lambda: gradient(x.contiguous(), grad, 1, 1), "x is not in channels_last"),
         (lambda: gradient(x, grad, 2, 1), r"grad is \[2, 4, 6, 6\]"),
         (lambda: gradient(x, grad, 1, -1), "padding is -1"),
@@ -228,6 +234,24 @@ def test_small_or_other_kernels_stay_with_pytorch(monkeypatch):
                 layer(torch.randn(1, layer.in_channels, 8, 8)).sum().backward()
 
     assert calls_of(run, monkeypatch) == 0
+
+
+def test_layer_takes_the_tile_it_was_told_where_that_saves_multiplications(monkeypatch):
+    model = torch.nn.Sequential(Conv2d(32, 32, 3), Conv2d(32, 32, 3, 2))
+    seen = []
+    own = conv_train.conv2d
+    monkeypatch.setattr(
+        conv_train, "conv2d", lambda *args: seen.append((args[0].shape[2], args[4])) or own(*args)
+    )
+    for tile in (2, 4):
+        set_winograd_tile(model, tile)
+        with torch.autocast("cpu", torch.bfloat16):
+            for side in (16, 6, 3):
+                model(torch.randn(1, 32, side, side).contiguous(memory_format=LAST))
+    assert seen == [
+        (16, 2), (16, 2), (6, 2), (6, 2), (3, 2), (3, 2),
+        (16, 4), (16, 2), (6, 2), (6, 2), (3, 4), (3, 2),
+    ]  # fmt: skip
 
 
 def test_network_has_nearly_the_gradients_of_float32():

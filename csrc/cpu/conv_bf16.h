@@ -238,6 +238,18 @@ inline void check_weight(const Tensor& weight) {
     fail("weight is not contiguous memory of the CPU");
 }
 
+inline void check_packed(const Tensor& packed, int64_t size) {
+  if (packed.scalar_type() != ScalarType::BFloat16 || packed.numel() != size ||
+      !packed.is_contiguous() || !packed.is_cpu())
+    fail("packed weights of ", packed.numel(), " values; expected ", size, " of bfloat16");
+}
+
+inline Tensor new_result(const ConvShape& shape) {
+  return torch::stable::empty(
+      {shape.batch, shape.outputs, shape.rows, shape.columns}, ScalarType::BFloat16, std::nullopt,
+      std::nullopt, std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
 // Checks the arguments, makes the result and calls `run(shape, packed weights)`.
 template <class Run>
 Tensor convolve(
@@ -261,9 +273,7 @@ Tensor convolve(
   const int64_t columns = shape.width + 2 * shape.padding_w - shape.kernel_w;
   if (rows < 0 || columns < 0) fail("x is smaller than the kernel");
   shape.rows = rows / shape.stride_h + 1, shape.columns = columns / shape.stride_w + 1;
-  if (packed.scalar_type() != ScalarType::BFloat16 || packed.numel() != packed_size ||
-      !packed.is_contiguous() || !packed.is_cpu())
-    fail("packed weights of ", packed.numel(), " values; expected ", packed_size, " of bfloat16");
+  check_packed(packed, packed_size);
 
   const std::vector<int64_t> sizes{shape.batch, shape.outputs, shape.rows, shape.columns};
   if (residual) {
@@ -280,9 +290,7 @@ Tensor convolve(
            "; expected torch.float32 [", shape.outputs, "], contiguous, on the CPU");
     std::memcpy(biases, bias->const_data_ptr(), sizeof(float) * shape.outputs);
   }
-  Tensor out = torch::stable::empty(
-      sizes, ScalarType::BFloat16, std::nullopt, std::nullopt, std::nullopt,
-      torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor out = new_result(shape);
   shape.x = static_cast<const uint16_t*>(x.const_data_ptr());
   shape.bias = biases;
   shape.out = static_cast<uint16_t*>(out.mutable_data_ptr());

@@ -1,6 +1,5 @@
-// What training needs beside conv_winograd.cpp, which computes the result, and for stride 1 the
-// gradient of the input as a convolution of the result's gradient: the weight in its order, packed
-// anew for each step, and the gradient of the weight,
+// What training needs beside conv_winograd.cpp, which computes the result and the gradient of the
+// input: the weight in its order, packed anew for each step, and the gradient of the weight,
 //
 //   dw = G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G,
 //
@@ -96,8 +95,7 @@ Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed, in
       weight.size(2) != 3 || weight.size(3) != 3 || !is_channels_last(weight) || !weight.is_cpu())
     fail("weight is ", dtype_name(weight.scalar_type()), " ", shape_name(weight.sizes()),
          "; expected torch.float32 [K, C, 3, 3] in channels_last memory of the CPU");
-  if (stride != 1 && (stride != 2 || transposed))
-    fail("stride is ", stride, "; expected 1, or 2 where not transposed");
+  if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
   check_tile(tile, stride);
   if (weight.numel() > int64_t{1} << 30) fail("the weight has more than 2^30 values");
   const WeightLanes from{
@@ -109,72 +107,114 @@ Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed, in
 
 // -- its gradient ----------------------------------------------------------------------------------
 
-constexpr int64_t kOperandBytes = 8 * 1024 * 1024; // of all points of a chunk of tiles: a part of L3
-constexpr int64_t kLeastChunk = 512, kMostChunk = 8192; // tiles
+// Bytes of a chunk of tiles, all points: of L2 per thread at least, of L3 at most. In between it is
+// twice the sums, which every chunk reads and writes.
+constexpr int64_t kLeastBytes = 512 * 1024, kMostBytes = 20 * 1024 * 1024;
+constexpr int64_t kLeastChunk = 128, kMostChunk = 8192; // tiles
 
 // Two tiles make a pair: [tiles / 2][channels][2]. The even one comes first.
-RESFAST_BF16_INLINE void store_of_pair(uint16_t* to, __m512 value, bool odd) {
-  __m512i word = words(value);
-  if (odd) word = _mm512_or_si512(_mm512_slli_epi32(word, 16), _mm512_loadu_si512(to));
-  _mm512_storeu_si512(to, word);
-}
-
 struct Operand {
   uint16_t* values; // [point][tiles / 2][width][2]
   int64_t width, point_stride;
 };
 
-// (B^T d B) of the input's tiles [begin, end) of the chunk.
+// Writes 16 channels of tiles, one after the other and row by row of their points. The values of an
+// even tile wait for those of the odd one.
+template <class Form>
+struct PairStore {
+  static constexpr int kSide = Form::kSide;
+  const Operand& to;
+  __m512 waiting[kPoints<Form>];
+
+  RESFAST_BF16_INLINE void row(int64_t channel, int64_t tile, int row, const __m512* values) {
+#pragma GCC unroll 6
+    for (int i = 0; i < kSide; ++i) {
+      const int point = kSide * row + i;
+      if (tile % 2) {
+        write(channel, tile, point, waiting[point], values[i]);
+      } else {
+        waiting[point] = values[i];
+        __builtin_prefetch(place(channel, tile, point), 1);
+      }
+    }
+  }
+  // Of an even tile that nothing follows.
+  RESFAST_BF16 void alone(int64_t channel, int64_t tile) {
+    for (int point = 0; point < kPoints<Form>; ++point)
+      write(channel, tile, point, waiting[point], _mm512_setzero_ps());
+  }
+
+ private:
+  RESFAST_BF16_INLINE uint16_t* place(int64_t channel, int64_t tile, int point) const {
+    return to.values + point * to.point_stride + (tile / 2 * to.width + channel) * 2;
+  }
+  RESFAST_BF16_INLINE void write(
+      int64_t channel, int64_t tile, int point, __m512 even, __m512 odd) const {
+    alignas(64) static constexpr uint16_t kOrder[2 * kLanes] = {
+        0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    _mm512_storeu_si512(
+        place(channel, tile, point),
+        _mm512_permutexvar_epi16(
+            _mm512_load_si512(kOrder), (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+  }
+};
+
+// (B^T d B) of the input's tiles [begin, end) of the chunk, of which `begin` is even.
 template <class Form>
 RESFAST_BF16 void gather_inputs(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t begin, int64_t end,
     const Operand& to) {
-  for (int64_t channel = 0; channel < to.width; channel += kLanes)
+  PairStore<Form> store{to, {}};
+  for (int64_t channel = 0; channel < to.width; channel += kLanes) {
     transform_tiles<Form, Channels::kRest>(
         shape, tiles, first + begin, end - begin, channel,
-        [&](int64_t i, int point, __m512 value) RESFAST_BF16 {
-          const int64_t tile = begin + i;
-          store_of_pair(
-              to.values + point * to.point_stride + (tile / 2 * to.width + channel) * 2, value,
-              tile % 2);
+        [&](int64_t i, int row, const __m512* values) RESFAST_BF16 {
+          store.row(channel, begin + i, row, values);
         });
+    if (end % 2) store.alone(channel, end - 1);
+  }
 }
 
-// (A dy A^T) of the tiles [begin, end) of the chunk.
+// (A dy A^T) of the tiles [begin, end) of the chunk, of which `begin` is even.
 template <class Form>
 RESFAST_BF16 void gather_gradients(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t begin, int64_t end,
     const uint16_t* grad, const Operand& to) {
   constexpr int kSide = Form::kSide, kResults = Form::kResults;
-  TileAt at(tiles, first + begin);
-  for (int64_t tile = begin; tile < end; ++tile, at.next()) {
-    const uint16_t* source =
-        grad + ((at.image * shape.rows + at.row) * shape.columns + at.column) * shape.outputs;
+  PairStore<Form> store{to, {}};
+  TileAt pair(tiles, first + begin);
+  for (int64_t even = begin; even < end; even += 2) {
+    TileAt at = pair;
     for (int64_t output = 0; output < to.width; output += kLanes) {
       const __mmask16 mask = lane_mask(shape.outputs - output);
-      __m512 t[kSide][kResults];
+      at.move_to(pair);
+      for (int64_t tile = even; tile < std::min(even + 2, end); ++tile, at.next()) {
+        const uint16_t* source = grad + output +
+            ((at.image * shape.rows + at.row) * shape.columns + at.column) * shape.outputs;
+        __m512 t[kSide][kResults];
 #pragma GCC unroll 4
-      for (int j = 0; j < kResults; ++j) {
-        __m512 y[kResults], transformed[kSide];
+        for (int j = 0; j < kResults; ++j) {
+          __m512 y[kResults], transformed[kSide];
 #pragma GCC unroll 4
-        for (int i = 0; i < kResults; ++i)
-          y[i] = load_bf16(
-              at.row + i < shape.rows && at.column + j < shape.columns ? mask : __mmask16{0},
-              source + (i * shape.columns + j) * shape.outputs + output);
-        Form::gradients(y, transformed);
+          for (int i = 0; i < kResults; ++i)
+            y[i] = load_bf16(
+                at.row + i < shape.rows && at.column + j < shape.columns ? mask : __mmask16{0},
+                source + (i * shape.columns + j) * shape.outputs);
+          Form::gradients(y, transformed);
 #pragma GCC unroll 6
-        for (int i = 0; i < kSide; ++i) t[i][j] = transformed[i];
+          for (int i = 0; i < kSide; ++i) t[i][j] = transformed[i];
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < kSide; ++i) {
+          __m512 row[kSide];
+          Form::gradients(t[i], row);
+          store.row(output, tile, i, row);
+        }
       }
-      uint16_t* base = to.values + (tile / 2 * to.width + output) * 2;
-#pragma GCC unroll 6
-      for (int i = 0; i < kSide; ++i) {
-        __m512 row[kSide];
-        Form::gradients(t[i], row);
-#pragma GCC unroll 6
-        for (int j = 0; j < kSide; ++j)
-          store_of_pair(base + (kSide * i + j) * to.point_stride, row[j], tile % 2);
-      }
+      if (even + 1 == end) store.alone(output, even);
     }
+    pair.move_to(at);
   }
 }
 
@@ -240,8 +280,13 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
   const Tiles tiles(shape, Form::kResults);
   const int64_t width = round_up(shape.channels, kLanes), rows = round_up(shape.outputs, kLanes);
   const int64_t per_tile = kPoints<Form> * 2 * (width + rows); // bytes
-  const int64_t most =
-      std::min(std::clamp(kOperandBytes / per_tile, kLeastChunk, kMostChunk), tiles.count);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t sums_stride = shape.outputs * width + kLanes;
+  // Tiles are added in their order: the bits do not depend on the chunks.
+  const int64_t bytes = std::clamp(
+      2 * kPoints<Form> * sums_stride * int64_t{sizeof(float)},
+      std::min(kLeastBytes * threads, kMostBytes), kMostBytes);
+  const int64_t most = std::min(std::clamp(bytes / per_tile, kLeastChunk, kMostChunk), tiles.count);
   const int64_t chunk = round_up(most, 2);
   thread_local Workspace<uint16_t> inputs_memory, grads_memory;
   thread_local Workspace<float> sums_memory;
@@ -251,9 +296,7 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
     return Operand{memory.get(kPoints<Form> * point_stride), size, point_stride};
   };
   const Operand inputs = operand(inputs_memory, width), grads = operand(grads_memory, rows);
-  const int64_t sums_stride = shape.outputs * width + kLanes;
   float* sums = sums_memory.get(kPoints<Form> * sums_stride);
-  const int64_t threads = torch::stable::get_num_threads();
   auto share = [&](int64_t count, auto part) {
     torch::stable::parallel_for(0, count, ceil_div(count, threads), part);
   };

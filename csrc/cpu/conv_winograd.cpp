@@ -31,10 +31,13 @@ RESFAST_BF16 void transform_channels(
     uint16_t* inputs, int64_t point_stride, int64_t tile_stride) {
   transform_tiles<Form, kWhich>(
       shape, tiles, first, count, channel,
-      [&](int64_t tile, int point, __m512 value) RESFAST_BF16 {
-        _mm256_store_si256(
-            reinterpret_cast<__m256i*>(inputs + point * point_stride + tile * tile_stride),
-            (__m256i)_mm512_cvtneps_pbh(value));
+      [&](int64_t tile, int row, const __m512* values) RESFAST_BF16 {
+        uint16_t* to = inputs + Form::kSide * row * point_stride + tile * tile_stride;
+#pragma GCC unroll 6
+        for (int i = 0; i < Form::kSide; ++i)
+          _mm256_store_si256(
+              reinterpret_cast<__m256i*>(to + i * point_stride),
+              (__m256i)_mm512_cvtneps_pbh(values[i]));
       });
 }
 
@@ -147,6 +150,16 @@ void winograd_part(
 }
 
 template <class Form>
+void multiply_tiles(const ConvShape& shape, const uint16_t* packed) {
+  const Tiles tiles(shape, Form::kResults);
+  share_out(
+      tiles.count, shape,
+      [&](int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
+        winograd_part<Form>(shape, tiles, packed, begin, end, panel_begin, panel_end);
+      });
+}
+
+template <class Form>
 int64_t winograd_size(int64_t outputs, int64_t channels) {
   return kPoints<Form> * round_up(outputs, kLanes) * round_up(channels, 2);
 }
@@ -208,14 +221,7 @@ Tensor convolve_by(
   return convolve(
       x, packed, bias, residual, geometry, activation, negative_slope,
       winograd_size<Form>(geometry[0], geometry[1]),
-      [](const ConvShape& shape, const uint16_t* weights) {
-        const Tiles tiles(shape, Form::kResults);
-        share_out(
-            tiles.count, shape,
-            [&](int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
-              winograd_part<Form>(shape, tiles, weights, begin, end, panel_begin, panel_end);
-            });
-      });
+      multiply_tiles<Form>);
 }
 
 Tensor conv_winograd(
@@ -233,6 +239,31 @@ Tensor conv_winograd(
   return run(x, packed, bias, residual, geometry, activation, negative_slope);
 }
 
+// The gradient of the input of a convolution of stride 2 and padding 1, of the result's gradient x and
+// the weight of conv_train_pack; geometry: channels, rows and columns of that input, channels of x.
+Tensor conv_winograd_transposed(
+    const Tensor& x, const Tensor& packed, const std::vector<int64_t>& geometry) {
+  if (!bf16_supported()) fail("this processor has no AVX512-BF16");
+  if (geometry.size() != 4 || *std::min_element(geometry.begin(), geometry.end()) < 1)
+    fail("geometry is ", shape_name(geometry), "; expected four numbers of at least 1");
+  ConvShape shape{};
+  shape.outputs = geometry[0], shape.rows = geometry[1], shape.columns = geometry[2];
+  shape.channels = geometry[3];
+  shape.height = ceil_div(shape.rows, 2), shape.width = ceil_div(shape.columns, 2);
+  check_map("x", x, {-1, shape.channels, shape.height, shape.width});
+  shape.batch = x.size(0);
+  check_packed(packed, winograd_size<Form2Stride2>(shape.outputs, shape.channels));
+  Tensor out = new_result(shape);
+  thread_local Workspace<float> workspace;
+  float* zeros = workspace.get(shape.panels() * kPanel);
+  std::fill(zeros, zeros + shape.panels() * kPanel, 0.0f);
+  shape.bias = zeros;
+  shape.x = static_cast<const uint16_t*>(x.const_data_ptr());
+  shape.out = static_cast<uint16_t*>(out.mutable_data_ptr());
+  multiply_tiles<Form2Transposed>(shape, static_cast<const uint16_t*>(packed.const_data_ptr()));
+  return out;
+}
+
 } // namespace
 } // namespace resfast
 
@@ -241,9 +272,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def(
       "conv_winograd(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int[] geometry, "
       "int activation, float negative_slope, int tile=2) -> Tensor");
+  m.def("conv_winograd_transposed(Tensor x, Tensor packed, int[] geometry) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
+  m.impl("conv_winograd_transposed", TORCH_BOX(&resfast::conv_winograd_transposed));
   m.impl("conv_winograd_pack", TORCH_BOX(&resfast::conv_winograd_pack));
   m.impl("conv_winograd", TORCH_BOX(&resfast::conv_winograd));
 }

@@ -13,9 +13,10 @@ namespace resfast {
 
 // Stride 1, tiles of 2x2 results.
 struct Form2 {
-  static constexpr int kStride = 1;
   static constexpr int kResults = 2; // of a tile
-  static constexpr int kSide = 4; // inputs of a tile, and its products
+  static constexpr int kSide = 4; // its products
+  static constexpr int kInputs = 4;
+  static constexpr int kStep = 2; // inputs from tile to tile
   template <class V>
   RESFAST_BF16_INLINE static void inputs(const V* d, V* t) {
     t[0] = d[0] - d[2], t[1] = d[1] + d[2], t[2] = d[2] - d[1], t[3] = d[1] - d[3];
@@ -42,9 +43,10 @@ struct Form2 {
 
 // Stride 2, tiles of 2x2 results.
 struct Form2Stride2 {
-  static constexpr int kStride = 2;
   static constexpr int kResults = 2;
   static constexpr int kSide = 5;
+  static constexpr int kInputs = 5;
+  static constexpr int kStep = 4;
   template <class V>
   RESFAST_BF16_INLINE static void inputs(const V* d, V* t) {
     t[0] = d[0] - d[2], t[1] = d[2], t[2] = d[4] - d[2], t[3] = d[1], t[4] = d[3];
@@ -67,6 +69,24 @@ struct Form2Stride2 {
   }
 };
 
+// The gradient of the input for stride 2 and padding 1, of that of the result and the kernel turned:
+// tiles of 4x4, in each direction two by the middle tap alone and two by F(2, 2) of the outer ones.
+// The kernel's transform is that of Form2Stride2.
+struct Form2Transposed {
+  static constexpr int kResults = 4;
+  static constexpr int kSide = 5;
+  static constexpr int kInputs = 3;
+  static constexpr int kStep = 2;
+  template <class V>
+  RESFAST_BF16_INLINE static void inputs(const V* d, V* t) {
+    t[0] = d[0] - d[1], t[1] = d[1], t[2] = d[2] - d[1], t[3] = d[0], t[4] = d[1];
+  }
+  template <class V>
+  RESFAST_BF16_INLINE static void results(const V* m, V* y) {
+    y[0] = m[3], y[1] = m[0] + m[1], y[2] = m[4], y[3] = m[1] + m[2];
+  }
+};
+
 RESFAST_BF16_INLINE __m512 multiply_add(float factor, __m512 value, __m512 to) {
   return _mm512_fmadd_ps(_mm512_set1_ps(factor), value, to);
 }
@@ -74,9 +94,10 @@ RESFAST_BF16_INLINE __m512 multiply_add(float factor, __m512 value, __m512 to) {
 // Stride 1, tiles of 4x4 results: F(4x4, 3x3) at the points 0, +-2/3, +-3/2 and infinity, which
 // round off half as much as the usual 0, +-1, +-2 and infinity.
 struct Form4 {
-  static constexpr int kStride = 1;
   static constexpr int kResults = 4;
   static constexpr int kSide = 6;
+  static constexpr int kInputs = 6;
+  static constexpr int kStep = 4;
   static constexpr float kA = 2.0f / 3, kB = 3.0f / 2, kA2 = kA * kA, kB2 = kB * kB;
   static constexpr float kA3 = kA2 * kA, kB3 = kB2 * kB, kSum = kA2 + kB2;
   static constexpr float kOfA = 1 / (2 * kA2 * (kA2 - kB2)), kOfB = 1 / (2 * kB2 * (kB2 - kA2));
@@ -140,6 +161,7 @@ struct TileAt {
       : tiles(all), image(tile / tiles.columns / tiles.rows),
         row(tile / tiles.columns % tiles.rows * tiles.side),
         column(tile % tiles.columns * tiles.side) {}
+  void move_to(const TileAt& other) { image = other.image, row = other.row, column = other.column; }
   // To the next one; whether it is in the same row.
   bool next() {
     column += tiles.side;
@@ -171,34 +193,34 @@ RESFAST_BF16_INLINE __m512 load_channels(const uint16_t* from, __mmask16 mask) {
                                 : _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
 }
 
-// Calls `store(tile, point, (B^T d B)[point])` for tiles from `first` on, counted from 0, where d are
+// Calls `store(tile, row, (B^T d B)[row])` for tiles from `first` on, counted from 0, where d are
 // the values that a tile's results are made of, zeros outside the image: 16 channels of them, the
 // first (or that of their group) at `channel`.
 template <class Form, Channels kWhich, class Store>
 RESFAST_BF16_INLINE void transform_tiles(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, int64_t channel,
     Store store) {
-  constexpr int kSide = Form::kSide, kShared = kSide - Form::kResults * Form::kStride;
+  constexpr int kSide = Form::kSide, kInputs = Form::kInputs, kShared = kInputs - Form::kStep;
   const __mmask16 mask = kWhich == Channels::kRest ? lane_mask(shape.channels - channel) : 0xFFFF;
   TileAt at(tiles, first);
-  __m512 t[kSide][kSide]; // the columns transformed
+  __m512 t[kSide][kInputs]; // the columns transformed
   bool follows = false; // so that its first columns are the last ones of the tile before
   for (int64_t tile = 0; tile < count; ++tile) {
-    const int64_t top = Form::kStride * at.row - shape.padding_h;
-    const int64_t left = Form::kStride * at.column - shape.padding_w;
+    const int64_t top = at.row / Form::kResults * Form::kStep - shape.padding_h;
+    const int64_t left = at.column / Form::kResults * Form::kStep - shape.padding_w;
     const uint16_t* source =
         shape.x + ((at.image * shape.height + top) * shape.width + left) * shape.channels + channel;
 #pragma GCC unroll 6
-    for (int j = 0; j < kSide; ++j) {
+    for (int j = 0; j < kInputs; ++j) {
       if (j < kShared && follows) {
 #pragma GCC unroll 6
-        for (int i = 0; i < kSide; ++i) t[i][j] = t[i][kSide - kShared + j];
+        for (int i = 0; i < kSide; ++i) t[i][j] = t[i][Form::kStep + j];
         continue;
       }
       const bool inside = left + j >= 0 && left + j < shape.width;
-      __m512 d[kSide], transformed[kSide];
+      __m512 d[kInputs], transformed[kSide];
 #pragma GCC unroll 6
-      for (int i = 0; i < kSide; ++i)
+      for (int i = 0; i < kInputs; ++i)
         d[i] = load_channels<kWhich>(
             source + (i * shape.width + j) * shape.channels,
             inside && top + i >= 0 && top + i < shape.height ? mask : __mmask16{0});
@@ -210,8 +232,7 @@ RESFAST_BF16_INLINE void transform_tiles(
     for (int i = 0; i < kSide; ++i) {
       __m512 row[kSide];
       Form::inputs(t[i], row);
-#pragma GCC unroll 6
-      for (int j = 0; j < kSide; ++j) store(tile, kSide * i + j, row[j]);
+      store(tile, i, row);
     }
     follows = at.next();
   }

@@ -19,7 +19,7 @@ from torch import Tensor
 from resfast.kernels import conv_cpu, conv_reference
 from resfast.kernels.conv_reference import channels_last, output_shape
 
-LEAST_CHANNELS = 32
+LEAST_CHANNELS = 24
 """In and out, from which on the transforms cost less than they save."""
 AVAILABLE = conv_cpu._has_kernels()
 """Whether the kernels are built and this processor has AVX512-BF16."""
@@ -53,6 +53,24 @@ def applies(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
         and padding in (0, 1, 2)
         and AVAILABLE
     )
+
+
+def fastest_tile(x: Tensor, stride: int, padding: int) -> int:
+    """The tile with the fewest multiplications for an image size: 4, or 2 where edges waste it.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        stride: of rows and columns.
+        padding: likewise.
+    """
+    if stride != 1:
+        return 2
+
+    def points(tile: int) -> int:
+        rows, columns = (-(-(size + 2 * padding - 2) // tile) for size in x.shape[2:])
+        return rows * columns * (tile + 2) ** 2
+
+    return 4 if points(4) < points(2) else 2
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, tile: int = 2) -> Tensor:
@@ -144,6 +162,10 @@ def _backward(
         for_x = none
     elif stride == 1:
         for_x = _winograd(grad, weight, 1, 2 - padding, tile, transposed=True)
+    elif padding == 1:
+        packed = torch.ops.resfast.conv_train_pack(channels_last(weight), stride, True, tile)
+        sizes = [*x.shape[1:], weight.shape[0]]
+        for_x = torch.ops.resfast.conv_winograd_transposed(grad, packed, sizes)
     else:
         rest = (None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False])
         narrow = weight.to(torch.bfloat16, memory_format=torch.channels_last)

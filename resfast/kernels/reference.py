@@ -6,6 +6,7 @@ They take the place of the C++ kernels where the extension was not built.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
@@ -135,3 +136,38 @@ def _reflect(position: Tensor, size: int) -> Tensor:
     position = position.abs()
     position = torch.where(position >= size, 2 * (size - 1) - position, position)
     return position.clamp(0, size - 1)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    pool: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`resfast.kernels.norm_act.batch_norm_act`; of any floating dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values = (F.max_pool2d(x, 2) if pool else x).to(wide)
+    var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
+    out = F.batch_norm(
+        values,
+        None,
+        None,
+        *(None if t is None else t.to(wide) for t in (weight, bias)),
+        True,
+        0,
+        eps,
+    )
+    if residual is not None:
+        out = out + residual.to(wide)
+    out = {
+        "none": lambda z: z,
+        "relu": F.relu,
+        "leaky_relu": lambda z: F.leaky_relu(z, negative_slope),
+        "silu": F.silu,
+        "gelu": F.gelu,
+    }[activation](out)
+    return out.to(x.dtype), mean.detach(), var.detach()

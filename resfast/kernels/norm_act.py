@@ -1,0 +1,248 @@
+"""``resfast::batch_norm_act``: batch norm in training, with what stands around it, on the CPU.
+
+``activation(batch_norm(x) + residual)``, where x may be max-pooled by 2x2 first, and its gradients
+in bfloat16: one pass over x for the statistics and one for the result, likewise backward. All is
+computed in float32; only the result, and the pooled x, are rounded. Kept for the backward are x (or
+the pooled x and two bits a value of where it came from), the statistics, and with a residual the
+result or, for silu and gelu, the residual. The bits do not depend on the number of threads.
+
+Sources: Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167; Bulo et al., "In-Place
+Activated BatchNorm", arXiv:1712.02616, for doing norm and activation in one; Hendrycks and Gimpel,
+"Gaussian Error Linear Units", arXiv:1606.08415, here by polynomials to 1e-5.
+Shapes: x ``[N, C, H, W]``; the result ``[N, C, P, Q]``, which is that of x or half of its rows and
+columns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast.kernels import conv_cpu
+from resfast.kernels.conv_reference import channels_last
+
+ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu")
+"""In the order of their numbers in ``csrc/cpu/norm_act.cpp``."""
+AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_forward")
+"""Whether the kernels are built and this processor has AVX512-BF16."""
+
+torch.library.define(
+    "resfast::batch_norm_act",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str activation, "
+    "float negative_slope, bool pool) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "resfast::batch_norm_act_backward",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor? other, Tensor? where, int[2] size, float eps, str activation, float negative_slope) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    pool: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``activation(batch_norm(x) + residual)`` by the statistics of the batch, with gradients.
+
+    Args:
+        x: bfloat16 ``[N, C, H, W]`` on the CPU; fast in ``channels_last``.
+        weight: float32 ``[C]``, or None for ones.
+        bias: float32 ``[C]``, or None for zeros.
+        residual: bfloat16, of the shape of the result.
+        eps: added to the variance.
+        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (of erf).
+        negative_slope: of ``leaky_relu``, at least 0.
+        pool: whether x is ``max_pool2d(x, 2)`` to all of this.
+
+    Returns:
+        The result, bfloat16 in ``channels_last`` memory, and mean and biased variance of x (or the
+        pooled x), float32 ``[C]``, which have no gradients.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+        RuntimeError: the C++ kernels are not there.
+    """
+    check_arguments(x, weight, bias, residual, eps, activation, negative_slope, pool)
+    if not AVAILABLE:
+        raise RuntimeError(
+            "batch_norm_act needs the C++ kernels and AVX512-BF16; use resfast.layers.norm.norm_act"
+        )
+    out, mean, var, _, _ = torch.ops.resfast.batch_norm_act(
+        x, weight, bias, residual, eps, activation, negative_slope, pool
+    )
+    return out, mean.detach(), var.detach()
+
+
+def result_shape(x: Tensor, pool: bool) -> list[int]:
+    """``[N, C, P, Q]``."""
+    n, c, h, w = x.shape
+    return [n, c, h // 2, w // 2] if pool else [n, c, h, w]
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    pool: bool,
+) -> None:
+    """Says what is wrong with the operator's arguments.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x is {list(x.shape)}; expected [N, C, H, W]")
+    shape = result_shape(x, pool)
+    for name, tensor, dtype, sizes in (
+        ("x", x, torch.bfloat16, list(x.shape)),
+        ("weight", weight, torch.float32, [x.shape[1]]),
+        ("bias", bias, torch.float32, [x.shape[1]]),
+        ("residual", residual, torch.bfloat16, shape),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} is {tensor.dtype}; expected {dtype}")
+        if list(tensor.shape) != sizes:
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected {sizes}")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}; expected the CPU")
+    if math.prod(shape) == 0:
+        raise ValueError(f"x is {list(x.shape)}, which leaves nothing to normalize")
+    if eps < 0:
+        raise ValueError(f"eps is {eps}; expected at least 0")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if negative_slope < 0:
+        raise ValueError(f"negative_slope is {negative_slope}; expected at least 0")
+
+
+@torch.library.impl("resfast::batch_norm_act", "cpu")
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    pool: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    number = ACTIVATIONS.index(activation)
+    residual = None if residual is None else channels_last(residual)
+    kernel = torch.ops.resfast.norm_act_forward
+    return kernel(channels_last(x), weight, bias, residual, eps, number, negative_slope, pool)
+
+
+@torch.library.impl("resfast::batch_norm_act_backward", "cpu")
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    other: Tensor | None,
+    where: Tensor | None,
+    size: list[int],
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    number = ACTIVATIONS.index(activation)
+    other = None if other is None else channels_last(other)
+    both = channels_last(grad), channels_last(x)
+    kernel = torch.ops.resfast.norm_act_backward
+    return kernel(*both, weight, bias, mean, var, other, where, size, eps, number, negative_slope)
+
+
+def _new_map(like: Tensor, sizes: list[int]) -> Tensor:
+    n, c, h, w = sizes
+    return like.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
+
+
+@torch.library.register_fake("resfast::batch_norm_act")
+def _fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    pool: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, c, p, q = result_shape(x, pool)
+    mean, var = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
+    pooled = _new_map(x, [n, c, p, q]) if pool else x.new_empty(0)
+    bits = n * p * q * ((c + 31) // 32) * 8 if pool else 0
+    where = x.new_empty(bits, dtype=torch.uint8)
+    return _new_map(x, [n, c, p, q]), mean, var, pooled, where
+
+
+@torch.library.register_fake("resfast::batch_norm_act_backward")
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    other: Tensor | None,
+    where: Tensor | None,
+    size: list[int],
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for_residual = x.new_empty(0) if other is None else _new_map(x, list(x.shape))
+    both = (mean.new_empty(x.shape[1]) for _ in range(2))
+    return _new_map(x, [*x.shape[:2], *size]), *both, for_residual
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, residual, *ctx.rest, pool = inputs
+    out, mean, var, pooled, where = output
+    ctx.size = list(x.shape[2:])
+    activation = ctx.rest[1]
+    other = None
+    if residual is not None and activation != "none":
+        other = residual if activation in ("silu", "gelu") else out
+    ctx.residual = residual is not None
+    ctx.save_for_backward(
+        pooled if pool else x, weight, bias, mean, var, other, where if pool else None
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 8
+    if grad is None:
+        return nothing
+    kernel = torch.ops.resfast.batch_norm_act_backward
+    *four, for_residual = kernel(grad, *ctx.saved_tensors, ctx.size, *ctx.rest)
+    if ctx.residual:
+        four.append(grad if ctx.rest[1] == "none" else for_residual)
+    wanted = zip(four, ctx.needs_input_grad, strict=False)
+    found = [one if needed else None for one, needed in wanted]
+    return *found, *nothing[len(found) :]
+
+
+torch.library.register_autograd("resfast::batch_norm_act", _gradients, setup_context=_setup)

@@ -1,0 +1,383 @@
+"""``batch_norm_act``: result, statistics and gradients against float64, its face, and its use."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resfast
+from resfast.errors import ResfastError
+from resfast.kernels import norm_act as kernel
+from resfast.kernels import reference
+from resfast.layers import norm
+from resfast.layers.norm import norm_act
+
+LAST = torch.channels_last
+SLOPE = 0.1
+needs_kernels = pytest.mark.skipif(
+    not kernel.AVAILABLE, reason="needs the C++ kernels and AVX512-BF16"
+)
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh memory is NaN: an element that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    assert got.shape == exact.shape
+    assert got.isfinite().all()
+    return float((got.detach().double() - exact.detach()).norm() / exact.detach().norm())
+
+
+def bf16(*sizes: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    values = torch.randn(sizes) * scale + shift * torch.randn(1, sizes[1], 1, 1)
+    return values.to(torch.bfloat16, memory_format=LAST).requires_grad_()
+
+
+def inputs(sizes: tuple[int, ...], *, residual: bool, pool: bool) -> list[Tensor]:
+    x = bf16(*sizes, scale=2.0, shift=3.0)
+    weight, bias = (torch.randn(sizes[1]).requires_grad_() for _ in range(2))
+    return [x, weight, bias, *([bf16(*kernel.result_shape(x, pool))] if residual else [])]
+
+
+def operator(tensors: list[Tensor], activation: str, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return kernel.batch_norm_act(*tensors, activation=activation, negative_slope=SLOPE, pool=pool)
+
+
+def exactly(tensors: list[Tensor], activation: str, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+    residual = tensors[3] if len(tensors) > 3 else None
+    return reference.batch_norm_act(*tensors[:3], residual, 1e-5, activation, SLOPE, pool)
+
+
+SHAPES = (
+    (2, 64, 8, 8), (3, 24, 7, 9), (5, 40, 5, 4), (4, 33, 6, 6), (6, 256, 4, 4), (2, 1, 6, 5),
+    (20, 64, 16, 17), (3, 130, 5, 7),
+)  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", kernel.ACTIVATIONS)
+@pytest.mark.parametrize(("residual", "pool"), list(itertools.product((False, True), repeat=2)))
+def test_result_and_gradients_are_those_of_float64(activation, residual, pool, poisoned):
+    torch.manual_seed(0)
+    for sizes in SHAPES:
+        tensors = inputs(sizes, residual=residual, pool=pool)
+        out, mean, var = operator(tensors, activation, pool)
+        assert out.dtype == torch.bfloat16
+        assert out.is_contiguous(memory_format=LAST)
+        grad = torch.randn(out.shape).bfloat16()
+        got = torch.autograd.grad(out, tensors, grad)
+        wide = [t.detach().double().requires_grad_() for t in tensors]
+        exact = exactly(wide, activation, pool)
+        assert error(out, exact[0]) < 3e-3
+        assert error(mean, exact[1]) < 1e-5
+        assert error(var, exact[2]) < 1e-5
+        for mine, its, like in zip(
+            got, torch.autograd.grad(exact[0], wide, grad.double()), tensors, strict=True
+        ):
+            assert mine.dtype == like.dtype
+            assert error(mine, its) < 5e-3
+
+
+@needs_kernels
+def test_variance_is_right_where_the_mean_is_large():
+    torch.manual_seed(1)
+    x = (torch.randn(64, 40, 16, 16) + 100).to(torch.bfloat16, memory_format=LAST)
+    _, mean, var = kernel.batch_norm_act(x, None, None)
+    exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    assert error(mean, exact[1]) < 1e-6
+    assert error(var, exact[0]) < 1e-4
+    same = torch.full((2, 8, 4, 4), 3.0).bfloat16()
+    out, _, var = kernel.batch_norm_act(same, None, torch.arange(8.0))
+    assert not var.any()
+    assert (out[0, :, 0, 0].float() - torch.arange(8.0)).abs().max() < 1e-4
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_smooth_activations_are_exact_to_bfloat16_over_all_values(activation):
+    """With scale 1 and shift 0: the two values of a channel become -1 and 1 times their bias."""
+    z = torch.linspace(-12, 12, 4801)
+    x = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, len(z), 1, 1).bfloat16()
+    bias = z.clone().requires_grad_()
+    out, _, _ = kernel.batch_norm_act(x, torch.zeros(len(z)), bias, eps=0.0, activation=activation)
+    wide = z.double().requires_grad_()
+    exact = {"silu": F.silu, "gelu": F.gelu}[activation](wide)
+    off = (out[0, :, 0, 0].double() - exact).abs().detach()
+    assert (off <= 2**-8 * exact.detach().abs() + 1.2e-5).all()
+    out.sum().backward()
+    exact.sum().backward()
+    assert (bias.grad.double() / 2 - wide.grad).abs().max() < 2e-5
+
+
+@needs_kernels
+def test_pooling_takes_the_first_of_equals_and_keeps_nan():
+    x = torch.zeros(1, 32, 4, 6).bfloat16().contiguous(memory_format=LAST)
+    x[0, :, :2, :2] = 1  # a tie
+    x[0, 5, 3, 5] = float("nan")
+    x[0, 6, 2, 4] = float("nan")  # before numbers
+    _, _, _, pooled, _ = torch.ops.resfast.batch_norm_act(
+        x, None, None, None, 1e-5, "none", 0.0, True
+    )
+    assert torch.equal(pooled.isnan(), F.max_pool2d(x, 2).isnan())
+    x = torch.randint(0, 3, (4, 64, 6, 6)).to(torch.bfloat16, memory_format=LAST).requires_grad_()
+    grad = torch.randn(4, 64, 3, 3).to(torch.bfloat16, memory_format=LAST)
+    ours = torch.autograd.grad(kernel.batch_norm_act(x, None, None, pool=True)[0], x, grad)[0]
+    wide = x.detach().double().requires_grad_()
+    out = reference.batch_norm_act(wide, None, None, None, 1e-5, "none", 0.0, True)[0]
+    exact = torch.autograd.grad(out, wide, grad.double())[0]
+    assert torch.equal(ours != 0, exact != 0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("pool", [False, True])
+def test_bits_do_not_depend_on_the_number_of_threads(pool):
+    torch.manual_seed(2)
+    before = torch.get_num_threads()
+    tensors = inputs((41, 72, 9, 10), residual=True, pool=pool)
+    grad, results = None, []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, mean, var = operator(tensors, "gelu", pool)
+            grad = torch.randn_like(out) if grad is None else grad
+            results.append((out, mean, var, *torch.autograd.grad(out, tensors, grad)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+@needs_kernels
+def test_any_strides_are_accepted_and_frozen_parameters_get_no_gradient():
+    torch.manual_seed(3)
+    tensors = inputs((3, 48, 6, 7), residual=True, pool=False)
+    expected = operator(tensors, "relu", False)[0]
+    grad = torch.randn_like(expected)
+    all_of_them = torch.autograd.grad(expected, tensors, grad)
+    for frozen in range(4):
+        others = [
+            t.detach().contiguous().requires_grad_(i != frozen) for i, t in enumerate(tensors)
+        ]
+        out = operator(others, "relu", False)[0]
+        assert torch.equal(out, expected)
+        out.backward(grad.contiguous())
+        for i, (tensor, its) in enumerate(zip(others, all_of_them, strict=True)):
+            assert (tensor.grad is None) == (i == frozen)
+            assert i == frozen or torch.equal(tensor.grad, its)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", kernel.ACTIVATIONS)
+def test_operator_passes_opcheck(activation):
+    for residual, pool in itertools.product((False, True), repeat=2):
+        tensors = inputs((2, 36, 6, 5), residual=residual, pool=pool)
+        other = tensors[3] if residual else None
+        arguments = (*tensors[:3], other, 1e-5, activation, SLOPE, pool)
+        torch.library.opcheck(torch.ops.resfast.batch_norm_act.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"x": torch.zeros(2, 8, 4, 4)}, TypeError, "x is torch.float32; expected torch.bfloat16"),
+        ({"x": torch.zeros(8, 4, 4).bfloat16()}, ValueError, r"expected \[N, C, H, W\]"),
+        ({"weight": torch.zeros(9)}, ValueError, r"weight is \[9\]; expected \[8\]"),
+        ({"bias": torch.zeros(8).double()}, TypeError, "bias is torch.float64"),
+        ({"bias": torch.zeros(8, device="meta")}, ValueError, "bias is on meta"),
+        ({"residual": torch.zeros(2, 8, 4, 4).bfloat16(), "pool": True}, ValueError, "residual"),
+        ({"x": torch.zeros(2, 8, 1, 4).bfloat16(), "pool": True}, ValueError, "leaves nothing"),
+        ({"eps": -1.0}, ValueError, "eps is -1.0; expected at least 0"),
+        ({"activation": "tanh"}, ValueError, "activation is 'tanh'; expected one of none, relu"),
+        ({"negative_slope": -0.1}, ValueError, "negative_slope is -0.1; expected at least 0"),
+    ],
+)
+def test_errors_name_the_value_and_what_was_expected(change, kind, message):
+    good = {"x": torch.zeros(2, 8, 4, 4).bfloat16(), "weight": torch.ones(8), "bias": None}
+    with pytest.raises(kind, match=message):
+        kernel.batch_norm_act(**(good | change))
+
+
+@needs_kernels
+def test_kernels_refuse_what_they_cannot_read():
+    forward, backward = (
+        getattr(torch.ops.resfast, f"norm_act_{n}") for n in ("forward", "backward")
+    )
+    x = torch.randn(2, 8, 4, 6).to(torch.bfloat16, memory_format=LAST)
+    per_channel = torch.ones(8)
+    rest = 1e-5, 1, 0.0
+    forward(x, per_channel, None, None, *rest, True)
+    planes = torch.zeros(2 * 2 * 3 * 8, dtype=torch.uint8)
+    half = x[:, :, :2, :3].contiguous(memory_format=LAST)
+
+    def ahead(x=x, weight=None, bias=None, residual=None, activation=1, pool=False):
+        return forward(x, weight, bias, residual, 1e-5, activation, 0.0, pool)
+
+    def back(grad=half, mean=per_channel, other=None, where=planes, size=(4, 6)):
+        return backward(grad, half, None, None, mean, mean, other, where, list(size), *rest)
+
+    back()
+    for call, message in (
+        (lambda: ahead(x.contiguous()), "x is not in channels_last"),
+        (lambda: ahead(weight=per_channel[:7]), r"weight is torch.float32 \[7"),
+        (lambda: ahead(bias=per_channel.double()), "bias is torch.float64"),
+        (lambda: ahead(residual=x, pool=True), r"residual is \[2, 8, 4, 6\]"),
+        (lambda: ahead(activation=5), "activation 5 is unknown"),
+        (lambda: ahead(half[:, :, :, :1].contiguous(memory_format=LAST), pool=True), "too small"),
+        (lambda: back(grad=x), r"grad is \[2, 8, 4, 6\]"),
+        (lambda: back(mean=per_channel[:2]), r"mean is torch.float32 \[2\]"),
+        (lambda: back(other=x), "other is"),
+        (lambda: back(where=planes[:-1]), "where is torch.uint8"),
+        (lambda: back(size=(6, 6)), r"size is \[6, 6\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+# The function of the layers
+
+
+MODULES = (nn.ReLU(inplace=True), nn.LeakyReLU(SLOPE, inplace=True), nn.SiLU(), nn.GELU())
+
+
+def calls_of(run, monkeypatch) -> int:
+    """How many times a function runs the operator."""
+    seen, own = [], kernel.batch_norm_act
+    monkeypatch.setattr(
+        kernel, "batch_norm_act", lambda *args, **named: seen.append(1) or own(*args, **named)
+    )
+    run()
+    return len(seen)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu", "silu", "gelu", *MODULES])
+@pytest.mark.parametrize("pool", [False, True])
+def test_function_does_what_the_modules_do(activation, pool, monkeypatch):
+    torch.manual_seed(4)
+    x = bf16(6, 32, 8, 6, shift=1.0)
+    residual = bf16(*kernel.result_shape(x, pool))
+    ours, theirs = (nn.BatchNorm2d(32, momentum=0.4) for _ in range(2))
+    nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    results = []
+
+    def run() -> None:
+        results.append(norm_act(x, ours, activation, residual, pool))
+        results.append(norm_act(x, ours, activation, residual, pool))
+
+    assert calls_of(run, monkeypatch) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(norm, "_applies", lambda *_: False)
+        for mine in results:
+            assert error(mine, norm_act(x, theirs, activation, residual, pool).double()) < 8e-3
+    assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-4, atol=1e-5)
+
+
+def _hooked() -> nn.BatchNorm2d:
+    bn = nn.BatchNorm2d(32)
+    bn.register_forward_hook(lambda *_: None)
+    return bn
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("bn", "activation", "sizes"),
+    [
+        (nn.BatchNorm2d(32).eval(), "relu", (2, 32, 4, 4)),
+        (nn.BatchNorm2d(8), "relu", (2, 8, 4, 4)),
+        (nn.BatchNorm2d(32, momentum=None), "relu", (2, 32, 4, 4)),
+        (nn.BatchNorm2d(32, track_running_stats=False), "relu", (2, 32, 4, 4)),
+        (_hooked(), "relu", (2, 32, 4, 4)),
+        (nn.BatchNorm2d(32), nn.GELU("tanh"), (2, 32, 4, 4)),
+        (nn.BatchNorm2d(32), nn.Hardswish(), (2, 32, 4, 4)),
+    ],
+)
+def test_other_norms_and_activations_run_as_modules(bn, activation, sizes, monkeypatch):
+    x = bf16(*sizes)
+    assert calls_of(lambda: norm_act(x, bn, activation), monkeypatch) == 0
+    plain = nn.BatchNorm2d(sizes[1])
+    assert calls_of(lambda: norm_act(x.float(), plain, "relu"), monkeypatch) == 0
+    with torch.no_grad():
+        assert calls_of(lambda: norm_act(x, plain, "relu"), monkeypatch) == 0
+
+
+def test_without_kernels_the_operator_says_what_to_use_and_the_function_runs(monkeypatch):
+    monkeypatch.setattr(kernel, "AVAILABLE", False)
+    x = bf16(2, 32, 4, 4)
+    with pytest.raises(RuntimeError, match="needs the C"):
+        kernel.batch_norm_act(x, None, None)
+    bn = nn.BatchNorm2d(32)
+    assert torch.equal(norm_act(x, bn, "relu"), F.relu(nn.BatchNorm2d(32)(x)))
+
+
+def test_one_value_a_channel_is_refused_as_by_the_module():
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm_act(bf16(1, 32, 2, 2), nn.BatchNorm2d(32), "relu", pool=True)
+
+
+def test_unknown_activation_is_named():
+    with pytest.raises(ResfastError, match="activation 'tanh' is unknown; choose none, relu"):
+        norm_act(bf16(2, 32, 2, 2), nn.BatchNorm2d(32), "tanh")
+
+
+# Networks
+
+
+@needs_kernels
+def test_network_has_nearly_the_gradients_of_float32(monkeypatch):
+    """As near as with PyTorch's own norms in bfloat16, or 1.2 times as far."""
+    torch.manual_seed(0)
+    model = resfast.create_model("resnet-narrow").to(memory_format=LAST)
+    images = torch.randn(16, 3, 16, 16).contiguous(memory_format=LAST)
+
+    def gradients(dtype: torch.dtype | None) -> Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            loss = F.cross_entropy(model(images).float(), torch.arange(16) % 10)
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    exact = gradients(None).double()
+    ours = error(gradients(torch.bfloat16), exact)
+    monkeypatch.setattr(norm, "_applies", lambda *_: False)
+    assert ours < 1.2 * error(gradients(torch.bfloat16), exact)
+
+
+@needs_kernels
+def test_compiled_network_is_one_graph_with_the_same_result_and_statistics():
+    torch.manual_seed(0)
+    models = [resfast.create_model("resnet-narrow").to(memory_format=LAST) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    images = torch.randn(4, 3, 16, 16).contiguous(memory_format=LAST)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code.count("resfast.batch_norm_act"))
+        return graph.forward
+
+    def forward(model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(images).float()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: forward(models[0]), backend=backend, fullgraph=True)
+    assert torch.equal(compiled(), forward(models[1]))
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in models[0].modules())
+    assert graphs == [norms]
+    for (name, mine), its in zip(
+        models[0].state_dict().items(), models[1].state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, its), name
