@@ -33,7 +33,7 @@ PARAMETERS = {
     "resnet-224-251": 4_993_025,
     "resnet-453": 4_992_586,
     "resnet-member1m": 987_402,
-    "speednet-94": 1_972_792,
+    "speednet-94": 1_899_320,
     "speednet-96": 3_363_448,
 }
 

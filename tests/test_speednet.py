@@ -378,11 +378,11 @@ def test_a_configuration_survives_json():
 def test_list_and_summary_show_speednets(capsys: pytest.CaptureFixture[str]):
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
-    assert "1,972,792  convolutions 2,2,2  channels 64,256,256  stem 24" in out
+    assert "1,899,320  convolutions 2,3,3  channels 64,128,256  stem 24" in out
     assert "speednet             of your own: --convolutions" in out
     assert main(["--summary", "--model", "speednet-94"]) == 0
     out = capsys.readouterr().out
-    assert "1,972,792" in out
+    assert "1,899,320" in out
     assert "[1, 24, 31, 31]" in out
     assert str(summarize(create_model("speednet-94"))) in out
 

@@ -4,8 +4,7 @@ Shapes: images are ``[N, 3, H, W]``, logits ``[N, classes]``. A first layer of f
 filters, then stages of 3x3 convolutions, the first of each followed by a 2x2 max pool, then a
 global pool and a linear layer without bias. Sources of the family: Page, "How to Train Your
 ResNet" (myrtle.ai, 2018 to 2019); Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
-arXiv:2404.00498, whose airbench94 has the layers of ``speednet-94`` and whose airbench96 those of
-``speednet-96``, wider.
+arXiv:2404.00498, whose airbench94 and airbench96 have such layers, wider.
 """
 
 from __future__ import annotations

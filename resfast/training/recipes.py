@@ -69,7 +69,7 @@ RECIPES: dict[str, Config] = {
         ),
         data=DataConfig(augment=Augment(crop=2, flip="alternating"), sizes=((16, 0.3), (24, 0.7))),
         optim=OptimConfig(
-            epochs=6,
+            epochs=7.5,
             batch_size=500,
             optimizer="muon",
             lr=0.12,
@@ -86,6 +86,7 @@ RECIPES: dict[str, Config] = {
             warmup=0.0,
             end_factor=0.0,
             label_smoothing=0.2,
+            whitening_bias_epochs=2.25,
         ),
         evaluation=EvalConfig(tta="shift", tta_select=0.25, eval_every=0, fuse=True),
         runtime=RuntimeConfig(winograd_tile=4),
