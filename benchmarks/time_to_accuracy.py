@@ -147,6 +147,7 @@ def row_of(folder: Path) -> Row:
     scored = summary[f"{summary['scored_on']}_images"]
     seen = views(summary["tta"], summary["tta_select"])
     values = {name: summary[name] for name in Row.model_fields if name in summary}
+    values["data"] = targets.data_name(summary["data"])
     return Row.model_validate(
         values
         | {
@@ -278,8 +279,22 @@ def measure(recipe: str, count: int, options: Sequence[str], runs_folder: Path) 
     """Trains a recipe with ``count`` seeds and the ``options`` of resfast.train given beside."""
     _, config = command_line(["--recipe", recipe, *options])
     row = row_of(train(config, count, runs_folder / f"{PREFIX}-{slug(recipe)}"))
-    command = shlex.join(["--recipe", recipe, *options, "--runs", str(count)])
+    command = shlex.join(["--recipe", recipe, *without_folders(options), "--runs", str(count)])
     return row.model_copy(update={"command": f"python -m resfast.train {command}"})
+
+
+def without_folders(options: Sequence[str]) -> list[str]:
+    """Options of resfast.train as anybody could give them: folders of this machine left out."""
+    shown: list[str] = []
+    rest = iter(options)
+    for option in rest:
+        name, _, value = option.partition("=")
+        if name in ("--data", "--data-dir", "--out"):
+            value = value or next(rest, "")
+            shown += [name, targets.data_name(value)] if name == "--data" else []
+        else:
+            shown.append(option)
+    return shown
 
 
 # -- ablation --------------------------------------------------------------------------------------
@@ -360,7 +375,7 @@ def ablation(
         wanted.append((component, config))
     done: list[_AblationRow] = []
     for component, config in wanted:
-        given = shlex.join([*options, *shlex.split(component.options)])
+        given = shlex.join(without_folders([*options, *shlex.split(component.options)]))
         first = config.runtime.seed
         key = component.component, given, tuple(range(first, first + count))
         if key not in kept:

@@ -303,3 +303,9 @@ def test_a_damaged_ablation_or_row_names_the_place(options: list[str], tmp_path:
     path.write_text(path.read_text().replace('"mean": 0.55', '"mean": 55'))
     with pytest.raises(ResfastError, match="mean"):
         tta.read_rows(tmp_path)
+
+
+def test_the_command_of_a_row_names_no_folder_of_the_machine():
+    given = "--data folder:/a/b.tar.xz --data-dir /c --epochs 2 --out=/d --data=shards:/e/f"
+    shown = tta.without_folders(given.split())
+    assert shown == "--data folder:b.tar.xz --epochs 2 --data shards:f".split()
