@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,3 +86,19 @@ def change(config: Config, **values: object) -> Config:
         config = replace(config, **{group: replace(part, **mine)})
     assert not values, f"no such fields: {values}"
     return config
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Sends SIGINT to this process in a training's step of this number, counted over all epochs."""
+    from resfast.training import trainer
+
+    poll, calls = trainer._LossWatch.poll, 0
+
+    def stop_here(self: trainer._LossWatch, at: int):
+        nonlocal calls
+        if calls == step:
+            signal.raise_signal(signal.SIGINT)
+        calls += 1
+        return poll(self, at)
+
+    monkeypatch.setattr(trainer._LossWatch, "poll", stop_here)

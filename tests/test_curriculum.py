@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import signal
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ from resfast.training.optim import Schedule, build_optimizer
 from resfast.training.resolve import check
 from resfast.training.step import TrainStep
 from resfast.training.trainer import Interrupted, train
-from tests.conftest import change
+from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights
 
 
@@ -368,21 +367,10 @@ def test_a_plan_that_changes_nothing_gives_the_same_bits(tiny: Config):
 def test_stopping_within_a_varying_run_changes_nothing(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, epoch: int, step: int
 ):
-    from resfast.training import trainer
-
     tiny = change(tiny, **VARYING, resize_by="crop", augment=Augment(crop=1, mixup=0.4))
     made = make_plan(tiny, 48, 16)
     whole = train(change(tiny, name="whole"))
-    poll, calls = trainer._LossWatch.poll, 0
-
-    def stop_here(self: trainer._LossWatch, at: int):
-        nonlocal calls
-        if calls == made.epochs[epoch].first_step + step:
-            signal.raise_signal(signal.SIGINT)
-        calls += 1
-        return poll(self, at)
-
-    monkeypatch.setattr(trainer._LossWatch, "poll", stop_here)
+    interrupt_at(monkeypatch, made.epochs[epoch].first_step + step)
     with pytest.raises(Interrupted) as stopped:
         train(tiny)
     monkeypatch.undo()

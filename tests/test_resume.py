@@ -16,7 +16,7 @@ import torch
 from resfast.training import checkpoint, records
 from resfast.training.config import Config
 from resfast.training.trainer import Interrupted, train
-from tests.conftest import TINY_OPTIONS, change
+from tests.conftest import TINY_OPTIONS, change, interrupt_at
 from tests.test_training import assert_same_weights
 
 LONG = ["--epochs", "12", "--dropout", "0.1", "--ema", "0.9", "--augment", "strong"]
@@ -110,19 +110,7 @@ def test_stopping_after_any_step_changes_nothing(
     tiny = change(tiny, dropout=0.3, head=(6,), schedule="plateau", patience=0, warmup=0.2)
     whole = train(change(tiny, name="whole"))
 
-    from resfast.training import trainer
-
-    run_epoch = trainer._LossWatch.poll
-    calls = 0
-
-    def stop_here(self: trainer._LossWatch, at: int):
-        nonlocal calls
-        if calls == 4 * epoch + step:
-            signal.raise_signal(signal.SIGINT)
-        calls += 1
-        return run_epoch(self, at)
-
-    monkeypatch.setattr(trainer._LossWatch, "poll", stop_here)
+    interrupt_at(monkeypatch, 4 * epoch + step)
     with pytest.raises(Interrupted) as stopped:
         train(tiny)
     monkeypatch.undo()
