@@ -117,6 +117,12 @@ def prepare(device: torch.device, *, threads: int, tf32: bool, tuned_allocator: 
         logger.warning("the allocator could not be tuned: this is not glibc")
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a CUDA device is done; on the CPU there is nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes used so far: by tensors on a CUDA device, else by the process in main memory."""
     if device.type == "cuda":

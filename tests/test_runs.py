@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from resfast.training import config as configs
 from resfast.training.config import Config
 from resfast.training.statistics import p_value, statistics
 from resfast.training.step import TrainStep
-from tests.conftest import TINY_OPTIONS, change
+from tests.conftest import TINY_OPTIONS, change, interrupt_at
 from tests.test_training import assert_same_weights
 
 
@@ -117,24 +116,11 @@ def test_without_test_time_augmentation_the_plain_accuracy_counts(several: Confi
     assert result.summary["accuracies"][0] == first["test_accuracy"]
 
 
-def stop_in_second_run(monkeypatch: pytest.MonkeyPatch, at_call: int) -> None:
-    poll, calls = trainer._LossWatch.poll, 0
-
-    def stopping(self: trainer._LossWatch, step: int):
-        nonlocal calls
-        calls += 1
-        if calls == at_call:
-            signal.raise_signal(signal.SIGINT)
-        return poll(self, step)
-
-    monkeypatch.setattr(trainer._LossWatch, "poll", stopping)
-
-
 def test_stopping_keeps_what_is_there_and_resuming_goes_on(
     several: Config, monkeypatch: pytest.MonkeyPatch
 ):
     whole = runs.train(change(several, name="whole"))
-    stop_in_second_run(monkeypatch, 12 + 6)  # of 12 steps each
+    interrupt_at(monkeypatch, 12 + 5)  # of 12 steps each
     with pytest.raises(trainer.Interrupted) as stopped:
         runs.train(several)
     monkeypatch.undo()

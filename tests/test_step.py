@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resfast.training import checkpoint, records, trainer
+from resfast.training import checkpoint, records
 from resfast.training.averaging import Average, ema_weight, lookahead_weight
 from resfast.training.config import Config, OptimConfig
 from resfast.training.optim import Schedule, build_optimizer
 from resfast.training.step import TrainStep, _Graph, why_not_captured
 from resfast.training.trainer import Interrupted, train
-from tests.conftest import change
+from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights
 
 EPOCHS, STEPS_PER_EPOCH = 4, 5
@@ -458,16 +458,7 @@ def test_a_run_with_muon_and_lookahead_that_is_stopped_ends_with_the_same_weight
 ):
     tiny = change(tiny, **MUON | OF_TINY, eval_every=3, tta="none")
     whole = train(change(tiny, name="whole"))
-    poll, calls = trainer._LossWatch.poll, 0
-
-    def stop_here(self: trainer._LossWatch, at: int):
-        nonlocal calls
-        calls += 1
-        if calls == stop:
-            signal.raise_signal(signal.SIGINT)
-        return poll(self, at)
-
-    monkeypatch.setattr(trainer._LossWatch, "poll", stop_here)
+    interrupt_at(monkeypatch, stop - 1)
     with pytest.raises(Interrupted) as stopped:
         train(tiny)
     monkeypatch.undo()

@@ -79,15 +79,15 @@ def count(source: Source) -> int:
     return len(source[0]) if isinstance(source, tuple) else len(source)
 
 
-def spread(source: Source, count: int) -> Source:
-    """At most ``count`` images at even distances, so that images sorted by class give all classes.
+def spread(source: Source, most: int) -> Source:
+    """At most ``most`` images at even distances, so that images sorted by class give all classes.
 
     Shards, which hold training images in random order, are returned whole.
     """
-    total = len(source[0]) if isinstance(source, tuple) else len(source)
-    if isinstance(source, Shards) or total <= count:
+    total = count(source)
+    if isinstance(source, Shards) or total <= most:
         return source
-    indices = torch.arange(count) * total // count
+    indices = torch.arange(most) * total // most
     if isinstance(source, tuple):
         return source[0][indices], source[1][indices]
     return source[indices]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from resfast.kernels import conv, conv_choice, conv_cuda, conv_reference
 from resfast.kernels.conv import ConvBiasAct
-from resfast.kernels.conv_reference import NEGATIVE_SLOPE
+from resfast.kernels.conv_reference import NEGATIVE_SLOPE, new_map
 
 ACTIVATIONS = ("relu", "leaky_relu")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -150,8 +150,7 @@ def _kernel(*args: Any) -> Tensor:
 @torch.library.register_fake("resfast::basic_block")
 def _fake(x: Tensor, *args: Any) -> Tensor:
     check_arguments(x, *args)
-    n, c, h, w = x.shape
-    return x.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
+    return new_map(x, list(x.shape))
 
 
 def _refuse(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from resfast.errors import nearest
 from resfast.kernels import conv_choice, conv_cpu, conv_cuda, conv_reference, extension
-from resfast.kernels.conv_reference import channels_last, output_shape
+from resfast.kernels.conv_reference import channels_last, new_map, output_shape
 
 Activation = Literal["none", "relu", "leaky_relu", "silu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -160,8 +160,7 @@ torch.library.register_kernel("resfast::conv2d_bias_act", "cuda")(
 @torch.library.register_fake("resfast::conv2d_bias_act")
 def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     check_arguments(x, weight, *args)
-    n, k, p, q = output_shape(x, weight, *args[2:4])
-    return x.new_empty((n, p, q, k)).permute(0, 3, 1, 2)
+    return new_map(x, output_shape(x, weight, *args[2:4]))
 
 
 def _refuse(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -30,6 +30,12 @@ def output_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int
     return [x.shape[0], weight.shape[0], *sides]
 
 
+def new_map(like: Tensor, sizes: list[int]) -> Tensor:
+    """Fresh ``[N, C, H, W]`` in ``channels_last``, of the dtype and device of ``like``."""
+    n, c, h, w = sizes
+    return like.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
+
+
 def conv2d_bias_act(
     x: Tensor,
     weight: Tensor,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resfast.kernels import conv_cpu, conv_reference
-from resfast.kernels.conv_reference import channels_last, output_shape
+from resfast.kernels.conv_reference import channels_last, new_map, output_shape
 
 LEAST_CHANNELS = 24
 """In and out, from which on the transforms cost less than they save."""
@@ -176,8 +176,7 @@ def _backward(
 
 @torch.library.register_fake("resfast::conv2d_train")
 def _fake(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int) -> Tensor:
-    n, k, p, q = output_shape(x, weight, [stride] * 2, [padding] * 2)
-    return x.new_empty((n, p, q, k)).permute(0, 3, 1, 2)
+    return new_map(x, output_shape(x, weight, [stride] * 2, [padding] * 2))
 
 
 @torch.library.register_fake("resfast::conv2d_train_backward")

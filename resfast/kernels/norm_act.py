@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from resfast.kernels import conv_cpu
-from resfast.kernels.conv_reference import channels_last
+from resfast.kernels.conv_reference import channels_last, new_map
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu")
 """In the order of their numbers in ``csrc/cpu/norm_act.cpp``."""
@@ -173,11 +173,6 @@ def _backward(
     return kernel(*both, weight, bias, mean, var, other, where, size, eps, number, negative_slope)
 
 
-def _new_map(like: Tensor, sizes: list[int]) -> Tensor:
-    n, c, h, w = sizes
-    return like.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
-
-
 @torch.library.register_fake("resfast::batch_norm_act")
 def _fake(
     x: Tensor,
@@ -191,10 +186,10 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c, p, q = result_shape(x, pool)
     mean, var = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
-    pooled = _new_map(x, [n, c, p, q]) if pool else x.new_empty(0)
+    pooled = new_map(x, [n, c, p, q]) if pool else x.new_empty(0)
     bits = n * p * q * ((c + 31) // 32) * 8 if pool else 0
     where = x.new_empty(bits, dtype=torch.uint8)
-    return _new_map(x, [n, c, p, q]), mean, var, pooled, where
+    return new_map(x, [n, c, p, q]), mean, var, pooled, where
 
 
 @torch.library.register_fake("resfast::batch_norm_act_backward")
@@ -212,9 +207,9 @@ def _fake_backward(
     activation: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    for_residual = x.new_empty(0) if other is None else _new_map(x, list(x.shape))
+    for_residual = x.new_empty(0) if other is None else new_map(x, list(x.shape))
     both = (mean.new_empty(x.shape[1]) for _ in range(2))
-    return _new_map(x, [*x.shape[:2], *size]), *both, for_residual
+    return new_map(x, [*x.shape[:2], *size]), *both, for_residual
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resfast.kernels import conv_reference
+
+ACTIVATIONS = conv_reference.ACTIVATIONS | {"gelu": lambda x, negative_slope: F.gelu(x)}
+"""Of :func:`batch_norm_act`: name to function of a tensor and the slope of leaky ReLU."""
 _MASK32 = 0xFFFFFFFF
 
 
@@ -163,11 +167,5 @@ def batch_norm_act(
     )
     if residual is not None:
         out = out + residual.to(wide)
-    out = {
-        "none": lambda z: z,
-        "relu": F.relu,
-        "leaky_relu": lambda z: F.leaky_relu(z, negative_slope),
-        "silu": F.silu,
-        "gelu": F.gelu,
-    }[activation](out)
+    out = ACTIVATIONS[activation](out, negative_slope)
     return out.to(x.dtype), mean.detach(), var.detach()

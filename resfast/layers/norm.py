@@ -12,17 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
+from resfast.kernels.reference import ACTIVATIONS
 
 LEAST_CHANNELS = 16
 """From which on half of a vector is used."""
 _NEGATIVE_SLOPE = 0.1
-_BY_NAME = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "leaky_relu": lambda x: F.leaky_relu(x, _NEGATIVE_SLOPE),
-    "silu": F.silu,
-    "gelu": F.gelu,
-}
 
 
 def norm_act(
@@ -48,9 +42,10 @@ def norm_act(
     Raises:
         ResfastError: an activation that is none of these.
     """
-    if isinstance(activation, str) and activation not in _BY_NAME:
+    if isinstance(activation, str) and activation not in ACTIVATIONS:
         raise ResfastError(
-            f"activation {activation!r} is unknown; choose {', '.join(_BY_NAME)} or pass a module"
+            f"activation {activation!r} is unknown; choose {', '.join(ACTIVATIONS)} or pass a "
+            "module"
         )
     known = _known(activation)
     if known is not None and _applies(x, bn, pool):
@@ -58,7 +53,9 @@ def norm_act(
     out = bn(F.max_pool2d(x, 2) if pool else x)
     if residual is not None:
         out = out + residual
-    return _BY_NAME[activation](out) if isinstance(activation, str) else activation(out)
+    if isinstance(activation, str):
+        return ACTIVATIONS[activation](out, _NEGATIVE_SLOPE)
+    return activation(out)
 
 
 def _known(activation: str | nn.Module) -> tuple[str, float] | None:

@@ -9,6 +9,7 @@ is :func:`resolved <resfast.training.resolve.resolve>`, without such a ``None``.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,8 +24,20 @@ from resfast.models.resnet import Activation, Block, ResNetSpec, Shortcut
 from resfast.models.speednet import FinalPool, Padding, SpeedNetSpec
 
 
-def _int_list(argument: list[str]) -> tuple[int, ...]:
-    text = argument[0]
+def _written(
+    metavar: str, parse: Callable[[str], Any], kind: type, show: Callable[[Any], str]
+) -> tyro.constructors.PrimitiveConstructorSpec:
+    """An option of one argument that ``parse`` reads, with a ValueError, and ``show`` writes."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda argument: parse(argument[0]),
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [show(value)],
+    )
+
+
+def _int_list(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part != "")
     except ValueError:
@@ -33,13 +46,7 @@ def _int_list(argument: list[str]) -> tuple[int, ...]:
 
 IntList = Annotated[
     tuple[int, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N,N,…",
-        instance_from_str=_int_list,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value))],
-    ),
+    _written("N,N,…", _int_list, tuple, lambda values: ",".join(map(str, values))),
 ]
 """``2,1,1,1`` on the command line, a tuple of integers in Python."""
 
@@ -47,8 +54,7 @@ Phases = tuple[tuple[int, float], ...]
 """Values with the part of the training, 0 to 1, up to which each holds."""
 
 
-def _phases(argument: list[str]) -> Phases:
-    text = argument[0]
+def _phases(text: str) -> Phases:
     try:
         items = (part.split(":") for part in text.split(",") if part != "")
         return tuple((int(value), float(end)) for value, end in items)
@@ -61,36 +67,18 @@ def phases_text(phases: Phases) -> str:
     return ",".join(f"{value}:{end:g}" for value, end in phases)
 
 
-PhaseList = Annotated[
-    Phases,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="N:PART,…",
-        instance_from_str=_phases,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [phases_text(value)],
-    ),
-]
+PhaseList = Annotated[Phases, _written("N:PART,…", _phases, tuple, phases_text)]
 """``24:0.5,28:0.8`` on the command line, ``((24, 0.5), (28, 0.8))`` in Python."""
 
 
-def _augment(argument: list[str]) -> Augment:
+def _augment(text: str) -> Augment:
     try:
-        return parse_augment(argument[0])
+        return parse_augment(text)
     except ResfastError as error:
         raise ValueError(str(error)) from None
 
 
-AugmentOption = Annotated[
-    Augment,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="POLICY",
-        instance_from_str=_augment,
-        is_instance=lambda value: isinstance(value, Augment),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
+AugmentOption = Annotated[Augment, _written("POLICY", _augment, Augment, str)]
 """``standard,mixup=0.2`` on the command line, an ``Augment`` in Python."""
 
 _STRICT = pydantic.ConfigDict(extra="forbid")

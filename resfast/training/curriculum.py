@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, pairwise
 
 import torch
@@ -66,12 +66,16 @@ class Plan:
     """All steps of a run.
 
     Attributes:
-        epochs: in order.
-        uniform: whether every epoch is whole and all batches are alike, as without a curriculum.
+        epochs: in order; those of one kind share their ``batches``.
     """
 
     epochs: tuple[Epoch, ...]
-    uniform: bool
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every epoch is whole and all batches are alike, as without a curriculum."""
+        same = all(epoch.batches is self.epochs[0].batches for epoch in self.epochs)
+        return same and len(self.shapes()) == 1
 
     @property
     def steps(self) -> int:
@@ -175,6 +179,7 @@ def make_plan(config: Config, images: int, image_size: int) -> Plan:
         constant = not changes and part == 1
         here = number / epochs
         values = _at(optim.batch_sizes, here, optim.batch_size), _at(data.sizes, here, image_size)
+        # A cut or mixed epoch has batches of its own.
         key = (kept, *values) if constant else (kept, number)
         if key not in known:
             known[key] = _batches(config, number, kept, part, image_size)
@@ -187,11 +192,7 @@ def make_plan(config: Config, images: int, image_size: int) -> Plan:
         result.append(Epoch(first_step, first_image, kept, batches))
         first_step += len(batches)
         first_image += result[-1].images
-    # Epochs of one kind share their batches; a cut or mixed epoch has its own.
-    same = all(epoch.batches is result[0].batches for epoch in result)
-    made = Plan(tuple(result), uniform=False)
-    uniform = same and len(made.shapes()) == 1 and epochs == int(epochs)
-    return replace(made, uniform=uniform)
+    return Plan(tuple(result))
 
 
 def _batches(

@@ -160,21 +160,17 @@ class _Recorder:
         self.seen = step + 1
         if self.seen == settle:
             self.matmul_flops = matmul_flops(self.device, self.dtype)
-            self._synchronize()
+            runtime.synchronize(self.device)
             self.start = time.perf_counter()
         elif self.seen == settle + timed:
-            self._synchronize()
+            runtime.synchronize(self.device)
             self.step_seconds = (time.perf_counter() - self.start) / timed
             self.images, self.size = len(images), images.shape[2]
             self.profiler.start()
         elif self.seen == settle + timed + recorded:
-            self._synchronize()
+            runtime.synchronize(self.device)
             self.profiler.stop()
             raise _Recorded
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def save(self, path: Path) -> None:
         """Writes the trace."""

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resfast import runtime
 from resfast.training.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
 from resfast.training.config import OptimConfig
 from resfast.training.optim import WHITENING_BIAS, Schedule
@@ -214,8 +215,7 @@ class TrainStep:
                 self._table = None
                 self._graphs.clear()
         self._train_whitening_bias(self._kind(self.steps or 0).whitening_bias)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        runtime.synchronize(self.device)
         return time.perf_counter() - start
 
     def _kinds_to_come(self) -> list[_Kind]:

@@ -426,14 +426,18 @@ class _Run:
         self.step.model.train()
         seconds = 0.0
         for batch, size in self.plan.shapes():
-            images = torch.zeros((batch, 3, size, size), device=self.device, dtype=self.dtype)
-            images = images.contiguous(memory_format=torch.channels_last)
-            labels = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            images, labels = self._blank(batch, size)
             if self.config.data.augment.mixes:
                 labels = F.one_hot(labels, len(self.data.classes)).float()
             seconds += self.step.warm_up(images, labels, fall_back="on" not in asked)
         self.seconds["compile"] += seconds
         self.display.say(f"compiled in {seconds:.1f} s")
+
+    def _blank(self, batch: int, pixels: int) -> tuple[Tensor, Tensor]:
+        """A dummy batch of images and labels, on the device."""
+        images = torch.zeros((batch, 3, pixels, pixels), device=self.device, dtype=self.dtype)
+        labels = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        return images.contiguous(memory_format=torch.channels_last), labels
 
     def _warm_up_loader(self) -> None:
         """Makes a batch of each shape that is thrown away, where its kernels get compiled."""
@@ -443,8 +447,7 @@ class _Run:
         for batch, pixels in self.plan.shapes():
             made = self.loader.epoch(0, batches=[Batch(0, batch, pixels)])
             smaller(next(made)[0], pixels, by=self.config.data.resize_by, seed=0, epoch=0, first=0)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        runtime.synchronize(self.device)
         self.seconds["compile"] += time.perf_counter() - start
 
     def _warm_up_evaluation(self) -> None:
@@ -459,10 +462,7 @@ class _Run:
         sizes = {min(size, count) for count in counts} | {count % size for count in counts} - {0}
         before = self.seconds["eval"]
         for batch in sorted(sizes, reverse=True):
-            images = torch.zeros((batch, 3, pixels, pixels), device=self.device, dtype=self.dtype)
-            images = images.contiguous(memory_format=torch.channels_last)
-            labels = torch.zeros(batch, dtype=torch.int64, device=self.device)
-            self.seconds["compile"] += self._evaluate([(images, labels)], "flip").seconds
+            self.seconds["compile"] += self._evaluate([self._blank(batch, pixels)], "flip").seconds
         self.seconds["eval"] = before
 
     def _batches_to_train(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -537,8 +537,7 @@ class _Run:
             if step + 1 < steps and self._out_of_time(self.epoch_seconds):
                 self.first_step = step + 1
                 break
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        runtime.synchronize(self.device)
         self.epoch_seconds = before + time.perf_counter() - start
         if not bool(torch.isfinite(self.losses[:steps]).all()):
             bad = self._first_bad(steps - 1)
@@ -647,8 +646,7 @@ class _Run:
         start = time.perf_counter()
         some = feed.spread(self.train_source, whitening.IMAGES)
         whitening.prepare_model(model, self._batches(some, torch.float32))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        runtime.synchronize(self.device)
         return time.perf_counter() - start
 
     def _save_weights(self, name: str) -> None:
@@ -690,8 +688,7 @@ class _Run:
 
     def _fused(self, model: nn.Module) -> nn.Module:
         was_training = model.training
-        pixels = self.data.image_size
-        example = torch.zeros((1, 3, pixels, pixels), device=self.device, dtype=self.dtype)
+        example, _ = self._blank(1, self.data.image_size)
         try:
             return fuse(model.eval(), self.dtype, example=example)
         finally:
