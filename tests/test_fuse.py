@@ -348,6 +348,7 @@ def test_every_speednet_preset_is_fused_but_for_its_gelu_and_pools(name: str):
         ({"activation": "silu"}, 4, 0),  # not increasing: those of the two pools stay behind them
         ({"activation": "relu", "whitening": False}, 6, 0),
         ({"activation": "relu", "strides": (1, 2), "final_pool": "avg"}, 6, 0),
+        ({"activation": "relu", "final_pool": "both"}, 6, 0),
         ({"activation": "relu", "whitening_padding": "same", "whitening_kernel": 3}, 6, 0),
         ({"activation": "relu", "whitening_padding": "same"}, 6, 0),
     ],

@@ -33,8 +33,8 @@ PARAMETERS = {
     "resnet-224-251": 4_993_025,
     "resnet-453": 4_992_586,
     "resnet-member1m": 987_402,
-    "speednet-94": 1_899_320,
-    "speednet-96": 3_363_448,
+    "speednet-94": 2_487_504,
+    "speednet-96": 3_358_992,
 }
 
 

@@ -42,6 +42,7 @@ VARIANTS = {
     "narrow whitening": {"whitening_width": 5},
     "no pools": {"strides": (1, 1), "convolutions": (1, 2)},
     "average": {"final_pool": "avg"},
+    "maximum and average": {"final_pool": "both"},
     "silu": {"activation": "silu"},
     "relu": {"activation": "relu"},
     "leaky_relu": {"activation": "leaky_relu"},
@@ -95,7 +96,8 @@ def formula(model: SpeedNet, x: Tensor) -> Tensor:
             x = activation(x)
             if index == 0:
                 shortcut = x
-    x = x.flatten(2).amax(2) if spec.final_pool == "max" else x.flatten(2).mean(2)
+    pooled = {"max": x.flatten(2).amax(2), "avg": x.flatten(2).mean(2)}
+    x = torch.cat([pooled[k] for k in ("max", "avg") if spec.final_pool in (k, "both")], 1)
     return x @ state["head.weight"].T * spec.logit_scale
 
 
@@ -232,7 +234,9 @@ def test_bfloat16_autocast_stays_close_to_float32():
         assert F.cosine_similarity(exact, rough, 0) > 0.95
 
 
-@pytest.mark.parametrize(("final_pool", "kernels"), [("max", False), ("max", True), ("avg", True)])
+@pytest.mark.parametrize(
+    ("final_pool", "kernels"), [("max", False), ("max", True), ("avg", True), ("both", True)]
+)
 def test_compiled_gradients_are_those_of_eager(
     final_pool: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
 ):
@@ -378,11 +382,11 @@ def test_a_configuration_survives_json():
 def test_list_and_summary_show_speednets(capsys: pytest.CaptureFixture[str]):
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
-    assert "1,899,320  convolutions 2,3,3  channels 64,128,256  stem 24" in out
+    assert "2,487,504  convolutions 3,3,3  channels 64,192,256  stem 16" in out
     assert "speednet             of your own: --convolutions" in out
     assert main(["--summary", "--model", "speednet-94"]) == 0
     out = capsys.readouterr().out
-    assert "1,899,320" in out
+    assert "2,487,504" in out
     assert "[1, 24, 31, 31]" in out
     assert str(summarize(create_model("speednet-94"))) in out
 
@@ -397,8 +401,8 @@ def test_an_image_too_small_for_the_pools_is_refused(
 
 
 def test_a_network_above_the_budget_is_refused(tiny: Config):
-    model = ModelConfig(model="speednet-94", param_budget=1_897_271)
-    with pytest.raises(ResfastError, match="1,897,272 parameters, above the budget of 1,897,271"):
+    model = ModelConfig(model="speednet-94", param_budget=2_483_407)
+    with pytest.raises(ResfastError, match="2,483,408 parameters, above the budget of 2,483,407"):
         train(replace(tiny, model=model))
 
 

@@ -119,7 +119,7 @@ def test_a_model_is_prepared_from_the_first_images_alone(monkeypatch: pytest.Mon
 
     prepare_model(model, batches())
     assert taken == [10, 10, 10]
-    expected = whitening_weight(x[:25].split(10), 2)
+    expected = whitening_weight(x[:25].split(10), 2, width=8)
     torch.testing.assert_close(model.whitening.weight, expected, rtol=0, atol=0)
     assert not model.whitening.weight.requires_grad
     for name, value in model.state_dict().items():

@@ -101,8 +101,7 @@ Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed, in
   const WeightLanes from{
       static_cast<const float*>(weight.const_data_ptr()), weight.size(0), weight.size(1),
       transposed};
-  if (tile == 4) return pack<Form4>(from);
-  return stride == 1 ? pack<Form2>(from) : pack<Form2Stride2>(from);
+  return with_form(tile, stride, [&](auto form) { return pack<decltype(form)>(from); });
 }
 
 // -- its gradient ----------------------------------------------------------------------------------
@@ -351,10 +350,11 @@ Tensor conv_train_weight_gradient(
   Tensor result = torch::stable::empty(
       {shape.outputs, shape.channels, 3, 3}, ScalarType::Float, std::nullopt, std::nullopt,
       std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-  const auto run = tile == 4 ? weight_gradient<Form4>
-                             : stride == 1 ? weight_gradient<Form2> : weight_gradient<Form2Stride2>;
-  run(shape, static_cast<const uint16_t*>(grad.const_data_ptr()),
-      static_cast<float*>(result.mutable_data_ptr()));
+  with_form(tile, stride, [&](auto form) {
+    weight_gradient<decltype(form)>(
+        shape, static_cast<const uint16_t*>(grad.const_data_ptr()),
+        static_cast<float*>(result.mutable_data_ptr()));
+  });
   return result;
 }
 

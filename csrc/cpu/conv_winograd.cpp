@@ -1,10 +1,10 @@
-// 3x3 convolution in bfloat16 by Winograd's minimal filtering: tiles of 2x2 or 4x4 results, each from
+// 3x3 convolution in bfloat16 by Winograd's minimal filtering: tiles of 2x2 to 4x4 results, each from
 // matrix products of transformed inputs and weights, one for each of its points.
 //
 // - Stride 1: F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 points, 2.25 times fewer
 //   multiplications than the 36 of a plain tile.
 // - Stride 1: F(4x4, 3x3), 36 points, 4 times fewer than the 144, and 3 times the rounding error: for
-//   training.
+//   training. F(3x3, 3x3), 25 points instead of 81, for images that tiles of 4x4 do not fit into.
 // - Stride 2: in each direction the middle tap reads every other input, the outer two the others, as
 //   a convolution of stride 1 with two taps, for which F(2, 2) needs 3 multiplications for 2 results.
 //   With the 2 of the middle tap: 25 points, 1.44 times fewer multiplications.
@@ -234,9 +234,10 @@ Tensor conv_winograd(
     fail("geometry is ", shape_name(geometry),
          "; expected K, C, 3, 3, two strides that are both 1 or both 2, and two paddings");
   check_tile(tile, geometry[4]);
-  const auto run = tile == 4 ? convolve_by<Form4>
-                             : geometry[4] == 1 ? convolve_by<Form2> : convolve_by<Form2Stride2>;
-  return run(x, packed, bias, residual, geometry, activation, negative_slope);
+  return with_form(tile, geometry[4], [&](auto form) {
+    return convolve_by<decltype(form)>(
+        x, packed, bias, residual, geometry, activation, negative_slope);
+  });
 }
 
 // The gradient of the input of a convolution of stride 2 and padding 1, of the result's gradient x and

@@ -91,6 +91,49 @@ RESFAST_BF16_INLINE __m512 multiply_add(float factor, __m512 value, __m512 to) {
   return _mm512_fmadd_ps(_mm512_set1_ps(factor), value, to);
 }
 
+// Stride 1, tiles of 3x3 results: F(3x3, 3x3) at the points 0, +-3/4, -2 and infinity, for images that
+// tiles of 4x4 do not fit into.
+struct Form3 {
+  static constexpr int kResults = 3;
+  static constexpr int kSide = 5;
+  static constexpr int kInputs = 5;
+  static constexpr int kStep = 3;
+  static constexpr float kA = 0.75f, kB = -2.0f, kA2 = kA * kA, kB2 = kB * kB;
+  static constexpr float kOf0 = 1 / (kA2 * kB), kOfA = 1 / (2 * kA2 * (kA - kB));
+  static constexpr float kOfMinusA = -1 / (2 * kA2 * (kA + kB)), kOfB = 1 / (kB * (kB2 - kA2));
+  RESFAST_BF16_INLINE static void inputs(const __m512* d, __m512* t) {
+    const __m512 even = multiply_add(-kA2, d[0], d[2]), odd = multiply_add(-kA2, d[1], d[3]);
+    const __m512 far = multiply_add(-kB, d[2], d[3]), near = multiply_add(-kB, d[1], d[2]);
+    t[0] = multiply_add(-kB, even, odd);
+    t[1] = multiply_add(kA, near, far), t[2] = multiply_add(-kA, near, far);
+    t[3] = odd;
+    t[4] = multiply_add(-kB, odd, multiply_add(-kA2, d[2], d[4]));
+  }
+  RESFAST_BF16_INLINE static void results(const __m512* m, __m512* y) {
+    const __m512 even = m[1] + m[2], odd = m[1] - m[2];
+    y[0] = m[0] + even + m[3];
+    y[1] = multiply_add(kA, odd, kB * m[3]);
+    y[2] = multiply_add(kA2, even, multiply_add(kB2, m[3], m[4]));
+  }
+  RESFAST_BF16_INLINE static void kernel(const __m512* g, __m512* u) {
+    const __m512 even = multiply_add(kA2, g[2], g[0]), odd = kA * g[1];
+    u[0] = kOf0 * g[0], u[1] = kOfA * (even + odd), u[2] = kOfMinusA * (even - odd);
+    u[3] = kOfB * multiply_add(kB2, g[2], multiply_add(kB, g[1], g[0])), u[4] = g[2];
+  }
+  RESFAST_BF16_INLINE static void gradients(const __m512* y, __m512* m) {
+    const __m512 even = multiply_add(kA2, y[2], y[0]), odd = kA * y[1];
+    m[0] = y[0], m[1] = even + odd, m[2] = even - odd;
+    m[3] = multiply_add(kB2, y[2], multiply_add(kB, y[1], y[0])), m[4] = y[2];
+  }
+  RESFAST_BF16_INLINE static void kernel_gradient(const __m512* u, __m512* g) {
+    const __m512 plus = kOfA * u[1], minus = kOfMinusA * u[2], other = kOfB * u[3];
+    const __m512 even = plus + minus;
+    g[0] = multiply_add(kOf0, u[0], even + other);
+    g[1] = multiply_add(kA, plus - minus, kB * other);
+    g[2] = multiply_add(kA2, even, multiply_add(kB2, other, u[4]));
+  }
+};
+
 // Stride 1, tiles of 4x4 results: F(4x4, 3x3) at the points 0, +-2/3, +-3/2 and infinity, which
 // round off half as much as the usual 0, +-1, +-2 and infinity.
 struct Form4 {
@@ -138,8 +181,15 @@ struct Form4 {
 };
 
 inline void check_tile(int64_t tile, int64_t stride) {
-  if (tile != 2 && (tile != 4 || stride != 1))
-    fail("tile is ", tile, "; expected 2, or 4 where the stride is 1");
+  if (tile != 2 && ((tile != 3 && tile != 4) || stride != 1))
+    fail("tile is ", tile, "; expected 2, or 3 or 4 where the stride is 1");
+}
+
+// Calls `run(form)` with the form of a tile and a stride that check_tile lets through.
+template <class Run>
+auto with_form(int64_t tile, int64_t stride, Run run) {
+  if (stride == 2) return run(Form2Stride2{});
+  return tile == 4 ? run(Form4{}) : tile == 3 ? run(Form3{}) : run(Form2{});
 }
 
 template <class Form>

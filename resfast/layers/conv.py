@@ -13,7 +13,7 @@ class Conv2d(nn.Conv2d):
     are :func:`resfast.kernels.conv_train.conv2d`.
 
     Attributes:
-        tile: the largest tile that they may compute their results in, 2 or 4.
+        tile: the largest tile that they may compute their results in, 2 to 4.
     """
 
     tile = 2
@@ -35,13 +35,13 @@ class Conv2d(nn.Conv2d):
 
             where = self.stride[0], self.padding[0]
             if conv_train.applies(input, weight, *where):
-                tile = min(self.tile, conv_train.fastest_tile(input, *where))
+                tile = conv_train.fastest_tile(input, *where, self.tile)
                 return conv_train.conv2d(input.to(torch.bfloat16), weight, *where, tile)
         return super()._conv_forward(input, weight, bias)
 
 
 def set_winograd_tile(model: nn.Module, tile: int) -> None:
-    """Sets :attr:`Conv2d.tile` of every convolution in a model: 2, or 4 for speed."""
+    """Sets :attr:`Conv2d.tile` of every convolution in a model: 2, or up to 4 for speed."""
     for module in model.modules():
         if isinstance(module, Conv2d):
             module.tile = tile

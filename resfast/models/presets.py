@@ -40,8 +40,12 @@ PRESETS: dict[str, Spec] = {
     "resnet-224-251": ResNetSpec((2, 2, 4), (64, 130, 251)),  # 4,993,025
     "resnet-453": ResNetSpec((4, 5, 3), (64, 128, 256)),  # 4,992,586
     "resnet-member1m": ResNetSpec((2, 2, 2, 2), (32, 64, 96, 120), stem=32),  # 987,402
-    "speednet-94": SpeedNetSpec((64, 128, 256), (2, 3, 3), residual=True),  # 1,899,320
-    "speednet-96": SpeedNetSpec((96, 256, 256), (3, 3, 3), residual=True),  # 3,363,448
+    "speednet-94": SpeedNetSpec(  # 2,487,504
+        (64, 192, 256), (3, 3, 3), residual=True, whitening_width=8, final_pool="both"
+    ),
+    "speednet-96": SpeedNetSpec(  # 3,358,992
+        (96, 256, 256), (3, 3, 3), residual=True, whitening_width=8, final_pool="both"
+    ),
 }
 """Preset name to shape."""
 

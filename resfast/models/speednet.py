@@ -13,8 +13,9 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ from resfast.models.resnet import (
     freeze_norm_scales,
 )
 
-FinalPool = Literal["max", "avg"]
+FinalPool = Literal["max", "avg", "both"]
 Padding = Literal["valid", "same"]
 IMAGE_CHANNELS = 3
 
@@ -55,10 +56,11 @@ class SpeedNetSpec:
             ``3 * whitening_kernel**2``.
         activation: ``gelu``, ``silu``, ``relu`` or ``leaky_relu`` (slope 0.1), after every norm and
             the whitening.
-        final_pool: maximum or average of each channel before the head.
+        final_pool: maximum (``max``) or average (``avg``) of each channel before the head, or
+            ``both``, the maxima first.
         logit_scale: what the logits are multiplied by.
         head_std: standard deviation that the head's initial weight is scaled to; 0 for PyTorch's
-            own, which is ``(3 * channels[-1]) ** -0.5``.
+            own, which is ``(3 * features) ** -0.5``.
         norm_momentum: weight of a batch in the running statistics of batch norms.
         norm_eps: added to the variance in batch norms.
         freeze_norm_scale: whether the scale of batch norms stays 1 (airbench94).
@@ -117,8 +119,8 @@ class SpeedNetSpec:
             )
         for name, known in (
             ("activation", tuple(ACTIVATIONS)),
-            ("final_pool", ("max", "avg")),
-            ("whitening_padding", ("valid", "same")),
+            ("final_pool", get_args(FinalPool)),
+            ("whitening_padding", get_args(Padding)),
         ):
             if getattr(self, name) not in known:
                 raise ResfastError(
@@ -239,7 +241,8 @@ class SpeedNet(nn.Module):
             stages.append(SpeedStage(spec, width, channels, convolutions, stride))
             width = channels
         self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(width, classes, bias=False)
+        features = width * (2 if spec.final_pool == "both" else 1)
+        self.head = nn.Linear(features, classes, bias=False)
         if spec.dirac_init:
             dirac_init(self.stages)
         if spec.freeze_norm_scale:
@@ -255,9 +258,12 @@ class SpeedNet(nn.Module):
         else:
             x = norm_act(self.stem.conv(x), self.stem.bn, self.stem.activation)
         x = self.stages(x)
+        return self.head(self._pooled(x)) * self.spec.logit_scale
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """The features of each image, ``[N, features]``."""
         if self.spec.final_pool == "avg":
-            x = x.mean((2, 3))
-        else:
-            # Not amax: its compiled gradient finds no maximum if the map was rounded in between.
-            x = F.adaptive_max_pool2d(x, 1).flatten(1)
-        return self.head(x) * self.spec.logit_scale
+            return x.mean((2, 3))
+        # Not amax: its compiled gradient finds no maximum if the map was rounded in between.
+        most = F.adaptive_max_pool2d(x, 1).flatten(1)
+        return most if self.spec.final_pool == "max" else torch.cat([most, x.mean((2, 3))], 1)

@@ -313,9 +313,10 @@ class RuntimeConfig:
     """Let fp32 matrix products and convolutions use TF32 on CUDA."""
     threads: int = 0
     """CPU threads (0: torch's default)."""
-    winograd_tile: Literal[2, 4] = 2
+    winograd_tile: Literal[2, 3, 4] = 2
     """Bf16 training on the CPU: side of the largest tiles in which 3x3 convolutions compute their
-    results; 4 takes about half as many multiplications and rounds off 3 times as much."""
+    results; 4 takes about half as many multiplications and rounds off 3 times as much. Smaller
+    ones are taken for image sizes that they fit better."""
     tune_allocator: bool = True
     """Keep freed memory in the process instead of returning it to the kernel every step."""
     seed: int = 0
