@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from resfast.kernels import conv, conv_choice, conv_cpu, conv_reference
 from resfast.kernels.add_relu import add_relu
 from resfast.kernels.conv import DTYPES, ConvBiasAct, conv2d_bias_act
+from resfast.layers.conv import set_winograd_tile
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
@@ -539,6 +540,28 @@ def test_named_algorithm_is_taken_where_it_applies(monkeypatch: pytest.MonkeyPat
         module = ConvBiasAct(args["weight"], stride=stride, padding=1)
         module(args["x"])
         assert [plan.algorithm for plan in module._plans.values()] == [expected]
+
+
+@needs_bf16
+@pytest.mark.parametrize("size", [(16, 16), (6, 6), (3, 13), (2, 2)])
+def test_larger_tiles_where_they_are_allowed(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
+    monkeypatch.setenv("RESFAST_CONV", "winograd")
+    args = arguments(3, 32, 48, size, residual=True)
+    module = ConvBiasAct(args["weight"], args["bias"], padding=1)
+    expected = exact(args)
+    errors = {}
+    for tile in (2, 3, 4):
+        set_winograd_tile(nn.Sequential(module), tile)
+        out = module(args["x"], args["residual"]).double()
+        errors[tile] = float((out - expected).norm() / expected.norm())
+        taken = conv_cpu.fastest_tile(args["x"], 1, 1, tile)
+        assert ("winograd", taken) in module._packed
+    assert max(errors.values()) < 0.02
+    if size == (16, 16):
+        assert errors[2] < errors[4]
+    assert len(module._plans) == 3
 
 
 def test_unknown_name_of_an_algorithm_is_said(

@@ -204,13 +204,14 @@ Tensor pack(const Tensor& weight) {
   return packed;
 }
 
-Tensor conv_winograd_pack(const Tensor& weight, int64_t stride) {
+Tensor conv_winograd_pack(const Tensor& weight, int64_t stride, int64_t tile) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
   check_weight(weight);
   if (weight.size(2) != 3 || weight.size(3) != 3)
     fail("weight is ", shape_name(weight.sizes()), "; expected [K, C, 3, 3]");
   if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
-  return stride == 1 ? pack<Form2>(weight) : pack<Form2Stride2>(weight);
+  check_tile(tile, stride);
+  return with_form(tile, stride, [&](auto form) { return pack<decltype(form)>(weight); });
 }
 
 template <class Form>
@@ -269,7 +270,7 @@ Tensor conv_winograd_transposed(
 } // namespace resfast
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
-  m.def("conv_winograd_pack(Tensor weight, int stride) -> Tensor");
+  m.def("conv_winograd_pack(Tensor weight, int stride, int tile=2) -> Tensor");
   m.def(
       "conv_winograd(Tensor x, Tensor packed, Tensor? bias, Tensor? residual, int[] geometry, "
       "int activation, float negative_slope, int tile=2) -> Tensor");

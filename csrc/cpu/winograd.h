@@ -8,6 +8,12 @@
 
 namespace resfast {
 
+RESFAST_BF16_INLINE __m512 multiply_add(float factor, __m512 value, __m512 to) {
+  return _mm512_fmadd_ps(_mm512_set1_ps(factor), value, to);
+}
+
+inline float multiply_add(float factor, float value, float to) { return factor * value + to; }
+
 // A form is the transforms of one direction, in any arithmetic: of inputs, of products to results, of
 // kernels, and, transposed, of the results' gradients and to the kernel's gradient.
 
@@ -87,9 +93,6 @@ struct Form2Transposed {
   }
 };
 
-RESFAST_BF16_INLINE __m512 multiply_add(float factor, __m512 value, __m512 to) {
-  return _mm512_fmadd_ps(_mm512_set1_ps(factor), value, to);
-}
 
 // Stride 1, tiles of 3x3 results: F(3x3, 3x3) at the points 0, +-3/4, -2 and infinity, for images that
 // tiles of 4x4 do not fit into.
@@ -115,8 +118,9 @@ struct Form3 {
     y[1] = multiply_add(kA, odd, kB * m[3]);
     y[2] = multiply_add(kA2, even, multiply_add(kB2, m[3], m[4]));
   }
-  RESFAST_BF16_INLINE static void kernel(const __m512* g, __m512* u) {
-    const __m512 even = multiply_add(kA2, g[2], g[0]), odd = kA * g[1];
+  template <class V>
+  RESFAST_BF16_INLINE static void kernel(const V* g, V* u) {
+    const V even = multiply_add(kA2, g[2], g[0]), odd = kA * g[1];
     u[0] = kOf0 * g[0], u[1] = kOfA * (even + odd), u[2] = kOfMinusA * (even - odd);
     u[3] = kOfB * multiply_add(kB2, g[2], multiply_add(kB, g[1], g[0])), u[4] = g[2];
   }
@@ -160,9 +164,10 @@ struct Form4 {
     y[2] = multiply_add(kA2, even_a, kB2 * even_b);
     y[3] = multiply_add(kA3, odd_a, multiply_add(kB3, odd_b, m[5]));
   }
-  RESFAST_BF16_INLINE static void kernel(const __m512* g, __m512* u) {
-    const __m512 even_a = kOfA * multiply_add(kA2, g[2], g[0]), odd_a = (kOfA * kA) * g[1];
-    const __m512 even_b = kOfB * multiply_add(kB2, g[2], g[0]), odd_b = (kOfB * kB) * g[1];
+  template <class V>
+  RESFAST_BF16_INLINE static void kernel(const V* g, V* u) {
+    const V even_a = kOfA * multiply_add(kA2, g[2], g[0]), odd_a = (kOfA * kA) * g[1];
+    const V even_b = kOfB * multiply_add(kB2, g[2], g[0]), odd_b = (kOfB * kB) * g[1];
     u[0] = g[0], u[1] = even_a + odd_a, u[2] = even_a - odd_a;
     u[3] = even_b + odd_b, u[4] = even_b - odd_b, u[5] = g[2];
   }

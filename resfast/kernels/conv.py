@@ -190,6 +190,10 @@ class ConvBiasAct(nn.Module):
     Shape: ``[N, C, H, W]`` of the weight's dtype and, optionally, a residual of the result's shape,
     to ``[N, K, P, Q]`` in ``channels_last`` memory.
 
+    Attributes:
+        tile: side of the largest tiles that Winograd's algorithm may take on a CPU, 2 to 4: larger
+            ones are faster and less exact (:func:`resfast.layers.conv.set_winograd_tile`).
+
     The first call for a shape measures which algorithm is the fastest; see
     :mod:`resfast.kernels.conv_cpu` and :mod:`resfast.kernels.conv_cuda`. Writing to ``weight`` in
     place needs :meth:`repack` afterwards; ``load_state_dict``, ``to`` and the like do it by
@@ -201,6 +205,7 @@ class ConvBiasAct(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    tile = 2
 
     def __init__(
         self,
@@ -244,12 +249,15 @@ class ConvBiasAct(nn.Module):
         if type(x) is not Tensor or not (is_cpu or x.is_cuda) or torch.compiler.is_compiling():
             return torch.ops.resfast.conv2d_bias_act(*self._arguments(x, residual))
         how = torch.get_num_threads() if is_cpu else conv_cuda.tf32(x.dtype)
-        key = (x.shape, x.dtype, x.device, residual is None, how)
+        key = (x.shape, x.dtype, x.device, residual is None, how, self.tile)
         plan = self._plans.get(key)
         if plan is None:
             args = self._arguments(x, residual)
             check_arguments(*args)
-            plan = conv_cpu.plan(*args, self._packed) if is_cpu else conv_cuda.plan(*args)
+            if is_cpu:
+                plan = conv_cpu.plan(*args, self._packed, self.tile)
+            else:
+                plan = conv_cuda.plan(*args)
             if plan.settled:
                 self._plans[key] = plan
         if residual is not None and (

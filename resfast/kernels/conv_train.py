@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from resfast.kernels import conv_cpu, conv_reference
+from resfast.kernels.conv_cpu import TILES
 from resfast.kernels.conv_reference import channels_last, new_map, output_shape
 
 LEAST_CHANNELS = 16
 """In and out, from which on the transforms cost less than they save."""
-TILES = (4, 3, 2)
-"""Sides of tiles for stride 1, the largest first."""
 AVAILABLE = conv_cpu._has_kernels()
 """Whether the kernels are built and this processor has AVX512-BF16."""
 
@@ -55,25 +54,6 @@ def applies(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
         and padding in (0, 1, 2)
         and AVAILABLE
     )
-
-
-def fastest_tile(x: Tensor, stride: int, padding: int, largest: int = max(TILES)) -> int:
-    """The tile with the fewest multiplications for an image size: smaller ones where edges waste it.
-
-    Args:
-        x: ``[N, C, H, W]``.
-        stride: of rows and columns.
-        padding: likewise.
-        largest: the tile to take at most.
-    """
-    if stride != 1:
-        return 2
-
-    def points(tile: int) -> int:
-        rows, columns = (-(-(size + 2 * padding - 2) // tile) for size in x.shape[2:])
-        return rows * columns * (tile + 2) ** 2
-
-    return min((tile for tile in TILES if tile <= largest), key=points)
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, tile: int = 2) -> Tensor:

@@ -31,17 +31,24 @@ class Conv2d(nn.Conv2d):
             and torch.is_autocast_enabled("cpu")
             and torch.get_autocast_dtype("cpu") == torch.bfloat16
         ):
-            from resfast.kernels import conv_train
+            from resfast.kernels import conv_cpu, conv_train
 
             where = self.stride[0], self.padding[0]
             if conv_train.applies(input, weight, *where):
-                tile = conv_train.fastest_tile(input, *where, self.tile)
+                tile = conv_cpu.fastest_tile(input, *where, self.tile)
                 return conv_train.conv2d(input.to(torch.bfloat16), weight, *where, tile)
         return super()._conv_forward(input, weight, bias)
 
 
 def set_winograd_tile(model: nn.Module, tile: int) -> None:
-    """Sets :attr:`Conv2d.tile` of every convolution in a model: 2, or up to 4 for speed."""
+    """Sets how large the tiles of 3x3 convolutions may be on a CPU: 2, or up to 4 for speed.
+
+    Args:
+        model: with :class:`Conv2d`, or fused with :class:`resfast.kernels.conv.ConvBiasAct`.
+        tile: side of the largest tiles.
+    """
+    from resfast.kernels.conv import ConvBiasAct
+
     for module in model.modules():
-        if isinstance(module, Conv2d):
+        if isinstance(module, (Conv2d, ConvBiasAct)):
             module.tile = tile

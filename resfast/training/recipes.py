@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from resfast.data.augment import Augment
 from resfast.errors import ResfastError, nearest
 from resfast.training.config import (
@@ -16,35 +14,6 @@ from resfast.training.config import (
 )
 
 FIVE_MILLION = 5_000_000
-
-_SPEEDNET = ModelConfig(
-    model="speednet-94",
-    whitening_padding="same",
-    head_std=0.035,
-    norm_momentum=0.15,
-    param_budget=FIVE_MILLION,
-)
-# Rates and decays of head and biases are those of airbench94_muon, which sums the losses of a batch
-# and scales logits by 1/256, for a mean and for 1/9.
-_MUON = OptimConfig(
-    batch_size=500,
-    optimizer="muon",
-    lr=0.12,
-    head_lr=0.41,
-    bias_lr=26.5,
-    momentum=0.85,
-    sgd_momentum=0.85,
-    weight_decay=0.0,
-    head_weight_decay=2.4e-3,
-    bias_weight_decay=3.8e-5,
-    newton_schulz_steps=3,
-    normalize_filters=True,
-    schedule="linear",
-    warmup=0.0,
-    end_factor=0.0,
-    label_smoothing=0.1,
-)
-_EVALUATION = EvalConfig(tta="shift", tta_select=0.25, eval_every=0, eval_batch_size=500, fuse=True)
 
 RECIPES: dict[str, Config] = {
     "default": Config(
@@ -87,30 +56,46 @@ RECIPES: dict[str, Config] = {
             clip_value=0.1,
         ),
     ),
+    # Rates and decays of head and biases are those of airbench94_muon, which sums the losses of a
+    # batch and scales logits by 1/256, for a mean and for 1/9.
     "fast94": Config(
         recipe="fast94",
-        model=_SPEEDNET,
+        model=ModelConfig(
+            model="speednet-94",
+            whitening_padding="same",
+            head_std=0.035,
+            norm_momentum=0.15,
+            param_budget=FIVE_MILLION,
+        ),
         data=DataConfig(
             augment=Augment(crop=2, flip="alternating"),
             sizes=((16, 0.3), (24, 0.7)),
             filter_start=0.25,
             filter_keep=0.5,
         ),
-        optim=replace(_MUON, epochs=10.5, whitening_bias_epochs=2.25),
-        evaluation=_EVALUATION,
-        runtime=RuntimeConfig(winograd_tile=4),
-    ),
-    "fast95": Config(
-        recipe="fast95",
-        model=replace(_SPEEDNET, model="speednet-96"),
-        data=DataConfig(
-            augment=Augment(crop=3, flip="alternating"),
-            sizes=((16, 0.3), (24, 0.7)),
-            filter_start=0.25,
-            filter_keep=0.5,
+        optim=OptimConfig(
+            epochs=10.5,
+            batch_size=500,
+            optimizer="muon",
+            lr=0.12,
+            head_lr=0.41,
+            bias_lr=26.5,
+            momentum=0.85,
+            sgd_momentum=0.85,
+            weight_decay=0.0,
+            head_weight_decay=2.4e-3,
+            bias_weight_decay=3.8e-5,
+            newton_schulz_steps=3,
+            normalize_filters=True,
+            schedule="linear",
+            warmup=0.0,
+            end_factor=0.0,
+            label_smoothing=0.1,
+            whitening_bias_epochs=2.25,
         ),
-        optim=replace(_MUON, epochs=22, whitening_bias_epochs=4),
-        evaluation=_EVALUATION,
+        evaluation=EvalConfig(
+            tta="shift", tta_select=0.25, eval_every=0, eval_batch_size=500, fuse=True
+        ),
         runtime=RuntimeConfig(winograd_tile=4),
     ),
 }
@@ -119,7 +104,6 @@ RECIPES: dict[str, Config] = {
 SUMMARIES = {
     "default": "SGD (Nesterov), one-cycle, alternating flip, label smoothing, averaged weights",
     "fast94": "speednet, Muon, growing images, hard ones late: airbench94's accuracy soonest",
-    "fast95": "the same with a wider speednet and more epochs: a point more",
     "report-onecycle": "the first report's settings: Adam, one-cycle to 0.01, clip 0.1, 70 epochs",
 }
 

@@ -690,7 +690,9 @@ class _Run:
         was_training = model.training
         example, _ = self._blank(1, self.data.image_size)
         try:
-            return fuse(model.eval(), self.dtype, example=example)
+            fused = fuse(model.eval(), self.dtype, example=example)
+            set_winograd_tile(fused, self.config.runtime.winograd_tile)
+            return fused
         finally:
             model.train(was_training)
 
