@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import resfast
+from resfast.kernels import norm_act
+from resfast.models.presets import build_model
+from resfast.training.config import network
 
 
 def with_plain_convolutions(model: nn.Module) -> nn.Module:
@@ -23,12 +26,13 @@ def with_plain_convolutions(model: nn.Module) -> nn.Module:
     return model
 
 
-def build(device: torch.device, batch_size: int) -> Callable[[], None]:
-    """The script up to its training loop.
+def build(device: torch.device, batch_size: int, recipe: str) -> Callable[[], None]:
+    """The script up to its training loop. For a process of its own.
 
     Args:
         device: where it trains.
         batch_size: images a step.
+        recipe: whose network it trains.
 
     Returns:
         A function that trains by one batch.
@@ -36,11 +40,11 @@ def build(device: torch.device, batch_size: int) -> Callable[[], None]:
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    model = with_plain_convolutions(resfast.create_model())
+    norm_act.AVAILABLE = False  # norms and activations are PyTorch's, too
+    model = with_plain_convolutions(build_model(network(resfast.recipe(recipe).model), 10))
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9, weight_decay=5e-4, nesterov=True)
     compiled = torch.compile(model)
     images = torch.randn(batch_size, 3, 32, 32, device=device)
     images = images.to(memory_format=torch.channels_last)

@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 import resfast
 from resfast import runtime
 from resfast.data.loader import ResidentLoader
+from resfast.layers.conv import set_winograd_tile
+from resfast.models.presets import build_model
+from resfast.training.config import network
 from resfast.training.optim import Schedule, build_optimizer
-from resfast.training.step import TrainStep
+from resfast.training.step import TrainStep, why_not_captured
 
 IMAGES, EPOCHS = 50_000, 70
 
 
-def build(device: torch.device, batch_size: int) -> Callable[[], None]:
-    """What a run of the default recipe sets up before its first step.
+def build(device: torch.device, batch_size: int, recipe: str) -> Callable[[], None]:
+    """What a run of a recipe sets up before its first step of whole images.
 
     Args:
         device: where it trains.
         batch_size: images a step.
+        recipe: its name.
 
     Returns:
         A function that trains by one batch.
     """
-    config = resfast.recipe("default")
+    config = resfast.recipe(recipe)
+    optim = replace(config.optim, whitening_bias_epochs=0.0)  # which is of a few first epochs
+    dtype = torch.bfloat16
     runtime.prepare(
         device,
         threads=config.runtime.threads,
@@ -43,14 +50,23 @@ def build(device: torch.device, batch_size: int) -> Callable[[], None]:
         augment=config.data.augment,
         classes=10,
         device=device,
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
-    model = resfast.create_model(config.model.model)
+    model = build_model(network(config.model), 10)
+    set_winograd_tile(model, config.runtime.winograd_tile)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, config.optim)
-    schedule = Schedule(optimizer, config.optim, EPOCHS, len(loader))
+    optimizer = build_optimizer(model, optim)
+    schedule = Schedule(optimizer, optim, EPOCHS, len(loader))
     train = TrainStep(
-        model, optimizer, config.optim, device=device, dtype=torch.bfloat16, compile=True
+        model,
+        optimizer,
+        optim,
+        device=device,
+        dtype=dtype,
+        compile=True,
+        schedule=schedule,
+        captured=device.type == "cuda" and why_not_captured(optim, dtype) is None,
+        image_losses=config.data.filter_keep < 1,
     )
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
     train.warm_up(*next(batches), fall_back=False)

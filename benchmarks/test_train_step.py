@@ -1,11 +1,14 @@
-"""Times one training step of resnet-2111, batch 512, bf16, against a plain PyTorch script's.
+"""Times one training step of a recipe, in bf16, against a plain PyTorch script's.
+
+The recipes are ``default`` (resnet-2111, batch 512) and ``fast94`` (its speednet, batch 500, images
+of 32x32 pixels); the script trains the same network.
 
 Both train in processes of their own, because the allocator's settings are a process's, and take
 turns, so that whatever else the machine does hits both alike: each timed step follows one of the
 other's. Run it with ``make bench``, on an otherwise idle machine. Environment variables:
 
 - ``RESFAST_BENCH_ROUNDS``: timed rounds of each row (default 10); the ratio is over twice as many.
-- ``RESFAST_BENCH_BATCH``: images a step (default 512).
+- ``RESFAST_BENCH_BATCH``: images a step instead of these.
 
 A round is one step on the CPU, and on CUDA 20 steps, so that the device has a queue as in training.
 """
@@ -29,7 +32,8 @@ from benchmarks.report import version
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = int(os.environ.get("RESFAST_BENCH_ROUNDS", "10"))
-BATCH_SIZE = int(os.environ.get("RESFAST_BENCH_BATCH", "512"))
+BATCH_SIZES = {"default": 512, "fast94": 500}
+"""Of each recipe."""
 STEPS = {"cpu": 1, "cuda": 20}
 
 pytestmark = pytest.mark.timeout(3600)
@@ -38,12 +42,13 @@ pytestmark = pytest.mark.timeout(3600)
 class Worker:
     """A process of ``benchmarks.worker``, compiled and warm."""
 
-    def __init__(self, module: str, device: str) -> None:
+    def __init__(self, module: str, pair: Pair) -> None:
         self.module = module
         self.seconds: list[float] = []
-        self.steps = STEPS[device]
+        self.steps = STEPS[pair.device]
+        arguments = [module, pair.device, str(pair.batch_size), pair.recipe]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", module, device, str(BATCH_SIZE)],
+            [sys.executable, "-m", "benchmarks.worker", *arguments],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -77,8 +82,16 @@ class Worker:
 class Pair:
     """The two that take turns, and what became of them."""
 
+    recipe: str
     device: str
     workers: dict[str, Worker] = field(default_factory=dict)
+
+    @property
+    def batch_size(self) -> int:
+        return int(os.environ.get("RESFAST_BENCH_BATCH", BATCH_SIZES[self.recipe]))
+
+    def __str__(self) -> str:
+        return f"{self.recipe}, {self.device}, batch {self.batch_size}, bf16"
 
     def comparison(self) -> tuple[float, str]:
         """How much faster resfast is (median over the pairs of rounds), and a line saying so."""
@@ -86,23 +99,29 @@ class Pair:
         ratios = [b / a for a, b in zip(ours, plain, strict=True)]
         ratio = statistics.median(ratios)
         return ratio, (
-            f"{self.device}, batch {BATCH_SIZE}, bf16: resfast {statistics.median(ours):.4f} s, "
+            f"{self}: resfast {statistics.median(ours):.4f} s, "
             f"plain {statistics.median(plain):.4f} s a step; resfast is {ratio:.3f} times as fast "
             f"(median of {len(ratios)} pairs, {min(ratios):.3f} to {max(ratios):.3f})"
         )
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((recipe, device), id=f"{recipe}-{device}", marks=marks)
+        for recipe in BATCH_SIZES
+        for device, marks in (("cpu", ()), ("cuda", pytest.mark.gpu))
+    ],
+)
 def pair(request: pytest.FixtureRequest, comparisons: list[str]) -> Iterator[Pair]:
     import torch
 
-    device = request.param
-    if device == "cuda" and not torch.cuda.is_available():
+    pair = Pair(*request.param)
+    if pair.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    pair = Pair(device)
     try:
         for name in ("resfast", "plain"):
-            pair.workers[name] = Worker(f"{name}_step", device)
+            pair.workers[name] = Worker(f"{name}_step", pair)
         yield pair
         if pair.workers["plain"].seconds:
             comparisons.append(pair.comparison()[1])
@@ -116,12 +135,12 @@ def test_train_step(name: str, pair: Pair, benchmark: Any) -> None:
     timed = pair.workers[name]
     other = pair.workers["plain" if name == "resfast" else "resfast"]
     steps = "a training step" if timed.steps == 1 else f"{timed.steps} training steps"
-    benchmark.group = f"{steps}, {pair.device}, batch {BATCH_SIZE}, bf16"
+    benchmark.group = f"{steps}, {pair}"
     benchmark.pedantic(timed.round, setup=other.round, rounds=ROUNDS)
     median = statistics.median(timed.seconds[-ROUNDS:])
     benchmark.extra_info.update(
         timed.info(),
-        images_per_second=round(BATCH_SIZE / median, 1),
+        images_per_second=round(pair.batch_size / median, 1),
         median_step_seconds=median,
         speed_relative_to_plain=pair.comparison()[0],
         resfast=resfast.__version__,

@@ -1,8 +1,8 @@
 """A process that trains by as many steps as it is asked for, and otherwise sleeps.
 
-``python -m benchmarks.worker MODULE DEVICE BATCH_SIZE`` calls ``benchmarks.MODULE.build``, says
-``ready``, and then answers lines on standard input: a number of steps with the seconds they took,
-``info`` with what it knows about itself, as JSON.
+``python -m benchmarks.worker MODULE DEVICE BATCH_SIZE RECIPE`` calls ``benchmarks.MODULE.build``,
+says ``ready``, and then answers lines on standard input: a number of steps with the seconds they
+took, ``info`` with what it knows about itself, as JSON.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     name, device, batch_size = sys.argv[1], torch.device(sys.argv[2]), int(sys.argv[3])
-    step = importlib.import_module(f"benchmarks.{name}").build(device, batch_size)
+    step = importlib.import_module(f"benchmarks.{name}").build(device, batch_size, sys.argv[4])
     _timed(step, WARM_UP_STEPS, device)
     print("ready", file=answers)
     waited = waited_cpu = 0.0

@@ -221,7 +221,7 @@ def test_benchmarks_are_collected():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "test_train_step[cpu-resfast]" in done.stdout
+    assert "test_train_step[default-cpu-resfast]" in done.stdout
 
 
 def run_make(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

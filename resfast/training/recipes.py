@@ -74,7 +74,7 @@ RECIPES: dict[str, Config] = {
             filter_keep=0.5,
         ),
         optim=OptimConfig(
-            epochs=10.5,
+            epochs=12,
             batch_size=500,
             optimizer="muon",
             lr=0.12,
