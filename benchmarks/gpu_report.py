@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import partial
@@ -279,15 +279,16 @@ def run(step: Step, outcome: Outcome, limit_s: float, log: Path) -> None:
         offset = file.tell()
         timed_out = False
         try:
-            process = subprocess.Popen(
-                step.command,
-                cwd=ROOT,
-                env={**os.environ, **env},
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            with _interruptible():
+                process = subprocess.Popen(
+                    step.command,
+                    cwd=ROOT,
+                    env={**os.environ, **env},
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
         except OSError as error:
             outcome.status, outcome.why = "failed", f"it cannot be started: {error}"
             return
@@ -304,6 +305,19 @@ def run(step: Step, outcome: Outcome, limit_s: float, log: Path) -> None:
             outcome.exit_code = process.wait()
             outcome.seconds = round(time.monotonic() - begin, 1)
     _judge(step, outcome, timed_out, _since(log, offset))
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within it, processes are started that heed SIGINT, which a shell's background jobs ignore."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
