@@ -95,7 +95,6 @@ Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed, in
       weight.size(2) != 3 || weight.size(3) != 3 || !is_channels_last(weight) || !weight.is_cpu())
     fail("weight is ", dtype_name(weight.scalar_type()), " ", shape_name(weight.sizes()),
          "; expected torch.float32 [K, C, 3, 3] in channels_last memory of the CPU");
-  if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
   check_tile(tile, stride);
   if (weight.numel() > int64_t{1} << 30) fail("the weight has more than 2^30 values");
   const WeightLanes from{
@@ -332,7 +331,6 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
 Tensor conv_train_weight_gradient(
     const Tensor& x, const Tensor& grad, int64_t stride, int64_t padding, int64_t tile) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
-  if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
   check_tile(tile, stride);
   if (padding < 0) fail("padding is ", padding, "; expected at least 0");
   check_map("x", x, {-1, -1, -1, -1});

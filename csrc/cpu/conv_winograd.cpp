@@ -209,7 +209,6 @@ Tensor conv_winograd_pack(const Tensor& weight, int64_t stride, int64_t tile) {
   check_weight(weight);
   if (weight.size(2) != 3 || weight.size(3) != 3)
     fail("weight is ", shape_name(weight.sizes()), "; expected [K, C, 3, 3]");
-  if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
   check_tile(tile, stride);
   return with_form(tile, stride, [&](auto form) { return pack<decltype(form)>(weight); });
 }

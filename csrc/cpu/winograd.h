@@ -93,7 +93,6 @@ struct Form2Transposed {
   }
 };
 
-
 // Stride 1, tiles of 3x3 results: F(3x3, 3x3) at the points 0, +-3/4, -2 and infinity, for images that
 // tiles of 4x4 do not fit into.
 struct Form3 {
@@ -186,6 +185,7 @@ struct Form4 {
 };
 
 inline void check_tile(int64_t tile, int64_t stride) {
+  if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
   if (tile != 2 && ((tile != 3 && tile != 4) || stride != 1))
     fail("tile is ", tile, "; expected 2, or 3 or 4 where the stride is 1");
 }
