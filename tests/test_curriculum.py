@@ -324,13 +324,13 @@ VARYING = {
 
 def shapes_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     seen = []
-    call = TrainStep.__call__
+    step = TrainStep._step
 
-    def watched(self: TrainStep, images: torch.Tensor, labels: torch.Tensor):
+    def watched(self: TrainStep, images: torch.Tensor, *args: object):
         seen.append((len(images), images.shape[2]))
-        return call(self, images, labels)
+        return step(self, images, *args)
 
-    monkeypatch.setattr(TrainStep, "__call__", watched)
+    monkeypatch.setattr(TrainStep, "_step", watched)
     return seen
 
 
@@ -410,19 +410,19 @@ def test_recorded_losses_are_those_of_the_images(tiny: Config, monkeypatch: pyte
     from resfast.training import trainer
 
     expected, recorded = [], []
-    call, end = TrainStep.__call__, trainer._Run._end_epoch
+    step, end = TrainStep._step, trainer._Run._end_epoch
 
-    def watched_step(self: TrainStep, images: torch.Tensor, labels: torch.Tensor):
+    def watched_step(self: TrainStep, images: torch.Tensor, labels: torch.Tensor, *args: object):
         logits = copy.deepcopy(self.model)(images)
         losses = F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
         expected.append(losses.detach())
-        return call(self, images, labels)
+        return step(self, images, labels, *args)
 
     def watched_end(self: trainer._Run, *args: object) -> None:
-        recorded.append(self.image_losses[self.order])
+        recorded.append(self.marks.image_losses[self.order])
         end(self, *args)
 
-    monkeypatch.setattr(TrainStep, "__call__", watched_step)
+    monkeypatch.setattr(TrainStep, "_step", watched_step)
     monkeypatch.setattr(trainer._Run, "_end_epoch", watched_end)
     train(change(tiny, epochs=2, filter_start=0.5, filter_keep=0.5))
     torch.testing.assert_close(recorded[0], torch.cat(expected[:4]))

@@ -246,27 +246,6 @@ def test_shards_cannot_be_split(tmp_path: Path):
         feed.split_sources(opened, 0, 0, 2)
 
 
-def test_batches_of_any_sizes_and_order_are_made_of_the_same_images():
-    from resfast.training.curriculum import Batch
-
-    loader = make(augment=tamed("standard"), batch_size=1)
-    order = torch.tensor([4, 22, 0, 7, 9, 13, 2, 5])
-    given = [Batch(0, 3, 9), Batch(3, 1, 9), Batch(4, 4, 9)]
-    made = list(loader.epoch(2, batches=given, order=order))
-    assert [len(images) for images, _ in made] == [3, 1, 4]
-    assert torch.equal(torch.cat([labels for _, labels in made]), order % CLASSES)
-    alone = {}
-    from resfast.data.augment import order as shuffle
-
-    whole = shuffle(COUNT, seed=0, epoch=2, device="cpu").tolist()
-    for index, (images, _) in zip(whole, loader.epoch(2), strict=True):
-        alone[index] = images[0]
-    for index, image in zip(order.tolist(), torch.cat([i for i, _ in made]), strict=True):
-        assert torch.equal(image, alone[index])
-    later = list(loader.epoch(2, 1, batches=given, order=order))
-    assert torch.equal(later[0][0], made[1][0])
-
-
 @pytest.mark.parametrize(
     ("data", "options", "said"),
     [

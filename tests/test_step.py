@@ -240,17 +240,17 @@ def test_a_batch_is_copied_before_it_is_used():
     plain, captured = make_step(), make_step(True)
     captured.warm_up(*batch(0), fall_back=False)
     (graph,) = captured._graphs.values()
-    places = graph.images.data_ptr(), graph.labels.data_ptr()
+    places = [value.data_ptr() for value in graph.inputs]
     for number in range(3):
         images, labels = batch(number)
         expected = plain(images, labels)
         loss, correct = captured(images, labels)
         assert torch.equal(loss, expected[0])
         assert torch.equal(correct, expected[1])
-        assert torch.equal(graph.images, images)
-        assert graph.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(graph.inputs[0], images)
+        assert graph.inputs[0].is_contiguous(memory_format=torch.channels_last)
         plain.schedule.step(number)
-    assert (graph.images.data_ptr(), graph.labels.data_ptr()) == places
+    assert [value.data_ptr() for value in graph.inputs] == places
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -333,7 +333,7 @@ def test_a_capture_comes_after_steps_on_its_own_stream(monkeypatch: pytest.Monke
         return images.sum(), labels.sum()
 
     graph = _Graph.__new__(_Graph)
-    graph.images, graph.labels, graph.graph = torch.zeros(2), torch.zeros(2), None
+    graph.inputs, graph.graph = [torch.zeros(2), torch.zeros(2)], None
     graph._capture(step, optimizer, (1, 2))
     before = ["wait", "side stream begins", "step", "step", "step", "side stream ends", "wait"]
     assert log[:7] == before
@@ -343,8 +343,7 @@ def test_a_capture_comes_after_steps_on_its_own_stream(monkeypatch: pytest.Monke
     out = graph.run(torch.ones(2), torch.full((2,), 3.0))
     assert log == ["replay"]
     assert out is graph.out
-    assert graph.images.tolist() == [1.0, 1.0]
-    assert graph.labels.tolist() == [3.0, 3.0]
+    assert [value.tolist() for value in graph.inputs] == [[1.0, 1.0], [3.0, 3.0]]
 
 
 @pytest.mark.parametrize(

@@ -411,16 +411,53 @@ def sample_mix(
         TypeError: ``indices`` is not int64.
         ValueError: ``count`` or epoch is out of range.
     """
+    batch = len(indices)
     if not augment.mixes:
         return None
+    partner = _partners(indices, count=count, seed=seed, epoch=epoch)
+    weight, box = _mixings(augment, indices[:1], size=size, seed=seed, epoch=epoch)
+    return MixParams(partner, weight.expand(batch).contiguous(), box.expand(batch, 4).contiguous())
+
+
+def sample_mixes(
+    augment: Augment,
+    count: int,
+    *,
+    size: tuple[int, int],
+    seed: int,
+    epoch: int,
+    device: torch.device,
+) -> MixParams | None:
+    """:func:`sample_mix` for all batches of an epoch at once.
+
+    Returns:
+        One row per image of the data set: its partner, and the weight and box of a batch that
+        begins with it, for :meth:`~resfast.kernels.augment.MixParams.of_batch`.
+    """
+    if not augment.mixes:
+        return None
+    indices = torch.arange(count, device=device)
+    return MixParams(
+        _partners(indices, count=count, seed=seed, epoch=epoch),
+        *_mixings(augment, indices, size=size, seed=seed, epoch=epoch),
+    )
+
+
+def _partners(indices: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:
+    """The image that each is mixed with, int64 ``[B]``."""
     if not 1 <= count < 2**31:
         raise ValueError(f"count {count} is out of range; expected 1 to 2^31 - 1")
-    batch = len(indices)
-    partner = _below(philox(indices, seed=seed, epoch=epoch, stream=_PARTNER)[0], count)
-    drawn = philox(indices[:1], seed=seed, epoch=epoch, stream=_MIX)
+    return _below(philox(indices, seed=seed, epoch=epoch, stream=_PARTNER)[0], count)
+
+
+def _mixings(
+    augment: Augment, firsts: Tensor, *, size: tuple[int, int], seed: int, epoch: int
+) -> tuple[Tensor, Tensor]:
+    """Weight ``[F]`` and box ``[F, 4]`` of the batches that begin with the images ``firsts``."""
+    drawn = philox(firsts, seed=seed, epoch=epoch, stream=_MIX)
     chance = uniform(drawn[1])
     weight = torch.ones_like(chance)
-    box = torch.zeros((len(chance), 4), dtype=torch.int32, device=indices.device)
+    box = torch.zeros((len(chance), 4), dtype=torch.int32, device=firsts.device)
     if augment.cutmix:
         side = (1 - _beta(chance, augment.cutmix)).sqrt()
         height, width = ((side * pixels).round().to(torch.int64) for pixels in size)
@@ -431,11 +468,7 @@ def sample_mix(
         cuts = drawn[0] < 2**31
         weight = torch.where(cuts, 1.0, weight)
         box = torch.where(cuts[:, None], box, 0)
-    return MixParams(
-        partner=partner,
-        weight=weight.expand(batch).contiguous(),
-        box=box.expand(batch, 4).contiguous(),
-    )
+    return weight, box
 
 
 def order(count: int, *, seed: int, epoch: int, device: torch.device | str) -> Tensor:
@@ -469,20 +502,39 @@ def smaller(
     Raises:
         ValueError: ``pixels`` is larger than the images.
     """
-    batch, channels, height, width = images.shape
+    batch, _, height, width = images.shape
     if pixels > min(height, width):
         raise ValueError(f"pixels is {pixels}; expected at most the images' {height}x{width}")
+    if by == "resize":
+        return resized(images, pixels)
+    places = torch.arange(first, first + batch, device=images.device)
+    return cropped(images, pixels, crop_words(places, seed=seed, epoch=epoch))
+
+
+def resized(images: Tensor, pixels: int) -> Tensor:
+    """:func:`smaller` by antialiased bilinear interpolation."""
+    batch, channels, height, width = images.shape
     if (height, width) == (pixels, pixels):
         return images
     rows = images.permute(0, 2, 3, 1)
-    if by == "resize":
-        down = _bilinear(height, pixels, 1, images.dtype, images.device)
-        across = _bilinear(width, pixels, channels, images.dtype, images.device)
-        rows = torch.bmm(down.expand(batch, -1, -1), rows.reshape(batch, height, width * channels))
-        rows = rows.view(batch * pixels, width * channels) @ across.T
-        return rows.view(batch, pixels, pixels, channels).permute(0, 3, 1, 2)
-    places = torch.arange(first, first + batch, device=images.device)
-    words = philox(places, seed=seed, epoch=epoch, stream=_CROP)
+    down = _bilinear(height, pixels, 1, images.dtype, images.device)
+    across = _bilinear(width, pixels, channels, images.dtype, images.device)
+    rows = torch.bmm(down.expand(batch, -1, -1), rows.reshape(batch, height, width * channels))
+    rows = rows.view(batch * pixels, width * channels) @ across.T
+    return rows.view(batch, pixels, pixels, channels).permute(0, 3, 1, 2)
+
+
+def crop_words(places: Tensor, *, seed: int, epoch: int) -> Tensor:
+    """What :func:`cropped` draws windows from, int64 ``[2, P]``, for places in the epoch."""
+    return philox(places, seed=seed, epoch=epoch, stream=_CROP)[:2]
+
+
+def cropped(images: Tensor, pixels: int, words: Tensor) -> Tensor:
+    """:func:`smaller` by showing a window, drawn from ``words`` of :func:`crop_words`."""
+    batch, _, height, width = images.shape
+    if (height, width) == (pixels, pixels):
+        return images
+    rows = images.permute(0, 2, 3, 1)
     window = torch.arange(pixels, device=images.device)
     y = _below(words[0], height - pixels + 1)[:, None] + window
     x = _below(words[1], width - pixels + 1)[:, None] + window

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,19 +15,31 @@ from resfast.data.augment import (
     mixed_labels,
     needs_statistics,
     sample,
-    sample_mix,
+    sample_mixes,
     statistics,
 )
 from resfast.data.augment import order as shuffle
 from resfast.errors import ResfastError
-from resfast.kernels.augment import augment, augment_drawn, normalization
+from resfast.kernels.augment import (
+    AugmentParams,
+    MixParams,
+    augment,
+    augment_drawn,
+    normalization,
+)
 
 
-class Slice(Protocol):
-    """Which images of an epoch's order a batch takes: ``images`` from place ``first`` on."""
+@dataclass(frozen=True)
+class Draws:
+    """What one epoch does to the images.
 
-    first: int
-    images: int
+    Attributes:
+        params: one row per image.
+        mix: of :func:`~resfast.data.augment.sample_mixes`; None where nothing is mixed.
+    """
+
+    params: AugmentParams
+    mix: MixParams | None
 
 
 class ResidentLoader:
@@ -92,65 +105,69 @@ class ResidentLoader:
         whole, rest = divmod(self.count, self.batch_size * self.world)
         return whole + (rest >= self.world and not self.drop_last)
 
-    def epoch(
-        self,
-        epoch: int,
-        first_step: int = 0,
-        *,
-        batches: Sequence[Slice] | None = None,
-        order: Tensor | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of one epoch.
+    def draw(self, epoch: int) -> Draws:
+        """What epoch ``epoch`` (from 0) does to each image, on the loader's device."""
+        size, channels = tuple(self.images.shape[1:3]), self.images.shape[3]
+        values = {"size": size, "seed": self.seed, "epoch": epoch}
+        params = sample(
+            self.augment, self._all, channels=channels, statistics=self._statistics, **values
+        )
+        mix = sample_mixes(self.augment, self.count, device=self.device, **values)
+        return Draws(params, mix)
+
+    def make(self, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The batch of some images; nothing of it is decided by the host.
+
+        Args:
+            indices: int64 ``[B]``, on the loader's device.
+            draws: of its epoch.
+
+        Returns:
+            images ``[B, C, H, W]`` in ``channels_last`` and the loader's dtype, and labels: int64
+            ``[B]``, or where images are mixed the parts of the classes, float32 ``[B, classes]``.
+        """
+        labels = self.labels[indices]
+        mix = None if draws.mix is None else draws.mix.of_batch(indices)
+        images = augment_drawn(
+            self.images,
+            indices,
+            draws.params,
+            self._normalization,
+            mix=mix,
+            padding=self.augment.padding,
+            dtype=self.dtype,
+        )
+        if mix is not None:
+            own_part = mix.own_part(*self.images.shape[1:3])
+            labels = mixed_labels(labels, self.labels[mix.partner], own_part, self.classes)
+        return images, labels
+
+    def order(self, epoch: int) -> Tensor:
+        """The order of the images in epoch ``epoch`` (from 0), int64 ``[N]``."""
+        return shuffle(self.count, seed=self.seed, epoch=epoch, device=self.device)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of one epoch, as of :meth:`make`.
 
         Args:
             epoch: epoch, from 0.
             first_step: batches to leave out at the start, to resume inside an epoch.
-            batches: what each batch takes (None: all images in batches of ``batch_size``). What is
-                done to an image does not depend on it. Of one rank only.
-            order: int64 ``[M]``, the images to go through on the loader's device (None: all in the
-                order of (seed, epoch)).
-
-        Yields:
-            images ``[B, C, H, W]`` in ``channels_last`` and the loader's dtype, and labels: int64
-            ``[B]``, or where images are mixed the parts of the classes, float32 ``[B, classes]``.
         """
-        size = tuple(self.images.shape[1:3])
-        params = sample(
-            self.augment,
-            self._all,
-            size=size,
-            channels=self.images.shape[3],
-            seed=self.seed,
-            epoch=epoch,
-            statistics=self._statistics,
-        )
-        if order is None:
-            order = shuffle(self.count, seed=self.seed, epoch=epoch, device=self.device)
-        for step in range(first_step, len(self) if batches is None else len(batches)):
-            if batches is None:
-                step_images = self.batch_size * self.world
-                everyone = order[step * step_images : (step + 1) * step_images]
-                indices = everyone.tensor_split(self.world)[self.rank]
-            else:
-                batch = batches[step]
-                indices = order[batch.first : batch.first + batch.images]
-            labels = self.labels[indices]
-            mix = sample_mix(
-                self.augment, indices, count=self.count, size=size, seed=self.seed, epoch=epoch
-            )
-            images = augment_drawn(
-                self.images,
-                indices,
-                params,
-                self._normalization,
-                mix=mix,
-                padding=self.augment.padding,
-                dtype=self.dtype,
-            )
-            if mix is not None:
-                own_part = mix.own_part(*size)
-                labels = mixed_labels(labels, self.labels[mix.partner], own_part, self.classes)
-            yield images, labels
+        draws, order = self.draw(epoch), self.order(epoch)
+        size = self.batch_size * self.world
+        for step in range(first_step, len(self)):
+            everyone = order[step * size : (step + 1) * size]
+            yield self.make(everyone.tensor_split(self.world)[self.rank], draws)
+
+    def take_over(self, other: ResidentLoader) -> None:
+        """Becomes ``other``, which differs in images and seed alone; no tensor moves."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs)
+        self.seed = other.seed
+
+    def _tensors(self) -> list[Tensor]:
+        tensors = [self.images, self.labels, self.mean, self.std, *self._normalization]
+        return tensors if self._statistics is None else [*tensors, self._statistics]
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the position in the epoch is enough to go on."""

@@ -86,6 +86,19 @@ class MixParams:
     weight: Tensor
     box: Tensor
 
+    def of_batch(self, indices: Tensor) -> MixParams:
+        """Those of a batch, from rows of all images: what its first image has, it all gets.
+
+        Args:
+            indices: int64 ``[B]``, the batch's places in the data set.
+        """
+        first, batch = indices[:1], len(indices)
+        return MixParams(
+            self.partner[indices],
+            self.weight[first].expand(batch).contiguous(),
+            self.box[first].expand(batch, 4).contiguous(),
+        )
+
     def own_part(self, height: int, width: int) -> Tensor:
         """float32 ``[B]``: part of the result that is the own image, the weight of its label."""
         top, left, bottom, right = self.box.unbind(1)

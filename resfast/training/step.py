@@ -1,8 +1,9 @@
-"""One training step: forward, loss, backward, optimizer and averaging, compiled where asked.
+"""One training step: batch, forward, loss, backward, optimizer and averaging, compiled where asked.
 
 On CUDA the whole of it can be captured as one CUDA graph. What changes from step to step then lives
 on the device: learning rates and the weight of an average are rows of a table computed up front,
-and the step itself counts which row is next.
+a :class:`~resfast.data.supply.Supply` has the epoch's order and augmentation, and the step itself
+counts where in them it is.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast import runtime
+from resfast.data.supply import Supply
 from resfast.training.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
 from resfast.training.config import OptimConfig
+from resfast.training.marks import Marks
 from resfast.training.optim import WHITENING_BIAS, Schedule
 
 logger = logging.getLogger("resfast")
@@ -88,6 +91,7 @@ class TrainStep:
             self._loss = torch.compile(self._forward, dynamic=False)
         self._table = _Table(self) if captured else None
         self._graphs: dict[Any, _Graph] = {}
+        self._source_tensors: list[Tensor] = []
         self._graph_memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     @property
@@ -120,22 +124,50 @@ class TrainStep:
             Mean loss (float32) and number of correct predictions (int64), both 0-d on the device,
             valid until the next call.
         """
-        if self.steps is None:
-            self.steps = self.schedule.position if self.schedule else 0
-        if self.average is not None and self.steps == 0:
-            self.average.restart()  # weights may have been prepared since it was made
-        kind = self._kind(self.steps)
-        self._train_whitening_bias(kind.whitening_bias)
+        kind, weight = self._next()
         if self._table is None:
-            out = self._step(images, labels, kind.moves_average, self._average_weight(self.steps))
+            out = self._step(images, labels, kind.moves_average, weight)
         else:
-            self._table.go_to(self.steps)
             out = self._graph(images, labels, kind).run(images, labels)
         self.steps += 1
         loss, correct, *rest = out
         if rest:
             self.image_losses = rest[0]
         return loss, correct
+
+    def take(self, supply: Supply, marks: Marks, images: int, pixels: int) -> Tensor:
+        """One step on the next batch of a supply; what it leaves behind is marked down.
+
+        Args:
+            supply: makes the batch; always the same one where steps are captured.
+            marks: get mean loss, correct predictions and the losses of images; likewise.
+            images: size of the batch.
+            pixels: its height and width.
+
+        Returns:
+            The batch's images, ``[B, C, H, W]``, valid until the next call.
+        """
+        kind, weight = self._next()
+        if self._table is None:
+            batch, labels, indices = supply.take(images, pixels)
+            loss, correct, *rest = self._step(batch, labels, kind.moves_average, weight)
+            marks.add(loss, correct, rest[0] if rest else None, indices)
+        else:
+            (batch,) = self._own_graph(supply, marks, images, pixels, kind).run()
+        self.steps += 1
+        return batch
+
+    def _next(self) -> tuple[_Kind, float]:
+        """Prepares the step to come: its kind, and the weight of its average."""
+        if self.steps is None:
+            self.steps = self.schedule.position if self.schedule else 0
+        if self.average is not None and self.steps == 0:
+            self.average.restart()  # weights may have been prepared since it was made
+        kind = self._kind(self.steps)
+        self._train_whitening_bias(kind.whitening_bias)
+        if self._table is not None:
+            self._table.go_to(self.steps)
+        return kind, self._average_weight(self.steps)
 
     def _step(
         self, images: Tensor, labels: Tensor, moves_average: bool, weight: float | Tensor
@@ -178,16 +210,24 @@ class TrainStep:
 
     # -- compilation and capture ------------------------------------------------------------------
 
-    def warm_up(self, images: Tensor, labels: Tensor, *, fall_back: bool) -> float:
+    def warm_up(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        fall_back: bool,
+        source: tuple[Supply, Marks] | None = None,
+    ) -> float:
         """Compiles (and captures) every kind of step on a dummy batch.
 
-        Weights, statistics, generators and the optimizer are left as they were. Call it once for
-        each shape to come.
+        Weights, statistics, generators, the optimizer and the source are left as they were. Call
+        it once for each shape to come.
 
         Args:
             images: a batch of the shape, dtype and layout to come.
             labels: its labels.
             fall_back: go on without compilation or capture, and say so, where it fails.
+            source: where :meth:`take` will be called with these, and not the step with batches.
 
         Returns:
             Seconds it took.
@@ -204,7 +244,10 @@ class TrainStep:
             try:
                 for kind in kinds:
                     self._train_whitening_bias(kind.whitening_bias)
-                    self._graph(images, labels, kind)
+                    if source is None:
+                        self._graph(images, labels, kind)
+                    else:
+                        self._own_graph(*source, len(images), images.shape[3], kind)
             except RuntimeError as error:
                 if not fall_back:
                     raise
@@ -241,16 +284,35 @@ class TrainStep:
             buffer.copy_(before)
 
     def _graph(self, images: Tensor, labels: Tensor, kind: _Kind) -> _Graph:
+        def step(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+            self._table.advance()
+            return self._step(images, labels, kind.moves_average, self._table.average_weight)
+
         key = kind, images.shape, images.dtype, labels.shape
+        return self._captured(key, step, [images, labels])
+
+    def _own_graph(
+        self, supply: Supply, marks: Marks, images: int, pixels: int, kind: _Kind
+    ) -> _Graph:
+        def step() -> tuple[Tensor, ...]:
+            self._table.advance()
+            batch, labels, indices = supply.take(images, pixels)
+            loss, correct, *rest = self._step(
+                batch, labels, kind.moves_average, self._table.average_weight
+            )
+            marks.add(loss, correct, rest[0] if rest else None, indices)
+            return (batch,)
+
+        self._source_tensors = [*supply.tensors, *marks.tensors]
+        return self._captured((kind, images, pixels, id(supply), id(marks)), step, [])
+
+    def _captured(
+        self, key: Any, step: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]
+    ) -> _Graph:
         if key not in self._graphs:
-
-            def step(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-                self._table.advance()
-                return self._step(images, labels, kind.moves_average, self._table.average_weight)
-
             with self._everything_kept(), _keep_generators(self.device):
                 self._graphs[key] = _Graph(
-                    step, images, labels, optimizer=self.optimizer, memory=self._graph_memory
+                    step, inputs, optimizer=self.optimizer, memory=self._graph_memory
                 )
         return self._graphs[key]
 
@@ -276,7 +338,7 @@ class TrainStep:
     def _state_tensors(self) -> list[Tensor]:
         modules = [self.model] if self.average is None else [self.model, self.average.module]
         tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        tensors += self._optimizer_tensors()
+        tensors += [*self._optimizer_tensors(), *self._source_tensors]
         return tensors if self._table is None else [*tensors, *self._table.tensors]
 
     # -- state ------------------------------------------------------------------------------------
@@ -398,12 +460,11 @@ class _Table:
 
 
 class _Graph:
-    """A function of a batch that runs as one CUDA graph, on buffers of its own.
+    """A function of tensors that runs as one CUDA graph, on buffers of its own.
 
     Args:
         step: what to capture; it may change anything that keeps its address.
-        images: a batch of the shape, dtype and layout to come.
-        labels: its labels.
+        inputs: its arguments, of the shapes, dtypes and layouts to come.
         optimizer: what ``step`` calls; its state comes into being here.
         memory: pool that graphs may share of which no two run at a time.
     """
@@ -412,25 +473,25 @@ class _Graph:
 
     def __init__(
         self,
-        step: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-        images: Tensor,
-        labels: Tensor,
+        step: Callable[..., tuple[Tensor, ...]],
+        inputs: list[Tensor],
         *,
         optimizer: torch.optim.Optimizer,
         memory: tuple[int, int] | None,
     ) -> None:
-        self.images, self.labels = images.clone(), labels.clone()
+        self.inputs = [value.clone() for value in inputs]
         self.graph: torch.cuda.CUDAGraph | None = None
-        if images.is_cuda:
-            with torch.cuda.device(images.device):
+        device = optimizer.param_groups[0]["params"][0].device
+        if device.type == "cuda":
+            with torch.cuda.device(device):
                 self._capture(step, optimizer, memory)
         else:
             self.call = step
-            self.out = step(self.images, self.labels)
+            self.out = step(*self.inputs)
 
     def _capture(
         self,
-        step: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        step: Callable[..., tuple[Tensor, ...]],
         optimizer: torch.optim.Optimizer,
         memory: tuple[int, int] | None,
     ) -> None:
@@ -438,7 +499,7 @@ class _Graph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UP_STEPS):
-                step(self.images, self.labels)
+                step(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: the threads of a data loader may go on meanwhile.
@@ -446,16 +507,16 @@ class _Graph:
             self.graph, pool=memory, stream=stream, capture_error_mode="thread_local"
         )
         with _capturable(optimizer), capture:
-            self.out = step(self.images, self.labels)
+            self.out = step(*self.inputs)
 
-    def run(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """The result for a batch, valid until the next call."""
-        self.images.copy_(images)
-        self.labels.copy_(labels)
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The result for some inputs, valid until the next call."""
+        for place, value in zip(self.inputs, inputs, strict=True):
+            place.copy_(value)
         if self.graph is not None:
             self.graph.replay()
         else:
-            for place, value in zip(self.out, self.call(self.images, self.labels), strict=True):
+            for place, value in zip(self.out, self.call(*self.inputs), strict=True):
                 place.copy_(value)
         return self.out
 

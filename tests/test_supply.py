@@ -1,0 +1,319 @@
+"""Batches made on the device, and what steps leave behind there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from resfast.data.augment import POLICIES, Augment, parse_augment, smaller
+from resfast.data.loader import ResidentLoader
+from resfast.data.supply import Supply
+from resfast.errors import NonFiniteLossError
+from resfast.training import records, resolve, trainer
+from resfast.training.config import Config
+from resfast.training.marks import Marks
+from resfast.training.step import _Graph
+from resfast.training.trainer import Shared, train
+from tests.conftest import change, interrupt_at
+from tests.test_training import assert_same_weights, weights
+
+COUNT, CLASSES, SIZE = 23, 5, 12
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+EVERYTHING = "strong,crop=3,cutout=2,mixup=0.3,cutmix=1"
+
+
+def make(
+    augment: str = "standard,crop=3,cutout=2", *, pictures: int = 0, **options: object
+) -> ResidentLoader:
+    generator = torch.Generator().manual_seed(pictures)
+    images = torch.randint(0, 256, (COUNT, SIZE, SIZE, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(COUNT) % CLASSES
+    values = {"batch_size": 6, "augment": parse_augment(augment), "classes": CLASSES, **options}
+    return ResidentLoader(images, labels, MEAN, STD, **values)
+
+
+def whole_epoch(supply: Supply, epoch: int) -> list[tuple[Tensor, Tensor]]:
+    supply.begin(epoch)
+    return [supply.take(6, SIZE)[:2] for _ in range(COUNT // 6)]
+
+
+def assert_same(ours: list[tuple[Tensor, ...]], theirs: list[tuple[Tensor, ...]]) -> None:
+    for mine, other in zip(ours, theirs, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["none", EVERYTHING, *(f"{name},crop=3,cutout=2" for name in POLICIES if name != "none")],
+)
+def test_it_makes_the_batches_of_the_loader(policy: str):
+    loader = make(policy)
+    supply = Supply(loader)
+    for epoch in (3, 0, 1):  # each replaces what the one before drew
+        assert_same(whole_epoch(supply, epoch), list(loader.epoch(epoch)))
+
+
+def test_nothing_moves_from_epoch_to_epoch():
+    supply = Supply(make(EVERYTHING), resize_by="crop")
+    loader = supply.loader
+    before = [tensor.data_ptr() for tensor in (*supply.tensors, loader.images, loader.labels)]
+    parts = {f.name for p in (supply._draws.params, supply._draws.mix) for f in fields(p)}
+    drawn = {"shift", "flip", "affine", "color", "cutout", "partner", "weight", "box"}
+    assert parts == drawn
+    assert len(supply.tensors) == 3 + len(parts) - 2  # `affine` here, so no `shift` and `flip`
+    first = whole_epoch(supply, 0)
+    supply.loader.take_over(make(EVERYTHING, pictures=1, seed=9))
+    second = whole_epoch(supply, 0)
+    assert [t.data_ptr() for t in (*supply.tensors, loader.images, loader.labels)] == before
+    assert not torch.equal(first[0][0], second[0][0])
+    assert_same(second, list(make(EVERYTHING, pictures=1, seed=9).epoch(0)))
+
+
+def test_batches_of_any_sizes_and_order_are_made_of_the_same_images():
+    loader = make()
+    alone = {}
+    order = loader.order(2).tolist()
+    for index, image in zip(order, torch.cat([i for i, _ in loader.epoch(2)]), strict=False):
+        alone[index] = image
+    chosen = torch.tensor([index for index in (4, 22, 0, 7, 9, 13, 2, 5) if index in alone])
+    supply = Supply(loader)
+    supply.begin(2, order=chosen)
+    made = [supply.take(size, SIZE) for size in (3, 1, len(chosen) - 4)]
+    assert torch.equal(torch.cat([indices for *_, indices in made]), chosen)
+    assert torch.equal(torch.cat([labels for _, labels, _ in made]), chosen % CLASSES)
+    for index, image in zip(chosen.tolist(), torch.cat([i for i, *_ in made]), strict=True):
+        assert torch.equal(image, alone[index])
+    supply.begin(2, order=chosen, first=3)
+    assert torch.equal(supply.take(1, SIZE)[0], made[1][0])
+
+
+@pytest.mark.parametrize("by", ["resize", "crop"])
+def test_smaller_batches_are_those_of_the_host(by: str):
+    loader = make(seed=4)
+    supply = Supply(loader, resize_by=by)
+    for epoch in (0, 2):
+        supply.begin(epoch)
+        for step, (images, _) in enumerate(loader.epoch(epoch)):
+            expected = smaller(images, 8, by=by, seed=4, epoch=epoch, first=6 * step)
+            ours = supply.take(6, 8)[0]
+            assert ours.shape == (6, 3, 8, 8)
+            assert torch.equal(ours, expected)
+
+
+def test_behind_the_last_image_comes_the_first():
+    loader = make()
+    supply = Supply(loader)
+    supply.begin(0, first=20)
+    taken = supply.take(6, SIZE)[2]
+    order = loader.order(0)
+    assert torch.equal(taken, torch.cat([order[20:], order[:3]]))
+
+
+def test_marks_are_kept_for_each_step_and_image():
+    marks = Marks(3, 5, torch.device("cpu"))
+    marks.begin()
+    places = [torch.tensor([4, 1]), torch.tensor([0, 3])]
+    marks.add(torch.tensor(2.0), torch.tensor(1), torch.tensor([1.5, 2.5]), places[0])
+    marks.add(torch.tensor(3.0), torch.tensor(2), torch.tensor([2.0, 4.0]), places[1])
+    assert marks.losses.tolist() == [2, 3, 0]
+    assert int(marks.correct) == 3
+    assert marks.image_losses.tolist() == [2.0, 2.5, math.inf, 4.0, 1.5]
+    marks.begin(2)  # a resumed epoch goes on
+    marks.add(torch.tensor(5.0), torch.tensor(0), torch.tensor([7.0]), torch.tensor([2]))
+    assert marks.losses.tolist() == [2, 3, 5]
+    assert int(marks.correct) == 3
+    marks.begin()
+    assert (marks.losses.tolist(), int(marks.correct)) == ([0, 0, 0], 0)
+    assert marks.image_losses.tolist() == [2.0, 2.5, 7.0, 4.0, 1.5]
+    marks.reset()
+    assert marks.image_losses.tolist() == [math.inf] * 5
+
+
+# -- a run that makes its batches within the captured step ----------------------------------------
+
+RUN = {
+    "sizes": ((8, 0.4),),
+    "batch_sizes": ((6, 0.3),),
+    "filter_start": 0.5,
+    "filter_keep": 0.5,
+    "epochs": 3.5,
+    "augment": Augment(crop=1, mixup=0.2),
+}
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs take captured steps, whose graph is a call on the CPU."""
+    monkeypatch.setattr(resolve, "_resolve_cuda_graph", lambda *args: ("on", None))
+
+
+def test_a_captured_run_does_what_a_plain_one_does(tiny: Config, captured: None):
+    config = change(tiny, **RUN)
+    ours = train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve, "_resolve_cuda_graph", lambda *args: ("off", None))
+        theirs = train(change(config, name="plain"))
+    for name, value in weights(theirs.path).items():
+        torch.testing.assert_close(weights(ours.path)[name], value, rtol=1e-3, atol=1e-4)
+    for mine, other in zip(whole_rows(ours.path), whole_rows(theirs.path), strict=True):
+        assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
+        assert mine["train_accuracy"] == pytest.approx(other["train_accuracy"], abs=0.05)
+
+
+def test_a_second_seed_uses_the_graphs_of_the_first(
+    tiny: Config, captured: None, monkeypatch: pytest.MonkeyPatch
+):
+    config = change(tiny, **RUN)
+    other = replace(config, runtime=replace(config.runtime, seed=5))
+    alone = train(change(other, name="alone"))
+    shared = Shared()
+    train(config, shared=shared)
+
+    def late(*_: object, **__: object) -> None:
+        raise AssertionError("captured again")
+
+    monkeypatch.setattr(_Graph, "__init__", late)
+    second = train(change(other, name="second"), shared=shared)
+    assert_same_weights(alone.path, second.path)
+
+
+@pytest.mark.parametrize("step", [11, 12, 13])  # in epochs of chosen images; the end of one
+def test_a_captured_run_goes_on_where_it_was_stopped(
+    step: int, tiny: Config, captured: None, monkeypatch: pytest.MonkeyPatch
+):
+    config = change(tiny, **RUN)
+    whole = train(change(config, name="whole"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(trainer.Interrupted) as stopped:
+            train(change(config, name="stopped"))
+    assert_same_weights(whole.path, train(resume=stopped.value.path).path)
+
+
+# -- epochs whose end the host does not wait for ---------------------------------------------------
+
+
+def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets runs go on without waiting, as on CUDA; how many epochs waited when one was recorded."""
+    waiting: list[int] = []
+    stop, record = trainer._Clock.stop, trainer._Run._record
+
+    def stopped(self: trainer._Clock):
+        return stop(self)[0], lambda: False
+
+    def recorded(self: trainer._Run, *args: object) -> None:
+        waiting.append(len(self.ended))
+        record(self, *args)
+
+    def waits(self: trainer._Run, epoch: int) -> bool:
+        self.device = torch.device("cuda")
+        try:
+            return decide(self, epoch)
+        finally:
+            self.device = torch.device("cpu")
+
+    decide = trainer._Run._waits
+    monkeypatch.setattr(trainer._Run, "_waits", waits)
+    monkeypatch.setattr(trainer._Clock, "stop", stopped)
+    monkeypatch.setattr(trainer._Run, "_record", recorded)
+    return waiting
+
+
+def whole_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / records.METRICS).read_text().splitlines()]
+
+
+def rows(path: Path) -> list[dict]:
+    taken = {"train_seconds", "eval_seconds", "images_per_second"}
+    return [{k: v for k, v in row.items() if k not in taken} for row in whole_rows(path)]
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_epochs_are_recorded_late_where_nothing_hangs_on_them(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, every: int
+):
+    config = change(tiny, **RUN | {"epochs": 5}, eval_every=every, save_seconds=600)
+    at_once = train(change(config, name="at-once"))
+    waiting = late(monkeypatch)
+    result = train(config)
+    assert waiting == ([3, 2, 1, 0, 0] if every == 0 else [1, 0, 0, 0, 0])
+    assert rows(result.path) == rows(at_once.path)
+    assert_same_weights(result.path, at_once.path)
+    seconds = [row["train_seconds"] for row in whole_rows(result.path)]
+    assert result.summary["train_seconds"] == pytest.approx(sum(seconds))
+
+
+def test_nothing_is_late_under_a_limit_of_time_or_with_a_save(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+):
+    waiting = late(monkeypatch)
+    train(change(tiny, eval_every=0, save_seconds=0))
+    train(change(tiny, name="limited", eval_every=0, save_seconds=600, max_seconds=600.0))
+    assert waiting == [0] * 6
+
+
+@pytest.mark.parametrize("step", [7, 9])  # the last step of an epoch, and one within
+def test_a_stopped_run_has_recorded_all(tiny: Config, monkeypatch: pytest.MonkeyPatch, step: int):
+    config = change(tiny, eval_every=0, save_seconds=600)
+    whole = train(change(config, name="whole"))
+    with monkeypatch.context() as patch:
+        late(patch)
+        interrupt_at(patch, step)
+        with pytest.raises(trainer.Interrupted) as stopped:
+            train(config)
+        assert rows(stopped.value.path) == rows(whole.path)[: step // 4]
+        resumed = train(resume=stopped.value.path)
+    assert rows(resumed.path) == rows(whole.path)
+    assert_same_weights(whole.path, resumed.path)
+
+
+def test_a_loss_that_becomes_nan_names_its_own_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch):
+    late(monkeypatch)
+    add, calls = Marks.add, []
+
+    def spoil(self: Marks, loss: Tensor, *rest: object) -> None:
+        calls.append(0)
+        add(self, loss * math.nan if len(calls) == 6 else loss, *rest)
+
+    monkeypatch.setattr(Marks, "add", spoil)
+    monkeypatch.setattr(trainer._LossWatch, "poll", lambda self, step: (math.nan, 0, 0))
+    with pytest.raises(NonFiniteLossError, match="the loss is nan at epoch 2, step 2 of 4"):
+        train(change(tiny, eval_every=0, save_seconds=600))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by", ["resize", "crop"])
+def test_no_step_of_a_run_waits_for_the_device(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, by: str
+):
+    config = change(tiny, **RUN, resize_by=by, device="cuda", precision="bf16", cuda_graph="on")
+    config = change(config, epochs=6, eval_every=0, save_seconds=600, compile="on")
+    expected = train(change(config, name="expected"))
+    train_epoch, end_epoch = trainer._Run._train_epoch, trainer._Run._end_epoch
+
+    def strict(method: Callable[[trainer._Run, int], None]) -> Callable[[trainer._Run, int], None]:
+        def run(self: trainer._Run, epoch: int) -> None:
+            never = method is train_epoch or not self._waits(epoch)
+            torch.cuda.set_sync_debug_mode("error" if never else "default")
+            try:
+                method(self, epoch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return run
+
+    monkeypatch.setattr(trainer._Run, "_train_epoch", strict(train_epoch))
+    monkeypatch.setattr(trainer._Run, "_end_epoch", strict(end_epoch))
+    result = train(config)
+    assert [row["epoch"] for row in rows(result.path)] == [1, 2, 3, 4, 5, 6]
+    assert result.summary["train_seconds"] > 0
+    for name, value in weights(expected.path).items():
+        torch.testing.assert_close(weights(result.path)[name], value, rtol=5e-2, atol=2e-2)
