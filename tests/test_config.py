@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from resfast.errors import ResfastError
-from resfast.models.presets import PRESETS
+from resfast.models.presets import PRESETS, build_model, create_model
+from resfast.models.resnet import count_parameters
 from resfast.train import command_line, main
 from resfast.training import config as configs
 from resfast.training.config import Config, ModelConfig, network
@@ -35,6 +36,23 @@ def test_report_onecycle_has_the_settings_of_the_report():
     assert (optim.weight_decay, optim.clip_value, optim.epochs) == (1e-6, 0.1, 70)
     assert recipe.model.model == "resnet-2111"
     assert recipe.model.param_budget == 5_000_000
+
+
+@pytest.mark.parametrize("name", ["resnet-2111", "resnet-453"])
+def test_fast_resnets_have_the_presets_exact_shape(name: str):
+    spec = network(RECIPES[f"fast-{name}"].model)
+    assert spec == dataclasses.replace(PRESETS[name], freeze_norm_scale=True)
+    assert count_parameters(build_model(spec, 10)) == count_parameters(create_model(name))
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("fast")])
+def test_fast_recipes_stay_below_five_million_parameters_and_score_the_test_set_once(name: str):
+    recipe = RECIPES[name]
+    assert count_parameters(build_model(network(recipe.model), 10)) <= 5_000_000
+    assert recipe.model.param_budget == 5_000_000
+    assert recipe.evaluation.eval_every == 0
+    bias, sizes = recipe.optim.whitening_bias_epochs, recipe.data.sizes
+    assert bias <= sizes[0][1] * recipe.optim.epochs  # or there would be more to compile
 
 
 def test_options_override_the_recipe():

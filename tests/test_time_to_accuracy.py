@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ from benchmarks import time_to_accuracy as tta
 from benchmarks.time_to_accuracy import main, row_of, views
 from resfast import plots
 from resfast.errors import ResfastError
+from resfast.train import command_line
 from resfast.training import records, runs, targets, trainer
 from resfast.training.config import Config
 from resfast.training.evaluation import evaluate
 from resfast.training.recipes import RECIPES
+from resfast.training.resolve import check
 from tests.conftest import change
 
 
@@ -188,6 +192,17 @@ def test_an_ablation_compares_each_component_with_the_whole(
     again = json.loads((tmp_path / "rows" / "ablation-fast-tiny.json").read_text())
     assert again[:2] == rows
     assert len(again) == 3
+
+
+def test_the_components_of_fast94_can_be_switched():
+    components = json.loads((tta.ROOT / "benchmarks/data/ablation-fast94.json").read_text())
+    whole, seen = command_line(["--recipe", "fast94"])[1], []
+    for component in map(tta.Component.model_validate, components):
+        config = command_line(["--recipe", "fast94", *shlex.split(component.options)])[1]
+        check(config)
+        seen.append(config)
+    assert len(seen) >= 15
+    assert all(a != b for a, b in combinations([whole, *seen], 2))
 
 
 @pytest.mark.parametrize(

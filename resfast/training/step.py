@@ -149,12 +149,24 @@ class TrainStep:
         """
         kind, weight = self._next()
         if self._table is None:
-            batch, labels, indices = supply.take(images, pixels)
-            loss, correct, *rest = self._step(batch, labels, kind.moves_average, weight)
-            marks.add(loss, correct, rest[0] if rest else None, indices)
+            batch = self._step_on(supply, marks, images, pixels, kind.moves_average, weight)
         else:
             (batch,) = self._own_graph(supply, marks, images, pixels, kind).run()
         self.steps += 1
+        return batch
+
+    def _step_on(
+        self,
+        supply: Supply,
+        marks: Marks,
+        images: int,
+        pixels: int,
+        moves_average: bool,
+        weight: float | Tensor,
+    ) -> Tensor:
+        batch, labels, indices = supply.take(images, pixels)
+        loss, correct, *rest = self._step(batch, labels, moves_average, weight)
+        marks.add(loss, correct, rest[0] if rest else None, indices)
         return batch
 
     def _next(self) -> tuple[_Kind, float]:
@@ -296,12 +308,8 @@ class TrainStep:
     ) -> _Graph:
         def step() -> tuple[Tensor, ...]:
             self._table.advance()
-            batch, labels, indices = supply.take(images, pixels)
-            loss, correct, *rest = self._step(
-                batch, labels, kind.moves_average, self._table.average_weight
-            )
-            marks.add(loss, correct, rest[0] if rest else None, indices)
-            return (batch,)
+            weight = self._table.average_weight
+            return (self._step_on(supply, marks, images, pixels, kind.moves_average, weight),)
 
         self._source_tensors = [*supply.tensors, *marks.tensors]
         return self._captured((kind, images, pixels, id(supply), id(marks)), step, [])
