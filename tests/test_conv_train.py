@@ -80,15 +80,17 @@ def test_weight_gradient_sums_over_many_chunks_of_tiles(tile):
     assert_right(*tensors(60, 32, 32, 32, 32), 1, 1, tile)  # 15,360 tiles of 2x2
 
 
+# Of the second, the tiles of weight gradients are dealt to 2 to 8 lanes.
+@pytest.mark.parametrize("shape", [(7, 40, 72, 9, 9), (90, 24, 40, 13, 13)])
 @pytest.mark.parametrize(("stride", "tile"), FORMS)
-def test_bits_do_not_depend_on_the_number_of_threads(stride, tile):
+def test_bits_do_not_depend_on_the_number_of_threads(stride, tile, shape):
     torch.manual_seed(2)
     before = torch.get_num_threads()
     results = []
-    x, weight = tensors(7, 40, 72, 9, 9)
+    x, weight = tensors(*shape)
     grad = None
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             y = conv_train.conv2d(x, weight, stride, 1, tile)
             grad = torch.randn_like(y) if grad is None else grad

@@ -110,6 +110,19 @@ Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed, in
 constexpr int64_t kLeastBytes = 512 * 1024, kMostBytes = 20 * 1024 * 1024;
 constexpr int64_t kLeastChunk = 128, kMostChunk = 8192; // tiles
 
+// Tiles are dealt to lanes that have sums of their own, which are added at the end: a thread with
+// lanes to itself reads nothing that another one wrote, which takes long where their cores do not
+// share a cache. How many there are depends on the shape alone, and so do the bits.
+constexpr int64_t kMostLanes = 8, kLeastLane = 512; // lanes; tiles of one
+constexpr int64_t kLaneSumsBytes = 16 * 1024 * 1024, kLaneBytes = 5 * 1024 * 1024; // of all lanes
+
+inline int64_t count_lanes(int64_t tiles, int64_t sums_bytes) {
+  const int64_t most = std::min({kMostLanes, tiles / kLeastLane, kLaneSumsBytes / sums_bytes});
+  int64_t lanes = 1;
+  while (2 * lanes <= most) lanes *= 2;
+  return lanes;
+}
+
 // Two tiles make a pair: [tiles / 2][channels][2]. The even one comes first.
 struct Operand {
   uint16_t* values; // [point][tiles / 2][width][2]
@@ -244,22 +257,32 @@ RESFAST_BF16 void multiply(
   }
 }
 
+// sums[point][output][channel] of each lane.
+struct Sums {
+  float* values;
+  int64_t width, point_stride, lane_stride, lanes;
+};
+
 // dw [K, 3, 3, C] = G^T sums G, for some outputs.
-template <class Form>
+template <class Form, bool kSeveralLanes>
 RESFAST_BF16 void transform_sums(
-    const ConvShape& shape, const float* sums, int64_t point_stride, int64_t width, int64_t begin,
-    int64_t end, float* to) {
+    const ConvShape& shape, const Sums& sums, int64_t begin, int64_t end, float* to) {
   constexpr int kSide = Form::kSide;
   for (int64_t output = begin; output < end; ++output)
     for (int64_t channel = 0; channel < shape.channels; channel += kLanes) {
       const __mmask16 mask = lane_mask(shape.channels - channel);
-      const float* from = sums + output * width + channel;
+      const float* from = sums.values + output * sums.width + channel;
       __m512 half[3][kSide];
 #pragma GCC unroll 6
       for (int j = 0; j < kSide; ++j) {
         __m512 u[kSide], g[3];
 #pragma GCC unroll 6
-        for (int i = 0; i < kSide; ++i) u[i] = _mm512_load_ps(from + (kSide * i + j) * point_stride);
+        for (int i = 0; i < kSide; ++i) {
+          const float* point = from + (kSide * i + j) * sums.point_stride;
+          u[i] = _mm512_load_ps(point);
+          for (int64_t lane = 1; kSeveralLanes && lane < sums.lanes; ++lane)
+            u[i] += _mm512_load_ps(point + lane * sums.lane_stride);
+        }
         Form::kernel_gradient(u, g);
         for (int i = 0; i < 3; ++i) half[i][j] = g[i];
       }
@@ -273,48 +296,41 @@ RESFAST_BF16 void transform_sums(
     }
 }
 
-template <class Form>
-void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
-  const Tiles tiles(shape, Form::kResults);
-  const int64_t width = round_up(shape.channels, kLanes), rows = round_up(shape.outputs, kLanes);
-  const int64_t per_tile = kPoints<Form> * 2 * (width + rows); // bytes
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t sums_stride = shape.outputs * width + kLanes;
+// The sums of tiles [begin, end), of which `begin` is even. `share(count, part)` calls part(first,
+// last) for all of `count`, on one or more threads.
+template <class Form, class Share>
+void add_tiles(
+    const ConvShape& shape, const Tiles& tiles, int64_t begin, int64_t end, const uint16_t* grad,
+    const Sums& sums, float* to, int64_t bytes, Share share) {
+  const int64_t rows = round_up(shape.outputs, kLanes);
+  const int64_t per_tile = kPoints<Form> * 2 * (sums.width + rows); // bytes
   // Tiles are added in their order: the bits do not depend on the chunks.
-  const int64_t bytes = std::clamp(
-      2 * kPoints<Form> * sums_stride * int64_t{sizeof(float)},
-      std::min(kLeastBytes * threads, kMostBytes), kMostBytes);
-  const int64_t most = std::min(std::clamp(bytes / per_tile, kLeastChunk, kMostChunk), tiles.count);
+  const int64_t most = std::min(std::clamp(bytes / per_tile, kLeastChunk, kMostChunk), end - begin);
   const int64_t chunk = round_up(most, 2);
   thread_local Workspace<uint16_t> inputs_memory, grads_memory;
-  thread_local Workspace<float> sums_memory;
   // Not a multiple of 4096 bytes apart, as in conv_winograd.cpp.
   auto operand = [&](Workspace<uint16_t>& memory, int64_t size) {
     const int64_t point_stride = chunk * size + 2 * kLanes;
     return Operand{memory.get(kPoints<Form> * point_stride), size, point_stride};
   };
-  const Operand inputs = operand(inputs_memory, width), grads = operand(grads_memory, rows);
-  float* sums = sums_memory.get(kPoints<Form> * sums_stride);
-  auto share = [&](int64_t count, auto part) {
-    torch::stable::parallel_for(0, count, ceil_div(count, threads), part);
-  };
-  for (int64_t first = 0; first < tiles.count; first += chunk) {
-    const int64_t count = std::min(chunk, tiles.count - first), pairs = ceil_div(count, 2);
-    share(pairs, [&](int64_t begin, int64_t end) {
-      const int64_t last = std::min(count, 2 * end);
-      gather_inputs<Form>(shape, tiles, first, 2 * begin, last, inputs);
-      gather_gradients<Form>(shape, tiles, first, 2 * begin, last, grad, grads);
+  const Operand inputs = operand(inputs_memory, sums.width), grads = operand(grads_memory, rows);
+  for (int64_t first = begin; first < end; first += chunk) {
+    const int64_t count = std::min(chunk, end - first), pairs = ceil_div(count, 2);
+    share(pairs, [&](int64_t from, int64_t until) {
+      const int64_t last = std::min(count, 2 * until);
+      gather_inputs<Form>(shape, tiles, first, 2 * from, last, inputs);
+      gather_gradients<Form>(shape, tiles, first, 2 * from, last, grad, grads);
     });
-    const int64_t panels = ceil_div(width, kPanel);
-    share(kPoints<Form> * panels, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
+    const int64_t panels = ceil_div(sums.width, kPanel);
+    share(kPoints<Form> * panels, [&](int64_t from, int64_t until) {
+      for (int64_t part = from; part < until; ++part) {
         const int64_t point = part / panels, channel = part % panels * kPanel;
-        float* out = sums + point * sums_stride + channel;
+        float* out = to + point * sums.point_stride + channel;
         auto run = [&](auto blocks) {
           multiply<decltype(blocks)::value>(
-              grads, inputs, point, channel, shape.outputs, pairs, out, first > 0);
+              grads, inputs, point, channel, shape.outputs, pairs, out, first > begin);
         };
-        switch (panel_blocks(width, channel / kPanel)) {
+        switch (panel_blocks(sums.width, channel / kPanel)) {
           case 1: run(std::integral_constant<int, 1>{}); break;
           case 2: run(std::integral_constant<int, 2>{}); break;
           case 3: run(std::integral_constant<int, 3>{}); break;
@@ -323,8 +339,44 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
       }
     });
   }
-  share(shape.outputs, [&](int64_t begin, int64_t end) {
-    transform_sums<Form>(shape, sums, sums_stride, width, begin, end, to);
+}
+
+template <class Form>
+void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
+  const Tiles tiles(shape, Form::kResults);
+  const int64_t threads = torch::stable::get_num_threads();
+  Sums sums{};
+  sums.width = round_up(shape.channels, kLanes);
+  sums.point_stride = shape.outputs * sums.width + kLanes;
+  sums.lane_stride = kPoints<Form> * sums.point_stride;
+  const int64_t sums_bytes = sums.lane_stride * int64_t{sizeof(float)};
+  sums.lanes = count_lanes(tiles.count, sums_bytes);
+  thread_local Workspace<float> memory;
+  sums.values = memory.get(sums.lanes * sums.lane_stride);
+  const int64_t lane_tiles = round_up(ceil_div(tiles.count, sums.lanes), 2);
+  const int64_t together = sums.lanes < threads ? threads : 1; // threads at a lane
+  const int64_t least = std::min(kLeastBytes * together, kMostBytes);
+  const int64_t most = sums.lanes == 1 ? kMostBytes : kLaneBytes * together / threads;
+  const int64_t bytes = std::clamp(2 * sums_bytes, least, std::max(least, most));
+  auto add_lane = [&](int64_t lane, auto share) {
+    add_tiles<Form>(
+        shape, tiles, lane * lane_tiles, std::min(tiles.count, (lane + 1) * lane_tiles), grad, sums,
+        sums.values + lane * sums.lane_stride, bytes, share);
+  };
+  auto on_all = [&](int64_t count, auto part) {
+    torch::stable::parallel_for(0, count, ceil_div(count, threads), part);
+  };
+  if (together > 1) {
+    for (int64_t lane = 0; lane < sums.lanes; ++lane) add_lane(lane, on_all);
+  } else {
+    on_all(sums.lanes, [&](int64_t first, int64_t last) {
+      for (int64_t lane = first; lane < last; ++lane)
+        add_lane(lane, [](int64_t count, auto part) { part(int64_t{0}, count); });
+    });
+  }
+  on_all(shape.outputs, [&](int64_t begin, int64_t end) {
+    if (sums.lanes == 1) transform_sums<Form, false>(shape, sums, begin, end, to);
+    else transform_sums<Form, true>(shape, sums, begin, end, to);
   });
 }
 
