@@ -76,7 +76,7 @@ RECIPES: dict[str, Config] = {
             filter_keep=0.5,
         ),
         optim=OptimConfig(
-            epochs=12,
+            epochs=11,
             batch_size=500,
             optimizer="muon",
             lr=0.12,
@@ -93,7 +93,7 @@ RECIPES: dict[str, Config] = {
             warmup=0.0,
             end_factor=0.0,
             label_smoothing=0.1,
-            whitening_bias_epochs=2.25,
+            whitening_bias_epochs=2.0,
         ),
         evaluation=EvalConfig(
             tta="shift", tta_select=0.25, eval_every=0, eval_batch_size=500, fuse=True
