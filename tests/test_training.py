@@ -233,16 +233,16 @@ def test_a_non_finite_loss_keeps_the_last_good_checkpoint(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
     calls = 0
-    forward = TrainStep.__call__
+    step = TrainStep._step
 
-    def poisoned(self: TrainStep, images: torch.Tensor, labels: torch.Tensor):
+    def poisoned(self: TrainStep, images: torch.Tensor, *args: object):
         nonlocal calls
         calls += 1
         if calls == 7:  # third step of the second epoch
             images = images * float("nan")
-        return forward(self, images, labels)
+        return step(self, images, *args)
 
-    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    monkeypatch.setattr(TrainStep, "_step", poisoned)
     with pytest.raises(NonFiniteLossError, match=r"epoch 2, step 3 of 4.*after 1 epochs"):
         train(tiny)
     monkeypatch.undo()
