@@ -11,9 +11,11 @@ import torch
 import resfast
 from resfast import runtime
 from resfast.data.loader import ResidentLoader
+from resfast.data.supply import Supply
 from resfast.layers.conv import set_winograd_tile
 from resfast.models.presets import build_model
 from resfast.training.config import network
+from resfast.training.marks import Marks
 from resfast.training.optim import Schedule, build_optimizer
 from resfast.training.step import TrainStep, why_not_captured
 
@@ -68,12 +70,19 @@ def build(device: torch.device, batch_size: int, recipe: str) -> Callable[[], No
         captured=device.type == "cuda" and why_not_captured(optim, dtype) is None,
         image_losses=config.data.filter_keep < 1,
     )
-    batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
-    train.warm_up(*next(batches), fall_back=False)
+    supply = Supply(loader, resize_by=config.data.resize_by)
+    marks = Marks(len(loader), IMAGES if config.data.filter_keep < 1 else 0, device)
+    pixels = loader.image_size
+    batch, labels, _ = supply.take(batch_size, pixels)
+    train.warm_up(batch, labels, fall_back=False, source=(supply, marks))
     steps = itertools.count()
 
     def step() -> None:
-        train(*next(batches))
-        schedule.step(next(steps))
+        number = next(steps)
+        if number % len(loader) == 0:
+            supply.begin(number // len(loader))
+            marks.begin()
+        train.take(supply, marks, batch_size, pixels)
+        schedule.step(number)
 
     return step
