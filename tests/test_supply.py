@@ -275,6 +275,23 @@ def test_a_stopped_run_has_recorded_all(tiny: Config, monkeypatch: pytest.Monkey
     assert_same_weights(whole.path, resumed.path)
 
 
+def test_losses_are_copied_before_the_clock_is_read(tiny: Config, monkeypatch: pytest.MonkeyPatch):
+    """The reading of the clock is what the host waits for on CUDA."""
+    log: list[str] = []
+
+    def logged(call: Callable[..., object]) -> Callable[..., object]:
+        def run(*args: object) -> object:
+            log.append(call.__name__)
+            return call(*args)
+
+        return run
+
+    for owner, name in ((trainer, "_on_host"), (trainer._Clock, "stop")):
+        monkeypatch.setattr(owner, name, logged(getattr(owner, name)))
+    train(change(tiny, epochs=2))
+    assert log == ["_on_host", "_on_host", "stop"] * 2
+
+
 def test_a_loss_that_becomes_nan_names_its_own_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     late(monkeypatch)
     add, calls = Marks.add, []

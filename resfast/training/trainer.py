@@ -576,16 +576,10 @@ class _Run:
             if step + 1 < steps and self._out_of_time(self.epoch_seconds):
                 self.first_step = step + 1
                 break
-        seconds, done = self.clock.stop()
+        losses, correct = _on_host(self.marks.losses[:steps]), _on_host(self.marks.correct)
+        seconds, done = self.clock.stop()  # behind the copies, which are there when it was read
         self.ended.append(
-            _Ended(
-                epoch,
-                self.schedule.lr,
-                _on_host(self.marks.losses[:steps]),
-                _on_host(self.marks.correct),
-                lambda: before + seconds(),
-                done,
-            )
+            _Ended(epoch, self.schedule.lr, losses, correct, lambda: before + seconds(), done)
         )
         if self.stopped is not None:  # within the epoch
             this = self.ended.pop()
