@@ -420,15 +420,9 @@ def sample_mix(
 
 
 def sample_mixes(
-    augment: Augment,
-    count: int,
-    *,
-    size: tuple[int, int],
-    seed: int,
-    epoch: int,
-    device: torch.device,
+    augment: Augment, indices: Tensor, *, size: tuple[int, int], seed: int, epoch: int
 ) -> MixParams | None:
-    """:func:`sample_mix` for all batches of an epoch at once.
+    """:func:`sample_mix` for all batches of an epoch at once; ``indices`` are those of all images.
 
     Returns:
         One row per image of the data set: its partner, and the weight and box of a batch that
@@ -436,9 +430,8 @@ def sample_mixes(
     """
     if not augment.mixes:
         return None
-    indices = torch.arange(count, device=device)
     return MixParams(
-        _partners(indices, count=count, seed=seed, epoch=epoch),
+        _partners(indices, count=len(indices), seed=seed, epoch=epoch),
         *_mixings(augment, indices, size=size, seed=seed, epoch=epoch),
     )
 
@@ -505,6 +498,8 @@ def smaller(
     batch, _, height, width = images.shape
     if pixels > min(height, width):
         raise ValueError(f"pixels is {pixels}; expected at most the images' {height}x{width}")
+    if (height, width) == (pixels, pixels):
+        return images
     if by == "resize":
         return resized(images, pixels)
     places = torch.arange(first, first + batch, device=images.device)
@@ -514,8 +509,6 @@ def smaller(
 def resized(images: Tensor, pixels: int) -> Tensor:
     """:func:`smaller` by antialiased bilinear interpolation."""
     batch, channels, height, width = images.shape
-    if (height, width) == (pixels, pixels):
-        return images
     rows = images.permute(0, 2, 3, 1)
     down = _bilinear(height, pixels, 1, images.dtype, images.device)
     across = _bilinear(width, pixels, channels, images.dtype, images.device)
@@ -532,8 +525,6 @@ def crop_words(places: Tensor, *, seed: int, epoch: int) -> Tensor:
 def cropped(images: Tensor, pixels: int, words: Tensor) -> Tensor:
     """:func:`smaller` by showing a window, drawn from ``words`` of :func:`crop_words`."""
     batch, _, height, width = images.shape
-    if (height, width) == (pixels, pixels):
-        return images
     rows = images.permute(0, 2, 3, 1)
     window = torch.arange(pixels, device=images.device)
     y = _below(words[0], height - pixels + 1)[:, None] + window

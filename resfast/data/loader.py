@@ -112,7 +112,7 @@ class ResidentLoader:
         params = sample(
             self.augment, self._all, channels=channels, statistics=self._statistics, **values
         )
-        mix = sample_mixes(self.augment, self.count, device=self.device, **values)
+        mix = sample_mixes(self.augment, self._all, **values)
         return Draws(params, mix)
 
     def make(self, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,8 @@ class Supply:
         indices = self._order[places]
         self._place += images
         batch, labels = self.loader.make(indices, self._draws)
+        if batch.shape[2:] == (pixels, pixels):
+            return batch, labels, indices
         if self._words is None:
             batch = resized(batch, pixels)
         else:

@@ -410,7 +410,7 @@ class _Run:
 
     def train(self) -> Result:
         config, display = self.config, self.display
-        self.loggers = loggers = records.Loggers(self.path, config)
+        self.loggers = records.Loggers(self.path, config)
         finished = self._over()
         if finished:
             display.say(f"{self.path} is already trained; evaluating it")
@@ -439,7 +439,7 @@ class _Run:
             self.final = self._evaluate(self.val, config.evaluation.tta)
             self._keep_best(self.final.plain.accuracy, self.epoch)
         summary = self._finish()
-        loggers.close(summary)
+        self.loggers.close(summary)
         model = self.step.evaluated_model.eval()
         return Result(self.path, summary, model)
 
@@ -600,15 +600,21 @@ class _Run:
 
     def _waits(self, epoch: int) -> bool:
         """Whether the host must know of an epoch's end before the next begins."""
-        every, limit = self.config.evaluation.eval_every, self.config.run.max_seconds
         return (
             self.device.type != "cuda"
-            or epoch + 1 == len(self.plan.epochs)
-            or bool(every and (epoch + 1) % every == 0)
-            or limit is not None
+            or self._evaluates(epoch)
+            or self.config.run.max_seconds is not None
             or self.stop_signal is not None
             or self._save_due()
         )
+
+    def _evaluates(self, epoch: int) -> bool:
+        """Whether an epoch is followed by an evaluation."""
+        every = self.config.evaluation.eval_every
+        return self._is_last(epoch) or bool(every and (epoch + 1) % every == 0)
+
+    def _is_last(self, epoch: int) -> bool:
+        return epoch + 1 == len(self.plan.epochs)
 
     def _save_due(self) -> bool:
         return time.monotonic() - self.saved_at >= self.config.run.save_seconds
@@ -621,17 +627,15 @@ class _Run:
         this = self.ended.pop()
         self._settle()
         self._check(this)
-        config = self.config
-        last = epoch + 1 == len(self.plan.epochs)
         result: Evaluation | None = None
         eval_seconds = 0.0
-        every = config.evaluation.eval_every
         self.final = None
-        if last or (every and (epoch + 1) % every == 0):
-            tta = config.evaluation.tta if last else "none"
+        if self._evaluates(epoch):
+            asked = self.config.evaluation.tta
+            tta = asked if self._is_last(epoch) else "none"
             score = self._evaluate(self.val, tta)
             result, eval_seconds = score.plain, score.seconds
-            self.final = score if tta == config.evaluation.tta else None
+            self.final = score if tta == asked else None
             self.schedule.evaluated(result.accuracy)
             self._keep_best(result.accuracy, epoch)
         self._record(replace(this, lr=self.schedule.lr), result, eval_seconds)
