@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import shutil
@@ -54,10 +55,12 @@ def resolve_precision(
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    return "bf16" if _cpu_has_bf16() else "fp32"
+    return "bf16" if cpu_has_bf16() else "fp32"
 
 
-def _cpu_has_bf16() -> bool:
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself."""
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if flags:
         return bool(flags.get("amx_bf16") or flags.get("avx512_bf16") or flags.get("bf16"))

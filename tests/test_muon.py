@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from resfast.kernels import extension
+from resfast.kernels import muon as kernels
 from resfast.training import muon
 from resfast.training.muon import COEFFICIENTS, Muon, orthogonalize
 
@@ -53,6 +55,16 @@ def test_the_number_of_iterations_is_the_one_asked_for(steps: int):
     assert (result - expected).norm() <= 5e-4 * expected.norm()
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(64, 216), (96, 32), (40, 40)])
+def test_matrices_in_bfloat16_stay_that_and_agree(rows: int, columns: int):
+    torch.manual_seed(0)
+    matrix = with_condition(rows, columns, 1e-2)
+    result = orthogonalize(matrix[None].bfloat16() * 7, 3)[0]
+    expected = polynomial(matrix, 3)
+    assert result.dtype == torch.bfloat16
+    assert (result.double() - expected).norm() <= 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize("steps", [5, 8])
 def test_a_matrix_of_low_rank_stays_finite(steps: int):
     torch.manual_seed(0)
@@ -76,6 +88,148 @@ def test_the_products_in_bfloat16_that_cuda_takes_agree(rows: int, columns: int)
     assert (result - expected).norm() <= 0.05 * expected.norm()
 
 
+@pytest.mark.skipif(
+    not kernels.has_newton_schulz_product(), reason="needs the C++ kernels and AVX-512"
+)
+class TestTheProductOfFactors:
+    @pytest.mark.parametrize("steps", [1, 2, 3, 5])
+    @pytest.mark.parametrize("size", [1, 5, 31, 32, 33, 100, 256])
+    @pytest.mark.parametrize("normalize", [False, True])
+    def test_it_is_that_of_pytorchs_products(self, size: int, steps: int, normalize: bool):
+        torch.manual_seed(size)
+        x = torch.randn(1, size, 2 * size, dtype=torch.float64)
+        if not normalize:
+            x /= x.norm()
+        gram = torch.bmm(x, x.mT)
+        expected = muon._product(gram, steps, normalize)[0]
+        result = product_of(gram[0].float(), steps, normalize)
+        assert (result - expected).norm() <= 1e-5 * expected.norm()
+        assert torch.equal(result, result.mT)
+
+    def test_threads_change_no_bit(self):
+        torch.manual_seed(0)
+        x = torch.randn(200, 300)
+        gram, threads = x @ x.mT, torch.get_num_threads()
+        try:
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(product_of(gram, 3, True))
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+    @pytest.mark.parametrize(
+        ("gram", "steps", "message"),
+        [
+            (torch.zeros(3, 4), 1, r"gram is \[3, 4\]; expected a contiguous square"),
+            (torch.zeros(6, 6)[::2, ::2], 1, r"gram is \[3, 3\]; expected a contiguous square"),
+            (torch.zeros(3, 3, dtype=torch.float64), 1, "gram is torch.float64"),
+            (torch.zeros(3, 3), 0, "steps is 0; expected at least 1"),
+        ],
+    )
+    def test_what_it_cannot_take_is_refused(self, gram: Tensor, steps: int, message: str):
+        with pytest.raises(RuntimeError, match=message):
+            product_of(gram, steps, True)
+
+
+def product_of(gram: Tensor, steps: int, normalize: bool) -> Tensor:
+    return torch.ops.resfast.newton_schulz_product(gram, steps, normalize, *COEFFICIENTS)
+
+
+def memory_orders(*shape: int) -> list[Tensor]:
+    one = torch.randn(shape)
+    return [one, one.contiguous(memory_format=torch.channels_last)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_pass_of_the_momentum_is_nesterovs(order: int, dtype: torch.dtype):
+    torch.manual_seed(0)
+    buffer, expected = (memory_orders(9, 70, 3, 11)[order] for _ in range(2))
+    expected.copy_(buffer)
+    for grad in memory_orders(9, 70, 3, 11):  # one of them in another order
+        update = torch.empty_like(buffer, dtype=dtype)
+        torch.ops.resfast.nesterov_(buffer, grad, update, 0.7)
+        expected = 0.7 * expected + grad
+        torch.testing.assert_close(buffer, expected)
+        torch.testing.assert_close(update, (grad + 0.7 * expected).to(dtype))
+        of_python = torch.empty_like(update)
+        kernels._nesterov((buffer - grad) / 0.7, grad, of_python, 0.7)
+        torch.testing.assert_close(update, of_python)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("order", [0, 1])
+def test_the_pass_that_moves_filters_scales_and_subtracts(
+    order: int, normalize: bool, dtype: torch.dtype
+):
+    torch.manual_seed(0)
+    weight, update = (memory_orders(9, 70, 3, 11)[order] for _ in range(2))
+    update = update.to(dtype)
+    norm = math.sqrt(9) / weight.double().norm() if normalize else 1.0
+    expected = (0.9 * norm * weight.double() - 0.3 * update.double()).float()
+    of_python = weight.clone()
+    torch.ops.resfast.move_filters_(weight, update, 0.3, 0.9, normalize)
+    kernels._move_filters(of_python, update, 0.3, 0.9, normalize)
+    torch.testing.assert_close(weight, expected)
+    torch.testing.assert_close(of_python, expected)
+
+
+def test_filters_of_norm_zero_stay_zero():
+    weight = torch.zeros(4, 5)
+    torch.ops.resfast.move_filters_(weight, torch.zeros(4, 5), 0.3, 0.9, True)
+    assert torch.equal(weight, torch.zeros(4, 5))
+
+
+@pytest.mark.skipif(extension.MISSING is not None, reason="needs the C++ kernels")
+@pytest.mark.parametrize(
+    ("weight", "update", "message"),
+    [
+        (torch.zeros(4, 6)[:, ::2], torch.zeros(4, 3), "weight has gaps in memory"),
+        (torch.zeros(4, 3), torch.zeros(3, 4).mT, "update is not in the memory order of weight"),
+        (torch.zeros(4, 3), torch.zeros(4, 2), r"update is \[4, 2\]; expected \[4, 3\]"),
+        (torch.zeros(4, 3), torch.zeros(4, 3).half(), "update is torch.float16"),
+        (torch.zeros(4, 3).double(), torch.zeros(4, 3), "weight is torch.float64"),
+    ],
+)
+def test_the_passes_refuse_what_they_cannot_take(weight: Tensor, update: Tensor, message: str):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.resfast.move_filters_(weight, update, 0.3, 0.9, False)
+    with pytest.raises(RuntimeError, match=message.replace("weight", "buffer")):
+        torch.ops.resfast.nesterov_(weight, torch.zeros(weight.shape), update, 0.3)
+
+
+@pytest.mark.parametrize("kind", ["float64", "gaps", "another order"])
+def test_weights_that_the_kernels_do_not_take_are_moved_all_the_same(kind: str):
+    torch.manual_seed(0)
+    value, gradient = torch.randn(2, 8, 6, 3, 3)
+    ours, theirs = value.clone(), nn.Parameter(value.clone())
+    if kind == "float64":
+        ours = ours.double()
+    elif kind == "gaps":
+        ours = torch.zeros(8, 12, 3, 3)[:, ::2].copy_(value)
+    ours = nn.Parameter(ours)
+    optimizers = [
+        Muon([{"params": [p], "muon": True}], 0.1, product_dtype=torch.float32)
+        for p in (ours, theirs)
+    ]
+    for step in range(3):
+        if kind == "another order" and step == 1:
+            ours.data = ours.data.contiguous(memory_format=torch.channels_last)
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+            optimizer.step()
+    torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=3e-4)
+
+
+def test_a_dtype_of_products_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"product_dtype is torch\.float16; expected"):
+        Muon([{"params": filters(), "muon": True}], product_dtype=torch.float16)
+
+
 def filters() -> list[Tensor]:
     """Weights of convolutions, some of the same shape, in both memory formats."""
     torch.manual_seed(0)
@@ -91,10 +245,13 @@ def gradients(parameters: list[Tensor], steps: int) -> list[list[Tensor]]:
     return [[torch.randn_like(p) for p in parameters] for _ in range(steps)]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-4), (torch.bfloat16, 5e-3)])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
-def test_a_step_follows_the_formula(momentum: float, weight_decay: float, normalize: bool):
+def test_a_step_follows_the_formula(
+    momentum: float, weight_decay: float, normalize: bool, dtype: torch.dtype, tolerance: float
+):
     parameters, lr = filters(), 0.1
     expected = [p.detach().double().flatten(1) for p in parameters]
     buffers = [torch.zeros_like(e) for e in expected]
@@ -104,6 +261,7 @@ def test_a_step_follows_the_formula(momentum: float, weight_decay: float, normal
         momentum=momentum,
         weight_decay=weight_decay,
         normalize_filters=normalize,
+        product_dtype=dtype,
     )
     for step in gradients(parameters, 4):
         for parameter, gradient in zip(parameters, step, strict=True):
@@ -119,7 +277,7 @@ def test_a_step_follows_the_formula(momentum: float, weight_decay: float, normal
             expected[i] -= lr * weight_decay * expected[i]
             expected[i] -= lr * max(1, rows / columns) ** 0.5 * update
     for parameter, value in zip(parameters, expected, strict=True):
-        torch.testing.assert_close(parameter.double().flatten(1), value, rtol=0, atol=3e-4)
+        torch.testing.assert_close(parameter.double().flatten(1), value, rtol=0, atol=tolerance)
     assert parameters[1].is_contiguous(memory_format=torch.channels_last)
 
 

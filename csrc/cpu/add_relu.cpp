@@ -12,6 +12,7 @@
 #include "check.h"
 #include "dtype.h"
 #include "isa.h"
+#include "order.h"
 
 namespace resfast {
 namespace {
@@ -62,20 +63,6 @@ struct AddReluBackward {
   }
 };
 
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t axis = 0; axis < a.dim(); ++axis)
-    if (a.size(axis) > 1 && a.stride(axis) != b.stride(axis)) return false;
-  return true;
-}
-
-// `tensor` itself, or a copy, dense in the memory order of `like`.
-Tensor ordered(const Tensor& tensor, const Tensor& like) {
-  if (same_strides(tensor, like)) return tensor;
-  Tensor copy = torch::stable::empty_like(like);
-  torch::stable::copy_(copy, tensor);
-  return copy;
-}
-
 template <template <class> class Kernel, class Dtype>
 void over_threads(const Tensor& first, const Tensor& second, Tensor& out) {
   using Stored = typename Dtype::Stored;
@@ -101,10 +88,7 @@ Tensor elementwise(
   if (!first.is_cpu() || !second.is_cpu())
     fail(first.is_cpu() ? second_name : first_name, " is not on the CPU; expected cpu, like ",
          first.is_cpu() ? first_name : second_name);
-  bool same = first.dim() == second.dim();
-  for (int64_t axis = 0; same && axis < first.dim(); ++axis)
-    same = first.size(axis) == second.size(axis);
-  if (!same)
+  if (!same_sizes(first, second))
     fail(second_name, " is ", shape_name(second.sizes()), "; expected ", shape_name(first.sizes()),
          ", like ", first_name);
 

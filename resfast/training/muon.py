@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from resfast import runtime
+from resfast.kernels import muon
+
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of the quintic a x + b x^3 + c x^5, which brings singular values near 1 in a few iterations."""
-_LEAST_NORM = 1e-7
 _STEPS_PER_GRAM_MATRIX = 5
 """Each iteration multiplies what float32 rounds off a gram matrix by up to a^2 = 12."""
 
@@ -27,27 +29,29 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Nearly orthogonal matrices with the singular vectors of the given ones, by Newton-Schulz.
 
     Each iteration is X <- (a I + b X X^T + c (X X^T)^2) X, beginning at Frobenius norm 1; five of
-    them bring singular values above 0.002 of that to between 0.68 and 1.21. On CUDA the products
-    are of bfloat16. On the CPU they are of float32, and as the factors before X commute with X X^T,
-    they are multiplied with each other first and X comes in at the end: the same result with fewer
-    operations where a matrix is far from square.
+    them bring singular values above 0.002 of that to between 0.68 and 1.21. On CUDA all products
+    are of bfloat16. On the CPU the factors before X, which commute with X X^T, are multiplied with
+    each other first, in float32, and X comes in at the end: the same result with fewer operations
+    where a matrix is far from square. The products with X itself are of its dtype.
 
     Args:
-        matrices: floating point ``[B, rows, columns]``.
+        matrices: float32 or bfloat16 ``[B, rows, columns]``.
         steps: iterations, at least 1.
 
     Returns:
-        float32 on the CPU, else bfloat16, ``[B, rows, columns]``. A zero matrix stays zero.
+        ``[B, rows, columns]``, on the CPU of the dtype of ``matrices``, else bfloat16. A zero
+        matrix stays zero.
     """
+    if matrices.device.type == "cpu":
+        result = matrices
+        for done in range(0, steps, _STEPS_PER_GRAM_MATRIX):
+            count = min(steps - done, _STEPS_PER_GRAM_MATRIX)
+            result = _by_gram_matrix(result, count, normalize=not done)
+        return result
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    norm = x.float().norm(dim=(1, 2), keepdim=True).clamp(min=_LEAST_NORM)
-    if x.device.type == "cpu":
-        x = (x / norm).float()
-        for done in range(0, steps, _STEPS_PER_GRAM_MATRIX):
-            x = _by_gram_matrix(x, min(steps - done, _STEPS_PER_GRAM_MATRIX))
-    else:
-        x = _directly((x / norm).to(torch.bfloat16), steps)
+    norm = x.float().norm(dim=(1, 2), keepdim=True).clamp(min=muon.LEAST_NORM)
+    x = _directly((x / norm).to(torch.bfloat16), steps)
     return x.mT if tall else x
 
 
@@ -60,16 +64,36 @@ def _directly(x: Tensor, steps: int) -> Tensor:
     return x
 
 
-def _by_gram_matrix(x: Tensor, steps: int) -> Tensor:
+def _by_gram_matrix(x: Tensor, steps: int, *, normalize: bool) -> Tensor:
+    tall = x.shape[1] > x.shape[2]
+    gram = (torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)).float()
+    if muon.has_newton_schulz_product():
+        product = torch.stack(
+            [
+                torch.ops.resfast.newton_schulz_product(one, steps, normalize, *COEFFICIENTS)
+                for one in gram
+            ]
+        )
+    else:
+        product = _product(gram, steps, normalize)
+    product = product.to(x.dtype)
+    return torch.bmm(x, product) if tall else torch.bmm(product, x)  # product is symmetric
+
+
+def _product(gram: Tensor, steps: int, normalize: bool) -> Tensor:
     a, b, c = COEFFICIENTS
-    gram, product = torch.bmm(x, x.mT), None
+    product = norm = None
+    if normalize:  # the trace is the square of the Frobenius norm
+        trace = gram.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
+        norm = trace.sqrt().clamp_(min=muon.LEAST_NORM)
+        gram = gram / norm.square()
     for step in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
         product = factor if product is None else torch.bmm(factor, product)
         if step + 1 < steps:
             gram = torch.bmm(torch.bmm(factor, gram), factor)
-    return torch.bmm(product, x)
+    return product if norm is None else product / norm
 
 
 class Muon(torch.optim.Optimizer):
@@ -91,9 +115,12 @@ class Muon(torch.optim.Optimizer):
         newton_schulz_steps: iterations of the orthogonalisation.
         normalize_filters: before each step scale every weight of a ``muon`` group to the Frobenius
             norm sqrt(K), each filter 1 on average (airbench94_muon).
+        product_dtype: on the CPU, of the products of an update with itself and at the end, float32
+            or bfloat16, which a processor may multiply twice as fast; None for what it does best.
 
     Raises:
-        ValueError: a parameter of a ``muon`` group with fewer than two dimensions.
+        ValueError: a ``product_dtype`` of neither kind, or a parameter of a ``muon`` group with
+            fewer than two dimensions.
     """
 
     def __init__(
@@ -105,7 +132,13 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         newton_schulz_steps: int = 5,
         normalize_filters: bool = False,
+        product_dtype: torch.dtype | None = None,
     ) -> None:
+        if product_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"product_dtype is {product_dtype}; expected torch.float32, torch.bfloat16 or None"
+            )
+        self.product_dtype = product_dtype
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -143,7 +176,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             buffers = [self.state[p]["momentum_buffer"] for p in parameters]
             if group["muon"]:
-                _muon(parameters, buffers, group)
+                self._step_muon(parameters, buffers, group)
             else:
                 sgd(
                     parameters,
@@ -159,8 +192,50 @@ class Muon(torch.optim.Optimizer):
                 )
         return loss
 
+    def _step_muon(
+        self, parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        ways: dict[bool, list[int]] = defaultdict(list)
+        for index, (parameter, buffer) in enumerate(zip(parameters, buffers, strict=True)):
+            ways[_has_kernels(parameter, buffer)].append(index)
+        for kernels, indices in ways.items():
+            mine = [parameters[i] for i in indices], [buffers[i] for i in indices], group
+            if kernels:
+                _by_kernels(*mine, self.product_dtype or _product_dtype())
+            else:
+                _by_foreach(*mine)
 
-def _muon(parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
+
+def _product_dtype() -> torch.dtype:
+    return torch.bfloat16 if runtime.cpu_has_bf16() else torch.float32
+
+
+def _by_kernels(
+    parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any], dtype: torch.dtype
+) -> None:
+    lr = float(group["lr"])
+    keep = 1 - lr * group["weight_decay"]
+    for parameter, buffer in zip(parameters, buffers, strict=True):
+        update = torch.empty_like(buffer, dtype=dtype)
+        torch.ops.resfast.nesterov_(buffer, parameter.grad, update, group["momentum"])
+        in_order = update if update.is_contiguous() else _in_memory_order(update)
+        matrix = in_order.flatten(1)
+        result = orthogonalize(matrix[None], group["newton_schulz_steps"])[0]
+        size = lr * math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1]))
+        moved = parameter if in_order is update else _in_memory_order(parameter)
+        torch.ops.resfast.move_filters_(
+            moved, result.view_as(moved), size, keep, group["normalize_filters"]
+        )
+
+
+def _has_kernels(parameter: Tensor, buffer: Tensor) -> bool:
+    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        return False
+    dense = parameter.is_contiguous() or _in_memory_order(parameter).is_contiguous()
+    return dense and buffer.dtype == torch.float32 and buffer.stride() == parameter.stride()
+
+
+def _by_foreach(parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
     lr, momentum = group["lr"], group["momentum"]
     gradients = [p.grad for p in parameters]
     torch._foreach_mul_(buffers, momentum)
@@ -168,7 +243,7 @@ def _muon(parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
     updates = torch._foreach_add(gradients, buffers, alpha=momentum)
     if group["normalize_filters"]:
         norms = torch._foreach_norm(parameters)
-        torch._foreach_clamp_min_(norms, _LEAST_NORM)
+        torch._foreach_clamp_min_(norms, muon.LEAST_NORM)
         torch._foreach_reciprocal_(norms)
         torch._foreach_mul_(norms, [math.sqrt(len(p)) for p in parameters])
         torch._foreach_mul_(parameters, norms)
