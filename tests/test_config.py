@@ -109,6 +109,7 @@ def test_a_missing_configuration_is_an_error(tmp_path: Path):
     [
         ("--epochs 0", "--epochs 0 is out of range"),
         ("--batch-size 0", "--batch-size 0"),
+        ("--accumulate 0", "--accumulate 0"),
         ("--lr 0", "--lr 0.0"),
         ("--lr nan", "--lr nan"),
         ("--warmup 1.5", "--warmup 1.5"),

@@ -44,6 +44,7 @@ OF_TINY = {"ema": 0.0, "whitening_bias_epochs": 0.0}
 """What the tiny network, which has no whitening, wants otherwise."""
 CONFIGS = {
     "sgd": {},
+    "sgd, accumulated": {"accumulate": 2},
     "adam": {"optimizer": "adam", "lr": 0.01},
     "adamw, ema": {"optimizer": "adamw", "lr": 0.01, "ema": 0.9},
     "muon, lookahead, whitening": MUON,
@@ -189,6 +190,46 @@ def test_a_weight_that_is_a_tensor_moves_an_average_alike(weight: float, write_b
         torch.testing.assert_close(one.model.state_dict(), other.model.state_dict())
         if write_back:
             assert torch.equal(one.model.conv1.weight, one.module.conv1.weight)
+
+
+# -- accumulation -------------------------------------------------------------------------------
+
+
+def without_norm(accumulate: int, **values: object) -> TrainStep:
+    step = make_step(image_losses=True, accumulate=accumulate, label_smoothing=0.1, **values)
+    step.model.norm = nn.Identity()
+    return step
+
+
+@pytest.mark.parametrize("images", [6, 5])  # in equal parts, and not
+@pytest.mark.parametrize("accumulate", [2, 4, 6])
+def test_the_parts_of_a_batch_do_what_it_does_at_once(accumulate: int, images: int):
+    whole, parts = without_norm(1), without_norm(accumulate)
+    for number in range(4):
+        values, labels = (tensor[:images] for tensor in batch(number))
+        results = [step(values, labels) for step in (whole, parts)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(whole.image_losses, parts.image_losses)
+        for step in (whole, parts):
+            step.schedule.step(number)
+    torch.testing.assert_close(whole.model.state_dict(), parts.model.state_dict())
+
+
+def test_batch_norm_sees_a_part_at_a_time():
+    step = make_step(accumulate=3)
+    seen = []
+    step.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    step(*batch(0))
+    assert seen == [2, 2, 2]
+    assert int(step.model.norm.num_batches_tracked) == 3
+
+
+def test_the_parts_are_compiled_once():
+    step = make_step(accumulate=3, compile=True)
+    step.warm_up(*batch(9), fall_back=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = run(step)
+    assert compiled == pytest.approx(run(make_step(accumulate=3)), rel=1e-3)
 
 
 # -- the whitening bias -------------------------------------------------------------------------

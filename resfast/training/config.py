@@ -196,6 +196,9 @@ class OptimConfig:
     """Images a step (None: 128, or 64 for a data set below 10,000 images)."""
     batch_sizes: PhaseList = ()
     """Batch sizes before that one, each up to a part of the training, as in 256:0.3,512:0.7."""
+    accumulate: int = 1
+    """Parts that a batch goes through the network in, one after the other, their gradients added:
+    less memory; batch norm then sees a part at a time."""
     optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
     """Optimizer; sgd is Nesterov's; muon orthogonalises the updates of convolution filters and
     leaves all else to sgd."""

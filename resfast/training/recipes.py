@@ -121,7 +121,14 @@ RECIPES["fast-resnet-2111"] = replace(
     recipe="fast-resnet-2111",
     model=ModelConfig(model="resnet-2111", freeze_norm_scale=True, param_budget=FIVE_MILLION),
     data=replace(_FAST94.data, augment=Augment(crop=3, flip="alternating")),
-    optim=replace(_FAST94.optim, epochs=22, head_lr=0.03, bias_lr=0.4, whitening_bias_epochs=0.0),
+    optim=replace(
+        _FAST94.optim,
+        epochs=22,
+        accumulate=2,
+        head_lr=0.03,
+        bias_lr=0.4,
+        whitening_bias_epochs=0.0,
+    ),
 )
 
 RECIPES["fast-resnet-453"] = replace(

@@ -45,6 +45,7 @@ def check(config: Config) -> None:
 
     at_least("epochs", optim.epochs, 1)
     at_least("batch-size", optim.batch_size, 1)
+    at_least("accumulate", optim.accumulate, 1)
     at_least("weight-decay", optim.weight_decay, 0)
     at_least("head-weight-decay", optim.head_weight_decay, 0)
     at_least("bias-weight-decay", optim.bias_weight_decay, 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class TrainStep:
     Args:
         model: the network, in ``channels_last``, on the device.
         optimizer: over its parameters.
-        config: clipping, label smoothing, averaging and the training of a whitening bias.
+        config: accumulation, clipping, label smoothing, averaging and the training of a whitening
+            bias.
         device: where it runs.
         dtype: compute dtype under autocast; fp16 scales the loss.
         compile: whether forward and backward go through torch.compile.
@@ -184,8 +186,7 @@ class TrainStep:
     def _step(
         self, images: Tensor, labels: Tensor, moves_average: bool, weight: float | Tensor
     ) -> tuple[Tensor, ...]:
-        loss, *rest = self._loss(images, labels)
-        self.scaler.scale(loss).backward()
+        loss, *rest = self._backward(images, labels)
         parameters = self.model.parameters()
         if self.config.clip_value or self.config.clip_norm:
             self.scaler.unscale_(self.optimizer)
@@ -198,7 +199,23 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if moves_average:
             self.average.move(weight, write_back=bool(self.config.lookahead))
-        return loss.detach(), *rest
+        return loss, *rest
+
+    def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Adds the gradients of a batch; what :meth:`_forward` gives for it."""
+        size = math.ceil(len(images) / self.config.accumulate)
+        if size == len(images):
+            loss, *rest = self._loss(images, labels)
+            self.scaler.scale(loss).backward()
+            return loss.detach(), *rest
+        loss, correct, image_losses = 0.0, 0, []
+        for part, part_labels in zip(images.split(size), labels.split(size), strict=True):
+            mean, right, *rest = self._loss(part, part_labels)
+            mean = mean * (len(part) / len(images))
+            self.scaler.scale(mean).backward()
+            loss, correct = loss + mean.detach(), correct + right
+            image_losses += rest
+        return loss, correct, *([torch.cat(image_losses)] if image_losses else [])
 
     # -- what changes from step to step -----------------------------------------------------------
 
@@ -282,8 +299,7 @@ class TrainStep:
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         with _keep_generators(self.device):
             try:
-                loss, *_ = self._loss(images, labels)
-                loss.backward()
+                self._backward(images, labels)
             except RuntimeError as error:
                 if not fall_back:
                     raise

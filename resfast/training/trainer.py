@@ -420,6 +420,7 @@ class _Run:
                 self._warm_up_loader()
             self._compile()
         self._warm_up_evaluation()
+        runtime.release_memory(self.device)
         with display, _Signals(self):
             if not finished:
                 display.start(len(self.plan.epochs), self.plan.steps, self.evaluated_on)
@@ -793,6 +794,7 @@ class _Run:
     # -- result --------------------------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
+        runtime.release_memory(self.device)
         config, data = self.config, self.data
         self._save_weights(records.WEIGHTS)
         tta = config.evaluation.tta
