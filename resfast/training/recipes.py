@@ -96,7 +96,7 @@ RECIPES: dict[str, Config] = {
             whitening_bias_epochs=2.0,
         ),
         evaluation=EvalConfig(
-            tta="shift", tta_select=0.25, eval_every=0, eval_batch_size=500, fuse=True
+            tta="shift", tta_select=0.1, eval_every=0, eval_batch_size=500, fuse=True
         ),
         runtime=RuntimeConfig(winograd_tile=4),
     ),
