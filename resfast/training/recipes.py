@@ -120,10 +120,10 @@ RECIPES["fast-resnet-2111"] = replace(
     _FAST94,
     recipe="fast-resnet-2111",
     model=ModelConfig(model="resnet-2111", freeze_norm_scale=True, param_budget=FIVE_MILLION),
-    data=replace(_FAST94.data, augment=Augment(crop=3, flip="alternating")),
+    data=replace(_FAST94.data, augment=Augment(crop=4, flip="alternating", cutout=8)),
     optim=replace(
         _FAST94.optim,
-        epochs=22,
+        epochs=26,
         accumulate=2,
         head_lr=0.03,
         bias_lr=0.4,
