@@ -145,7 +145,7 @@ def row_of(folder: Path) -> Row:
     count = config.run.runs
     device, processor = summary["device_type"], summary["device"]
     scored = summary[f"{summary['scored_on']}_images"]
-    seen = views(summary["tta"], summary["tta_select"])
+    seen = views(summary["tta"], summary["tta_select"], summary["tta_mirror"])
     values = {name: summary[name] for name in Row.model_fields if name in summary}
     values["data"] = targets.data_name(summary["data"])
     return Row.model_validate(
@@ -159,10 +159,10 @@ def row_of(folder: Path) -> Row:
     )
 
 
-def views(tta: str, select: float) -> float:
-    """Forward passes an image of the final evaluation, of which a part may get the moved views."""
-    upright, moved = {"none": (1, 0), "flip": (2, 0), "shift": (2, 4), "multi-crop": (2, 8)}[tta]
-    return upright + select * moved
+def views(tta: str, select: float, mirror: float) -> float:
+    """Forward passes an image of the final evaluation, where parts may get further views."""
+    mirrored, moved = {"none": (0, 0), "flip": (1, 0), "shift": (1, 4), "multi-crop": (1, 8)}[tta]
+    return 1 + mirror * mirrored + min(select, mirror) * moved
 
 
 def target_row(row: Row, source: str) -> targets.Row:

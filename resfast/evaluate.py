@@ -146,9 +146,11 @@ def evaluate(
             classes=len(run.classes),
             numbering=numbering,
         )
-        select = run.config.evaluation.tta_select
+        parts = {
+            name: getattr(run.config.evaluation, name) for name in ("tta_select", "tta_mirror")
+        }
         plain, augmented = evaluation.evaluate_both(
-            run.model, batches, dtype=run.dtype, tta=tta, tta_select=select
+            run.model, batches, dtype=run.dtype, tta=tta, **parts
         )
     seconds = time.perf_counter() - start
     record = {
@@ -161,7 +163,7 @@ def evaluate(
         "test_accuracy": plain.accuracy,
         "test_loss": plain.loss,
         "tta": tta,
-        "tta_select": select,
+        **parts,
         "tta_accuracy": augmented.accuracy,
         "tta_loss": augmented.loss,
         "per_class_accuracy": {

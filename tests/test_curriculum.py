@@ -131,6 +131,7 @@ def test_plans_that_do_not_fit_the_images_are_refused(values: dict, said: str):
         ({"filter_start": 2.0}, "--filter-start 2.0 is out of range"),
         ({"score_test": False}, "--no-score-test leaves nothing to score"),
         ({"tta_select": 0.0}, "--tta-select 0.0 is out of range"),
+        ({"tta_mirror": 1.5}, "--tta-mirror 1.5 is out of range"),
         ({"hold_out": -1}, "--hold-out -1 is out of range"),
     ],
 )
@@ -162,7 +163,7 @@ def test_a_configuration_from_before_loads_with_todays_values():
     for name in ("sizes", "resize_by", "filter_start", "filter_keep", "hold_out"):
         del old["data"][name]
     del old["optim"]["batch_sizes"]
-    for name in ("tta_select", "score_test", "fuse"):
+    for name in ("tta_select", "tta_mirror", "score_test", "fuse"):
         del old["evaluation"][name]
     assert configs.from_json(json.dumps(old), "old") == Config()
 

@@ -113,12 +113,34 @@ def test_the_least_confident_images_get_the_other_views(images: Tensor, labels: 
     assert found.loss != pytest.approx(float(nn.functional.cross_entropy(every, labels)))
 
 
+@pytest.mark.parametrize("select", [0.2, 0.6])  # above the mirrored part: all of these
+@pytest.mark.parametrize("tta", ["flip", "shift"])
+def test_the_least_certain_images_get_the_mirrored_view(
+    images: Tensor, labels: Tensor, tta: str, select: float
+):
+    model = Small()
+    options = {"tta": tta, "tta_select": select, "tta_mirror": 0.45}
+    plain, found = evaluate_both(model, batches(images, labels), **options)
+    mirrored, moved = math.ceil(0.45 * COUNT), math.ceil(min(0.45, select) * COUNT)
+    assert sum(model.shown) == COUNT + mirrored + (4 * moved if tta == "shift" else 0)
+    logits = reference(model, images, "none")
+    assert plain.accuracy == float((logits.argmax(1) == labels).double().mean())
+    least = logits.softmax(1).amax(1).argsort()[:mirrored]
+    logits[least] = reference(model, images, "flip")[least]
+    if tta == "shift":
+        least = least[logits[least].softmax(1).amax(1).argsort()[:moved]]
+        logits[least] = reference(model, images, "shift")[least]
+    assert found.accuracy == float((logits.argmax(1) == labels).double().mean())
+    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(logits, labels)))
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 53, 60])
+@pytest.mark.parametrize("mirror", [0.7, 1.0])
 @pytest.mark.parametrize("select", [0.01, 0.5, 0.99])
 def test_the_choice_does_not_depend_on_the_batches(
-    images: Tensor, labels: Tensor, batch_size: int, select: float
+    images: Tensor, labels: Tensor, batch_size: int, select: float, mirror: float
 ):
-    options = {"tta": "multi-crop", "tta_select": select}
+    options = {"tta": "multi-crop", "tta_select": select, "tta_mirror": mirror}
     one = evaluate(Small(), batches(images, labels, COUNT), **options)
     model = Small()
     other = evaluate(model, batches(images, labels, batch_size), **options)
@@ -139,8 +161,11 @@ def test_what_cannot_be_selected_from_is_refused(images: Tensor, labels: Tensor)
     given = batches(images, labels)
     with pytest.raises(ValueError, match=r"tta_select is 0"):
         evaluate(Small(), given, tta="shift", tta_select=0)
-    with pytest.raises(ValueError, match="needs them twice"):
-        evaluate(Small(), iter(given), tta="shift", tta_select=0.5)
+    with pytest.raises(ValueError, match=r"tta_mirror is 2"):
+        evaluate(Small(), given, tta="shift", tta_mirror=2)
+    for option in ("tta_select", "tta_mirror"):
+        with pytest.raises(ValueError, match="need them again"):
+            evaluate(Small(), iter(given), tta="shift", **{option: 0.5})
     evaluate(Small(), iter(given), tta="flip", tta_select=0.5)  # nothing to select for
 
 
@@ -221,11 +246,12 @@ def test_a_fused_evaluation_agrees(tiny: Config, tta_select: float):
 
 
 def test_evaluating_a_run_again_gives_its_accuracy(tiny: Config):
-    result = train(change(tiny, epochs=2, tta="multi-crop", tta_select=0.5))
+    result = train(change(tiny, epochs=2, tta="multi-crop", tta_select=0.5, tta_mirror=0.7))
     again = resfast.evaluate(result.path)
     assert again.accuracy == result.summary["test_accuracy"]
     assert again.with_tta.accuracy == result.summary["tta_accuracy"]
     assert again.record["tta_select"] == 0.5
+    assert again.record["tta_mirror"] == 0.7
 
 
 @pytest.mark.gpu

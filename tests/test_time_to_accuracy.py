@@ -86,9 +86,10 @@ def test_what_was_interrupted_goes_on_and_what_is_there_is_kept(
     assert only_row(tmp_path / "rows")["seeds"] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("mirror", [1.0, 0.5, 0.125])
 @pytest.mark.parametrize("select", [1.0, 0.25])
 @pytest.mark.parametrize("kind", ["none", "flip", "shift", "multi-crop"])
-def test_views_are_the_forward_passes_of_an_evaluation(kind: str, select: float):
+def test_views_are_the_forward_passes_of_an_evaluation(kind: str, select: float, mirror: float):
     class Counting(nn.Module):
         seen = 0
 
@@ -98,8 +99,8 @@ def test_views_are_the_forward_passes_of_an_evaluation(kind: str, select: float)
 
     model = Counting()
     batches = [(torch.randn(8, 3, 6, 6), torch.zeros(8, dtype=torch.int64)) for _ in range(2)]
-    evaluate(model, batches, tta=kind, tta_select=select)
-    assert model.seen == 16 * views(kind, select)
+    evaluate(model, batches, tta=kind, tta_select=select, tta_mirror=mirror)
+    assert model.seen == 16 * views(kind, select, mirror)
 
 
 def test_folders_of_runs_become_rows_of_the_table_of_targets(

@@ -280,6 +280,9 @@ class EvalConfig:
     tta_select: float = 1.0
     """Part of the images that get the translated views: those with the least confident prediction
     under the image and its mirror (1: all)."""
+    tta_mirror: float = 1.0
+    """Part of the images that get the mirrored view, of which are those that get the translated
+    ones: those with the least confident prediction by themselves (1: all)."""
     score_test: bool = True
     """Score the test images; without, choices are made on a held-out part and the test images are
     not looked at."""

@@ -87,9 +87,18 @@ def _upright(
     model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA
 ) -> tuple[Tensor, Tensor]:
     """Logits of the images, and their mean with those of the mirrored ones."""
+    plain = _forward(model, batch, dtype)
+    return plain, plain if tta == "none" else _mirrored(model, batch, dtype, plain)
+
+
+def _forward(model: nn.Module, batch: Tensor, dtype: torch.dtype) -> Tensor:
     with _autocast(batch, dtype):
-        plain = model(batch).float()
-        return plain, plain if tta == "none" else (plain + model(batch.flip(3)).float()) / 2
+        return model(batch).float()
+
+
+def _mirrored(model: nn.Module, batch: Tensor, dtype: torch.dtype, plain: Tensor) -> Tensor:
+    """Mean of the logits of the images, ``plain``, and of the mirrored ones."""
+    return (plain + _forward(model, batch.flip(3), dtype)) / 2
 
 
 def _moved(
@@ -119,9 +128,11 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     tta: TTA = "none",
     tta_select: float = 1.0,
+    tta_mirror: float = 1.0,
 ) -> Evaluation:
     """Scores a network; arguments as of :func:`evaluate_both`."""
-    return evaluate_both(model, batches, dtype=dtype, tta=tta, tta_select=tta_select)[1]
+    options = {"tta": tta, "tta_select": tta_select, "tta_mirror": tta_mirror}
+    return evaluate_both(model, batches, dtype=dtype, **options)[1]
 
 
 def evaluate_both(
@@ -131,27 +142,34 @@ def evaluate_both(
     dtype: torch.dtype = torch.float32,
     tta: TTA = "none",
     tta_select: float = 1.0,
+    tta_mirror: float = 1.0,
 ) -> tuple[Evaluation, Evaluation]:
     """Scores a network without and with test-time augmentation, in one go over its views.
 
     Args:
         model: a network on the device of the batches; put in eval mode for the call, and back.
         batches: normalized images ``[B, C, H, W]`` in ``dtype`` and labels int64 ``[B]``, at least
-            one batch. With ``tta_select`` they are iterated twice.
+            one batch. With ``tta_select`` or ``tta_mirror`` they are iterated again.
         dtype: compute dtype under autocast; float32 for none.
         tta: as of :func:`predict`.
         tta_select: part of the images, above 0, that get all views: those with the smallest
             greatest probability under the image and its mirror, which decide the others (selective
             test-time augmentation).
+        tta_mirror: part of the images, above 0, that get the mirrored view: likewise by the image
+            alone. Only of these are those with all views.
 
     Raises:
-        ValueError: ``tta_select`` is out of range, or the batches can be iterated only once.
+        ValueError: a part is out of range, or the batches can be iterated only once.
     """
-    if not 0 < tta_select <= 1:
-        raise ValueError(f"tta_select is {tta_select}; expected more than 0, at most 1")
-    selective = tta in _MOVES and tta_select < 1
+    for name, part in (("tta_select", tta_select), ("tta_mirror", tta_mirror)):
+        if not 0 < part <= 1:
+            raise ValueError(f"{name} is {part}; expected more than 0, at most 1")
+    some_mirrored = tta != "none" and tta_mirror < 1
+    selective = some_mirrored or (tta in _MOVES and tta_select < 1)
     if selective and isinstance(batches, Iterator):
-        raise ValueError("batches is an iterator, and tta_select needs them twice; pass a list")
+        raise ValueError(
+            "batches is an iterator, and tta_select and tta_mirror need them again; pass a list"
+        )
     was_training = model.training
     model.eval()
     plain, augmented = _Tally(), _Tally()
@@ -159,24 +177,35 @@ def evaluate_both(
         with torch.inference_mode():
             kept = []
             for images, labels in batches:
-                logits, mirrored = _upright(model, images, dtype, tta)
+                upright = "none" if some_mirrored else tta
+                logits, mirrored = _upright(model, images, dtype, upright)
                 plain.add(logits, labels)
                 if selective:
                     kept.append((mirrored, labels))
                 elif tta != "none":
                     augmented.add(_moved(model, images, dtype, tta, mirrored), labels)
             if selective:
-                mirrored, labels = (torch.cat(values) for values in zip(*kept, strict=True))
-                confidence = mirrored.softmax(1).amax(1)
-                least = confidence.argsort(stable=True)[: math.ceil(tta_select * len(labels))]
-                for images, indices in _chosen(batches, least.sort().values):
-                    logits = _moved(model, images, dtype, tta, mirrored[indices])
-                    mirrored[indices] = logits
-                augmented.add(mirrored, labels)
+                logits, labels = (torch.cat(values) for values in zip(*kept, strict=True))
+                chosen = torch.arange(len(labels), device=labels.device)
+                if some_mirrored:
+                    chosen = _least_certain(logits, chosen, tta_mirror)
+                    for images, indices in _chosen(batches, chosen):
+                        logits[indices] = _mirrored(model, images, dtype, logits[indices])
+                if tta in _MOVES:
+                    chosen = _least_certain(logits, chosen, tta_select)
+                    for images, indices in _chosen(batches, chosen):
+                        logits[indices] = _moved(model, images, dtype, tta, logits[indices])
+                augmented.add(logits, labels)
     finally:
         model.train(was_training)
     result = plain.result()
     return result, result if tta == "none" else augmented.result()
+
+
+def _least_certain(logits: Tensor, among: Tensor, part: float) -> Tensor:
+    """Of the rising places ``among`` those of the least certain ``part`` of all images."""
+    confidence = logits[among].softmax(1).amax(1)
+    return among[confidence.argsort(stable=True)[: math.ceil(part * len(logits))]].sort().values
 
 
 def _chosen(

@@ -76,7 +76,7 @@ RECIPES: dict[str, Config] = {
             filter_keep=0.5,
         ),
         optim=OptimConfig(
-            epochs=11,
+            epochs=10.75,
             batch_size=500,
             optimizer="muon",
             lr=0.12,
@@ -96,7 +96,12 @@ RECIPES: dict[str, Config] = {
             whitening_bias_epochs=2.0,
         ),
         evaluation=EvalConfig(
-            tta="shift", tta_select=0.1, eval_every=0, eval_batch_size=500, fuse=True
+            tta="multi-crop",
+            tta_select=0.1,
+            tta_mirror=0.4,
+            eval_every=0,
+            eval_batch_size=500,
+            fuse=True,
         ),
         runtime=RuntimeConfig(winograd_tile=4),
     ),

@@ -90,8 +90,10 @@ def check(config: Config) -> None:
             "--no-score-test leaves nothing to score: hold out images with --hold-out or "
             "--val-fraction"
         )
-    select = evaluation.tta_select
-    need(0 < select <= 1, "tta-select", select, "a part of the images, above 0, at most 1")
+    for option in ("tta_select", "tta_mirror"):
+        part = getattr(evaluation, option)
+        expected = "a part of the images, above 0, at most 1"
+        need(0 < part <= 1, option.replace("_", "-"), part, expected)
     check_phases(data.sizes, "sizes")
     check_phases(optim.batch_sizes, "batch-sizes")
     need(0 <= data.filter_start <= 1, "filter-start", data.filter_start, "a part, 0 to 1")

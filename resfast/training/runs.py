@@ -24,8 +24,18 @@ from resfast.training.trainer import Interrupted, Result, Shared
 SECONDS = ("timed", "whitening", "train", "final_eval", "eval", "compile", "total")
 """Kinds of seconds of a run; its summary has them as ``<kind>_seconds``."""
 _SAME = (
-    *("model", "params", "macs", "train_macs", "data", "data_digest", "tta", "tta_select"),
-    *("scored_on", "test_images", "val_images", "device", "device_type", "precision"),
+    *("model", "params", "macs", "train_macs", "data", "data_digest"),
+    *(
+        "tta",
+        "tta_select",
+        "tta_mirror",
+        "scored_on",
+        "test_images",
+        "val_images",
+        "device",
+        "device_type",
+        "precision",
+    ),
 )
 
 

@@ -495,7 +495,8 @@ class _Run:
         counts = [self.val.count]
         if self.config.evaluation.score_test:
             counts.append(feed.count(self.test_source))
-        counts += [math.ceil(count * self.config.evaluation.tta_select) for count in counts]
+        parts = self.config.evaluation.tta_select, self.config.evaluation.tta_mirror
+        counts += [math.ceil(count * part) for count in counts for part in parts]
         sizes = {min(size, count) for count in counts} | {count % size for count in counts} - {0}
         before = self.seconds["eval"]
         for batch in sorted(sizes, reverse=True):
@@ -770,7 +771,12 @@ class _Run:
         if self.config.evaluation.fuse:
             model, dtype = self._fused(model), torch.float32  # it needs no autocast
         plain, augmented = evaluate_both(
-            model, batches, dtype=dtype, tta=tta, tta_select=self.config.evaluation.tta_select
+            model,
+            batches,
+            dtype=dtype,
+            tta=tta,
+            tta_select=self.config.evaluation.tta_select,
+            tta_mirror=self.config.evaluation.tta_mirror,
         )
         seconds = time.perf_counter() - start
         self.seconds["eval"] += seconds
@@ -831,6 +837,7 @@ class _Run:
             "test_loss": tested and tested.plain.loss,
             "tta": tta,
             "tta_select": config.evaluation.tta_select,
+            "tta_mirror": config.evaluation.tta_mirror,
             "tta_accuracy": tested and tested.augmented.accuracy,
             "val_images": self.val.count if held_out else 0,
             "val_accuracy": held_out and held_out.plain.accuracy,
