@@ -76,7 +76,7 @@ RECIPES: dict[str, Config] = {
             filter_keep=0.5,
         ),
         optim=OptimConfig(
-            epochs=10.75,
+            epochs=11,
             batch_size=500,
             optimizer="muon",
             lr=0.12,
