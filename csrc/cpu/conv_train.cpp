@@ -16,28 +16,93 @@ namespace {
 
 // -- the weight ------------------------------------------------------------------------------------
 
-// 16 outputs of one channel and tap.
-struct WeightLanes {
-  const float* weight; // [K, 3, 3, C]
+// A weight in float32, [K, 3, 3, C].
+struct Weight {
+  const float* values;
   int64_t filters, channels;
-  bool transposed; // outputs are the channels of the weight, channels its filters, and taps turned
 
+  RESFAST_BF16_INLINE const float* at(int64_t filter, int tap, int64_t channel) const {
+    return values + (filter * 9 + tap) * channels + channel;
+  }
+};
+
+// 16 outputs of one channel and tap, where outputs are the channels of the weight, channels its
+// filters, and taps turned.
+struct TransposedLanes {
+  const Weight weight;
+
+  int64_t outputs() const { return weight.channels; }
+  int64_t channels() const { return weight.filters; }
+  void go_to(int64_t, int64_t) {}
   RESFAST_BF16_INLINE __m512 load(int64_t output, int64_t channel, int tap) const {
-    if (transposed) {
-      const float* from = weight + (channel * 9 + 8 - tap) * channels + output;
-      return _mm512_maskz_loadu_ps(lane_mask(channels - output), from);
+    return _mm512_maskz_loadu_ps(
+        lane_mask(weight.channels - output), weight.at(channel, 8 - tap, output));
+  }
+};
+
+// Likewise, where outputs are the filters, which are far apart: 32 channels are turned at once.
+struct PlainLanes {
+  static constexpr int64_t kGroup = 32; // in which channel_of stays
+  const Weight weight;
+  alignas(64) float turned[9 * kGroup * kLanes] = {}; // [tap][channel][output]
+
+  explicit PlainLanes(const Weight& weight_) : weight(weight_) {}
+  int64_t outputs() const { return weight.filters; }
+  int64_t channels() const { return weight.channels; }
+
+  RESFAST_BF16 void go_to(int64_t output, int64_t group) {
+    const int64_t rows = std::min(kLanes, weight.filters - output);
+    for (int tap = 0; tap < 9; ++tap)
+      for (int64_t half = 0; half < kGroup; half += kLanes) {
+        const int64_t channel = group * kGroup + half;
+        if (channel >= weight.channels) break;
+        const __mmask16 mask = lane_mask(weight.channels - channel);
+        __m512 lanes[kLanes];
+        for (int64_t row = 0; row < kLanes; ++row)
+          lanes[row] = row < rows
+              ? _mm512_maskz_loadu_ps(mask, weight.at(output + row, tap, channel))
+              : _mm512_setzero_ps();
+        transpose(lanes);
+        float* to = turned + (tap * kGroup + half) * kLanes;
+        for (int64_t row = 0; row < kLanes; ++row) _mm512_store_ps(to + row * kLanes, lanes[row]);
+      }
+  }
+
+  RESFAST_BF16_INLINE __m512 load(int64_t, int64_t channel, int tap) const {
+    return _mm512_load_ps(turned + (tap * kGroup + channel % kGroup) * kLanes);
+  }
+
+  // Rows to columns.
+  static RESFAST_BF16_INLINE void transpose(__m512 (&rows)[kLanes]) {
+    __m512 part[kLanes];
+    for (int i = 0; i < kLanes; i += 2) {
+      part[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+      part[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
     }
-    const float* from = weight + (output * 9 + tap) * channels + channel;
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i at = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(9 * channels)));
-    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), lane_mask(filters - output), at, from, 4);
+    for (int i = 0; i < kLanes; i += 4) // then rows[i + c] has columns c, 4 + c, 8 + c, 12 + c of 4
+      for (int j = 0; j < 2; ++j) {
+        const __m512d first = (__m512d)part[i + j], second = (__m512d)part[i + j + 2];
+        rows[i + 2 * j] = (__m512)_mm512_unpacklo_pd(first, second);
+        rows[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(first, second);
+      }
+    for (int c = 0; c < 4; ++c) {
+      const __m512 even = _mm512_shuffle_f32x4(rows[c], rows[4 + c], 0x88);
+      const __m512 odd = _mm512_shuffle_f32x4(rows[c], rows[4 + c], 0xDD);
+      const __m512 late_even = _mm512_shuffle_f32x4(rows[8 + c], rows[12 + c], 0x88);
+      const __m512 late_odd = _mm512_shuffle_f32x4(rows[8 + c], rows[12 + c], 0xDD);
+      part[c] = _mm512_shuffle_f32x4(even, late_even, 0x88);
+      part[4 + c] = _mm512_shuffle_f32x4(odd, late_odd, 0x88);
+      part[8 + c] = _mm512_shuffle_f32x4(even, late_even, 0xDD);
+      part[12 + c] = _mm512_shuffle_f32x4(odd, late_odd, 0xDD);
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = part[i];
   }
 };
 
 // (G g G^T) of one channel's kernels, for 16 outputs.
-template <class Form>
+template <class Form, class Lanes>
 RESFAST_BF16 void transform_weight(
-    const WeightLanes& from, int64_t output, int64_t channel, __m512* points) {
+    const Lanes& from, int64_t output, int64_t channel, __m512* points) {
   constexpr int kSide = Form::kSide;
   __m512 columns[kSide][3];
   for (int j = 0; j < 3; ++j) {
@@ -53,9 +118,9 @@ RESFAST_BF16_INLINE __m512i words(__m512 value) {
   return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value));
 }
 
-template <class Form>
+template <class Form, class Lanes>
 RESFAST_BF16 void pack_pair(
-    const WeightLanes& from, int64_t output, int64_t pair, int64_t channels, uint16_t* to,
+    const Lanes& from, int64_t output, int64_t pair, int64_t channels, uint16_t* to,
     int64_t point_stride) {
   __m512 even[kPoints<Form>], odd[kPoints<Form>];
   transform_weight<Form>(from, output, channel_of(2 * pair, channels), even);
@@ -68,22 +133,26 @@ RESFAST_BF16 void pack_pair(
   }
 }
 
-template <class Form>
-Tensor pack(const WeightLanes& from) {
-  const int64_t outputs = from.transposed ? from.channels : from.filters;
-  const int64_t channels = from.transposed ? from.filters : from.channels;
+template <class Form, class Lanes>
+Tensor pack(const Weight& weight) {
+  const Lanes shape{weight};
+  const int64_t outputs = shape.outputs(), channels = shape.channels();
   const int64_t pairs = ceil_div(channels, 2), blocks = ceil_div(outputs, kLanes);
+  constexpr int64_t kPairs = PlainLanes::kGroup / 2;
   Tensor packed = torch::stable::empty(
       {kPoints<Form> * blocks * kLanes * 2 * pairs}, ScalarType::BFloat16);
   auto* to = static_cast<uint16_t*>(packed.mutable_data_ptr());
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, pairs, ceil_div(pairs, threads), [&](int64_t begin, int64_t end) {
+    Lanes from{weight};
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t output = block * kLanes, panel = output / kPanel;
       const int64_t width = panel_blocks(outputs, panel) * kLanes;
       uint16_t* base = to + panel * kPanel * kPoints<Form> * 2 * pairs + output % kPanel * 2;
-      for (int64_t pair = begin; pair < end; ++pair)
+      for (int64_t pair = begin; pair < end; ++pair) {
+        if (pair == begin || pair % kPairs == 0) from.go_to(output, pair / kPairs);
         pack_pair<Form>(from, output, pair, channels, base + pair * width * 2, width * 2 * pairs);
+      }
     }
   });
   return packed;
@@ -97,10 +166,12 @@ Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed, in
          "; expected torch.float32 [K, C, 3, 3] in channels_last memory of the CPU");
   check_tile(tile, stride);
   if (weight.numel() > int64_t{1} << 30) fail("the weight has more than 2^30 values");
-  const WeightLanes from{
-      static_cast<const float*>(weight.const_data_ptr()), weight.size(0), weight.size(1),
-      transposed};
-  return with_form(tile, stride, [&](auto form) { return pack<decltype(form)>(from); });
+  const Weight from{
+      static_cast<const float*>(weight.const_data_ptr()), weight.size(0), weight.size(1)};
+  return with_form(tile, stride, [&](auto form) {
+    using Form = decltype(form);
+    return transposed ? pack<Form, TransposedLanes>(from) : pack<Form, PlainLanes>(from);
+  });
 }
 
 // -- its gradient ----------------------------------------------------------------------------------
