@@ -17,28 +17,6 @@
 namespace resfast {
 namespace {
 
-// A dtype: how it is stored, to float32, and back to nearest even.
-struct AddFloat32 {
-  using Stored = float;
-  static RESFAST_INLINE float load(float value) { return value; }
-  static RESFAST_INLINE float store(float value) { return value; }
-  static RESFAST_INLINE bool dead(float result) { return result <= 0; }
-};
-
-struct AddBFloat16 {
-  using Stored = uint16_t;
-  static RESFAST_INLINE float load(uint16_t value) { return from_bfloat16(value); }
-  static RESFAST_INLINE uint16_t store(float value) { return to_bfloat16(value); }
-  static RESFAST_INLINE bool dead(uint16_t result) { return load(result) <= 0; }
-};
-
-struct AddFloat16 {
-  using Stored = uint16_t;
-  static RESFAST_INLINE float load(uint16_t value) { return from_float16(value); }
-  static RESFAST_INLINE uint16_t store(float value) { return to_float16(value); }
-  static RESFAST_INLINE bool dead(uint16_t result) { return load(result) <= 0; }
-};
-
 template <class Dtype>
 struct AddRelu {
   using Stored = typename Dtype::Stored;
@@ -59,7 +37,7 @@ struct AddReluBackward {
       const Stored* __restrict grad, const Stored* __restrict result, Stored* __restrict out,
       int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      out[i] = Dtype::dead(result[i]) ? Stored{0} : grad[i];
+      out[i] = Dtype::load(result[i]) <= 0 ? Stored{0} : grad[i];
   }
 };
 
@@ -95,9 +73,9 @@ Tensor elementwise(
   Tensor out = torch::stable::empty_like(order);
   const Tensor a = ordered(first, out), b = ordered(second, out);
   switch (dtype) {
-    case ScalarType::BFloat16: over_threads<Kernel, AddBFloat16>(a, b, out); break;
-    case ScalarType::Half: over_threads<Kernel, AddFloat16>(a, b, out); break;
-    default: over_threads<Kernel, AddFloat32>(a, b, out);
+    case ScalarType::BFloat16: over_threads<Kernel, BFloat16>(a, b, out); break;
+    case ScalarType::Half: over_threads<Kernel, Float16>(a, b, out); break;
+    default: over_threads<Kernel, Float32>(a, b, out);
   }
   return out;
 }

@@ -77,22 +77,6 @@ struct Scratch {
 
 // -- single values -------------------------------------------------------------------------------
 
-// The dtypes of the result: how each is stored, and float32 rounded to it, to nearest even.
-struct Float32 {
-  using Stored = float;
-  static RESFAST_INLINE float round(float value) { return value; }
-};
-
-struct BFloat16 {
-  using Stored = uint16_t;
-  static RESFAST_INLINE uint16_t round(float value) { return to_bfloat16(value); }
-};
-
-struct Float16 {
-  using Stored = uint16_t;
-  static RESFAST_INLINE uint16_t round(float value) { return to_float16(value); }
-};
-
 // Mirrored once at either border, which is not repeated; what is still outside, at its edge.
 template <class Int>
 RESFAST_INLINE Int reflect(Int position, Int size) {
@@ -167,7 +151,7 @@ RESFAST_INLINE void normalize_row(
     const uint8_t* __restrict pixels, const float* __restrict offset, const float* __restrict scale,
     typename Dtype::Stored* __restrict result, int64_t size) {
   for (int64_t i = 0; i < size; ++i)
-    result[i] = Dtype::round((static_cast<float>(pixels[i]) - offset[i]) * scale[i]);
+    result[i] = Dtype::store((static_cast<float>(pixels[i]) - offset[i]) * scale[i]);
 }
 
 // Steps 1 and 3 of one image, [H, W, C].
@@ -372,7 +356,7 @@ template <class Dtype>
 struct Round {
   static RESFAST_INLINE void run(
       const float* __restrict values, typename Dtype::Stored* __restrict result, int64_t size) {
-    for (int64_t i = 0; i < size; ++i) result[i] = Dtype::round(values[i]);
+    for (int64_t i = 0; i < size; ++i) result[i] = Dtype::store(values[i]);
   }
 };
 

@@ -50,5 +50,24 @@ RESFAST_INLINE uint16_t to_float16(float value) {
   return static_cast<uint16_t>(result | (sign >> 16));
 }
 
+// A dtype of tensors: how it is stored, to float32, and back to nearest even.
+struct Float32 {
+  using Stored = float;
+  static RESFAST_INLINE float load(float value) { return value; }
+  static RESFAST_INLINE float store(float value) { return value; }
+};
+
+struct BFloat16 {
+  using Stored = uint16_t;
+  static RESFAST_INLINE float load(uint16_t value) { return from_bfloat16(value); }
+  static RESFAST_INLINE uint16_t store(float value) { return to_bfloat16(value); }
+};
+
+struct Float16 {
+  using Stored = uint16_t;
+  static RESFAST_INLINE float load(uint16_t value) { return from_float16(value); }
+  static RESFAST_INLINE uint16_t store(float value) { return to_float16(value); }
+};
+
 } // namespace
 } // namespace resfast

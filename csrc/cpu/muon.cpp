@@ -23,18 +23,6 @@ constexpr int64_t kSumElements = 4096;      // of a partial sum, so that threads
 constexpr int kLanes = 16;
 constexpr double kLeastNorm = 1e-7;
 
-struct StoreFloat32 {
-  using Stored = float;
-  static RESFAST_INLINE float load(float value) { return value; }
-  static RESFAST_INLINE float store(float value) { return value; }
-};
-
-struct StoreBFloat16 {
-  using Stored = uint16_t;
-  static RESFAST_INLINE float load(uint16_t value) { return from_bfloat16(value); }
-  static RESFAST_INLINE uint16_t store(float value) { return to_bfloat16(value); }
-};
-
 template <class Dtype>
 struct Nesterov {
   static RESFAST_INLINE void run(
@@ -126,9 +114,9 @@ void nesterov_(Tensor buffer, const Tensor& grad, Tensor update, double momentum
   if (!same_strides(update, buffer)) fail("update is not in the memory order of buffer");
   const Tensor gradient = ordered(grad, buffer);
   if (half)
-    nesterov_pass<StoreBFloat16>(buffer, gradient, update, static_cast<float>(momentum));
+    nesterov_pass<BFloat16>(buffer, gradient, update, static_cast<float>(momentum));
   else
-    nesterov_pass<StoreFloat32>(buffer, gradient, update, static_cast<float>(momentum));
+    nesterov_pass<Float32>(buffer, gradient, update, static_cast<float>(momentum));
 }
 
 template <class Dtype>
@@ -151,9 +139,9 @@ void move_filters_(Tensor weight, const Tensor& update, double size, double keep
   }
   if (!same_strides(update, weight)) fail("update is not in the memory order of weight");
   if (half)
-    move_pass<StoreBFloat16>(weight, update, static_cast<float>(keep), static_cast<float>(size));
+    move_pass<BFloat16>(weight, update, static_cast<float>(keep), static_cast<float>(size));
   else
-    move_pass<StoreFloat32>(weight, update, static_cast<float>(keep), static_cast<float>(size));
+    move_pass<Float32>(weight, update, static_cast<float>(keep), static_cast<float>(size));
 }
 
 } // namespace

@@ -25,17 +25,8 @@ SECONDS = ("timed", "whitening", "train", "final_eval", "eval", "compile", "tota
 """Kinds of seconds of a run; its summary has them as ``<kind>_seconds``."""
 _SAME = (
     *("model", "params", "macs", "train_macs", "data", "data_digest"),
-    *(
-        "tta",
-        "tta_select",
-        "tta_mirror",
-        "scored_on",
-        "test_images",
-        "val_images",
-        "device",
-        "device_type",
-        "precision",
-    ),
+    *("tta", "tta_select", "tta_mirror", "scored_on", "test_images", "val_images"),
+    *("device", "device_type", "precision"),
 )
 
 
