@@ -191,6 +191,7 @@ struct ConvShape {
   const float* bias; // [panels * 64], zeros after the last
   const uint16_t* residual; // null where left out
   uint16_t* out; // [N, P, Q, K]
+  bool plain; // no bias, no residual, no activation
 
   int64_t panels() const { return ceil_div(outputs, kPanel); }
 };
@@ -199,6 +200,7 @@ struct ConvShape {
 RESFAST_BF16_INLINE void finish(
     const ConvShape& shape, int64_t pixel, int64_t output, __mmask16 mask, __m512 value) {
   const int64_t at = pixel * shape.outputs + output;
+  if (shape.plain) return store_bf16(mask, shape.out + at, value);
   value = _mm512_add_ps(value, _mm512_loadu_ps(shape.bias + output));
   if (shape.residual) value = _mm512_add_ps(value, load_bf16(mask, shape.residual + at));
   store_bf16(mask, shape.out + at, activated(value, shape.activation, shape.negative_slope));
@@ -250,6 +252,34 @@ inline Tensor new_result(const ConvShape& shape) {
       std::nullopt, std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
+// What the gradient of a 3x3 weight is computed from, checked.
+inline ConvShape weight_gradient_shape(
+    const Tensor& x, const Tensor& grad, int64_t stride, int64_t padding) {
+  if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
+  if (padding < 0) fail("padding is ", padding, "; expected at least 0");
+  check_map("x", x, {-1, -1, -1, -1});
+  ConvShape shape{};
+  shape.batch = x.size(0), shape.channels = x.size(1);
+  shape.height = x.size(2), shape.width = x.size(3);
+  shape.kernel_h = shape.kernel_w = 3;
+  shape.stride_h = shape.stride_w = stride;
+  shape.padding_h = shape.padding_w = padding;
+  shape.rows = (shape.height + 2 * padding - 3) / stride + 1;
+  shape.columns = (shape.width + 2 * padding - 3) / stride + 1;
+  if (shape.height + 2 * padding < 3 || shape.width + 2 * padding < 3)
+    fail("x is smaller than the kernel");
+  check_map("grad", grad, {shape.batch, -1, shape.rows, shape.columns});
+  shape.outputs = grad.size(1);
+  shape.x = static_cast<const uint16_t*>(x.const_data_ptr());
+  return shape;
+}
+
+inline Tensor new_weight_gradient(const ConvShape& shape) {
+  return torch::stable::empty(
+      {shape.outputs, shape.channels, 3, 3}, ScalarType::Float, std::nullopt, std::nullopt,
+      std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
 // Checks the arguments, makes the result and calls `run(shape, packed weights)`.
 template <class Run>
 Tensor convolve(
@@ -274,6 +304,7 @@ Tensor convolve(
   if (rows < 0 || columns < 0) fail("x is smaller than the kernel");
   shape.rows = rows / shape.stride_h + 1, shape.columns = columns / shape.stride_w + 1;
   check_packed(packed, packed_size);
+  shape.plain = !bias && !residual && activation == kNone;
 
   const std::vector<int64_t> sizes{shape.batch, shape.outputs, shape.rows, shape.columns};
   if (residual) {

@@ -9,95 +9,13 @@
 
 #include <type_traits>
 
+#include "weight_lanes.h"
 #include "winograd.h"
 
 namespace resfast {
 namespace {
 
 // -- the weight ------------------------------------------------------------------------------------
-
-// A weight in float32, [K, 3, 3, C].
-struct Weight {
-  const float* values;
-  int64_t filters, channels;
-
-  RESFAST_BF16_INLINE const float* at(int64_t filter, int tap, int64_t channel) const {
-    return values + (filter * 9 + tap) * channels + channel;
-  }
-};
-
-// 16 outputs of one channel and tap, where outputs are the channels of the weight, channels its
-// filters, and taps turned.
-struct TransposedLanes {
-  const Weight weight;
-
-  int64_t outputs() const { return weight.channels; }
-  int64_t channels() const { return weight.filters; }
-  void go_to(int64_t, int64_t) {}
-  RESFAST_BF16_INLINE __m512 load(int64_t output, int64_t channel, int tap) const {
-    return _mm512_maskz_loadu_ps(
-        lane_mask(weight.channels - output), weight.at(channel, 8 - tap, output));
-  }
-};
-
-// Likewise, where outputs are the filters, which are far apart: 32 channels are turned at once.
-struct PlainLanes {
-  static constexpr int64_t kGroup = 32; // in which channel_of stays
-  const Weight weight;
-  alignas(64) float turned[9 * kGroup * kLanes] = {}; // [tap][channel][output]
-
-  explicit PlainLanes(const Weight& weight_) : weight(weight_) {}
-  int64_t outputs() const { return weight.filters; }
-  int64_t channels() const { return weight.channels; }
-
-  RESFAST_BF16 void go_to(int64_t output, int64_t group) {
-    const int64_t rows = std::min(kLanes, weight.filters - output);
-    for (int tap = 0; tap < 9; ++tap)
-      for (int64_t half = 0; half < kGroup; half += kLanes) {
-        const int64_t channel = group * kGroup + half;
-        if (channel >= weight.channels) break;
-        const __mmask16 mask = lane_mask(weight.channels - channel);
-        __m512 lanes[kLanes];
-        for (int64_t row = 0; row < kLanes; ++row)
-          lanes[row] = row < rows
-              ? _mm512_maskz_loadu_ps(mask, weight.at(output + row, tap, channel))
-              : _mm512_setzero_ps();
-        transpose(lanes);
-        float* to = turned + (tap * kGroup + half) * kLanes;
-        for (int64_t row = 0; row < kLanes; ++row) _mm512_store_ps(to + row * kLanes, lanes[row]);
-      }
-  }
-
-  RESFAST_BF16_INLINE __m512 load(int64_t, int64_t channel, int tap) const {
-    return _mm512_load_ps(turned + (tap * kGroup + channel % kGroup) * kLanes);
-  }
-
-  // Rows to columns.
-  static RESFAST_BF16_INLINE void transpose(__m512 (&rows)[kLanes]) {
-    __m512 part[kLanes];
-    for (int i = 0; i < kLanes; i += 2) {
-      part[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
-      part[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < kLanes; i += 4) // then rows[i + c] has columns c, 4 + c, 8 + c, 12 + c of 4
-      for (int j = 0; j < 2; ++j) {
-        const __m512d first = (__m512d)part[i + j], second = (__m512d)part[i + j + 2];
-        rows[i + 2 * j] = (__m512)_mm512_unpacklo_pd(first, second);
-        rows[i + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(first, second);
-      }
-    for (int c = 0; c < 4; ++c) {
-      const __m512 even = _mm512_shuffle_f32x4(rows[c], rows[4 + c], 0x88);
-      const __m512 odd = _mm512_shuffle_f32x4(rows[c], rows[4 + c], 0xDD);
-      const __m512 late_even = _mm512_shuffle_f32x4(rows[8 + c], rows[12 + c], 0x88);
-      const __m512 late_odd = _mm512_shuffle_f32x4(rows[8 + c], rows[12 + c], 0xDD);
-      part[c] = _mm512_shuffle_f32x4(even, late_even, 0x88);
-      part[4 + c] = _mm512_shuffle_f32x4(odd, late_odd, 0x88);
-      part[8 + c] = _mm512_shuffle_f32x4(even, late_even, 0xDD);
-      part[12 + c] = _mm512_shuffle_f32x4(odd, late_odd, 0xDD);
-    }
-    for (int i = 0; i < kLanes; ++i) rows[i] = part[i];
-  }
-};
 
 // (G g G^T) of one channel's kernels, for 16 outputs.
 template <class Form, class Lanes>
@@ -112,10 +30,6 @@ RESFAST_BF16 void transform_weight(
     for (int i = 0; i < kSide; ++i) columns[i][j] = u[i];
   }
   for (int i = 0; i < kSide; ++i) Form::kernel(columns[i], points + kSide * i);
-}
-
-RESFAST_BF16_INLINE __m512i words(__m512 value) {
-  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(value));
 }
 
 template <class Form, class Lanes>
@@ -160,14 +74,8 @@ Tensor pack(const Weight& weight) {
 
 Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed, int64_t tile) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
-  if (weight.scalar_type() != ScalarType::Float || weight.dim() != 4 || weight.numel() == 0 ||
-      weight.size(2) != 3 || weight.size(3) != 3 || !is_channels_last(weight) || !weight.is_cpu())
-    fail("weight is ", dtype_name(weight.scalar_type()), " ", shape_name(weight.sizes()),
-         "; expected torch.float32 [K, C, 3, 3] in channels_last memory of the CPU");
   check_tile(tile, stride);
-  if (weight.numel() > int64_t{1} << 30) fail("the weight has more than 2^30 values");
-  const Weight from{
-      static_cast<const float*>(weight.const_data_ptr()), weight.size(0), weight.size(1)};
+  const Weight from = check_train_weight(weight);
   return with_form(tile, stride, [&](auto form) {
     using Form = decltype(form);
     return transposed ? pack<Form, TransposedLanes>(from) : pack<Form, PlainLanes>(from);
@@ -455,22 +363,8 @@ Tensor conv_train_weight_gradient(
     const Tensor& x, const Tensor& grad, int64_t stride, int64_t padding, int64_t tile) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
   check_tile(tile, stride);
-  if (padding < 0) fail("padding is ", padding, "; expected at least 0");
-  check_map("x", x, {-1, -1, -1, -1});
-  ConvShape shape{};
-  shape.batch = x.size(0), shape.channels = x.size(1);
-  shape.height = x.size(2), shape.width = x.size(3);
-  shape.padding_h = shape.padding_w = padding;
-  shape.rows = (shape.height + 2 * padding - 3) / stride + 1;
-  shape.columns = (shape.width + 2 * padding - 3) / stride + 1;
-  if (shape.height + 2 * padding < 3 || shape.width + 2 * padding < 3)
-    fail("x is smaller than the kernel");
-  check_map("grad", grad, {shape.batch, -1, shape.rows, shape.columns});
-  shape.outputs = grad.size(1);
-  shape.x = static_cast<const uint16_t*>(x.const_data_ptr());
-  Tensor result = torch::stable::empty(
-      {shape.outputs, shape.channels, 3, 3}, ScalarType::Float, std::nullopt, std::nullopt,
-      std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  const ConvShape shape = weight_gradient_shape(x, grad, stride, padding);
+  Tensor result = new_weight_gradient(shape);
   with_form(tile, stride, [&](auto form) {
     weight_gradient<decltype(form)>(
         shape, static_cast<const uint16_t*>(grad.const_data_ptr()),

@@ -1,7 +1,9 @@
-"""``resfast::conv2d_train``: a 3x3 convolution in bfloat16 with gradients, by Winograd, on the CPU.
+"""``resfast::conv2d_train``: a 3x3 convolution in bfloat16 with gradients, on the CPU.
 
-Result and gradients take fewer multiplications than a plain convolution (``csrc/cpu/winograd.h``).
-The weight stays float32 and is rounded to bfloat16 after its transform; its gradient is float32.
+By Winograd, result and gradients take fewer multiplications than a plain convolution
+(``csrc/cpu/winograd.h``). Where the processor has AMX, for which multiplications are cheap, the
+weight's gradient and some results are computed without a transform (``csrc/cpu/conv_direct.h``).
+The weight stays float32 and is rounded to bfloat16 once; its gradient is float32.
 Where :func:`applies` says no, ``torch.nn.functional.conv2d`` is the way. The choice depends on
 shapes and processor, never on a measurement: a run that is resumed computes the same bits.
 
@@ -11,6 +13,7 @@ Shapes: x ``[N, C, H, W]``, weight ``[K, C, 3, 3]``, result ``[N, K, P, Q]``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +27,10 @@ LEAST_CHANNELS = 16
 """In and out, from which on the transforms cost less than they save."""
 AVAILABLE = conv_cpu._has_kernels()
 """Whether the kernels are built and this processor has AVX512-BF16."""
+AMX = AVAILABLE and torch.ops.resfast.conv_bf16_amx()
+"""Whether it has AMX too."""
+MOST_EMPTY = 1.25
+"""Images that the direct kernels compute over those that there are, up to which they are taken."""
 
 torch.library.define(
     "resfast::conv2d_train",
@@ -115,6 +122,36 @@ def check_arguments(x: Tensor, weight: Tensor, stride: int, padding: int, tile: 
         )
 
 
+def fills_groups(batch: int, columns: int) -> bool:
+    """Whether images come in such numbers that the direct kernels' groups are filled.
+
+    Args:
+        batch: of the convolution.
+        columns: of its result.
+    """
+    images = max(2, 32 // math.gcd(columns, 32))
+    return -(-batch // images) * images <= MOST_EMPTY * batch
+
+
+def _is_direct(x: Tensor, outputs: int, stride: int, padding: int) -> bool:
+    """Whether a result is computed directly: where tiles save little, or weights are many."""
+    rows, columns = ((size + 2 * padding - 3) // stride + 1 for size in x.shape[2:])
+    little = stride == 2 or min(rows, columns) <= 2 or x.shape[1] * outputs > 256 * 256
+    return AMX and little and fills_groups(x.shape[0], columns)
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, stride: int, padding: int, tile: int, *, transposed: bool = False
+) -> Tensor:
+    outputs, channels = weight.shape[:2][::-1] if transposed else weight.shape[:2]
+    if not _is_direct(x, outputs, stride, padding):
+        return _winograd(x, weight, stride, padding, tile, transposed=transposed)
+    packed = torch.ops.resfast.conv_direct_train_pack(channels_last(weight), transposed)
+    geometry = [outputs, channels, 3, 3, stride, stride, padding, padding]
+    kernel = torch.ops.resfast.conv_direct.default
+    return kernel(x, packed, None, None, geometry, 0, conv_reference.NEGATIVE_SLOPE)
+
+
 def _winograd(
     x: Tensor, weight: Tensor, stride: int, padding: int, tile: int, *, transposed: bool = False
 ) -> Tensor:
@@ -127,7 +164,7 @@ def _winograd(
 
 @torch.library.impl("resfast::conv2d_train", "cpu")
 def _forward(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int) -> Tensor:
-    return _winograd(channels_last(x), weight, stride, padding, tile)
+    return _convolve(channels_last(x), weight, stride, padding, tile)
 
 
 @torch.library.impl("resfast::conv2d_train_backward", "cpu")
@@ -145,7 +182,7 @@ def _backward(
     if not needed[0]:
         for_x = none
     elif stride == 1:
-        for_x = _winograd(grad, weight, 1, 2 - padding, tile, transposed=True)
+        for_x = _convolve(grad, weight, 1, 2 - padding, tile, transposed=True)
     elif padding == 1:
         packed = torch.ops.resfast.conv_train_pack(channels_last(weight), stride, True, tile)
         sizes = [*x.shape[1:], weight.shape[0]]
@@ -154,8 +191,11 @@ def _backward(
         rest = (None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False])
         narrow = weight.to(torch.bfloat16, memory_format=torch.channels_last)
         for_x = torch.ops.aten.convolution_backward(grad, x, narrow, *rest)[0]
-    gradient = torch.ops.resfast.conv_train_weight_gradient
-    return for_x, gradient(x, grad, stride, padding, tile) if needed[1] else none
+    if not needed[1]:
+        return for_x, none
+    if AMX and fills_groups(x.shape[0], grad.shape[3]):
+        return for_x, torch.ops.resfast.conv_direct_weight_gradient(x, grad, stride, padding)
+    return for_x, torch.ops.resfast.conv_train_weight_gradient(x, grad, stride, padding, tile)
 
 
 @torch.library.register_fake("resfast::conv2d_train")
