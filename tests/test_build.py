@@ -634,6 +634,12 @@ if len(sys.argv) > 1 and hasattr(ops, "conv_bf16_supported") and ops.conv_bf16_s
         rest = torch.randn(k), residual, geometry, 3, 0.1
         ops.conv_gemm(x.detach(), ops.conv_gemm_pack(half), *rest)
         ops.conv_winograd(x.detach(), ops.conv_winograd_pack(half, stride), *rest)
+        if ops.conv_bf16_amx():
+            ops.conv_direct(x.detach(), ops.conv_direct_pack(half), *rest)
+            wide = weight.detach().contiguous(memory_format=last)
+            ops.conv_direct(x.detach(), ops.conv_direct_train_pack(wide, False), *rest)
+            grad = torch.randn(y.shape).to(torch.bfloat16, memory_format=last)
+            ops.conv_direct_weight_gradient(x.detach(), grad, stride, padding)
 
     from resfast.kernels import norm_act
 

@@ -1,6 +1,7 @@
 """``conv2d_bias_act`` and ``add_relu``: every algorithm and dtype against float64, and their faces.
 
-``oneDNN``, ``gemm`` and ``winograd`` are the algorithms of the CPU, ``cuda`` the operator on a GPU.
+``oneDNN``, ``gemm``, ``winograd`` and ``direct`` are the algorithms of the CPU, ``cuda`` the operator
+on a GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
 needs_bf16 = pytest.mark.skipif(
     not conv_cpu._has_kernels(), reason="needs the C++ kernels and AVX512-BF16"
 )
-OURS = [pytest.param(name, marks=needs_bf16) for name in ("gemm", "winograd")]
+needs_amx = pytest.mark.skipif(not conv_cpu.has_amx(), reason="needs the C++ kernels and AMX")
+OURS = [
+    *(pytest.param(name, marks=needs_bf16) for name in ("gemm", "winograd")),
+    pytest.param("direct", marks=needs_amx),
+]
 WHERE = ["oneDNN", *OURS, pytest.param("cuda", marks=pytest.mark.gpu)]
 ROUNDING = {torch.float32: 2.0**-20, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 """Root mean square error that a dtype allows, of a result of about 1 and sums of thousands."""
@@ -135,7 +140,7 @@ def assert_right(result: Tensor, arguments: dict[str, Any]) -> None:
 
 
 def takes(where: str, kernel: int) -> bool:
-    return where != "winograd" or kernel == 3
+    return where not in ("winograd", "direct") or kernel == 3
 
 
 # Numbers
@@ -162,7 +167,7 @@ def _shapes() -> list[tuple]:
 def test_every_algorithm_computes_what_float64_does(
     where: str, dtype: torch.dtype, poisoned: None
 ) -> None:
-    if where in ("gemm", "winograd") and dtype != torch.bfloat16:
+    if where in ("gemm", "winograd", "direct") and dtype != torch.bfloat16:
         pytest.skip("ours are for bfloat16")
     torch.manual_seed(0)
     for i, (*shape, kernel, stride) in enumerate(_shapes()):
@@ -248,7 +253,7 @@ def test_any_strides_are_accepted_and_inputs_stay_as_they_are(where: str) -> Non
 @pytest.mark.parametrize("where", WHERE)
 def test_batch_of_none_gives_none(where: str) -> None:
     args = arguments(0, 8, 12, (5, 5), stride=1)
-    if where in ("gemm", "winograd"):
+    if where in ("gemm", "winograd", "direct"):
         module = ConvBiasAct(args["weight"], args["bias"], padding=1)
         assert module(args["x"]).shape == (0, 12, 5, 5)
     else:
@@ -571,11 +576,10 @@ def test_unknown_name_of_an_algorithm_is_said(
     args = arguments(1, 16, 16, (8, 8))
     with caplog.at_level(logging.WARNING, "resfast"):
         assert_right(ConvBiasAct(args["weight"], args["bias"], padding=1)(args["x"]), args)
-    assert "RESFAST_CONV=fft is unknown; expected one of oneDNN, gemm, winograd" in caplog.text
+    assert "RESFAST_CONV=fft is unknown; expected one of oneDNN, gemm, winograd," in caplog.text
 
 
-@needs_bf16
-@pytest.mark.parametrize("name", ["gemm", "winograd"])
+@pytest.mark.parametrize("name", OURS)
 def test_kernels_refuse_what_does_not_fit_the_packed_weights(name: str) -> None:
     args = arguments(1, 16, 24, (6, 6), residual=True)
     pack, kernel = (getattr(torch.ops.resfast, f"conv_{name}{end}") for end in ("_pack", ""))
@@ -606,6 +610,7 @@ def test_kernels_refuse_what_does_not_fit_the_packed_weights(name: str) -> None:
     if name == "winograd":
         with pytest.raises(RuntimeError, match="stride is 3; expected 1 or 2"):
             pack(args["weight"], 3)
+    if name != "gemm":
         with pytest.raises(RuntimeError, match="two strides that are both 1 or both 2"):
             kernel(*good[:4], [24, 16, 3, 3, 1, 2, 1, 1], *good[5:])
 

@@ -58,19 +58,61 @@ for threads in (1, 3):
         rest = bias, residual, geometry, 1, 0.01
         results = {"gemm": ops.conv_gemm(x, ops.conv_gemm_pack(weight), *rest)}
         if r == 3:
+            results["direct"] = ops.conv_direct(x, ops.conv_direct_pack(weight), *rest)
             packed = ops.conv_winograd_pack(weight, stride)
             results["winograd"] = ops.conv_winograd(x, packed, *rest)
         for name, result in results.items():
             error = (result.double() - exact).norm() / exact.norm()
-            assert error < {"gemm": 3e-3, "winograd": 6e-3}[name], (name, c, k, r, stride, error)
+            limit = 6e-3 if name == "winograd" else 3e-3
+            assert error < limit, (name, c, k, r, stride, error)
+
+# batch, channels, outputs, height, width, stride, padding: groups of 1 to 32 images, filled and
+# not, tiles of 16 and 32 outputs and channels, one and several lanes
+cases = [
+    (33, 40, 72, 9, 7, 1, 1), (2, 33, 35, 5, 4, 1, 2), (1, 16, 64, 32, 32, 1, 1),
+    (5, 96, 130, 6, 5, 2, 1), (40, 48, 16, 1, 1, 1, 1), (34, 20, 24, 16, 16, 1, 0),
+    (3, 64, 64, 8, 8, 2, 2),
+]
+for n, c, k, h, w, stride, padding in cases:
+    x = torch.randn(n, c, h, w).bfloat16().contiguous(memory_format=last)
+    weight = (torch.randn(k, c, 3, 3) / (9 * c) ** 0.5).contiguous(memory_format=last)
+    exact = F.conv2d(x.double(), weight.double(), None, stride, padding)
+    grad = torch.randn(exact.shape).bfloat16().contiguous(memory_format=last)
+    exact_x, exact_weight, _ = torch.ops.aten.convolution_backward(
+        grad.double(), x.double(), weight.double(), None, [stride] * 2, [padding] * 2, [1, 1],
+        False, [0, 0], 1, [True, True, False],
+    )
+    before = None
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        packed = ops.conv_direct_train_pack(weight, False)
+        geometry = [k, c, 3, 3, stride, stride, padding, padding]
+        results = [
+            (ops.conv_direct(x, packed, None, None, geometry, 0, 0.01), exact, 4e-3),
+            (ops.conv_direct_weight_gradient(x, grad, stride, padding), exact_weight, 1e-5),
+        ]
+        if stride == 1:
+            packed = ops.conv_direct_train_pack(weight, True)
+            geometry = [c, k, 3, 3, 1, 1, 2 - padding, 2 - padding]
+            back = ops.conv_direct(grad, packed, None, None, geometry, 0, 0.01)
+            results.append((back, exact_x, 4e-3))
+        for i, (result, expected, limit) in enumerate(results):
+            error = (result.double() - expected).norm() / expected.norm()
+            assert error < limit, (i, n, c, k, h, w, stride, padding, error)
+        bits = [result for result, *_ in results]
+        assert before is None or all(map(torch.equal, bits, before))
+        before = bits
 print("right")
 """
+
+
+SOURCES = ("gemm", "winograd", "direct", "direct_gradient")
 
 
 def test_convolutions_on_amx_compute_what_float64_does(tmp_path: Path) -> None:
     headers = Path(torch.__file__).parent
     library = tmp_path / "amx.so"
-    sources = [ROOT / "csrc" / "cpu" / f"conv_{name}.cpp" for name in ("gemm", "winograd")]
+    sources = [ROOT / "csrc" / "cpu" / f"conv_{name}.cpp" for name in SOURCES]
     options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-DRESFAST_AMX_EMULATED"]
     options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", headers / "include"]
     link = [f"-L{headers / 'lib'}", "-ltorch_cpu"]

@@ -16,11 +16,19 @@ from resfast.layers.conv import Conv2d, set_winograd_tile
 pytestmark = pytest.mark.skipif(
     not conv_train.AVAILABLE, reason="needs the C++ kernels and AVX512-BF16"
 )
+needs_amx = pytest.mark.skipif(not conv_train.AMX, reason="needs AMX")
 LAST = torch.channels_last
 LIMIT = {2: 6e-3, 3: 2e-2, 4: 2e-2}
 """Root mean square error over that of the exact values, by tile: a few roundings to bfloat16."""
 FORMS = ((1, 2), (1, 3), (1, 4), (2, 2))
 """Strides and tiles."""
+
+
+@pytest.fixture(params=["transformed", pytest.param("direct", marks=needs_amx)])
+def way(request, monkeypatch):
+    """With and without the direct kernels, which take batches of any size here."""
+    monkeypatch.setattr(conv_train, "AMX", request.param == "direct")
+    monkeypatch.setattr(conv_train, "MOST_EMPTY", float("inf"))
 
 
 @pytest.fixture
@@ -67,7 +75,7 @@ SHAPES = (
 
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize(("stride", "tile"), FORMS)
-def test_result_and_gradients_are_those_of_float64(stride, tile, padding, poisoned):
+def test_result_and_gradients_are_those_of_float64(stride, tile, padding, way, poisoned):
     torch.manual_seed(0)
     for shape in SHAPES:
         if min(shape[3:]) + 2 * padding >= 3:
@@ -75,7 +83,7 @@ def test_result_and_gradients_are_those_of_float64(stride, tile, padding, poison
 
 
 @pytest.mark.parametrize("tile", [2, 3, 4])
-def test_weight_gradient_sums_over_many_chunks_of_tiles(tile):
+def test_weight_gradient_sums_over_many_chunks_of_tiles(tile, way):
     torch.manual_seed(1)
     assert_right(*tensors(60, 32, 32, 32, 32), 1, 1, tile)  # 15,360 tiles of 2x2
 
@@ -83,7 +91,7 @@ def test_weight_gradient_sums_over_many_chunks_of_tiles(tile):
 # Of the second, the tiles of weight gradients are dealt to 2 to 8 lanes.
 @pytest.mark.parametrize("shape", [(7, 40, 72, 9, 9), (90, 24, 40, 13, 13)])
 @pytest.mark.parametrize(("stride", "tile"), FORMS)
-def test_bits_do_not_depend_on_the_number_of_threads(stride, tile, shape):
+def test_bits_do_not_depend_on_the_number_of_threads(stride, tile, shape, way):
     torch.manual_seed(2)
     before = torch.get_num_threads()
     results = []
@@ -162,6 +170,42 @@ def test_errors_name_the_value_and_what_was_expected(case):
         conv_train.conv2d(**(good | change))
 
 
+@needs_amx
+def test_direct_kernels_are_taken_where_their_groups_are_filled(monkeypatch):
+    """Groups are of 32 images where the result has an odd number of columns, of 2 where 16."""
+    real, taken = torch.ops.resfast.conv_direct_weight_gradient, []
+    monkeypatch.setattr(
+        torch.ops.resfast,
+        "conv_direct_weight_gradient",
+        lambda *args: taken.append(args[0].shape[0]) or real(*args),
+    )
+    for batch, side in ((25, 7), (26, 7), (33, 7), (60, 7), (1, 16), (2, 16), (500, 3)):
+        x, weight = tensors(batch, 32, 32, side, side)
+        conv_train.conv2d(x, weight, 1, 1).sum().backward()
+    assert taken == [26, 60, 2, 500]
+
+
+@needs_amx
+def test_direct_kernels_refuse_what_they_cannot_read():
+    ops = torch.ops.resfast
+    weight = torch.zeros(4, 8, 3, 3).contiguous(memory_format=LAST)
+    x = torch.zeros(2, 8, 6, 6).to(torch.bfloat16, memory_format=LAST)
+    grad = torch.zeros(2, 4, 6, 6).to(torch.bfloat16, memory_format=LAST)
+    gradient = ops.conv_direct_weight_gradient
+    gradient(x, grad, 1, 1)
+    for call, message in (
+        (lambda: ops.conv_direct_train_pack(weight.contiguous(), False), "in channels_last memory"),
+        (lambda: ops.conv_direct_train_pack(weight.bfloat16(), True), "expected torch.float32"),
+        (lambda: gradient(x, grad, 3, 1), "stride is 3"),
+        (lambda: gradient(x, grad, 2, 1), r"grad is \[2, 4, 6, 6\]"),
+        (lambda: gradient(x, grad, 1, -1), "padding is -1"),
+        (lambda: gradient(x.float(), grad, 1, 1), "x is torch.float32"),
+        (lambda: gradient(x.contiguous(), grad, 1, 1), "x is not in channels_last"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
 def test_kernels_refuse_what_they_cannot_read():
     pack = torch.ops.resfast.conv_train_pack
     gradient = torch.ops.resfast.conv_train_weight_gradient
@@ -236,6 +280,25 @@ def test_small_or_other_kernels_stay_with_pytorch(monkeypatch):
                 layer(torch.randn(1, layer.in_channels, 8, 8)).sum().backward()
 
     assert calls_of(run, monkeypatch) == 0
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (7, 5)])
+def test_strided_kernels_of_one_pixel_have_the_gradients_of_float64(sides):
+    torch.manual_seed(4)
+    layer = Conv2d(24, 40, 1, 2).to(memory_format=LAST)
+    x = torch.randn(3, 24, *sides).to(torch.bfloat16, memory_format=LAST).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert y.is_contiguous(memory_format=LAST)
+    grad = torch.randn(y.shape).bfloat16()
+    y.backward(grad)
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.weight)]
+    wide = F.conv2d(*exact, None, 2)
+    wide.backward(grad.double())
+    assert error(y.detach(), wide.detach()) < LIMIT[2]
+    assert error(x.grad, exact[0].grad) < LIMIT[2]
+    assert error(layer.weight.grad, exact[1].grad) < LIMIT[2]
 
 
 def test_layer_takes_the_tile_it_was_told_where_that_saves_multiplications(monkeypatch):

@@ -48,8 +48,9 @@ struct Grid {
   template <class Visit>
   void visit(const ConvShape& shape, int64_t image, Visit visit) const {
     for (int64_t row = 0; row < height; ++row) {
+      const int64_t there = std::min(image, shape.batch - 1);
       const uint16_t* values =
-          shape.x + (image * height + row) * shape.width * shape.channels;
+          shape.x + (there * height + row) * shape.width * shape.channels;
       for (int64_t padded = 0; padded < stride * (columns - 1) + 3; ++padded) {
         const int64_t column = padded - shape.padding_w;
         const bool inside = image < shape.batch && column >= 0 && column < shape.width;

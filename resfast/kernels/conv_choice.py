@@ -27,7 +27,7 @@ from resfast.kernels import extension
 logger = logging.getLogger("resfast")
 
 NAMES = {
-    "cpu": ("oneDNN", "gemm", "winograd"),
+    "cpu": ("oneDNN", "gemm", "winograd", "direct"),
     "cuda": ("ours", "hopper", "cudnn", "torch"),
 }
 NUMBERED = re.compile(r"ours:\d+,\d+|hopper:\d+")

@@ -6,11 +6,13 @@
   of Lavin and Gray (arXiv:1509.09308) for stride 1, 2.25 times fewer multiplications, and the same
   idea for stride 2, 1.44 times fewer. Larger tiles, where they are allowed, take up to 4 times
   fewer and round off 3 times as much.
+- ``direct``: for 3x3 kernels and AMX, over images laid out so that nothing is copied per tap or
+  wasted on edges (``csrc/cpu/conv_direct.cpp``); fast for batches that fill groups of 32.
 
-The last two are for bfloat16. :class:`~resfast.kernels.conv.ConvBiasAct` asks for a plan once per
+The last three are for bfloat16. :class:`~resfast.kernels.conv.ConvBiasAct` asks for a plan once per
 shape; the choice is kept in ``$XDG_CACHE_HOME/resfast/conv-cpu.json``, by processor, version, shape
-and number of threads, unless the machine was too busy to tell. ``RESFAST_CONV=oneDNN``, ``gemm`` or
-``winograd`` takes that algorithm wherever it applies.
+and number of threads, unless the machine was too busy to tell. ``RESFAST_CONV=oneDNN``, ``gemm``,
+``winograd`` or ``direct`` takes that algorithm wherever it applies.
 """
 
 from __future__ import annotations
@@ -106,13 +108,22 @@ def _applies(name: str, x: Tensor, weight: Tensor, stride: list[int]) -> bool:
         return True
     if x.dtype != torch.bfloat16 or x.numel() == 0 or not _has_kernels():
         return False
-    return name == "gemm" or (list(weight.shape[2:]) == [3, 3] and list(stride) in ([1, 1], [2, 2]))
+    if name == "gemm":
+        return True
+    fits = list(weight.shape[2:]) == [3, 3] and list(stride) in ([1, 1], [2, 2])
+    return fits and (name != "direct" or has_amx())
 
 
 @functools.cache
 def _has_kernels() -> bool:
     built = hasattr(torch.ops.resfast, "conv_bf16_supported")  # only for x86-64
     return built and torch.ops.resfast.conv_bf16_supported()
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether the kernels are built and this processor has AMX for bfloat16."""
+    return _has_kernels() and torch.ops.resfast.conv_bf16_amx()
 
 
 # -- oneDNN ----------------------------------------------------------------------------------------
@@ -220,6 +231,7 @@ BUILDERS: dict[str, Callable[..., Run]] = {
     "oneDNN": _onednn,
     "gemm": functools.partial(_own, "gemm"),
     "winograd": functools.partial(_own, "winograd"),
+    "direct": functools.partial(_own, "direct"),
 }
 
 

@@ -27,7 +27,7 @@ LEAST_CHANNELS = 16
 """In and out, from which on the transforms cost less than they save."""
 AVAILABLE = conv_cpu._has_kernels()
 """Whether the kernels are built and this processor has AVX512-BF16."""
-AMX = AVAILABLE and torch.ops.resfast.conv_bf16_amx()
+AMX = conv_cpu.has_amx()
 """Whether it has AMX too."""
 MOST_EMPTY = 1.25
 """Images that the direct kernels compute over those that there are, up to which they are taken."""

@@ -76,7 +76,7 @@ RECIPES: dict[str, Config] = {
             filter_keep=0.5,
         ),
         optim=OptimConfig(
-            epochs=11,
+            epochs=12,
             batch_size=500,
             optimizer="muon",
             lr=0.12,
@@ -128,7 +128,7 @@ RECIPES["fast-resnet-2111"] = replace(
     data=replace(_FAST94.data, augment=Augment(crop=4, flip="alternating", cutout=8)),
     optim=replace(
         _FAST94.optim,
-        epochs=26,
+        epochs=28,
         accumulate=2,
         head_lr=0.03,
         bias_lr=0.4,
