@@ -1,7 +1,7 @@
 """``conv2d_bias_act`` and ``add_relu``: every algorithm and dtype against float64, and their faces.
 
-``oneDNN``, ``gemm``, ``winograd`` and ``direct`` are the algorithms of the CPU, ``cuda`` the operator
-on a GPU.
+``oneDNN``, ``gemm``, ``winograd`` and ``direct`` are the algorithms of the CPU, ``cuda`` the
+operator on a GPU.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ class Conv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` without bias and with "same" padding for odd kernels.
 
     Where gradients are recorded under CPU autocast to bfloat16, 3x3 convolutions of enough channels
-    are :func:`resfast.kernels.conv_train.conv2d`, and strided 1x1 convolutions are products with the
-    pixels that they read, whose gradients take a third to a tenth of the time of oneDNN's.
+    are :func:`resfast.kernels.conv_train.conv2d`, and strided 1x1 convolutions are products with
+    the pixels that they read, whose gradients take a third to a tenth of the time of oneDNN's.
 
     Attributes:
         tile: the largest tile that they may compute their results in, 2 to 4.
