@@ -183,6 +183,8 @@ def test_direct_kernels_are_taken_where_their_groups_are_filled(monkeypatch):
         x, weight = tensors(batch, 32, 32, side, side)
         conv_train.conv2d(x, weight, 1, 1).sum().backward()
     assert taken == [26, 60, 2, 500]
+    conv_train.conv2d(*tensors(32, 32, 16, 95, 95), 1, 1).sum().backward()  # 18 MiB a group
+    assert taken == [26, 60, 2, 500]
 
 
 @needs_amx

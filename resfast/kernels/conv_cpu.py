@@ -18,6 +18,7 @@ and number of threads, unless the machine was too busy to tell. ``RESFAST_CONV=o
 from __future__ import annotations
 
 import functools
+import math
 import platform
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,8 @@ CHOICES = conv_choice.Choices("conv-cpu.json")
 ONEDNN_NAMES = {"none": "none", "relu": "relu", "leaky_relu": "leaky_relu", "silu": "swish"}
 TILES = (4, 3, 2)
 """Sides of tiles for stride 1, the largest first."""
+MOST_GROUP_BYTES = 16 * 2**20
+"""Of a group of images that the direct kernels lay out at a time, each thread its own."""
 MAX_ERROR = 0.02
 """Of a candidate, root mean square relative to that of the result: a few roundings to bfloat16."""
 
@@ -67,7 +70,7 @@ def plan(
     """The algorithm for arguments like these; ``packed`` keeps the weights between plans."""
     tile = fastest_tile(x, max(stride), padding[0], largest_tile)
     args = (x, weight, bias, stride, padding, activation, negative_slope, tile, packed)
-    names = [name for name in ALGORITHMS if _applies(name, x, weight, stride)]
+    names = [name for name in ALGORITHMS if _applies(name, x, weight, stride, padding)]
     named = conv_choice.forced("cpu")
     chosen = named if named in names else None
     if chosen is None and (named or len(names) == 1 or x.numel() == 0):
@@ -103,7 +106,7 @@ def fastest_tile(x: Tensor, stride: int, padding: int, largest: int = max(TILES)
     return min((tile for tile in TILES if tile <= largest), key=points)
 
 
-def _applies(name: str, x: Tensor, weight: Tensor, stride: list[int]) -> bool:
+def _applies(name: str, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> bool:
     if name == "oneDNN":
         return True
     if x.dtype != torch.bfloat16 or x.numel() == 0 or not _has_kernels():
@@ -111,13 +114,35 @@ def _applies(name: str, x: Tensor, weight: Tensor, stride: list[int]) -> bool:
     if name == "gemm":
         return True
     fits = list(weight.shape[2:]) == [3, 3] and list(stride) in ([1, 1], [2, 2])
-    return fits and (name != "direct" or has_amx())
+    if name == "direct":
+        columns = conv_reference.output_shape(x, weight, stride, padding)[3]
+        return fits and has_amx() and group_is_small(x, columns)
+    return fits
 
 
 @functools.cache
 def _has_kernels() -> bool:
     built = hasattr(torch.ops.resfast, "conv_bf16_supported")  # only for x86-64
     return built and torch.ops.resfast.conv_bf16_supported()
+
+
+def group_images(columns: int) -> int:
+    """Images that the direct kernels lay out as one group (``csrc/cpu/conv_direct.h``).
+
+    Args:
+        columns: of the result.
+    """
+    return max(2, 32 // math.gcd(columns, 32))
+
+
+def group_is_small(x: Tensor, columns: int) -> bool:
+    """Whether a group of images takes little memory.
+
+    Args:
+        x: ``[N, C, H, W]``, input of a convolution or gradient of its result.
+        columns: of the result.
+    """
+    return group_images(columns) * x.shape[1:].numel() * 2 <= MOST_GROUP_BYTES
 
 
 @functools.cache

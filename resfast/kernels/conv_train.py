@@ -13,7 +13,6 @@ Shapes: x ``[N, C, H, W]``, weight ``[K, C, 3, 3]``, result ``[N, K, P, Q]``.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -122,22 +121,23 @@ def check_arguments(x: Tensor, weight: Tensor, stride: int, padding: int, tile: 
         )
 
 
-def fills_groups(batch: int, columns: int) -> bool:
-    """Whether images come in such numbers that the direct kernels' groups are filled.
+def fits_groups(x: Tensor, columns: int) -> bool:
+    """Whether the direct kernels' groups of images are filled, and small.
 
     Args:
-        batch: of the convolution.
-        columns: of its result.
+        x: ``[N, C, H, W]``, input of a convolution or gradient of its result.
+        columns: of the result.
     """
-    images = max(2, 32 // math.gcd(columns, 32))
-    return -(-batch // images) * images <= MOST_EMPTY * batch
+    images, batch = conv_cpu.group_images(columns), x.shape[0]
+    filled = -(-batch // images) * images <= MOST_EMPTY * batch
+    return filled and conv_cpu.group_is_small(x, columns)
 
 
 def _is_direct(x: Tensor, outputs: int, stride: int, padding: int) -> bool:
     """Whether a result is computed directly: where tiles save little, or weights are many."""
     rows, columns = ((size + 2 * padding - 3) // stride + 1 for size in x.shape[2:])
     little = stride == 2 or min(rows, columns) <= 2 or x.shape[1] * outputs > 256 * 256
-    return AMX and little and fills_groups(x.shape[0], columns)
+    return AMX and little and fits_groups(x, columns)
 
 
 def _convolve(
@@ -193,7 +193,7 @@ def _backward(
         for_x = torch.ops.aten.convolution_backward(grad, x, narrow, *rest)[0]
     if not needed[1]:
         return for_x, none
-    if AMX and fills_groups(x.shape[0], grad.shape[3]):
+    if AMX and fits_groups(x, grad.shape[3]) and fits_groups(grad, grad.shape[3]):
         return for_x, torch.ops.resfast.conv_direct_weight_gradient(x, grad, stride, padding)
     return for_x, torch.ops.resfast.conv_train_weight_gradient(x, grad, stride, padding, tile)
 
