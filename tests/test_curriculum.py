@@ -6,6 +6,7 @@ import copy
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,8 @@ def test_image_sizes_hold_up_to_their_part_of_the_training():
     assert made.shapes() == [(10, 24), (10, 28), (10, 32)]
     assert made.images_by_pixels(4) == {24: 200, 28: 120, 32: 80}
     assert made.images_by_pixels(2, 3) == {24: 200, 28: 30}
+    assert made.steps_of(10, 28) == list(range(20, 32))
+    assert made.steps_of(10, 20) == []
 
 
 def test_batch_sizes_hold_up_to_their_part_and_batches_do_not_overlap():
@@ -474,10 +477,11 @@ def test_streams_refuse_what_they_cannot_do(tiny: Config):
 def test_every_shape_is_compiled_before_the_clock(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     from resfast.training import resolve, trainer
 
-    warmed = []
+    warmed, steps = [], []
 
-    def warm_up(self: TrainStep, images: torch.Tensor, labels: torch.Tensor, **options: bool):
+    def warm_up(self: TrainStep, images: torch.Tensor, labels: torch.Tensor, **options: Any):
         warmed.append(tuple(images.shape))
+        steps.extend(options["steps"])
         return 0.5
 
     def stop(self: trainer._Run, epoch: int) -> None:
@@ -491,6 +495,7 @@ def test_every_shape_is_compiled_before_the_clock(tiny: Config, monkeypatch: pyt
     made = make_plan(change(tiny, **VARYING), 48, 16)
     assert len(warmed) >= 3
     assert warmed == [(images, 3, pixels, pixels) for images, pixels in made.shapes()]
+    assert sorted(steps) == list(range(made.steps))
 
 
 def test_warming_up_the_loader_changes_nothing(tiny: Config, monkeypatch: pytest.MonkeyPatch):

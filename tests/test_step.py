@@ -404,6 +404,24 @@ def test_what_the_host_decides_is_not_captured(values: dict, dtype: torch.dtype,
     assert why_not_captured(OptimConfig(), torch.bfloat16) is None
 
 
+def test_only_the_kinds_of_step_that_a_shape_gets_are_compiled(monkeypatch: pytest.MonkeyPatch):
+    compiled = []
+    step = make_step(whitening_bias_epochs=1.2)
+    frozen = step.schedule.whitening_bias_steps
+    monkeypatch.setattr(
+        step, "_compile", lambda *_: compiled.append(step._whitening_bias.requires_grad)
+    )
+    for steps, expected in (
+        (range(frozen), [True]),
+        (range(frozen, step.schedule.total), [False]),
+        (range(step.schedule.total), [True, False]),
+        (None, [True, False]),
+    ):
+        compiled.clear()
+        step.warm_up(*batch(0), fall_back=False, steps=steps)
+        assert compiled == expected
+
+
 @pytest.mark.parametrize("values", [{"lookahead": 2}, {"whitening_bias_epochs": 1.0}])
 def test_what_needs_a_schedule_says_so(values: dict):
     model, config = Net(), OptimConfig(**values)

@@ -120,6 +120,15 @@ class Plan:
             found[batch.images, batch.pixels] = None
         return list(found)
 
+    def steps_of(self, images: int, pixels: int) -> list[int]:
+        """The steps of the run whose batches have this shape."""
+        return [
+            epoch.first_step + step
+            for epoch in self.epochs
+            for step, batch in enumerate(epoch.batches)
+            if (batch.images, batch.pixels) == (images, pixels)
+        ]
+
     def images_by_pixels(self, epoch: int, step: int = 0) -> dict[int, int]:
         """How many images of each size come before step ``step`` of ``epoch``."""
         counts: dict[int, int] = {}

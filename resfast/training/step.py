@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,6 +246,7 @@ class TrainStep:
         *,
         fall_back: bool,
         source: tuple[Supply, Marks] | None = None,
+        steps: Iterable[int] | None = None,
     ) -> float:
         """Compiles (and captures) every kind of step on a dummy batch.
 
@@ -257,6 +258,7 @@ class TrainStep:
             labels: its labels.
             fall_back: go on without compilation or capture, and say so, where it fails.
             source: where :meth:`take` will be called with these, and not the step with batches.
+            steps: of the run that have batches of this shape; by default all.
 
         Returns:
             Seconds it took.
@@ -265,7 +267,7 @@ class TrainStep:
             RuntimeError: compiling or capturing failed and ``fall_back`` is False.
         """
         start = time.perf_counter()
-        kinds = self._kinds_to_come()
+        kinds = self._kinds_to_come(steps)
         for trained in sorted({kind.whitening_bias for kind in kinds}, reverse=True):
             self._train_whitening_bias(trained)
             self._compile(images, labels, fall_back)
@@ -290,10 +292,11 @@ class TrainStep:
         runtime.synchronize(self.device)
         return time.perf_counter() - start
 
-    def _kinds_to_come(self) -> list[_Kind]:
+    def _kinds_to_come(self, steps: Iterable[int] | None) -> list[_Kind]:
         if self.schedule is None:
             return [self._kind(0)]
-        return list(dict.fromkeys(self._kind(s) for s in range(self.schedule.total)))
+        steps = range(self.schedule.total) if steps is None else steps
+        return list(dict.fromkeys(self._kind(step) for step in steps))
 
     def _compile(self, images: Tensor, labels: Tensor, fall_back: bool) -> None:
         buffers = [buffer.clone() for buffer in self.model.buffers()]

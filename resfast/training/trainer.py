@@ -466,7 +466,10 @@ class _Run:
             if self.config.data.augment.mixes:
                 labels = F.one_hot(labels, len(self.data.classes)).float()
             source = None if self.supply is None else (self.supply, self.marks)
-            seconds += self.step.warm_up(images, labels, fall_back="on" not in asked, source=source)
+            steps = self.plan.steps_of(batch, size)
+            seconds += self.step.warm_up(
+                images, labels, fall_back="on" not in asked, source=source, steps=steps
+            )
         self.seconds["compile"] += seconds
         self.display.say(f"compiled in {seconds:.1f} s")
 
