@@ -329,6 +329,36 @@ Tensor convolve(
   return out;
 }
 
+// Of 3x3 kernels.
+inline void check_geometry(const std::vector<int64_t>& geometry) {
+  if (geometry.size() != 8 || *std::min_element(geometry.begin(), geometry.begin() + 6) < 1 ||
+      geometry[2] != 3 || geometry[3] != 3 || geometry[4] > 2 || geometry[5] != geometry[4])
+    fail("geometry is ", shape_name(geometry),
+         "; expected K, C, 3, 3, two strides that are both 1 or both 2, and two paddings");
+}
+
+// Calls `work(first, last)` for all of `count` on the threads.
+template <class Work>
+void share_all(int64_t count, Work work) {
+  torch::stable::parallel_for(
+      0, count, ceil_div(count, int64_t{torch::stable::get_num_threads()}), work);
+}
+
+// Calls `add(lane, share)` for each lane: on the threads where there are enough lanes, else one after
+// the other with `share` to use the threads inside, as share_all does.
+template <class Add>
+void deal_lanes(int64_t lanes, Add add) {
+  if (lanes < torch::stable::get_num_threads()) {
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      add(lane, [](int64_t count, auto work) { share_all(count, work); });
+    return;
+  }
+  share_all(lanes, [&](int64_t first, int64_t last) {
+    for (int64_t lane = first; lane < last; ++lane)
+      add(lane, [](int64_t count, auto work) { work(int64_t{0}, count); });
+  });
+}
+
 // Calls `part(first row, last row, first panel, last panel)` on the threads: with rows shared out
 // where there are many, and panels of weights where these are the larger part.
 template <class Part>

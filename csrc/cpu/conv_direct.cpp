@@ -161,32 +161,30 @@ Tensor pack(const Weight& weight) {
   Tensor packed = torch::stable::empty({direct_size(outputs, channels)}, ScalarType::BFloat16);
   auto* to = static_cast<uint16_t*>(packed.mutable_data_ptr());
   const int64_t groups = ceil_div(channels, kChannels), halves = 2 * ceil_div(outputs, kOutputs);
-  const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(
-      0, halves, ceil_div(halves, threads), [&](int64_t begin, int64_t end) RESFAST_BF16 {
-        Lanes from{weight};
-        for (int64_t part = begin; part < end; ++part) {
-          const int64_t output = part * kLanes;
-          uint16_t* panel = to + part / 2 * panel_size(channels) + part % 2 * kOutputs;
-          for (int64_t group = 0; group < groups; ++group) {
-            const int64_t channel = group * kChannels;
-            if (output < outputs) from.go_to(output, group);
-            auto value = [&](int64_t at, int tap) RESFAST_BF16 {
-              return output < outputs && at < channels ? words(from.load(output, at, tap))
-                                                       : _mm512_setzero_si512();
-            };
-            for (int tap = 0; tap < 9; ++tap) {
-              uint16_t* tile = panel + ((tap / 3 * groups + group) * 3 + tap % 3) * kTile;
-              for (int64_t pair = 0; pair < amx::kPairs; ++pair)
-                _mm512_storeu_si512(
-                    tile + pair * 2 * kOutputs,
-                    _mm512_or_si512(
-                        value(channel + 2 * pair, tap),
-                        _mm512_slli_epi32(value(channel + 2 * pair + 1, tap), 16)));
-            }
-          }
+  share_all(halves, [&](int64_t begin, int64_t end) RESFAST_BF16 {
+    Lanes from{weight};
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t output = part * kLanes;
+      uint16_t* panel = to + part / 2 * panel_size(channels) + part % 2 * kOutputs;
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t channel = group * kChannels;
+        if (output < outputs) from.go_to(output, group);
+        auto value = [&](int64_t at, int tap) RESFAST_BF16 {
+          return output < outputs && at < channels ? words(from.load(output, at, tap))
+                                                   : _mm512_setzero_si512();
+        };
+        for (int tap = 0; tap < 9; ++tap) {
+          uint16_t* tile = panel + ((tap / 3 * groups + group) * 3 + tap % 3) * kTile;
+          for (int64_t pair = 0; pair < amx::kPairs; ++pair)
+            _mm512_storeu_si512(
+                tile + pair * 2 * kOutputs,
+                _mm512_or_si512(
+                    value(channel + 2 * pair, tap),
+                    _mm512_slli_epi32(value(channel + 2 * pair + 1, tap), 16)));
         }
-      });
+      }
+    }
+  });
   return packed;
 }
 
@@ -229,7 +227,7 @@ void multiply_groups(const ConvShape& shape, const uint16_t* packed) {
   const int64_t panels = ceil_div(shape.outputs, kOutputs);
   const bool by_panels = grid.groups < threads && panels > grid.groups;
   const int64_t count = by_panels ? panels : grid.groups;
-  torch::stable::parallel_for(0, count, ceil_div(count, threads), [&](int64_t a, int64_t b) {
+  share_all(count, [&](int64_t a, int64_t b) {
     if (by_panels) direct_part(shape, grid, packed, 0, grid.groups, a, b);
     else direct_part(shape, grid, packed, a, b, 0, panels);
   });
@@ -240,10 +238,7 @@ Tensor conv_direct(
     const std::optional<Tensor>& residual, const std::vector<int64_t>& geometry,
     int64_t activation, double negative_slope) {
   check_amx();
-  if (geometry.size() != 8 || *std::min_element(geometry.begin(), geometry.begin() + 6) < 1 ||
-      geometry[2] != 3 || geometry[3] != 3 || geometry[4] > 2 || geometry[5] != geometry[4])
-    fail("geometry is ", shape_name(geometry),
-         "; expected K, C, 3, 3, two strides that are both 1 or both 2, and two paddings");
+  check_geometry(geometry);
   return convolve(
       x, packed, bias, residual, geometry, activation, negative_slope,
       direct_size(geometry[0], geometry[1]), multiply_groups);

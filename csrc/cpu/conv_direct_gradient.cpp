@@ -242,7 +242,6 @@ RESFAST_BF16 void add_lanes(
 
 void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
   const Grid grid(shape, 2);
-  const int64_t threads = torch::stable::get_num_threads();
   Sums sums{};
   sums.rows = ceil_div(shape.outputs, kBlock), sums.blocks = ceil_div(shape.channels, kBlock);
   sums.lane_stride = sums.rows * sums.blocks * 9 * kBlockSums;
@@ -253,23 +252,13 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
   for (sums.lanes = 1; 2 * sums.lanes <= most;) sums.lanes *= 2;
   thread_local Workspace<float> memory;
   sums.values = memory.get(sums.lanes * sums.lane_stride);
-  auto add_lane = [&](int64_t lane, auto share) {
+  deal_lanes(sums.lanes, [&](int64_t lane, auto share) {
     add_groups(
         shape, grid, grad, lane * grid.groups / sums.lanes, (lane + 1) * grid.groups / sums.lanes,
         sums, lane, share);
-  };
-  auto on_all = [&](int64_t count, auto work) {
-    torch::stable::parallel_for(0, count, ceil_div(count, threads), work);
-  };
-  if (sums.lanes < threads) {
-    for (int64_t lane = 0; lane < sums.lanes; ++lane) add_lane(lane, on_all);
-  } else {
-    on_all(sums.lanes, [&](int64_t first, int64_t last) {
-      for (int64_t lane = first; lane < last; ++lane)
-        add_lane(lane, [](int64_t count, auto work) { work(int64_t{0}, count); });
-    });
-  }
-  on_all(shape.outputs, [&](int64_t begin, int64_t end) { add_lanes(shape, sums, begin, end, to); });
+  });
+  share_all(
+      shape.outputs, [&](int64_t begin, int64_t end) { add_lanes(shape, sums, begin, end, to); });
 }
 
 Tensor conv_direct_weight_gradient(

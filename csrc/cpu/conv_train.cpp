@@ -337,23 +337,12 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
   const int64_t least = std::min(kLeastBytes * together, kMostBytes);
   const int64_t most = sums.lanes == 1 ? kMostBytes : kLaneBytes * together / threads;
   const int64_t bytes = std::clamp(2 * sums_bytes, least, std::max(least, most));
-  auto add_lane = [&](int64_t lane, auto share) {
+  deal_lanes(sums.lanes, [&](int64_t lane, auto share) {
     add_tiles<Form>(
         shape, tiles, lane * lane_tiles, std::min(tiles.count, (lane + 1) * lane_tiles), grad, sums,
         sums.values + lane * sums.lane_stride, bytes, share);
-  };
-  auto on_all = [&](int64_t count, auto part) {
-    torch::stable::parallel_for(0, count, ceil_div(count, threads), part);
-  };
-  if (together > 1) {
-    for (int64_t lane = 0; lane < sums.lanes; ++lane) add_lane(lane, on_all);
-  } else {
-    on_all(sums.lanes, [&](int64_t first, int64_t last) {
-      for (int64_t lane = first; lane < last; ++lane)
-        add_lane(lane, [](int64_t count, auto part) { part(int64_t{0}, count); });
-    });
-  }
-  on_all(shape.outputs, [&](int64_t begin, int64_t end) {
+  });
+  share_all(shape.outputs, [&](int64_t begin, int64_t end) {
     if (sums.lanes == 1) transform_sums<Form, false>(shape, sums, begin, end, to);
     else transform_sums<Form, true>(shape, sums, begin, end, to);
   });

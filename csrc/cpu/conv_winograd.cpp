@@ -229,10 +229,7 @@ Tensor conv_winograd(
     const std::optional<Tensor>& residual, const std::vector<int64_t>& geometry,
     int64_t activation, double negative_slope, int64_t tile) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
-  if (geometry.size() != 8 || *std::min_element(geometry.begin(), geometry.begin() + 6) < 1 ||
-      geometry[2] != 3 || geometry[3] != 3 || geometry[4] > 2 || geometry[5] != geometry[4])
-    fail("geometry is ", shape_name(geometry),
-         "; expected K, C, 3, 3, two strides that are both 1 or both 2, and two paddings");
+  check_geometry(geometry);
   check_tile(tile, geometry[4]);
   return with_form(tile, geometry[4], [&](auto form) {
     return convolve_by<decltype(form)>(
