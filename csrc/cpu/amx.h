@@ -204,44 +204,65 @@ class Tiles {
   bool used_;
 };
 
+// Sums of kRowTiles * 16 rows and kOutputTiles * 16 outputs, in tiles 0 to 3. Strides are in bytes.
+template <int kRowTiles, int kOutputTiles>
+struct Sums {
+  static constexpr bool kWide = kOutputTiles == 2, kTall = kRowTiles == 2;
+
+  static RESFAST_AMX_INLINE void clear() {
+    zero<0>();
+    if constexpr (kWide) zero<1>();
+    if constexpr (kTall) zero<2>();
+    if constexpr (kWide && kTall) zero<3>();
+  }
+  static RESFAST_AMX_INLINE void read(const float* sums, int64_t stride) {
+    const float* lower = sums + kRows * stride / 4;
+    load<0>(sums, stride);
+    if constexpr (kWide) load<1>(sums + 16, stride);
+    if constexpr (kTall) load<2>(lower, stride);
+    if constexpr (kWide && kTall) load<3>(lower + 16, stride);
+  }
+  // (+)= the products of 16 pairs of rows `a`, the second 16 of them at `lower`, and outputs `b`.
+  static RESFAST_AMX_INLINE void add(
+      const uint16_t* a, const uint16_t* lower, int64_t a_stride, const uint16_t* b,
+      int64_t b_stride) {
+    load<6>(b, b_stride);
+    load<4>(a, a_stride);
+    multiply<0, 4, 6>();
+    if constexpr (kWide) {
+      load<7>(b + 32, b_stride);
+      multiply<1, 4, 7>();
+    }
+    if constexpr (kTall) {
+      load<5>(lower, a_stride);
+      multiply<2, 5, 6>();
+      if constexpr (kWide) multiply<3, 5, 7>();
+    }
+  }
+  static RESFAST_AMX_INLINE void write(float* sums, int64_t stride) {
+    float* lower = sums + kRows * stride / 4;
+    store<0>(sums, stride);
+    if constexpr (kWide) store<1>(sums + 16, stride);
+    if constexpr (kTall) store<2>(lower, stride);
+    if constexpr (kWide && kTall) store<3>(lower + 16, stride);
+  }
+};
+
 // sums[i][j] (+)= sum over pairs of a[i][pair] * b[pair][j], for kRowTiles * 16 rows i and
 // kOutputTiles * 16 outputs j. Strides are in bytes.
 template <int kRowTiles, int kOutputTiles>
 RESFAST_AMX_INLINE void product_tiles(
     const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t b_stride, int64_t pairs,
     float* sums, int64_t sums_stride, bool add) {
-  constexpr bool kWide = kOutputTiles == 2, kTall = kRowTiles == 2;
-  float* lower = sums + kRows * sums_stride / 4;
-  if (add) {
-    load<0>(sums, sums_stride);
-    if constexpr (kWide) load<1>(sums + 16, sums_stride);
-    if constexpr (kTall) load<2>(lower, sums_stride);
-    if constexpr (kWide && kTall) load<3>(lower + 16, sums_stride);
-  } else {
-    zero<0>();
-    if constexpr (kWide) zero<1>();
-    if constexpr (kTall) zero<2>();
-    if constexpr (kWide && kTall) zero<3>();
-  }
+  using Block = Sums<kRowTiles, kOutputTiles>;
+  if (add) Block::read(sums, sums_stride);
+  else Block::clear();
   for (int64_t pair = 0; pair < pairs; pair += kPairs) {
-    const uint16_t* outputs = b + pair * b_stride / 2;
-    load<6>(outputs, b_stride);
-    load<4>(a + 2 * pair, a_stride);
-    multiply<0, 4, 6>();
-    if constexpr (kWide) {
-      load<7>(outputs + 32, b_stride);
-      multiply<1, 4, 7>();
-    }
-    if constexpr (kTall) {
-      load<5>(a + 2 * pair + kRows * a_stride / 2, a_stride);
-      multiply<2, 5, 6>();
-      if constexpr (kWide) multiply<3, 5, 7>();
-    }
+    const uint16_t* rows = a + 2 * pair;
+    Block::add(
+        rows, rows + kRows * a_stride / 2, a_stride, b + pair * b_stride / 2, b_stride);
   }
-  store<0>(sums, sums_stride);
-  if constexpr (kWide) store<1>(sums + 16, sums_stride);
-  if constexpr (kTall) store<2>(lower, sums_stride);
-  if constexpr (kWide && kTall) store<3>(lower + 16, sums_stride);
+  Block::write(sums, sums_stride);
 }
 
 template <int kRowTiles>

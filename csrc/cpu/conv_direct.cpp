@@ -36,19 +36,15 @@ RESFAST_BF16 void lay_out(const ConvShape& shape, const Grid& grid, int64_t grou
 }
 
 // 32 positions of a row of results and one panel: sums [32, 32].
-template <int kWide>
+template <int kOutputTiles>
 RESFAST_AMX void multiply_taps(
     const Grid& grid, const uint16_t* inputs, int64_t row, int64_t position, int64_t size,
     const uint16_t* weights, float* sums) {
   asm volatile("" ::: "memory"); // GCC does not know that a tile's load reads memory
   const int64_t stride = 2 * size; // bytes
   const int64_t shifts[3] = {0, grid.shift(1) * size, grid.shift(2) * size};
-  amx::zero<0>();
-  amx::zero<2>();
-  if constexpr (kWide) {
-    amx::zero<1>();
-    amx::zero<3>();
-  }
+  using Block = amx::Sums<2, kOutputTiles>;
+  Block::clear();
   for (int64_t r = 0; r < 3; ++r) {
     if (!grid.has_row(row, r)) continue;
     const uint16_t* from =
@@ -57,24 +53,10 @@ RESFAST_AMX void multiply_taps(
     for (int64_t channel = 0; channel < size; channel += kChannels)
       for (int64_t s = 0; s < 3; ++s, panel += kTile) {
         const uint16_t* a = from + shifts[s] + channel;
-        amx::load<6>(panel, 4 * kOutputs);
-        amx::load<4>(a, stride);
-        amx::multiply<0, 4, 6>();
-        if constexpr (kWide) {
-          amx::load<7>(panel + kOutputs, 4 * kOutputs);
-          amx::multiply<1, 4, 7>();
-        }
-        amx::load<5>(a + amx::kRows * size, stride);
-        amx::multiply<2, 5, 6>();
-        if constexpr (kWide) amx::multiply<3, 5, 7>();
+        Block::add(a, a + amx::kRows * size, stride, panel, 4 * kOutputs);
       }
   }
-  amx::store<0>(sums, 4 * kOutputs);
-  amx::store<2>(sums + amx::kRows * kOutputs, 4 * kOutputs);
-  if constexpr (kWide) {
-    amx::store<1>(sums + kLanes, 4 * kOutputs);
-    amx::store<3>(sums + amx::kRows * kOutputs + kLanes, 4 * kOutputs);
-  }
+  Block::write(sums, 4 * kOutputs);
   asm volatile("" ::: "memory");
 }
 
@@ -83,11 +65,7 @@ struct Places {
   int64_t pixel[kPositions];
 
   Places(const ConvShape& shape, const Grid& grid, int64_t group, int64_t row, int64_t position) {
-    for (int64_t i = 0; i < kPositions; ++i) {
-      const int64_t image = group * grid.images + (position + i) % grid.images;
-      const int64_t column = (position + i) / grid.images;
-      pixel[i] = image < shape.batch ? (image * shape.rows + row) * shape.columns + column : -1;
-    }
+    for (int64_t i = 0; i < kPositions; ++i) pixel[i] = grid.pixel(shape, group, row, position + i);
   }
 };
 
@@ -132,9 +110,9 @@ void direct_part(
         const int64_t output = part * kOutputs;
         prefetch(shape, places, output);
         if (shape.outputs - output > kLanes)
-          multiply_taps<1>(grid, from, row, position, size, packed + part * panel, sums);
+          multiply_taps<2>(grid, from, row, position, size, packed + part * panel, sums);
         else
-          multiply_taps<0>(grid, from, row, position, size, packed + part * panel, sums);
+          multiply_taps<1>(grid, from, row, position, size, packed + part * panel, sums);
         finish_positions(shape, places, output, sums);
       }
     }
@@ -186,10 +164,6 @@ Tensor pack(const Weight& weight) {
     }
   });
   return packed;
-}
-
-void check_amx() {
-  if (!bf16_supported() || !amx::supported()) fail("this processor has no AMX");
 }
 
 Tensor conv_direct_train_pack(const Tensor& weight, bool transposed) {

@@ -43,6 +43,13 @@ struct Grid {
     return input_row(row, r) >= 0 && input_row(row, r) < height;
   }
 
+  // The pixel of the results at a position of a row of a group, -1 for images after the last.
+  int64_t pixel(const ConvShape& shape, int64_t group, int64_t row, int64_t position) const {
+    const int64_t image = group * images + position % images;
+    if (image >= shape.batch) return -1;
+    return (image * shape.rows + row) * shape.columns + position / images;
+  }
+
   // Calls `visit(row, cell, values or null for zeros)` for all cells of one image, where values are
   // its channels.
   template <class Visit>
@@ -68,6 +75,10 @@ RESFAST_BF16_INLINE __mmask32 channel_mask(int64_t left) {
 RESFAST_BF16_INLINE __m512i load_channels(const uint16_t* values, int64_t channel, int64_t channels) {
   if (!values) return _mm512_setzero_si512();
   return _mm512_maskz_loadu_epi16(channel_mask(channels - channel), values + channel);
+}
+
+inline void check_amx() {
+  if (!bf16_supported() || !amx::supported()) fail("this processor has no AMX");
 }
 
 } // namespace resfast

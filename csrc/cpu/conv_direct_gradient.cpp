@@ -81,12 +81,8 @@ RESFAST_BF16 void lay_out_gradients(
   for (int64_t step = 0; step < to.row_steps; ++step) {
     const uint16_t* from[kPositions];
     for (int64_t i = 0; i < kPositions; ++i) {
-      const int64_t position = step * kPositions + i;
-      const int64_t image = group * grid.images + position % grid.images;
-      const int64_t column = position / grid.images;
-      from[i] = image < shape.batch
-          ? grad + ((image * shape.rows + row) * shape.columns + column) * shape.outputs
-          : nullptr;
+      const int64_t pixel = grid.pixel(shape, group, row, step * kPositions + i);
+      from[i] = pixel < 0 ? nullptr : grad + pixel * shape.outputs;
     }
     for (int64_t output = 0; output < shape.outputs; output += kLanes) {
       const __mmask16 mask = lane_mask(shape.outputs - output);
@@ -108,18 +104,15 @@ RESFAST_BF16 void lay_out_gradients(
 }
 
 // sums[output][channel] += over the positions of some rows of results that have row r of the taps, for
-// kTall and kWide 32 of them, else 16.
-template <int kTall, int kWide>
+// kRowTiles * 16 outputs and kOutputTiles * 16 channels.
+template <int kRowTiles, int kOutputTiles>
 RESFAST_AMX void multiply_rows(
     const ConvShape& shape, const Grid& grid, const Gradients& gradients, const Inputs& inputs,
     int64_t sixteen, int64_t block, int64_t begin, int64_t end, int64_t r, int64_t s, float* sums) {
-  constexpr int64_t kStride = kWide ? 128 : 64, kSums = 4 * kBlock; // bytes
+  using Block = amx::Sums<kRowTiles, kOutputTiles>;
+  constexpr int64_t kStride = 64 * kOutputTiles, kSums = 4 * kBlock; // bytes
   constexpr int64_t kStep = kLanes * kPositions;
-  float* below = sums + kLanes * kBlock;
-  amx::load<0>(sums, kSums);
-  if constexpr (kWide) amx::load<1>(sums + kLanes, kSums);
-  if constexpr (kTall) amx::load<2>(below, kSums);
-  if constexpr (kWide && kTall) amx::load<3>(below + kLanes, kSums);
+  Block::read(sums, kSums);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t group = row / shape.rows, at = row % shape.rows;
     if (!grid.has_row(at, r)) continue;
@@ -128,25 +121,11 @@ RESFAST_AMX void multiply_rows(
     const uint16_t* from =
         inputs.at(block, group * grid.height + grid.input_row(at, r), grid.shift(s) / 2);
     for (int64_t step = 0; step < gradients.row_steps; ++step) {
-      amx::load<6>(from, kStride);
-      amx::load<4>(upper, 64);
-      amx::multiply<0, 4, 6>();
-      if constexpr (kWide) {
-        amx::load<7>(from + 32, kStride);
-        amx::multiply<1, 4, 7>();
-      }
-      if constexpr (kTall) {
-        amx::load<5>(lower, 64);
-        amx::multiply<2, 5, 6>();
-        if constexpr (kWide) amx::multiply<3, 5, 7>();
-      }
+      Block::add(upper, lower, 64, from, kStride);
       from += kStride / 2 * amx::kPairs, upper += kStep, lower += kStep;
     }
   }
-  amx::store<0>(sums, kSums);
-  if constexpr (kWide) amx::store<1>(sums + kLanes, kSums);
-  if constexpr (kTall) amx::store<2>(below, kSums);
-  if constexpr (kWide && kTall) amx::store<3>(below + kLanes, kSums);
+  Block::write(sums, kSums);
 }
 
 // Of one block of outputs and one of channels, all taps: sums[tap][kBlockSums].
@@ -156,10 +135,10 @@ void multiply_block(
   const bool wide = inputs.width(block) == kBlock;
   const bool tall = shape.outputs - row_block * kBlock > kLanes;
   const int64_t at_once = std::max<int64_t>(1, kAtOnce / gradients.row_steps);
-  auto multiply = wide && tall ? multiply_rows<1, 1>
-      : wide                   ? multiply_rows<0, 1>
-      : tall                   ? multiply_rows<1, 0>
-                               : multiply_rows<0, 0>;
+  auto multiply = wide && tall ? multiply_rows<2, 2>
+      : wide                   ? multiply_rows<1, 2>
+      : tall                   ? multiply_rows<2, 1>
+                               : multiply_rows<1, 1>;
   asm volatile("" ::: "memory"); // GCC does not know that a tile's load reads memory
   for (int64_t first = 0; first < rows; first += at_once)
     for (int64_t tap = 0; tap < 9; ++tap)
@@ -263,7 +242,7 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
 
 Tensor conv_direct_weight_gradient(
     const Tensor& x, const Tensor& grad, int64_t stride, int64_t padding) {
-  if (!bf16_supported() || !amx::supported()) fail("this processor has no AMX");
+  check_amx();
   const ConvShape shape = weight_gradient_shape(x, grad, stride, padding);
   Tensor result = new_weight_gradient(shape);
   weight_gradient(

@@ -133,33 +133,26 @@ def fits_groups(x: Tensor, columns: int) -> bool:
     return filled and conv_cpu.group_is_small(x, columns)
 
 
-def _is_direct(x: Tensor, outputs: int, stride: int, padding: int) -> bool:
+def _is_direct(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Whether a result is computed directly: where tiles save little, or weights are many."""
-    rows, columns = ((size + 2 * padding - 3) // stride + 1 for size in x.shape[2:])
-    little = stride == 2 or min(rows, columns) <= 2 or x.shape[1] * outputs > 256 * 256
+    rows, columns = output_shape(x, weight, [stride] * 2, [padding] * 2)[2:]
+    little = stride == 2 or min(rows, columns) <= 2 or weight.shape[:2].numel() > 256 * 256
     return AMX and little and fits_groups(x, columns)
 
 
 def _convolve(
     x: Tensor, weight: Tensor, stride: int, padding: int, tile: int, *, transposed: bool = False
 ) -> Tensor:
-    outputs, channels = weight.shape[:2][::-1] if transposed else weight.shape[:2]
-    if not _is_direct(x, outputs, stride, padding):
-        return _winograd(x, weight, stride, padding, tile, transposed=transposed)
-    packed = torch.ops.resfast.conv_direct_train_pack(channels_last(weight), transposed)
-    geometry = [outputs, channels, 3, 3, stride, stride, padding, padding]
-    kernel = torch.ops.resfast.conv_direct.default
-    return kernel(x, packed, None, None, geometry, 0, conv_reference.NEGATIVE_SLOPE)
-
-
-def _winograd(
-    x: Tensor, weight: Tensor, stride: int, padding: int, tile: int, *, transposed: bool = False
-) -> Tensor:
-    packed = torch.ops.resfast.conv_train_pack(channels_last(weight), stride, transposed, tile)
+    ops, wide = torch.ops.resfast, channels_last(weight)
+    if _is_direct(x, weight, stride, padding):
+        kernel, tiles = ops.conv_direct.default, ()
+        packed = ops.conv_direct_train_pack(wide, transposed)
+    else:
+        kernel, tiles = ops.conv_winograd.default, (tile,)
+        packed = ops.conv_train_pack(wide, stride, transposed, tile)
     outputs, channels = weight.shape[:2][::-1] if transposed else weight.shape[:2]
     geometry = [outputs, channels, 3, 3, stride, stride, padding, padding]
-    kernel = torch.ops.resfast.conv_winograd.default
-    return kernel(x, packed, None, None, geometry, 0, conv_reference.NEGATIVE_SLOPE, tile)
+    return kernel(x, packed, None, None, geometry, 0, conv_reference.NEGATIVE_SLOPE, *tiles)
 
 
 @torch.library.impl("resfast::conv2d_train", "cpu")
