@@ -26,8 +26,8 @@ help: ## Show this list
 train: $(INSTALLED) ## Train a network; ARGS="--epochs 5" and others, ARGS=--help lists them
 	$(BIN)/python -m resfast.train $(ARGS)
 
-test: $(INSTALLED) ## Run the tests; ARGS="-x tests/test_package.py" chooses some
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## Run the tests, two at a time; ARGS="-x tests/test_package.py" chooses some
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: $(INSTALLED) ## Time inference, the training step, augmentation and loaders against others
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
