@@ -38,6 +38,7 @@ GUESSED_SIZE = 224
 
 _RELUS = (F.relu, torch.relu, aten.relu.default, "relu")
 _SILUS = (F.silu, aten.silu.default)
+_GELUS = (F.gelu, aten.gelu.default)
 _LEAKY = (F.leaky_relu, aten.leaky_relu.default)
 _ADDS = (operator.add, torch.add, aten.add.Tensor, "add")
 _CONVS = (F.conv2d, torch.conv2d, aten.conv2d.default)
@@ -255,7 +256,7 @@ def fuse(
     """A network for inference, its convolutions fused with what follows them.
 
     Conv → batch norm → (+ residual) → activation becomes one
-    :class:`~resfast.kernels.conv.ConvBiasAct`, for ReLU, leaky ReLU and SiLU. What
+    :class:`~resfast.kernels.conv.ConvBiasAct`, for ReLU, leaky ReLU, SiLU and GELU (of erf). What
     cannot be fused stays as it is, in ``dtype`` (batch norms, and a linear layer that ends the
     network, in float32), and is named in the report. A convolution whose output something else
     reads too keeps what follows it outside.
@@ -746,6 +747,8 @@ class _Rewriter:
                     return {"activation": "relu"}
                 case nn.SiLU():
                     return {"activation": "silu"}
+                case nn.GELU(approximate="none"):
+                    return {"activation": "gelu"}
                 case nn.LeakyReLU():
                     return _leaky(module.negative_slope)
             return None
@@ -755,6 +758,9 @@ class _Rewriter:
             return {"activation": "relu"}
         if node.target in _SILUS:
             return {"activation": "silu"}
+        if node.target in _GELUS:
+            a = _arguments(node, "input approximate")
+            return {"activation": "gelu"} if a.get("approximate", "none") == "none" else None
         if node.target in _LEAKY:
             a = _arguments(node, "input negative_slope")
             return _leaky(a.get("negative_slope", NEGATIVE_SLOPE))

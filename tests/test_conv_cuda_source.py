@@ -32,7 +32,7 @@ _SPEC.loader.exec_module(cuda_build)
 
 TYPES = ("bf16", "fp16", "fp32", "tf32")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float32)
-ACTIVATIONS = ("none", "relu", "leaky_relu", "silu")
+ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu")
 EPILOGUE_ONLY = -1
 """In the place of a tile, as in csrc/cuda/conv_plan.h."""
 FLAGS = (
@@ -277,7 +277,7 @@ def test_any_number_of_channels_is_right(host_kernels, tmp_path, type_, channels
 @pytest.mark.parametrize("type_", range(4), ids=TYPES)
 def test_every_combination_of_bias_residual_and_activation_is_right(host_kernels, tmp_path, type_):
     cases = []
-    activations = (*((activation, 10) for activation in range(4)), (2, 100))
+    activations = (*((activation, 10) for activation in range(5)), (2, 100))
     for (activation, slope), bias, residual in itertools.product(activations, (0, 1), (0, 1)):
         options = {"activation": activation, "slope": slope, "bias": bias, "residual": residual}
         for filters, splits in ((24, 1), (26, 1), (26, 2)):
@@ -486,7 +486,7 @@ def test_every_tile_shape_is_right_on_the_gpu(type_, index):
     """Every candidate, each in a stream of its own."""
     larger = [(8, 32, 32, 64, 64, 3, 3, 1, 1), (2, 8, 8, 256, 512, 3, 3, 2, 1)]
     n, h, w, c, k, r, s, stride, padding = [*ALIGNED, *UNALIGNED, *larger][index]
-    dtype, tf32, name = DTYPES[type_], type_ == 3, ACTIVATIONS[index % 4]
+    dtype, tf32, name = DTYPES[type_], type_ == 3, ACTIVATIONS[index % 5]
     on_gpu = {"device": "cuda", "dtype": dtype, "memory_format": torch.channels_last}
     x = torch.randn(n, c, h, w).to(**on_gpu)
     weight = (torch.randn(k, c, r, s) / (c * r * s) ** 0.5).to(**on_gpu)

@@ -21,7 +21,7 @@ from resfast.kernels import conv, conv_reference, extension
 from tests.test_conv_cuda_source import BAD, GOOD, ROOT, cuda_build
 
 CONFIGS = 8
-ACTIVATIONS = ("none", "relu", "leaky_relu", "silu")
+ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu")
 CHANNELS_LAST = torch.channels_last
 
 
@@ -143,7 +143,7 @@ def test_every_configuration_loads_and_multiplies_the_right_values(on_host, conf
     for i, shape in enumerate(SHAPES):
         j = i + config
         case = Case(shape, bias=j % 2 == 0, residual=j % 3 > 0)
-        activation, slope = ACTIVATIONS[j % 4], (0.125, -0.5)[j % 2]
+        activation, slope = ACTIVATIONS[j % 5], (0.125, -0.5)[j % 2]
         y = convolve_on_host(on_host, config, case, activation, slope)
         case.check(y, activation, slope, unit=2.0**-19)
 
@@ -312,7 +312,7 @@ def test_every_configuration_is_right_on_the_gpu(operators, dtype, config):
     for i, shape in enumerate(SHAPES + LARGER):
         j = i + config
         case = Case(shape, dtype, bias=j % 2 == 0, residual=j % 3 > 0)
-        activation, slope = ACTIVATIONS[j % 4], (0.125, -0.5)[j % 2]
+        activation, slope = ACTIVATIONS[j % 5], (0.125, -0.5)[j % 2]
         y = convolve(case, activation, slope, config)
         assert y.is_contiguous(memory_format=CHANNELS_LAST)
         case.check(y, activation, slope, unit=2.0**-16)  # tensor cores cut off what they add

@@ -25,7 +25,6 @@
 namespace resfast {
 namespace {
 
-constexpr int64_t kGelu = kSilu + 1;
 constexpr int64_t kGroup = 2 * kLanes; // channels of a vector
 constexpr int64_t kChunk = 512; // pixels of a sum in float32
 constexpr int64_t kTile = 8192; // values that are walked through group by group: a part of L1
@@ -101,47 +100,15 @@ RESFAST_BF16_INLINE void store_values(float* to, const Values<kGroups>& values) 
 
 // -- activations -----------------------------------------------------------------------------------
 
-// z clamped to where the polynomials hold; beyond, gelu is z or 0 to 1e-5.
-constexpr float kGeluReach = 5.0f;
-
-template <size_t kTerms>
-RESFAST_BF16_INLINE __m512 odd_polynomial(__m512 z, const float (&terms)[kTerms]) {
-  const __m512 square = _mm512_fmsub_ps(
-      _mm512_mul_ps(z, z), _mm512_set1_ps(2 / (kGeluReach * kGeluReach)), _mm512_set1_ps(1.0f));
-  __m512 value = _mm512_set1_ps(terms[0]);
-#pragma GCC unroll 12
-  for (size_t i = 1; i < kTerms; ++i)
-    value = _mm512_fmadd_ps(value, square, _mm512_set1_ps(terms[i]));
-  return _mm512_fmadd_ps(value, z, _mm512_set1_ps(0.5f));
-}
-
-// Minimax in z^2, over [-5, 5]: the normal distribution function to 7e-6 / z, and gelu's derivative
-// to 1.3e-5.
-constexpr float kNormal[] = {
-    2.277308533e-03f, -6.278014759e-03f, 7.021223576e-03f, -8.329826224e-03f, 1.554792399e-02f,
-    -2.421516129e-02f, 3.174414686e-02f, -4.031916975e-02f, 5.148801112e-02f, -7.030051865e-02f,
-    1.413643019e-01f};
+// Minimax in z^2, over [-kGeluReach, kGeluReach]: gelu's derivative to 1.3e-5.
 constexpr float kGeluSlope[] = {
     -2.072038318e-02f, 4.651469854e-02f, -2.772115937e-02f, 2.122805554e-02f,
     -6.844837841e-02f, 9.511999262e-02f, -8.535531297e-02f, 7.708937859e-02f,
     -7.154195469e-02f, 6.682617828e-02f, -7.512277932e-02f, 1.421305808e-01f};
 
-// The second operand of min and max is the result where z is NaN.
-RESFAST_BF16_INLINE __m512 least(__m512 z) { return _mm512_max_ps(_mm512_set1_ps(-kGeluReach), z); }
-RESFAST_BF16_INLINE __m512 most(__m512 z) { return _mm512_min_ps(_mm512_set1_ps(kGeluReach), z); }
-
 RESFAST_BF16_INLINE __m512 sigmoid(__m512 z) {
   const __m512 one = _mm512_set1_ps(1.0f);
   return _mm512_div_ps(one, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), z))));
-}
-
-template <int64_t kActivation>
-RESFAST_BF16_INLINE __m512 act(__m512 z, float negative_slope) {
-  if constexpr (kActivation == kGelu) {
-    const __m512 lower = least(z);
-    return _mm512_mul_ps(lower, odd_polynomial(most(lower), kNormal));
-  }
-  return activated(z, kActivation, negative_slope);
 }
 
 // grad times the derivative at z; of relu and leaky_relu, the result serves as z as well.
@@ -364,8 +331,8 @@ RESFAST_BF16 void apply(
         value.even = _mm512_add_ps(value.even, more.even);
         value.odd = _mm512_add_ps(value.odd, more.odd);
       }
-      value.even = act<kActivation>(value.even, shape.negative_slope);
-      value.odd = act<kActivation>(value.odd, shape.negative_slope);
+      value.even = activated(value.even, kActivation, shape.negative_slope);
+      value.odd = activated(value.odd, kActivation, shape.negative_slope);
       store_words<kWhole>(out + from + i * kGroup, mask, stream, rounded(value));
     }
   }
@@ -526,8 +493,7 @@ void with_activation(int64_t activation, Run run) {
 NormShape checked_shape(const Tensor& x, int64_t activation, double negative_slope, bool pool) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");
   check_map("x", x, {-1, -1, -1, -1});
-  if (activation < kNone || activation > kGelu)
-    fail("activation ", activation, " is unknown; expected 0 to ", int64_t{kGelu});
+  check_activation(activation);
   NormShape shape{x.size(0), x.size(2), x.size(3), x.size(1), x.size(2), x.size(3), pool,
                   static_cast<float>(negative_slope)};
   if (pool) shape.rows /= 2, shape.columns /= 2;

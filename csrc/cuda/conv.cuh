@@ -74,6 +74,7 @@ RESFAST_DEVICE float activate(float value, const Params& params) {
     case Activation::kRelu: return value < 0 ? 0.f : value;
     case Activation::kLeakyRelu: return value < 0 ? params.negative_slope * value : value;
     case Activation::kSilu: return value / (1 + expf(-value));
+    case Activation::kGelu: return 0.5f * value * (1 + erff(value * 0.70710678f)); // sqrt(1/2)
     default: return value;
   }
 }

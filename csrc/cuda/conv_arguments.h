@@ -24,7 +24,7 @@ using torch::headeronly::MemoryFormat;
 using MaybeTensor = std::optional<Tensor>;
 using Pair = std::vector<int64_t>;
 
-inline constexpr const char* kActivations[] = {"none", "relu", "leaky_relu", "silu"};
+inline constexpr const char* kActivations[] = {"none", "relu", "leaky_relu", "silu", "gelu"};
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) fail(what, " failed: ", cudaGetErrorString(error));
@@ -52,9 +52,12 @@ inline int narrow(int64_t value, const char* what) {
 }
 
 inline Activation parse_activation(const std::string& name) {
-  for (int i = 0; i < 4; ++i)
-    if (name == kActivations[i]) return static_cast<Activation>(i);
-  fail("activation '", name, "' is unknown; expected one of none, relu, leaky_relu, silu");
+  int number = 0;
+  for (const char* known : kActivations) {
+    if (name == known) return static_cast<Activation>(number);
+    ++number;
+  }
+  fail("activation '", name, "' is unknown; expected one of none, relu, leaky_relu, silu, gelu");
 }
 
 // The sizes, after everything about the arguments is checked but the device of x.

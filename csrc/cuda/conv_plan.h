@@ -8,7 +8,7 @@
 
 namespace resfast::conv {
 
-enum class Activation : int { kNone, kRelu, kLeakyRelu, kSilu };
+enum class Activation : int { kNone, kRelu, kLeakyRelu, kSilu, kGelu };
 
 // Division of 31-bit numbers by multiplication with the reciprocal (Granlund and Montgomery,
 // "Division by Invariant Integers using Multiplication", 1994).

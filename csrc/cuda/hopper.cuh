@@ -108,6 +108,8 @@ struct Activate<cutlass::Array<float, kSize>> {
         return each(values, [slope](float v) { return v <= 0 ? v * slope : v; });
       }
       case Activation::kSilu: return each(values, [](float v) { return v / (1 + expf(-v)); });
+      case Activation::kGelu: // of erf
+        return each(values, [](float v) { return 0.5f * v * (1 + erff(v * 0.70710678f)); });
       default: return values;
     }
   }

@@ -18,7 +18,7 @@ from resfast.errors import nearest
 from resfast.kernels import conv_choice, conv_cpu, conv_cuda, conv_reference, extension
 from resfast.kernels.conv_reference import channels_last, new_map, output_shape
 
-Activation = Literal["none", "relu", "leaky_relu", "silu"]
+Activation = Literal["none", "relu", "leaky_relu", "silu", "gelu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SCHEMA = (
@@ -52,7 +52,7 @@ def conv2d_bias_act(
         residual: the result's shape and dtype; added before the activation.
         stride: rows and columns, at least 1.
         padding: zeros on each side, rows and columns, at least 0.
-        activation: ``none``, ``relu``, ``leaky_relu`` or ``silu``.
+        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (of erf).
         negative_slope: of ``leaky_relu``.
 
     Returns:

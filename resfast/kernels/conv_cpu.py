@@ -31,7 +31,13 @@ from resfast.kernels.conv_choice import Plan, Run
 
 ALGORITHMS = conv_choice.NAMES["cpu"]
 CHOICES = conv_choice.Choices("conv-cpu.json")
-ONEDNN_NAMES = {"none": "none", "relu": "relu", "leaky_relu": "leaky_relu", "silu": "swish"}
+ONEDNN_NAMES = {
+    "none": "none",
+    "relu": "relu",
+    "leaky_relu": "leaky_relu",
+    "silu": "swish",
+    "gelu": "gelu",  # of erf, by the algorithm that is given beside it
+}
 TILES = (4, 3, 2)
 """Sides of tiles for stride 1, the largest first."""
 MOST_GROUP_BYTES = 16 * 2**20
@@ -207,7 +213,7 @@ def _onednn(
         kind = x.dtype
         x = x.to(dtype).contiguous(memory_format=channels_last)
         if residual is None:
-            out = unary(x, weight, bias, *rest, name, scalars, "")
+            out = unary(x, weight, bias, *rest, name, scalars, "none" if name == "gelu" else "")
         else:
             residual = residual.to(dtype).contiguous(memory_format=channels_last)
             out = binary(x, residual, weight, bias, *rest, "add", 1.0, attribute, [], "")

@@ -18,6 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "relu": lambda x, negative_slope: F.relu(x),
     "leaky_relu": F.leaky_relu,
     "silu": lambda x, negative_slope: F.silu(x),
+    "gelu": lambda x, negative_slope: F.gelu(x),
 }
 """Name to function of a tensor and the slope of leaky ReLU."""
 

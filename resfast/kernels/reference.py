@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resfast.kernels import conv_reference
 
-ACTIVATIONS = conv_reference.ACTIVATIONS | {"gelu": lambda x, negative_slope: F.gelu(x)}
+ACTIVATIONS = conv_reference.ACTIVATIONS
 """Of :func:`batch_norm_act`: name to function of a tensor and the slope of leaky ReLU."""
 _MASK32 = 0xFFFFFFFF
 

@@ -261,7 +261,7 @@ class ConvBNReLU(_FusedLayer):
         kernel_size: height and width of the kernel.
         stride: rows and columns from one output to the next.
         padding: zeros on each side; None for ``kernel_size // 2``.
-        activation: ``relu``, ``leaky_relu``, ``silu`` or ``none``.
+        activation: ``relu``, ``leaky_relu``, ``silu``, ``gelu`` or ``none``.
         negative_slope: of ``leaky_relu``.
 
     Shape: ``[N, C, H, W]`` to ``[N, K, H', W']``; ``H' = (H + 2 padding - kernel_size) // stride

@@ -124,7 +124,9 @@ RECIPES["fast95"] = replace(
 RECIPES["fast-resnet-2111"] = replace(
     _FAST94,
     recipe="fast-resnet-2111",
-    model=ModelConfig(model="resnet-2111", freeze_norm_scale=True, param_budget=FIVE_MILLION),
+    model=ModelConfig(
+        model="resnet-2111", activation="gelu", freeze_norm_scale=True, param_budget=FIVE_MILLION
+    ),
     data=replace(_FAST94.data, augment=Augment(crop=4, flip="alternating", cutout=8)),
     optim=replace(
         _FAST94.optim,
@@ -139,7 +141,7 @@ RECIPES["fast-resnet-2111"] = replace(
 RECIPES["fast-resnet-453"] = replace(
     RECIPES["fast-resnet-2111"],
     recipe="fast-resnet-453",
-    model=ModelConfig(model="resnet-453", freeze_norm_scale=True, param_budget=FIVE_MILLION),
+    model=replace(RECIPES["fast-resnet-2111"].model, model="resnet-453"),
     optim=replace(RECIPES["fast-resnet-2111"].optim, epochs=10),
 )
 
