@@ -393,16 +393,17 @@ def ablation(
 
 def ablation_table(rows: Sequence[_AblationRow]) -> str:
     """A Markdown table; the first row is the whole recipe that the others are compared with."""
-    first = rows[0].row
+    first, shared = rows[0].row, rows[0].options
     seeds = f"seeds {first.seeds[0]} to {first.seeds[-1]}" if len(first.seeds) > 1 else "one seed"
+    threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
     lines = [
-        f"`{first.recipe}` on {first.data}, {first.hardware}, {first.threads} threads, "
-        f"{first.date}, {seeds}, {first.accuracy} of the {first.scored_on} images; seconds are "
-        "timed ones. Differences are to the first line, with the standard error of a difference "
-        "of means.",
+        f"`{first.recipe}`{f' with `{shared}`' if shared else ''} on {first.data}, "
+        f"{first.hardware}, {threads}, {first.date}, {seeds}, {first.accuracy} of the "
+        f"{first.scored_on} images; seconds are timed ones. Differences are to the first line, "
+        "with the standard error of a difference of means.",
         "",
-        "| component | options | accuracy | difference | seconds | difference |",
-        "|---|---|---|---|---|---|",
+        "| component | options | accuracy | difference | PFLOP | seconds | difference |",
+        "|---|---|---|---|---|---|---|",
     ]
     for entry_ in rows:
         row, seconds = entry_.row, entry_.row.seconds["timed"]
@@ -414,10 +415,10 @@ def ablation_table(rows: Sequence[_AblationRow]) -> str:
                 error = (row.sd**2 / len(row.seeds) + first.sd**2 / len(first.seeds)) ** 0.5
                 change += f" ± {100 * error:.2f}"
             took = f"{seconds.mean - first.seconds['timed'].mean:+.1f}"
-        options = f"`{entry_.options}`" if entry_.options else ""
+        own = entry_.options.removeprefix(shared).strip()
         lines.append(
-            f"| {entry_.component} | {options} | {row.mean:.2%}{spread} | {change} | "
-            f"{seconds.mean:.1f} | {took} |"
+            f"| {entry_.component} | {f'`{own}`' if own else ''} | {row.mean:.2%}{spread} | "
+            f"{change} | {row.flops / 1e15:.3g} | {seconds.mean:.1f} | {took} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -178,6 +178,7 @@ def test_an_ablation_compares_each_component_with_the_whole(
     assert table[4].startswith(f"| fast-tiny |  | {whole['mean']:.2%} ± {whole['sd']:.2%} |")
     assert f"| `--ema 0` | {without['mean']:.2%}" in table[5]
     assert f"| {difference:+.2f} ± " in table[5]
+    assert f"| {without['flops'] / 1e15:.3g} | " in table[5]
 
     # Lines that are there are kept; only the new one is trained.
     file.write_text(json.dumps(COMPONENTS))
