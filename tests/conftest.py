@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,21 @@ from resfast.training.config import (
     RunConfig,
     RuntimeConfig,
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if workers_of(config) == 1:
+        return
+    # The commands that tests run are no workers: benchmarks measure nothing where they see these.
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        os.environ.pop(name, None)
+    # Threads that wait for others leave the cores to the other worker.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def workers_of(config: pytest.Config) -> int:
+    """How many processes run tests beside each other."""
+    return getattr(config, "workerinput", {"workercount": 1})["workercount"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

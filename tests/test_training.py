@@ -24,7 +24,7 @@ from resfast.training.config import Config, OptimConfig, network
 from resfast.training.evaluation import evaluate, predict
 from resfast.training.step import TrainStep
 from resfast.training.trainer import train
-from tests.conftest import TINY_OPTIONS, change
+from tests.conftest import TINY_OPTIONS, change, workers_of
 
 LIMIT_SECONDS = 180
 
@@ -318,10 +318,11 @@ def test_a_truncated_archive_stops_the_command_with_2(
 
 
 @pytest.mark.slow
-def test_the_main_command_reaches_98_percent_on_digits(tmp_path: Path):
+def test_the_main_command_reaches_98_percent_on_digits(tmp_path: Path, pytestconfig: pytest.Config):
     """All defaults but the data set, which ``auto`` would only choose without a network."""
+    limit = min(LIMIT_SECONDS * workers_of(pytestconfig), 400)
     command = [sys.executable, "-m", "resfast.train", "--data", "digits", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, timeout=LIMIT_SECONDS)
+    subprocess.run(command, check=True, timeout=limit)
     (summary,) = tmp_path.glob("*/summary.json")
     values = json.loads(summary.read_text())
     assert values["test_accuracy"] >= 0.98
