@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from resfast.kernels import conv, conv_reference, extension
-from tests.test_conv_cuda_source import BAD, GOOD, ROOT, cuda_build
+from tests.test_conv_cuda_source import ACTIVATIONS, BAD, GOOD, ROOT, cuda_build
 
 CONFIGS = 8
-ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu")
 CHANNELS_LAST = torch.channels_last
 
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfast.kernels import conv_cpu
+from resfast.kernels import conv_cpu, conv_reference
 from resfast.kernels.conv_reference import channels_last, new_map
 
-ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu")
-"""In the order of their numbers in ``csrc/cpu/norm_act.cpp``."""
+ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
+"""In the order of their numbers in ``csrc/cpu/conv_bf16.h``."""
 AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_forward")
 """Whether the kernels are built and this processor has AVX512-BF16."""
 

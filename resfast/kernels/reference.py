@@ -11,8 +11,6 @@ from torch import Tensor
 
 from resfast.kernels import conv_reference
 
-ACTIVATIONS = conv_reference.ACTIVATIONS
-"""Of :func:`batch_norm_act`: name to function of a tensor and the slope of leaky ReLU."""
 _MASK32 = 0xFFFFFFFF
 
 
@@ -167,5 +165,5 @@ def batch_norm_act(
     )
     if residual is not None:
         out = out + residual.to(wide)
-    out = ACTIVATIONS[activation](out, negative_slope)
+    out = conv_reference.ACTIVATIONS[activation](out, negative_slope)
     return out.to(x.dtype), mean.detach(), var.detach()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
-from resfast.kernels.reference import ACTIVATIONS
+from resfast.kernels.conv_reference import ACTIVATIONS
 
 LEAST_CHANNELS = 16
 """From which on half of a vector is used."""
