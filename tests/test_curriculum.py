@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from resfast import runtime
 from resfast.data.augment import Augment, order, smaller
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.train import command_line
-from resfast.training import checkpoint, records
+from resfast.training import checkpoint, records, trainer
 from resfast.training import config as configs
 from resfast.training.config import Config, DataConfig, OptimConfig
 from resfast.training.curriculum import Batch, Plan, epoch_order, make_plan, weighted_mean
@@ -358,6 +361,27 @@ def test_a_run_follows_its_plan(tiny: Config, monkeypatch: pytest.MonkeyPatch, b
     rows = rows_of(result.path)
     assert len(rows) == 4
     assert rows[-1]["lr"] < 0.05 * 0.1  # the schedule came to its end
+
+
+def test_memory_is_given_back_before_batches_of_another_shape_and_around_evaluations(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[str] = []
+    step, evaluate = TrainStep._step, trainer.evaluate_both
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name or str(args[1].shape[3]))
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(TrainStep, "_step", noted("", step))
+    monkeypatch.setattr(trainer, "evaluate_both", noted("eval", evaluate))
+    monkeypatch.setattr(runtime, "release_memory", noted("free", lambda device: None))
+    train(change(tiny, epochs=2, sizes=((12, 0.75),), eval_every=1))
+    shown = " ".join(key for key, _ in itertools.groupby(seen))
+    assert shown == "free 12 free eval free 12 free 16 free eval free"
 
 
 def test_a_plan_that_changes_nothing_gives_the_same_bits(tiny: Config):

@@ -33,7 +33,7 @@ from resfast.models.resnet import count_parameters
 from resfast.models.summary import count_macs
 from resfast.training import checkpoint, records
 from resfast.training.config import Config, differences, load, network, phases_text
-from resfast.training.curriculum import epoch_order, make_plan, weighted_mean
+from resfast.training.curriculum import Batch, epoch_order, make_plan, weighted_mean
 from resfast.training.evaluation import TTA, Evaluation, evaluate_both
 from resfast.training.marks import Marks
 from resfast.training.optim import Schedule, build_optimizer
@@ -302,6 +302,8 @@ class _Run:
         self.supply, self.marks = shared.supply, shared.marks
 
         self.epoch, self.first_step = 0, 0
+        self.shape: tuple[int, int] | None = None
+        """Images and pixels of the latest batch."""
         self.order: Tensor | None = None
         """Of the epoch at hand, where it depends on the losses of images."""
         self.ended: list[_Ended] = []
@@ -470,6 +472,7 @@ class _Run:
             seconds += self.step.warm_up(
                 images, labels, fall_back="on" not in asked, source=source, steps=steps
             )
+            runtime.release_memory(self.device)
         self.seconds["compile"] += seconds
         self.display.say(f"compiled in {seconds:.1f} s")
 
@@ -519,14 +522,22 @@ class _Run:
             first = plan.images_in(self.first_step)
             self.supply.begin(epoch, order=self.order, first=first)
             for batch in batches:
+                self._make_room(batch)
                 yield self.step.take(self.supply, self.marks, batch.images, batch.pixels)
             return
         made = self.loader.epoch(epoch, self.first_step)
         place = {"seed": self.config.runtime.seed, "epoch": epoch}
         for batch, (images, labels) in zip(batches, made, strict=False):
+            self._make_room(batch)
             images = smaller(images, batch.pixels, by=by, first=batch.first, **place)
             self.marks.add(*self.step(images, labels), None, None)
             yield images
+
+    def _make_room(self, batch: Batch) -> None:
+        """Before batches of another shape: memory in pieces of the old one's sizes is no use."""
+        if self.shape != (batch.images, batch.pixels):
+            self.shape = batch.images, batch.pixels
+            runtime.release_memory(self.device)
 
     def _choose_images(self, epoch: int) -> None:
         """Which images an epoch is of, in which order."""
@@ -770,6 +781,7 @@ class _Run:
 
     def _evaluate(self, batches: Iterable[tuple[Tensor, Tensor]], tta: TTA) -> _Score:
         start = time.perf_counter()
+        runtime.release_memory(self.device)
         model, dtype = self.step.evaluated_model, self.dtype
         if self.config.evaluation.fuse:
             model, dtype = self._fused(model), torch.float32  # it needs no autocast
@@ -781,6 +793,7 @@ class _Run:
             tta_select=self.config.evaluation.tta_select,
             tta_mirror=self.config.evaluation.tta_mirror,
         )
+        self.shape = None  # the next batch makes room again
         seconds = time.perf_counter() - start
         self.seconds["eval"] += seconds
         return _Score(plain, augmented, seconds)
