@@ -4,7 +4,7 @@
 each recipe (those named ``fast…`` by default) with N seeds, writes a row for each and a plot of all
 rows beside public results. Other uses:
 
-- ``--add FOLDER…``: rows from folders that ``resfast.train --runs N`` left, without training. They
+- ``--add FOLDER…``: rows from folders that ``resfast.train`` left, without training. They
   enter ``resfast/training/targets.json`` too, which ``--target`` with ``--max-seconds`` picks from.
 - ``--ablation FILE`` with one recipe: FILE is a JSON list of ``{"component", "options"}``, such as
   ``{"component": "without averaging", "options": "--ema 0"}``. Each is trained with N seeds, and a
@@ -60,7 +60,7 @@ class MeanSd(BaseModel):
 
 
 class Row(BaseModel):
-    """Several runs of a recipe.
+    """One or several runs of a recipe.
 
     Attributes:
         recipe: its name.
@@ -123,15 +123,20 @@ class PublicResult(BaseModel):
 
 
 def row_of(folder: Path) -> Row:
-    """The row of a folder that ``resfast.train --runs N`` left.
+    """The row of a folder that ``resfast.train`` left, of one run or of ``--runs N``.
 
     Raises:
         ResfastError: it is not one, not all of its runs are finished, or one was cut short.
     """
     config = load(folder / records.CONFIG)
-    summary = _json(folder / records.SUMMARY, "the summary of several runs")
+    summary = _json(folder / records.SUMMARY, "the summary of a run or of several")
     if "finished" not in summary:
-        raise ResfastError(f"{folder} is one run; expected the folder of --runs 2 or more")
+        if missing := [key for key in records.circumstances() if key not in summary]:
+            raise ResfastError(
+                f"{folder} does not say its {', '.join(missing)}; an older version of resfast "
+                "trained it: train it anew"
+            )
+        summary = runs.summarize([summary], config, None, summary["total_seconds"])
     if summary["finished"] < summary["runs"]:
         raise ResfastError(
             f"{folder} has {summary['finished']} of {summary['runs']} runs; go on with: "
@@ -154,9 +159,14 @@ def row_of(folder: Path) -> Row:
             "device": device,
             "hardware": processor if device == "cuda" else processor.rpartition(",")[0],
             "flops": 3 * 2 * summary["train_macs"] + round(2 * summary["macs"] * seen * scored),
-            "command": f"python -m resfast.train --recipe {config.recipe} --runs {count}",
+            "command": _command("--recipe", config.recipe, count=count),
         }
     )
+
+
+def _command(*options: str, count: int) -> str:
+    runs_option = ["--runs", str(count)] if count > 1 else []
+    return f"python -m resfast.train {shlex.join([*options, *runs_option])}"
 
 
 def views(tta: str, select: float, mirror: float) -> float:
@@ -279,8 +289,8 @@ def measure(recipe: str, count: int, options: Sequence[str], runs_folder: Path) 
     """Trains a recipe with ``count`` seeds and the ``options`` of resfast.train given beside."""
     _, config = command_line(["--recipe", recipe, *options])
     row = row_of(train(config, count, runs_folder / f"{PREFIX}-{slug(recipe)}"))
-    command = shlex.join(["--recipe", recipe, *without_folders(options), "--runs", str(count)])
-    return row.model_copy(update={"command": f"python -m resfast.train {command}"})
+    command = _command("--recipe", recipe, *without_folders(options), count=count)
+    return row.model_copy(update={"command": command})
 
 
 def without_folders(options: Sequence[str]) -> list[str]:
@@ -565,8 +575,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         _known(given.recipes)
-        if given.runs < 2 and not given.add:
-            raise ResfastError(f"--runs {given.runs} is out of range: expected at least 2")
+        if given.runs < 1 and not given.add:
+            raise ResfastError(f"--runs {given.runs} is out of range: expected at least 1")
         if (given.add or given.plot) and (given.recipes or options or given.ablation):
             raise ResfastError("--add and --plot train nothing; leave recipes and options out")
         folder = given.out

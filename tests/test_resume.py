@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from resfast import runtime
 from resfast.training import checkpoint, records
 from resfast.training.config import Config
 from resfast.training.trainer import Interrupted, train
@@ -120,6 +121,19 @@ def test_stopping_after_any_step_changes_nothing(
     assert_same_weights(result.path, whole.path)
     for key in ("test_accuracy", "tta_accuracy", "best_accuracy", "best_epoch"):
         assert result.summary[key] == whole.summary[key]
+
+
+@pytest.mark.parametrize("order", [(3000, 2000), (2000, 3000)])
+def test_the_peak_of_memory_is_that_of_all_sessions(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, order: tuple[int, int]
+):
+    monkeypatch.setattr(runtime, "peak_memory", lambda device: order[0])
+    with monkeypatch.context() as interrupting:
+        interrupt_at(interrupting, 5)
+        with pytest.raises(Interrupted) as stopped:
+            train(tiny)
+    monkeypatch.setattr(runtime, "peak_memory", lambda device: order[1])
+    assert train(resume=stopped.value.path).summary["peak_memory_bytes"] == 3000
 
 
 def test_a_run_without_a_checkpoint_starts_from_its_beginning(tiny: Config):

@@ -103,10 +103,23 @@ def test_views_are_the_forward_passes_of_an_evaluation(kind: str, select: float,
     assert model.seen == 16 * views(kind, select, mirror)
 
 
+def test_one_run_is_a_row_without_a_deviation(options: list[str], tmp_path: Path):
+    assert main(["--runs", "1", *options, "--", "--seed", "4"]) == 0
+    row = only_row(tmp_path / "rows")
+    summary = json.loads((tmp_path / "runs/time-to-accuracy-fast-tiny/summary.json").read_text())
+    assert (row["seeds"], row["accuracies"]) == ([4], [summary["tta_accuracy"]])
+    assert (row["sd"], row["confidence_interval"]) == (None, None)
+    assert row["seconds"]["timed"] == {"mean": summary["timed_seconds"], "sd": None}
+    assert row["command"] == "python -m resfast.train --recipe fast-tiny --seed 4"
+    for name in ("threads", "versions", "date", "peak_memory_bytes", "compile_seconds"):
+        assert row[name] == summary[name], name
+
+
+@pytest.mark.parametrize("count", [1, 2])
 def test_folders_of_runs_become_rows_of_the_table_of_targets(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ):
-    config = change(RECIPES["fast-tiny"], runs=2, name="two")
+    config = change(RECIPES["fast-tiny"], runs=count, name="some")
     folder = runs.train(config).path
     table = tmp_path / "targets.json"
     table.write_text("[]")
@@ -119,9 +132,10 @@ def test_folders_of_runs_become_rows_of_the_table_of_targets(
         assert main(["--add", str(folder), "--out", str(tmp_path / "rows")]) == 0
     (row,) = targets.read(table)
     summary = json.loads((folder / records.SUMMARY).read_text())
-    assert (row.recipe, row.runs, row.device) == ("fast-tiny", 2, "cpu")
-    assert (row.accuracy, row.sd) == (summary["mean"], summary["sd"])
-    assert row.timed_seconds == summary["seconds"]["timed"]["mean"]
+    assert (row.recipe, row.runs, row.device) == ("fast-tiny", count, "cpu")
+    assert row.accuracy == summary["mean" if count > 1 else "tta_accuracy"]
+    assert row.sd == summary.get("sd")
+    assert row.timed_seconds == summary["timed_seconds"]
     assert (tmp_path / row.source).exists()
     assert row.hardware in summary["device"]
     picked, _ = targets.pick(
@@ -133,7 +147,10 @@ def test_folders_of_runs_become_rows_of_the_table_of_targets(
 def test_rows_that_would_not_be_honest_are_refused(options: list[str], tmp_path: Path):
     config = RECIPES["fast-tiny"]
     one = trainer.train(change(config, name="one")).path
-    with pytest.raises(ResfastError, match="is one run"):
+    summary = json.loads((one / records.SUMMARY).read_text())
+    del summary["date"], summary["versions"]
+    (one / records.SUMMARY).write_text(json.dumps(summary))
+    with pytest.raises(ResfastError, match="does not say its versions, date; an older version"):
         row_of(one)
     cut = runs.train(change(config, name="cut", runs=2, max_seconds=1e-9)).path
     with pytest.raises(ResfastError, match=r"cut short \(max_seconds\)"):
@@ -289,7 +306,7 @@ def test_the_plot_alone_trains_nothing(
     ("arguments", "message"),
     [
         (["fast-tny"], "unknown recipe 'fast-tny'; did you mean 'fast-tiny'"),
-        (["fast-tiny", "--runs", "1"], "--runs 1 is out of range"),
+        (["fast-tiny", "--runs", "0"], "--runs 0 is out of range"),
         (["fast-tiny", "--plot"], "train nothing"),
         (["--ablation", "x.json"], "exactly one recipe"),
         (["fast-tiny", "--ablation", "missing.json"], "cannot read missing.json"),

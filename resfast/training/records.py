@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
 from pathlib import Path
 from typing import Any
 
-from resfast import atomic
+import torch
+
+from resfast import __version__, atomic
 from resfast.errors import ResfastError
 from resfast.training.config import Config, to_json
 
@@ -20,6 +23,21 @@ TIMING_RULE = (
     "warm-up on dummy data, loading data (with its channel mean and deviation), other evaluations."
 )
 """Of ``timed_seconds``, the same as airbench's (Jordan, arXiv:2404.00498)."""
+
+
+def circumstances() -> dict[str, Any]:
+    """Threads, versions and date of a measurement that ends now, for its summary."""
+    return {
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "resfast": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        },
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def run_folder(config: Config, network_name: str) -> Path:

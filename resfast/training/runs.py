@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from resfast import __version__, atomic
+from resfast import atomic
 from resfast.errors import ResfastError
 from resfast.training import records, trainer
 from resfast.training.config import Config, differences, load
@@ -199,7 +198,6 @@ def summarize(
     return {
         "recipe": config.recipe,
         **{key: finished[0].get(key) for key in _SAME},
-        "threads": torch.get_num_threads(),
         "runs": config.run.runs,
         "finished": len(finished),
         "seeds": [summary["seed"] for summary in finished],
@@ -218,14 +216,7 @@ def summarize(
         "peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in finished),
         "stopped": sorted({s["stopped"] for s in finished if s["stopped"]}),
         "compile_seconds": max(summary["compile_seconds"] for summary in finished),
-        "versions": {
-            "resfast": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        },
-        "date": time.strftime("%Y-%m-%d"),
+        **{key: finished[-1].get(key, value) for key, value in records.circumstances().items()},
         "each": [
             {
                 "run": summary["run"],

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfast import __version__, atomic, runtime
+from resfast import atomic, runtime
 from resfast.data import feed
 from resfast.data.augment import generator, smaller
 from resfast.data.dataset import Dataset
@@ -320,6 +320,8 @@ class _Run:
             "eval": 0.0,
             "total": 0.0,
         }
+        self.peak_before = 0
+        """Most bytes that earlier sessions of a resumed run used."""
         self.started = time.perf_counter()
         self.after_step: Callable[[int, Tensor], None] | None = None
         self.stopped: str | None = None
@@ -363,6 +365,7 @@ class _Run:
             "history": json.dumps(self.history),
             "best": [self.best, self.best_epoch, self.since_best],
             "seconds": self.seconds | {"total": self._total_seconds()},
+            "peak_memory": self._peak_memory(),
             "loader": self.loader.state_dict(),
             "generator": torch.get_rng_state(),
             "cuda_generator": (
@@ -391,6 +394,7 @@ class _Run:
         self.history = json.loads(state["history"])
         self.best, self.best_epoch, self.since_best = state["best"]
         self.seconds |= state["seconds"]
+        self.peak_before = state.get("peak_memory", 0)  # older ones do not say
         self.generators = state["generator"], state["cuda_generator"]
         self.saved_epoch = self.epoch
         records.write_metrics(self.path, self.history)
@@ -721,6 +725,9 @@ class _Run:
     def _total_seconds(self) -> float:
         return self.seconds["total"] + time.perf_counter() - self.started
 
+    def _peak_memory(self) -> int:
+        return max(self.peak_before, runtime.peak_memory(self.device))
+
     def _keep_best(self, accuracy: float, epoch: int) -> None:
         if accuracy <= self.best:
             self.since_best += 1
@@ -872,7 +879,7 @@ class _Run:
             "eval_seconds": self.seconds["eval"],
             "total_seconds": self._total_seconds(),
             "timing_rule": records.TIMING_RULE,
-            "peak_memory_bytes": runtime.peak_memory(self.device),
+            "peak_memory_bytes": self._peak_memory(),
             "stopped": self.stopped,
             "images_per_second": seen / train_seconds,
             "loader": config.data.loader,
@@ -884,8 +891,7 @@ class _Run:
             "batch_size": config.optim.batch_size,
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
-            "torch": torch.__version__,
-            "resfast": __version__,
+            **records.circumstances(),
             "seed": config.runtime.seed,
         }
         records.write_summary(self.path, summary)
