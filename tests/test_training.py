@@ -31,7 +31,7 @@ LIMIT_SECONDS = 180
 SUMMARY_KEYS = {
     *("params", "macs", "epochs", "data", "train_images", "test_accuracy", "tta_accuracy"),
     *("best_accuracy", "train_seconds", "compile_seconds", "eval_seconds", "images_per_second"),
-    *("device", "torch", "seed"),
+    *("device", "torch", "threads", "versions", "date", "seed"),
 }
 
 

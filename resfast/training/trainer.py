@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfast import atomic, runtime
+from resfast import __version__, atomic, runtime
 from resfast.data import feed
 from resfast.data.augment import generator, smaller
 from resfast.data.dataset import Dataset
@@ -891,6 +891,8 @@ class _Run:
             "batch_size": config.optim.batch_size,
             "mean": self.mean.tolist(),
             "std": self.std.tolist(),
+            "torch": torch.__version__,
+            "resfast": __version__,
             **records.circumstances(),
             "seed": config.runtime.seed,
         }
