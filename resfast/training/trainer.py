@@ -426,7 +426,6 @@ class _Run:
                 self._warm_up_loader()
             self._compile()
         self._warm_up_evaluation()
-        runtime.release_memory(self.device)
         with display, _Signals(self):
             if not finished:
                 display.start(len(self.plan.epochs), self.plan.steps, self.evaluated_on)
