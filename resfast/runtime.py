@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -135,6 +136,48 @@ def synchronize(device: torch.device) -> None:
     """Waits until a CUDA device is done; on the CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Branches:
+    """Work of a CUDA graph whose parts do not depend on each other, side by side.
+
+    Where no graph is being captured, the parts run one after the other. Within it every part is
+    captured under :meth:`branch`; what follows it waits for all of them. What they read must live
+    until then.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self._main = torch.cuda.current_stream(device) if capturing else None
+        self._device = device
+        self._used: list[torch.cuda.Stream] = []
+
+    def __enter__(self) -> Branches:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for stream in self._used:
+            self._main.wait_stream(stream)
+
+    @contextlib.contextmanager
+    def branch(self) -> Iterator[None]:
+        """Within it is a part."""
+        if self._main is None:
+            yield
+            return
+        stream = _side_stream(self._device, len(self._used))
+        stream.wait_stream(self._main)
+        self._used.append(stream)
+        with torch.cuda.stream(stream):
+            yield
+
+
+@functools.cache
+def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def peak_memory(device: torch.device) -> int:

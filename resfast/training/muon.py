@@ -253,13 +253,16 @@ def _by_foreach(parameters: list[Tensor], buffers: list[Tensor], group: dict[str
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, parameter in enumerate(parameters):
         by_shape[parameter.shape].append(index)
-    for shape, indices in by_shape.items():
-        stacked = torch.stack([_in_memory_order(updates[index]) for index in indices])
-        matrices = stacked.flatten(2)
-        result = orthogonalize(matrices, group["newton_schulz_steps"]).to(stacked.dtype)
-        result = result * (lr * math.sqrt(max(1.0, shape[0] / matrices.shape[2])))
-        moved = [_in_memory_order(parameters[index]) for index in indices]
-        torch._foreach_sub_(moved, list(result.view_as(stacked)))
+    # The products of one shape leave most of a GPU idle.
+    with runtime.Branches(parameters[0].device) as branches:
+        for shape, indices in by_shape.items():
+            with branches.branch():
+                stacked = torch.stack([_in_memory_order(updates[index]) for index in indices])
+                matrices = stacked.flatten(2)
+                result = orthogonalize(matrices, group["newton_schulz_steps"]).to(stacked.dtype)
+                result = result * (lr * math.sqrt(max(1.0, shape[0] / matrices.shape[2])))
+                moved = [_in_memory_order(parameters[index]) for index in indices]
+                torch._foreach_sub_(moved, list(result.view_as(stacked)))
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
