@@ -7,9 +7,11 @@ time. Shapes: K filters of ``[C, R, S]`` are a matrix of K rows and n = C * R * 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -195,19 +197,41 @@ class Muon(torch.optim.Optimizer):
     def _step_muon(
         self, parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
     ) -> None:
-        ways: dict[bool, list[int]] = defaultdict(list)
+        alike: dict[tuple[_Way, torch.Size], list[int]] = defaultdict(list)
         for index, (parameter, buffer) in enumerate(zip(parameters, buffers, strict=True)):
-            ways[_has_kernels(parameter, buffer)].append(index)
-        for kernels, indices in ways.items():
-            mine = [parameters[i] for i in indices], [buffers[i] for i in indices], group
-            if kernels:
-                _by_kernels(*mine, self.product_dtype or _product_dtype())
-            else:
-                _by_foreach(*mine)
+            alike[_way(parameter, buffer), parameter.shape].append(index)
+        # The products of one shape leave most of a GPU idle.
+        with runtime.Branches(parameters[0].device) as branches:
+            for (way, _), indices in alike.items():
+                with branches.branch():
+                    mine = [parameters[i] for i in indices], [buffers[i] for i in indices]
+                    way(*mine, group, self.product_dtype or _product_dtype())
+
+
+_Way = Callable[[list[Tensor], list[Tensor], dict[str, Any], torch.dtype], None]
 
 
 def _product_dtype() -> torch.dtype:
     return torch.bfloat16 if runtime.cpu_has_bf16() else torch.float32
+
+
+def _way(parameter: Tensor, buffer: Tensor) -> _Way:
+    """What moves a parameter: the kernels for its device where it is dense, else operators."""
+    dense = parameter.is_contiguous() or _in_memory_order(parameter).is_contiguous()
+    alike = all(
+        tensor.dtype == torch.float32 and tensor.stride() == parameter.stride()
+        for tensor in (parameter, buffer)
+    )
+    if dense and alike and parameter.device.type == "cpu":
+        return _by_kernels
+    if dense and alike and parameter.device.type == "cuda" and _has_triton():
+        return _by_triton
+    return _by_foreach
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _by_kernels(
@@ -228,14 +252,32 @@ def _by_kernels(
         )
 
 
-def _has_kernels(parameter: Tensor, buffer: Tensor) -> bool:
-    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
-        return False
-    dense = parameter.is_contiguous() or _in_memory_order(parameter).is_contiguous()
-    return dense and buffer.dtype == torch.float32 and buffer.stride() == parameter.stride()
+def _by_triton(
+    parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any], dtype: torch.dtype
+) -> None:
+    from resfast.kernels import triton_muon
+
+    gradients = [p.grad for p in parameters]
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        if gradient.stride() != parameter.stride():
+            gradients[index] = torch.empty_like(parameter).copy_(gradient)
+    triton_muon.step(
+        parameters,
+        gradients,
+        buffers,
+        lr=group["lr"],
+        momentum=group["momentum"],
+        weight_decay=group["weight_decay"],
+        steps=group["newton_schulz_steps"],
+        normalize=group["normalize_filters"],
+        coefficients=COEFFICIENTS,
+        least=muon.LEAST_NORM,
+    )
 
 
-def _by_foreach(parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any]) -> None:
+def _by_foreach(
+    parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any], dtype: torch.dtype
+) -> None:
     lr, momentum = group["lr"], group["momentum"]
     gradients = [p.grad for p in parameters]
     torch._foreach_mul_(buffers, momentum)
@@ -249,20 +291,12 @@ def _by_foreach(parameters: list[Tensor], buffers: list[Tensor], group: dict[str
         torch._foreach_mul_(parameters, norms)
     if group["weight_decay"]:
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-
-    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-    for index, parameter in enumerate(parameters):
-        by_shape[parameter.shape].append(index)
-    # The products of one shape leave most of a GPU idle.
-    with runtime.Branches(parameters[0].device) as branches:
-        for shape, indices in by_shape.items():
-            with branches.branch():
-                stacked = torch.stack([_in_memory_order(updates[index]) for index in indices])
-                matrices = stacked.flatten(2)
-                result = orthogonalize(matrices, group["newton_schulz_steps"]).to(stacked.dtype)
-                result = result * (lr * math.sqrt(max(1.0, shape[0] / matrices.shape[2])))
-                moved = [_in_memory_order(parameters[index]) for index in indices]
-                torch._foreach_sub_(moved, list(result.view_as(stacked)))
+    stacked = torch.stack([_in_memory_order(update) for update in updates])
+    matrices = stacked.flatten(2)
+    result = orthogonalize(matrices, group["newton_schulz_steps"]).to(stacked.dtype)
+    result = result * (lr * math.sqrt(max(1.0, matrices.shape[1] / matrices.shape[2])))
+    moved = [_in_memory_order(parameter) for parameter in parameters]
+    torch._foreach_sub_(moved, list(result.view_as(stacked)))
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from resfast import runtime
 from resfast.data.supply import Supply
+from resfast.layers.conv import compute_weight_gradients_aside
 from resfast.training.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
 from resfast.training.config import OptimConfig
 from resfast.training.marks import Marks
@@ -87,10 +88,14 @@ class TrainStep:
         if self._whitening_bias is not None and not self._whitening_bias.requires_grad:
             self._whitening_bias = None
         self._loss = self._forward
+        aside = captured and device.type == "cuda" and config.accumulate == 1
+        compute_weight_gradients_aside(model, aside and dtype != torch.float32)
         if compile:
             limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
             torch._dynamo.config.recompile_limit = limit
-            self._loss = torch.compile(self._forward, dynamic=False)
+            # What is read aside must not be written to before all of the backward pass is done.
+            options = {"allow_buffer_reuse": False, "inplace_buffers": False} if aside else None
+            self._loss = torch.compile(self._forward, dynamic=False, options=options)
         self._table = _Table(self) if captured else None
         self._graphs: dict[Any, _Graph] = {}
         self._source_tensors: list[Tensor] = []
@@ -187,6 +192,7 @@ class TrainStep:
         self, images: Tensor, labels: Tensor, moves_average: bool, weight: float | Tensor
     ) -> tuple[Tensor, ...]:
         loss, *rest = self._backward(images, labels)
+        runtime.join_aside()
         parameters = self.model.parameters()
         if self.config.clip_value or self.config.clip_norm:
             self.scaler.unscale_(self.optimizer)
