@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -210,6 +211,12 @@ def join_aside() -> None:
 @functools.cache
 def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton, which our kernels for CUDA are partly written in, is installed."""
+    return find_spec("triton") is not None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -909,17 +909,28 @@ VARIANTS = {
 }
 
 
-def _compile(kernel: Any, signature: dict[str, str], constants: dict, capability: int) -> Any:
+def compiled(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict,
+    capability: int,
+    options: dict | None = None,
+) -> Any:
+    """A Triton kernel compiled for an architecture; ``out`` begins at a multiple of 16 bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(kernel.arg_names.index("out"),): [["tt.divisibility", 16]]}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if name == "out"
+    }
     return triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options=triton_kernels("triton_augment").OPTIONS,
+        options=options or {},
     )
 
 
@@ -934,16 +945,16 @@ def test_augment_compiles_for_the_architecture(capability: int, variant: str) ->
     signature |= {name: f"*{POINTERS[name]}" for name in present}
     constants = kernels.layout(32, 32, 3, zero, dtype)
     constants |= {name: None for name in TABLES if name not in present}
-    compiled = _compile(kernels._augment_kernel, signature, constants, capability)
-    assert compiled.asm["cubin"]
+    made = compiled(kernels._augment_kernel, signature, constants, capability, kernels.OPTIONS)
+    assert made.asm["cubin"]
     if "plain" in variant:
-        sass = compiled.asm["sass"]
+        sass = made.asm["sass"]
         stores = re.findall(r"\bSTG\.E\S*", sass)
         assert stores
         assert all(".128" in store for store in stores), stores
         assert not re.findall(r"\b(?:STL|LDL)\b", sass), "registers are spilled"
     if dtype == torch.bfloat16:  # two at a time, to the nearest
-        conversions = set(re.findall(r"cvt\S*bf16\S*", compiled.asm["ptx"]))
+        conversions = set(re.findall(r"cvt\S*bf16\S*", made.asm["ptx"]))
         assert conversions == {"cvt.rn.bf16x2.f32"}
 
 
@@ -953,8 +964,8 @@ def test_philox_compiles_for_the_architecture(capability: int) -> None:
     signature = {"out": "*i64", "indices": "*i64"}
     signature |= dict.fromkeys(("count", "key_low", "key_high", "epoch", "stream"), "i32")
     constants = {"BLOCK": kernels.BLOCK}
-    compiled = _compile(kernels._philox_kernel, signature, constants, capability)
-    assert compiled.asm["cubin"]
+    made = compiled(kernels._philox_kernel, signature, constants, capability)
+    assert made.asm["cubin"]
 
 
 def test_a_size_is_split_into_blocks_that_cover_it() -> None:

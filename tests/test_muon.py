@@ -11,6 +11,7 @@ from resfast.kernels import extension
 from resfast.kernels import muon as kernels
 from resfast.training import muon
 from resfast.training.muon import COEFFICIENTS, Muon, orthogonalize
+from tests.test_kernels import compiled, interpreted, triton_kernels
 
 
 def polynomial(matrix: Tensor, steps: int) -> Tensor:
@@ -397,3 +398,77 @@ def test_a_step_on_cuda_does_not_wait_and_agrees_with_the_cpu():
             torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(cpu, cuda, strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=0, atol=0.02)
+
+
+# -- the Triton kernels ----------------------------------------------------------------------------
+
+FILTERS = ((8, 4, 3, 3), (40, 3, 3, 3), (33, 17, 3, 3), (64, 40, 1, 1), (70, 30, 1, 1))
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("where", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("steps", "normalize", "decay"), [(1, False, 0.5), (3, True, 0.0)])
+@pytest.mark.parametrize("shape", FILTERS)
+def test_the_triton_kernels_do_a_step(
+    shape: tuple[int, ...], steps: int, normalize: bool, decay: float, where: str
+):
+    name = "triton_muon"
+    module = interpreted(name) if where == "interpreter" else triton_kernels(name)
+    device = "cpu" if where == "interpreter" else "cuda"
+    torch.manual_seed(0)
+    weights, gradients, buffers = (
+        [torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+        for _ in range(3)
+    )
+    moved, velocities = ([t.clone().to(device) for t in tensors] for tensors in (weights, buffers))
+    lr = torch.tensor(0.1, device=device) if normalize else 0.1
+    module.step(
+        moved,
+        [gradient.to(device) for gradient in gradients],
+        velocities,
+        lr=lr,
+        momentum=0.85,
+        weight_decay=decay,
+        steps=steps,
+        normalize=normalize,
+        coefficients=COEFFICIENTS,
+        least=kernels.LEAST_NORM,
+        dtype=torch.float32 if where == "interpreter" else torch.bfloat16,
+    )
+    for before, gradient, buffer, after, velocity in zip(
+        weights, gradients, buffers, moved, velocities, strict=True
+    ):
+        expected = 0.85 * buffer + gradient
+        torch.testing.assert_close(velocity.cpu(), expected)
+        update = (gradient + 0.85 * expected).flatten(1)
+        start = before * (len(before) ** 0.5 / before.norm() if normalize else 1 - 0.1 * decay)
+        size = 0.1 * max(1.0, len(before) / update.shape[1]) ** 0.5
+        step = start - after.cpu()
+        its = size * polynomial(update, steps).view(shape)
+        tolerance = 1e-4 if where == "interpreter" else 0.05
+        assert (step - its).norm() <= tolerance * its.norm()
+        assert after.stride() == before.stride()
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_triton_kernels_compile_for_the_architecture(capability: int):
+    module = triton_kernels("triton_muon")
+    half = dict.fromkeys(("out", "x", "factor", "update"), "*bf16")
+    signature = dict.fromkeys(("weight", "grad", "buffer", "sums", "rate"), "*fp32") | half
+    signature |= dict.fromkeys(("momentum", "least", "a", "b", "c"), "fp32")
+    signature |= dict.fromkeys(("decay", "scale", "norm"), "fp32")
+    signature |= dict.fromkeys(("count", "parts", "size", "length", "stride"), "i32")
+    squares = {"step": 1, "NORMALIZE": True, "TILE": module.TILE, "DEPTH": module.DEPTH}
+    blocks = {"ROWS": module.ROWS, "COLUMNS": module.COLUMNS, "INNER": module.INNER}
+    moving = {"MOVE": True, "KEEP_NORM": True, "RATE_IN_MEMORY": True}
+    for kernel, constants in (
+        (module._nesterov_kernel, {"NORMALIZE": True, "BLOCK": module.BLOCK}),
+        (module._symmetric_kernel, {**squares, "POLYNOMIAL": False}),
+        (module._symmetric_kernel, {**squares, "POLYNOMIAL": True}),
+        (module._apply_kernel, {"step": 1, "NORMALIZE": False, **moving, **blocks}),
+    ):
+        types = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
+        if "MOVE" in constants:
+            types["out"] = "*fp32"
+        assert compiled(kernel, types, constants, capability).asm["cubin"]

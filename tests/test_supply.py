@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from resfast.training.marks import Marks
 from resfast.training.step import _Graph
 from resfast.training.trainer import Shared, train
 from tests.conftest import change, interrupt_at
+from tests.test_kernels import interpreted, triton_kernels
 from tests.test_training import assert_same_weights, weights
 
 COUNT, CLASSES, SIZE = 23, 5, 12
@@ -135,6 +137,49 @@ def test_marks_are_kept_for_each_step_and_image():
     assert marks.image_losses.tolist() == [2.0, 2.5, 7.0, 4.0, 1.5]
     marks.reset()
     assert marks.image_losses.tolist() == [math.inf] * 5
+
+
+KERNELS = ("interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def kernels_of(where: str) -> tuple[ModuleType, str]:
+    """The Triton kernels of the bookkeeping, and the device of what they are given."""
+    if where == "interpreter":
+        return interpreted("triton_supply"), "cpu"
+    return triton_kernels("triton_supply"), "cuda"
+
+
+@pytest.mark.parametrize("where", KERNELS)
+@pytest.mark.parametrize("images", [5, 600])
+def test_the_kernel_takes_the_next_images(where: str, images: int):
+    module, device = kernels_of(where)
+    order = torch.randperm(700).to(device)
+    labels = torch.randint(10, (700,)).to(device)
+    place = torch.tensor([650]).to(device)
+    found = module.next_batch(order, labels, place, images, 690)
+    places = (650 + torch.arange(images).to(device)) % 690
+    for ours, expected in zip(found, (order[places], labels[order[places]], places), strict=True):
+        assert torch.equal(ours, expected)
+    assert place.tolist() == [650 + images]
+
+
+@pytest.mark.parametrize("where", KERNELS)
+@pytest.mark.parametrize("images", [0, 3, 600])
+def test_the_kernel_marks_down_a_step(where: str, images: int):
+    module, device = kernels_of(where)
+    ours, expected = (Marks(4, 700 if images else 0, torch.device("cpu")) for _ in range(2))
+    of_batch = torch.rand(images), torch.randperm(700)[:images]
+    given = torch.tensor(2.5), torch.tensor(3), *(of_batch if images else (None, None))
+    for marks in (ours, expected):
+        marks.begin(4)  # one too many
+    mine = [t.to(device) for t in (ours.losses, ours.correct, ours._step)]
+    image_losses = None if ours.image_losses is None else ours.image_losses.to(device)
+    module.mark(*mine, image_losses, *(None if t is None else t.to(device) for t in given))
+    expected.add(*given)
+    for mark, other in zip(mine, (expected.losses, expected.correct, expected._step), strict=True):
+        assert torch.equal(mark.cpu(), other)
+    if images:
+        assert torch.equal(image_losses.cpu(), expected.image_losses)
 
 
 # -- a run that makes its batches within the captured step ----------------------------------------

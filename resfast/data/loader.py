@@ -115,18 +115,21 @@ class ResidentLoader:
         mix = sample_mixes(self.augment, self._all, **values)
         return Draws(params, mix)
 
-    def make(self, indices: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+    def make(
+        self, indices: Tensor, draws: Draws, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The batch of some images; nothing of it is decided by the host.
 
         Args:
             indices: int64 ``[B]``, on the loader's device.
             draws: of its epoch.
+            labels: int64 ``[B]``, of these images, where they are at hand.
 
         Returns:
             images ``[B, C, H, W]`` in ``channels_last`` and the loader's dtype, and labels: int64
             ``[B]``, or where images are mixed the parts of the classes, float32 ``[B, classes]``.
         """
-        labels = self.labels[indices]
+        labels = self.labels[indices] if labels is None else labels
         mix = None if draws.mix is None else draws.mix.of_batch(indices)
         images = augment_drawn(
             self.images,

@@ -7,6 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from resfast import runtime
 from resfast.data.augment import ResizeBy, crop_words, cropped, resized
 from resfast.data.loader import Draws, ResidentLoader
 from resfast.kernels.augment import AugmentParams, MixParams
@@ -70,10 +71,19 @@ class Supply:
             images ``[B, C, pixels, pixels]`` and labels as of :meth:`ResidentLoader.make`, and the
             images' places in the data set, int64 ``[B]``.
         """
-        places = (self._place + self._places[:images]) % self.loader.count
-        indices = self._order[places]
-        self._place += images
-        batch, labels = self.loader.make(indices, self._draws)
+        loader = self.loader
+        if self._place.is_cuda and runtime.has_triton():
+            from resfast.kernels import triton_supply
+
+            indices, labels, places = triton_supply.next_batch(
+                self._order, loader.labels, self._place, images, loader.count
+            )
+        else:
+            places = (self._place + self._places[:images]) % loader.count
+            indices = self._order[places]
+            labels = loader.labels[indices]
+            self._place += images
+        batch, labels = loader.make(indices, self._draws, labels)
         if batch.shape[2:] == (pixels, pixels):
             return batch, labels, indices
         if self._words is None:

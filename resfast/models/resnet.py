@@ -24,9 +24,11 @@ Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["conv1", "conv3", "pool"]
 Activation = Literal["relu", "leaky_relu", "silu", "gelu"]
 
+NEGATIVE_SLOPE = 0.1
+"""Of leaky ReLU."""
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
-    "leaky_relu": lambda: nn.LeakyReLU(0.1, inplace=True),
+    "leaky_relu": lambda: nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
     "silu": lambda: nn.SiLU(inplace=True),
     "gelu": nn.GELU,
 }

@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
+from resfast.kernels import frozen_conv
 from resfast.layers.conv import Conv2d
 from resfast.layers.norm import norm_act
 from resfast.models.resnet import (
     ACTIVATIONS,
+    NEGATIVE_SLOPE,
     Activation,
     as_text,
     dirac_init,
@@ -251,14 +253,29 @@ class SpeedNet(nn.Module):
             self.head.weight.data.mul_(spec.head_std / self.head.weight.data.std())
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(self._first(x))
+        return self.head(self._pooled(x)) * self.spec.logit_scale
+
+    def _first(self, x: Tensor) -> Tensor:
+        """The first convolution and its activation."""
+        if self.training and self.spec.whitening:
+            before, behind = self.spec.zeros
+            conv, activation = self.whitening, self.spec.activation
+            if frozen_conv.applies(x, conv.weight, conv.bias):
+                return frozen_conv.frozen_conv_act(
+                    x,
+                    conv.weight,
+                    conv.bias,
+                    before=before,
+                    behind=behind,
+                    activation=activation,
+                    negative_slope=NEGATIVE_SLOPE,
+                )
         if self.more_zeros:
             x = F.pad(x, (0, self.more_zeros, 0, self.more_zeros))
         if self.spec.whitening:
-            x = self.activation(self.whitening(x))
-        else:
-            x = norm_act(self.stem.conv(x), self.stem.bn, self.stem.activation)
-        x = self.stages(x)
-        return self.head(self._pooled(x)) * self.spec.logit_scale
+            return self.activation(self.whitening(x))
+        return norm_act(self.stem.conv(x), self.stem.bn, self.stem.activation)
 
     def _pooled(self, x: Tensor) -> Tensor:
         """The features of each image, ``[N, features]``."""

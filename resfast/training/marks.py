@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from resfast import runtime
+
 
 class Marks:
     """What the steps of an epoch leave behind, on the device.
@@ -57,6 +59,13 @@ class Marks:
             image_losses: loss of each image, ``[B]``; only where they are kept.
             indices: int64 ``[B]``, the images' places in the data set; likewise.
         """
+        if self.losses.is_cuda and runtime.has_triton():
+            from resfast.kernels import triton_supply
+
+            rest = image_losses, indices
+            marks = self.losses, self.correct, self._step, self.image_losses
+            triton_supply.mark(*marks, loss, correct, *rest)
+            return
         self.losses.index_copy_(0, self._step % len(self.losses), loss[None])
         self.correct += correct
         self._step += 1

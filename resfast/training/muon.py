@@ -7,11 +7,9 @@ time. Shapes: K filters of ``[C, R, S]`` are a matrix of K rows and n = C * R * 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -224,14 +222,9 @@ def _way(parameter: Tensor, buffer: Tensor) -> _Way:
     )
     if dense and alike and parameter.device.type == "cpu":
         return _by_kernels
-    if dense and alike and parameter.device.type == "cuda" and _has_triton():
+    if dense and alike and parameter.device.type == "cuda" and runtime.has_triton():
         return _by_triton
     return _by_foreach
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _by_kernels(

@@ -488,7 +488,7 @@ class _Table:
 
     def advance(self) -> None:
         """Part of a captured step: takes up the next row."""
-        self.row.copy_(self.rows.index_select(0, self.next)[0])
+        torch.index_select(self.rows, 0, self.next, out=self.row[None])
         self.next += 1
 
 

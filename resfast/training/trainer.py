@@ -501,13 +501,21 @@ class _Run:
         if self.compiled or not (self.config.evaluation.fuse or self.device.type == "cuda"):
             return
         size, pixels = self.config.evaluation.eval_batch_size, self.data.image_size
+        before = self.seconds["eval"]
+        if self.device.type == "cuda":  # kernels are loaded when they are first used
+            count = self.val.count
+            sizes = [size] * (count // size) + [count % size] * bool(count % size)
+            batches = [self._blank(batch, pixels) for batch in sizes]
+            tta = self.config.evaluation.tta
+            self.seconds["compile"] += self._evaluate(batches, tta).seconds
+            self.seconds["eval"] = before
+            return
         counts = [self.val.count]
         if self.config.evaluation.score_test:
             counts.append(feed.count(self.test_source))
         parts = self.config.evaluation.tta_select, self.config.evaluation.tta_mirror
         counts += [math.ceil(count * part) for count in counts for part in parts]
         sizes = {min(size, count) for count in counts} | {count % size for count in counts} - {0}
-        before = self.seconds["eval"]
         for batch in sorted(sizes, reverse=True):
             self.seconds["compile"] += self._evaluate([self._blank(batch, pixels)], "flip").seconds
         self.seconds["eval"] = before

@@ -1,0 +1,116 @@
+"""``frozen_conv_act``: result and the bias's gradient, by every kernel, and where it is used."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resfast.kernels import conv_reference, frozen_conv
+from resfast.models.speednet import SpeedNet, SpeedNetSpec
+from tests.test_kernels import interpreted
+
+LAST = torch.channels_last
+KERNELS = ("operator", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
+SLOPE = 0.1
+# images, channels, height, width, side of the filters, their number, zeros before and behind
+SHAPES = (
+    (3, 3, 9, 7, 2, 16, 0, 1),
+    (2, 3, 6, 6, 3, 24, 1, 1),
+    (2, 1, 5, 5, 2, 8, 0, 0),
+    (2, 4, 5, 6, 4, 100, 1, 2),
+)
+
+
+def kernels_by_interpreter() -> ModuleType:
+    module = interpreted("triton_frozen_conv")
+    for name in ("_activated", "_before_activation"):
+        setattr(module, name, getattr(interpreted("triton_norm_act"), name))
+    return module
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    n, c, h, w, side, filters = shape[:6]
+    x = torch.randn(n, c, h, w).to(dtype, memory_format=LAST)
+    weight = torch.randn(filters, c, side, side).contiguous(memory_format=LAST)
+    return x, weight.bfloat16().float(), torch.randn(filters)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("activation", conv_reference.ACTIVATIONS)
+def test_result_and_gradient_are_those_of_float64(kernel: str, activation: str):
+    dtype = torch.bfloat16 if kernel == "cuda" else torch.float32
+    for shape in SHAPES:
+        before, behind = shape[6:]
+        given = tensors(shape, dtype)
+        x, weight, bias = (t.detach().double() for t in given)
+        bias.requires_grad_()
+        z = F.conv2d(F.pad(x, (before, behind, before, behind)), weight, bias)
+        exact = conv_reference.ACTIVATIONS[activation](z, SLOPE)
+        grad = torch.randn(exact.shape).to(dtype)
+        (exact_gradient,) = torch.autograd.grad(exact, bias, grad.double())
+
+        rest = (before, behind, activation, SLOPE)
+        if kernel == "interpreter":
+            module = kernels_by_interpreter()
+            out, gradient = module.forward(*given, *rest), module.backward(grad, *given, *rest)
+        else:
+            device = "cuda" if kernel == "cuda" else "cpu"
+            x, weight, bias = (t.to(device) for t in given)
+            bias.requires_grad_()
+            options = {"activation": activation, "negative_slope": SLOPE}
+            out = frozen_conv.frozen_conv_act(
+                x, weight, bias, before=before, behind=behind, **options
+            )
+            (gradient,) = torch.autograd.grad(out, bias, grad.to(device))
+        tolerance = 4e-3 if dtype == torch.bfloat16 else 2e-6
+        assert out.dtype == dtype
+        assert out.is_contiguous(memory_format=LAST)
+        for mine, its in ((out, exact), (gradient, exact_gradient)):
+            assert (mine.cpu().double() - its).norm() <= tolerance * its.norm()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_operator_is_well_formed(device: str):
+    x, weight, bias = (t.to(device) for t in tensors(SHAPES[0], torch.float32))
+    args = (x, weight, bias.requires_grad_(), 0, 1, "gelu", SLOPE)
+    torch.library.opcheck(torch.ops.resfast.frozen_conv_act, args)
+
+
+def test_bad_arguments_are_refused():
+    x, weight, bias = tensors(SHAPES[0], torch.float32)
+    with pytest.raises(ValueError, match="activation is 'tanh'; expected one of none, relu"):
+        frozen_conv.frozen_conv_act(x, weight, bias, activation="tanh")
+    with pytest.raises(ValueError, match="images of 1x7 with 0 and 0 rows of zeros are smaller"):
+        frozen_conv.frozen_conv_act(x[:, :, :1], weight, bias)
+    with pytest.raises(RuntimeError, match="a gradient for the bias alone"):
+        frozen_conv.frozen_conv_act(x.requires_grad_(), weight, bias)
+
+
+def test_it_is_for_training_on_cuda_alone():
+    x, weight, bias = tensors(SHAPES[0], torch.bfloat16)
+    assert not frozen_conv.applies(x, weight, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_a_speednet_on_cuda_is_the_same_with_it(padding: str, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    spec = SpeedNetSpec(channels=(32,), convolutions=(2,), whitening_padding=padding)
+    model = SpeedNet(spec).cuda().to(memory_format=LAST)
+    nn.init.normal_(model.whitening.bias, std=0.1)
+    x = torch.randn(16, 3, 12, 12, device="cuda").to(torch.bfloat16, memory_format=LAST)
+    found = []
+    for available in (True, False):
+        monkeypatch.setattr(frozen_conv, "AVAILABLE", available)
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(x)
+        logits.float().square().sum().backward()
+        found.append((logits.detach().float(), model.whitening.bias.grad.clone()))
+    for mine, its in zip(*found, strict=True):
+        assert (mine - its).norm() <= 2e-2 * its.norm()
