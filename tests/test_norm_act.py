@@ -1,8 +1,19 @@
-"""``batch_norm_act``: result, statistics and gradients against float64, its face, and its use."""
+"""``batch_norm_act``: result, statistics and gradients against float64, its face, and its use.
+
+``operator`` is the operator on the CPU, ``interpreter`` the Triton kernels run by Triton's
+interpreter, which cuts off what it rounds to bfloat16, and ``cuda`` the operator on a GPU.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib
+import importlib.util
 import itertools
+import re
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +32,10 @@ SLOPE = 0.1
 needs_kernels = pytest.mark.skipif(
     not kernel.AVAILABLE, reason="needs the C++ kernels and AVX512-BF16"
 )
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICES = (pytest.param("cpu", marks=needs_kernels), CUDA)
+KERNELS = (pytest.param("operator", marks=needs_kernels), "interpreter", CUDA)
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
 @pytest.fixture
@@ -53,6 +68,66 @@ def operator(tensors: list[Tensor], activation: str, pool: bool) -> tuple[Tensor
     return kernel.batch_norm_act(*tensors, activation=activation, negative_slope=SLOPE, pool=pool)
 
 
+def triton_kernels() -> ModuleType:
+    pytest.importorskip("triton", reason="there is no Triton for this platform")
+    return importlib.import_module("resfast.kernels.triton_norm_act")
+
+
+@functools.cache
+def interpreted() -> ModuleType:
+    """A second copy of the Triton kernels, run by the interpreter, in many small parts."""
+    module, triton = triton_kernels(), importlib.import_module("triton")
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        spec = importlib.util.spec_from_file_location(f"{module.__name__}_cpu", module.__file__)
+        twin = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(twin)
+    twin.WARPS, twin.PARTS = 2, 2
+    # The interpreter knows a fast way for the sums of Triton's own library alone.
+    twin._plus = triton.language.standard._sum_combine
+    return twin
+
+
+def both_ways(
+    where: str,
+    tensors: list[Tensor],
+    activation: str,
+    pool: bool,
+    grad: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+    """Result, mean and variance, and the gradients of the tensors that there are, on the CPU."""
+    x, weight, bias, residual = [*tensors, None][:4]
+    if where == "interpreter":
+        twin, rest = interpreted(), (eps, activation, SLOPE)
+        leaves = [None if t is None else t.detach() for t in (x, weight, bias, residual)]
+        out, mean, var, pooled, places = twin.forward(*leaves, *rest, pool)
+        grad = torch.ones_like(out) if grad is None else grad
+        other = None
+        if residual is not None and activation != "none":
+            other = leaves[3] if activation in ("silu", "gelu") else out
+        saved = pooled if pool else leaves[0], *leaves[1:3], mean, var, other
+        size = list(x.shape[2:])
+        *found, last = twin.backward(grad, *saved, places if pool else None, size, *rest)
+        found.append(grad if other is None else last)
+    else:
+        device = "cpu" if where == "operator" else where
+        leaves = [
+            None if t is None else t.detach().to(device).requires_grad_()
+            for t in (x, weight, bias, residual)
+        ]
+        out, mean, var = kernel.batch_norm_act(
+            *leaves, eps=eps, activation=activation, negative_slope=SLOPE, pool=pool
+        )
+        out.backward(torch.ones_like(out) if grad is None else grad.to(device))
+        found = [None if leaf is None else leaf.grad for leaf in leaves]
+    assert out.dtype == torch.bfloat16
+    assert out.is_contiguous(memory_format=LAST)
+    given = zip(found, (x, weight, bias, residual), strict=True)
+    gradients = [one.cpu() for one, tensor in given if tensor is not None]
+    return (out.detach().cpu(), mean.cpu(), var.cpu()), gradients
+
+
 def exactly(tensors: list[Tensor], activation: str, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
     residual = tensors[3] if len(tensors) > 3 else None
     return reference.batch_norm_act(*tensors[:3], residual, 1e-5, activation, SLOPE, pool)
@@ -64,78 +139,121 @@ SHAPES = (
 )  # fmt: skip
 
 
-@needs_kernels
+SMALL = ((5, 64, 6, 7), (3, 24, 7, 5), (2, 33, 4, 6), (2, 130, 3, 5), (3, 96, 2, 3))
+
+
+@pytest.mark.parametrize("where", KERNELS)
 @pytest.mark.parametrize("activation", kernel.ACTIVATIONS)
 @pytest.mark.parametrize(("residual", "pool"), list(itertools.product((False, True), repeat=2)))
-def test_result_and_gradients_are_those_of_float64(activation, residual, pool, poisoned):
+def test_result_and_gradients_are_those_of_float64(where, activation, residual, pool, poisoned):
     torch.manual_seed(0)
-    for sizes in SHAPES:
+    cut_off = 2 if where == "interpreter" else 1
+    for sizes in SMALL if where == "interpreter" else SHAPES:
         tensors = inputs(sizes, residual=residual, pool=pool)
-        out, mean, var = operator(tensors, activation, pool)
-        assert out.dtype == torch.bfloat16
-        assert out.is_contiguous(memory_format=LAST)
-        grad = torch.randn(out.shape).bfloat16()
-        got = torch.autograd.grad(out, tensors, grad)
+        grad = torch.randn(kernel.result_shape(tensors[0], pool)).bfloat16()
+        (out, mean, var), got = both_ways(where, tensors, activation, pool, grad)
         wide = [t.detach().double().requires_grad_() for t in tensors]
         exact = exactly(wide, activation, pool)
-        assert error(out, exact[0]) < 3e-3
+        assert error(out, exact[0]) < 3e-3 * cut_off
         assert error(mean, exact[1]) < 1e-5
         assert error(var, exact[2]) < 1e-5
         for mine, its, like in zip(
             got, torch.autograd.grad(exact[0], wide, grad.double()), tensors, strict=True
         ):
             assert mine.dtype == like.dtype
-            assert error(mine, its) < 5e-3
+            assert error(mine, its) < 5e-3 * cut_off
 
 
-@needs_kernels
-def test_variance_is_right_where_the_mean_is_large():
+@pytest.mark.gpu
+def test_large_maps_on_cuda_have_the_result_and_gradients_of_float64(poisoned):
+    """Of more tiles than programs, and sums of more programs than are read at once."""
+    torch.manual_seed(0)
+    for sizes, activation, residual, pool in (
+        ((500, 64, 32, 32), "gelu", False, True),
+        ((500, 64, 31, 33), "relu", True, True),
+        ((500, 192, 16, 16), "gelu", False, False),
+        ((500, 256, 8, 8), "silu", True, False),
+        ((500, 512, 4, 4), "leaky_relu", True, False),
+        ((500, 33, 16, 16), "gelu", True, True),
+        ((500, 256, 4, 4), "gelu", True, True),
+    ):
+        tensors = inputs(sizes, residual=residual, pool=pool)
+        grad = torch.randn(kernel.result_shape(tensors[0], pool)).bfloat16()
+        (out, mean, var), got = both_ways("cuda", tensors, activation, pool, grad)
+        wide = [t.detach().cuda().double().requires_grad_() for t in tensors]
+        exact = exactly(wide, activation, pool)
+        gradients = torch.autograd.grad(exact[0], wide, grad.cuda().double())
+        assert error(out, exact[0].cpu()) < 3e-3
+        assert error(mean, exact[1].cpu()) < 1e-5
+        assert error(var, exact[2].cpu()) < 1e-5
+        for mine, its in zip(got, gradients, strict=True):
+            assert error(mine, its.cpu()) < 5e-3
+
+
+@pytest.mark.parametrize("where", KERNELS)
+def test_variance_is_right_where_the_mean_is_large(where):
     torch.manual_seed(1)
-    x = (torch.randn(64, 40, 16, 16) + 100).to(torch.bfloat16, memory_format=LAST)
-    _, mean, var = kernel.batch_norm_act(x, None, None)
+    x = torch.randn((8, 40, 8, 8) if where == "interpreter" else (64, 40, 16, 16)) + 100
+    x[0, ::2, 0, 0] = 0.0  # what the first value is does not matter
+    x = x.to(torch.bfloat16, memory_format=LAST)
+    (_, mean, var), _ = both_ways(where, [x, None, None], "none", False)
     exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     assert error(mean, exact[1]) < 1e-6
     assert error(var, exact[0]) < 1e-4
     same = torch.full((2, 8, 4, 4), 3.0).bfloat16()
-    out, _, var = kernel.batch_norm_act(same, None, torch.arange(8.0))
+    (out, _, var), _ = both_ways(where, [same, None, torch.arange(8.0)], "none", False)
     assert not var.any()
     assert (out[0, :, 0, 0].float() - torch.arange(8.0)).abs().max() < 1e-4
 
 
-@needs_kernels
+@pytest.mark.parametrize("where", KERNELS)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_smooth_activations_are_exact_to_bfloat16_over_all_values(activation):
+def test_smooth_activations_are_exact_to_bfloat16_over_all_values(where, activation):
     """With scale 1 and shift 0: the two values of a channel become -1 and 1 times their bias."""
     z = torch.linspace(-12, 12, 4801)
     x = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, len(z), 1, 1).bfloat16()
-    bias = z.clone().requires_grad_()
-    out, _, _ = kernel.batch_norm_act(x, torch.zeros(len(z)), bias, eps=0.0, activation=activation)
+    tensors = [x, torch.zeros(len(z)), z]
+    (out, _, _), gradients = both_ways(where, tensors, activation, False, eps=0.0)
     wide = z.double().requires_grad_()
     exact = {"silu": F.silu, "gelu": F.gelu}[activation](wide)
     off = (out[0, :, 0, 0].double() - exact).abs().detach()
-    assert (off <= 2**-8 * exact.detach().abs() + 1.2e-5).all()
-    out.sum().backward()
+    rounding = 2**-7 if where == "interpreter" else 2**-8
+    assert (off <= rounding * exact.detach().abs() + 1.2e-5).all()
     exact.sum().backward()
-    assert (bias.grad.double() / 2 - wide.grad).abs().max() < 2e-5
+    assert (gradients[2].double() / 2 - wide.grad).abs().max() < 2e-5
 
 
-@needs_kernels
-def test_pooling_takes_the_first_of_equals_and_keeps_nan():
+@pytest.mark.parametrize("where", KERNELS)
+def test_pooling_takes_the_first_of_equals_and_keeps_nan(where):
     x = torch.zeros(1, 32, 4, 6).bfloat16().contiguous(memory_format=LAST)
     x[0, :, :2, :2] = 1  # a tie
     x[0, 5, 3, 5] = float("nan")
     x[0, 6, 2, 4] = float("nan")  # before numbers
-    _, _, _, pooled, _ = torch.ops.resfast.batch_norm_act(
-        x, None, None, None, 1e-5, "none", 0.0, True
-    )
+    forward = torch.ops.resfast.batch_norm_act
+    if where == "interpreter":
+        forward = interpreted().forward
+    mine = x.cuda() if where == "cuda" else x
+    pooled = forward(mine, None, None, None, 1e-5, "none", 0.0, True)[3].cpu()
     assert torch.equal(pooled.isnan(), F.max_pool2d(x, 2).isnan())
-    x = torch.randint(0, 3, (4, 64, 6, 6)).to(torch.bfloat16, memory_format=LAST).requires_grad_()
+    assert torch.equal(pooled.nan_to_num(), F.max_pool2d(x, 2).nan_to_num())
+    x = torch.randint(0, 3, (4, 64, 6, 6)).to(torch.bfloat16, memory_format=LAST)
     grad = torch.randn(4, 64, 3, 3).to(torch.bfloat16, memory_format=LAST)
-    ours = torch.autograd.grad(kernel.batch_norm_act(x, None, None, pool=True)[0], x, grad)[0]
-    wide = x.detach().double().requires_grad_()
+    ours = both_ways(where, [x, None, None], "none", True, grad)[1][0]
+    wide = x.double().requires_grad_()
     out = reference.batch_norm_act(wide, None, None, None, 1e-5, "none", 0.0, True)[0]
     exact = torch.autograd.grad(out, wide, grad.double())[0]
     assert torch.equal(ours != 0, exact != 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pool", [False, True])
+def test_bits_on_cuda_are_the_same_in_every_run(pool):
+    torch.manual_seed(2)
+    tensors = inputs((300, 72, 19, 20), residual=True, pool=pool)
+    grad = torch.randn(kernel.result_shape(tensors[0], pool)).bfloat16()
+    one, other = (both_ways("cuda", tensors, "gelu", pool, grad) for _ in range(2))
+    for first, second in zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True):
+        assert torch.equal(first, second)
 
 
 @needs_kernels
@@ -158,10 +276,11 @@ def test_bits_do_not_depend_on_the_number_of_threads(pool):
             assert torch.equal(first, second)
 
 
-@needs_kernels
-def test_any_strides_are_accepted_and_frozen_parameters_get_no_gradient():
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_strides_are_accepted_and_frozen_parameters_get_no_gradient(device):
     torch.manual_seed(3)
     tensors = inputs((3, 48, 6, 7), residual=True, pool=False)
+    tensors = [t.detach().to(device).requires_grad_() for t in tensors]
     expected = operator(tensors, "relu", False)[0]
     grad = torch.randn_like(expected)
     all_of_them = torch.autograd.grad(expected, tensors, grad)
@@ -177,11 +296,12 @@ def test_any_strides_are_accepted_and_frozen_parameters_get_no_gradient():
             assert i == frozen or torch.equal(tensor.grad, its)
 
 
-@needs_kernels
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", kernel.ACTIVATIONS)
-def test_operator_passes_opcheck(activation):
+def test_operator_passes_opcheck(device, activation):
     for residual, pool in itertools.product((False, True), repeat=2):
         tensors = inputs((2, 36, 6, 5), residual=residual, pool=pool)
+        tensors = [t.detach().to(device).requires_grad_() for t in tensors]
         other = tensors[3] if residual else None
         arguments = (*tensors[:3], other, 1e-5, activation, SLOPE, pool)
         torch.library.opcheck(torch.ops.resfast.batch_norm_act.default, arguments)
@@ -194,7 +314,12 @@ def test_operator_passes_opcheck(activation):
         ({"x": torch.zeros(8, 4, 4).bfloat16()}, ValueError, r"expected \[N, C, H, W\]"),
         ({"weight": torch.zeros(9)}, ValueError, r"weight is \[9\]; expected \[8\]"),
         ({"bias": torch.zeros(8).double()}, TypeError, "bias is torch.float64"),
-        ({"bias": torch.zeros(8, device="meta")}, ValueError, "bias is on meta"),
+        ({"bias": torch.zeros(8, device="meta")}, ValueError, "bias is on meta; expected cpu"),
+        (
+            {"x": torch.zeros(2, 8, 4, 4).bfloat16().to("meta"), "weight": None},
+            ValueError,
+            "x is on meta; expected the CPU or CUDA",
+        ),
         ({"residual": torch.zeros(2, 8, 4, 4).bfloat16(), "pool": True}, ValueError, "residual"),
         ({"x": torch.zeros(2, 8, 1, 4).bfloat16(), "pool": True}, ValueError, "leaves nothing"),
         ({"eps": -1.0}, ValueError, "eps is -1.0; expected at least 0"),

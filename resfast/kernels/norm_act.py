@@ -1,20 +1,22 @@
-"""``resfast::batch_norm_act``: batch norm in training, with what stands around it, on the CPU.
+"""``resfast::batch_norm_act``: batch norm in training, with what stands around it.
 
 ``activation(batch_norm(x) + residual)``, where x may be max-pooled by 2x2 first, and its gradients
 in bfloat16: one pass over x for the statistics and one for the result, likewise backward. All is
 computed in float32; only the result, and the pooled x, are rounded. Kept for the backward are x (or
-the pooled x and two bits a value of where it came from), the statistics, and with a residual the
-result or, for silu and gelu, the residual. The bits do not depend on the number of threads.
+the pooled x and where each value came from, two bits on the CPU and a byte on CUDA), the statistics,
+and with a residual the result or, for silu and gelu, the residual. C++ on the CPU, whose bits do not
+depend on the number of threads, and Triton on CUDA, whose bits are the same in every run.
 
 Sources: Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167; Bulo et al., "In-Place
 Activated BatchNorm", arXiv:1712.02616, for doing norm and activation in one; Hendrycks and Gimpel,
-"Gaussian Error Linear Units", arXiv:1606.08415, here by polynomials to 1e-5.
+"Gaussian Error Linear Units", arXiv:1606.08415, here to 1e-5.
 Shapes: x ``[N, C, H, W]``; the result ``[N, C, P, Q]``, which is that of x or half of its rows and
 columns.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Any
 
@@ -27,7 +29,11 @@ from resfast.kernels.conv_reference import channels_last, new_map
 ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
 """In the order of their numbers in ``csrc/cpu/conv_bf16.h``."""
 AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_forward")
-"""Whether the kernels are built and this processor has AVX512-BF16."""
+"""Whether the CPU's kernels are built and this processor has AVX512-BF16."""
+TRITON = importlib.util.find_spec("triton") is not None
+"""Whether there is what those for CUDA are written in."""
+OLDEST = (8, 0)
+"""Compute capability that they need."""
 
 torch.library.define(
     "resfast::batch_norm_act",
@@ -40,6 +46,18 @@ torch.library.define(
     "Tensor? other, Tensor? where, int[2] size, float eps, str activation, float negative_slope) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
+
+
+def available(device: torch.device) -> bool:
+    """Whether a device has kernels; for CUDA its compute capability must be 8.0 or higher."""
+    if device.type == "cuda":
+        return TRITON and _new_enough(device)
+    return device.type == "cpu" and AVAILABLE
+
+
+@torch.compiler.assume_constant_result
+def _new_enough(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def batch_norm_act(
@@ -56,7 +74,8 @@ def batch_norm_act(
     """``activation(batch_norm(x) + residual)`` by the statistics of the batch, with gradients.
 
     Args:
-        x: bfloat16 ``[N, C, H, W]`` on the CPU; fast in ``channels_last``.
+        x: bfloat16 ``[N, C, H, W]`` on the CPU or CUDA; fast in ``channels_last``. The other
+            tensors are on its device.
         weight: float32 ``[C]``, or None for ones.
         bias: float32 ``[C]``, or None for zeros.
         residual: bfloat16, of the shape of the result.
@@ -72,13 +91,14 @@ def batch_norm_act(
     Raises:
         TypeError: a tensor of a wrong dtype.
         ValueError: a wrong shape or device, or a value out of range.
-        RuntimeError: the C++ kernels are not there.
+        RuntimeError: there are no kernels for the device.
     """
     check_arguments(x, weight, bias, residual, eps, activation, negative_slope, pool)
-    if not AVAILABLE:
-        raise RuntimeError(
-            "batch_norm_act needs the C++ kernels and AVX512-BF16; use resfast.layers.norm.norm_act"
-        )
+    if not available(x.device):
+        what = "the C++ kernels and AVX512-BF16"
+        if x.device.type == "cuda":
+            what = "Triton and a GPU of compute capability 8.0 or higher"
+        raise RuntimeError(f"batch_norm_act needs {what}; use resfast.layers.norm.norm_act")
     out, mean, var, _, _ = torch.ops.resfast.batch_norm_act(
         x, weight, bias, residual, eps, activation, negative_slope, pool
     )
@@ -122,8 +142,10 @@ def check_arguments(
             raise TypeError(f"{name} is {tensor.dtype}; expected {dtype}")
         if list(tensor.shape) != sizes:
             raise ValueError(f"{name} is {list(tensor.shape)}; expected {sizes}")
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}; expected the CPU")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, like x")
+    if x.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"x is on {x.device}; expected the CPU or CUDA")
     if math.prod(shape) == 0:
         raise ValueError(f"x is {list(x.shape)}, which leaves nothing to normalize")
     if eps < 0:
@@ -173,6 +195,20 @@ def _backward(
     return kernel(*both, weight, bias, mean, var, other, where, size, eps, number, negative_slope)
 
 
+@torch.library.impl("resfast::batch_norm_act", "cuda")
+def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from resfast.kernels import triton_norm_act
+
+    return triton_norm_act.forward(*args)
+
+
+@torch.library.impl("resfast::batch_norm_act_backward", "cuda")
+def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from resfast.kernels import triton_norm_act
+
+    return triton_norm_act.backward(*args)
+
+
 @torch.library.register_fake("resfast::batch_norm_act")
 def _fake(
     x: Tensor,
@@ -187,8 +223,8 @@ def _fake(
     n, c, p, q = result_shape(x, pool)
     mean, var = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
     pooled = new_map(x, [n, c, p, q]) if pool else x.new_empty(0)
-    bits = n * p * q * ((c + 31) // 32) * 8 if pool else 0
-    where = x.new_empty(bits, dtype=torch.uint8)
+    bytes_of_pixel = c if x.device.type == "cuda" else (c + 31) // 32 * 8
+    where = x.new_empty(n * p * q * bytes_of_pixel if pool else 0, dtype=torch.uint8)
     return new_map(x, [n, c, p, q]), mean, var, pooled, where
 
 

@@ -1,8 +1,8 @@
 """Batch norm followed by an activation, as the blocks of the networks need it.
 
-Where a training step runs in bfloat16 on a CPU with AVX512-BF16, pooling, norm, addition and
-activation are one operator, :func:`resfast.kernels.norm_act.batch_norm_act`; elsewhere, in eval
-mode and under tracers they are the modules, one after the other.
+Where a training step runs in bfloat16 on a CPU with AVX512-BF16, or on CUDA with Triton, pooling,
+norm, addition and activation are one operator, :func:`resfast.kernels.norm_act.batch_norm_act`;
+elsewhere, in eval mode and under tracers they are the modules, one after the other.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
     ):
         return False
     # Tracers pass what is no tensor.
-    if not (isinstance(x, Tensor) and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
+    if not (isinstance(x, Tensor) and x.dtype == torch.bfloat16):
         return False
     wide = [t for t in (bn.weight, bn.bias, bn.running_mean) if t is not None]
     if any(t.dtype != torch.float32 for t in wide):
@@ -93,7 +93,7 @@ def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
     from resfast.kernels import norm_act as kernel
 
     return (
-        kernel.AVAILABLE
+        kernel.available(x.device)
         and x.dim() == 4
         and x.shape[1] == bn.num_features >= LEAST_CHANNELS
         and _count(x, pool) > 1
