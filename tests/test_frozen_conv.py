@@ -51,7 +51,7 @@ def test_result_and_gradient_are_those_of_float64(kernel: str, activation: str):
         bias.requires_grad_()
         z = F.conv2d(F.pad(x, (before, behind, before, behind)), weight, bias)
         exact = conv_reference.ACTIVATIONS[activation](z, SLOPE)
-        grad = torch.randn(exact.shape).to(dtype)
+        grad = torch.randn(exact.shape).to(dtype, memory_format=LAST)
         (exact_gradient,) = torch.autograd.grad(exact, bias, grad.double())
 
         rest = (before, behind, activation, SLOPE)
