@@ -109,7 +109,8 @@ def fastest_tile(x: Tensor, stride: int, padding: int, largest: int = max(TILES)
         rows, columns = (-(-(size + 2 * padding - 2) // tile) for size in x.shape[2:])
         return rows * columns * (tile + 2) ** 2
 
-    return min((tile for tile in TILES if tile <= largest), key=points)
+    # Not min with a key, which torch.compile of PyTorch 2.11 cannot follow.
+    return -min((points(tile), -tile) for tile in TILES if tile <= largest)[1]
 
 
 def _applies(name: str, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> bool:

@@ -1,11 +1,14 @@
 """Batch norm followed by an activation, as the blocks of the networks need it.
 
-Where a training step runs in bfloat16 on a CPU with AVX512-BF16, or on CUDA with Triton, pooling,
+Where a training step runs in bfloat16 on a CPU with AVX512-BF16, or on CUDA in a graph, pooling,
 norm, addition and activation are one operator, :func:`resfast.kernels.norm_act.batch_norm_act`;
-elsewhere, in eval mode and under tracers they are the modules, one after the other.
+elsewhere, in eval mode and under tracers they are the modules, one after the other. Without a graph
+the device would wait for the host, which takes longer to call the operator than the modules.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +90,8 @@ def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
     # Tracers pass what is no tensor.
     if not (isinstance(x, Tensor) and x.dtype == torch.bfloat16):
         return False
+    if x.device.type == "cuda" and not getattr(bn, "deferred", False):
+        return False
     wide = [t for t in (bn.weight, bn.bias, bn.running_mean) if t is not None]
     if any(t.dtype != torch.float32 for t in wide):
         return False
@@ -127,8 +132,46 @@ def _fused(
         pool=pool,
     )
     count = _count(x, pool)
+    if getattr(bn, "deferred", False):
+        bn.batch_statistics = mean, var, count
+        return out
     with torch.no_grad():
         bn.num_batches_tracked.add_(1)
         bn.running_mean.lerp_(mean, bn.momentum)
         bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
     return out
+
+
+def defer_statistics(model: nn.Module, deferred: bool) -> list[nn.BatchNorm2d]:
+    """Sets whether the running statistics wait for :func:`update_statistics`; they do at first not.
+
+    Returns:
+        The batch norms.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for bn in norms:
+        bn.deferred, bn.batch_statistics = deferred, None
+    return norms
+
+
+def update_statistics(norms: Iterable[nn.BatchNorm2d]) -> None:
+    """Updates the running statistics of deferred batch norms, all in a few kernels.
+
+    Args:
+        norms: as of :func:`defer_statistics`; those that have seen no batch are left out.
+    """
+    seen = [bn for bn in norms if bn.batch_statistics is not None]
+    if not seen:
+        return
+    running, latest, weights = [], [], []
+    for bn in seen:
+        mean, var, count = bn.batch_statistics
+        bn.batch_statistics = None
+        running += [bn.running_mean, bn.running_var]
+        latest += [mean, var * (count / (count - 1))]
+        weights += [bn.momentum] * 2
+    with torch.no_grad():
+        change = torch._foreach_sub(latest, running)
+        torch._foreach_mul_(change, weights)
+        torch._foreach_add_(running, change)
+        torch._foreach_add_([bn.num_batches_tracked for bn in seen], 1)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from resfast import runtime
 from resfast.data.supply import Supply
 from resfast.layers.conv import compute_weight_gradients_aside
+from resfast.layers.norm import defer_statistics, update_statistics
 from resfast.training.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
 from resfast.training.config import OptimConfig
 from resfast.training.marks import Marks
@@ -88,6 +89,7 @@ class TrainStep:
         if self._whitening_bias is not None and not self._whitening_bias.requires_grad:
             self._whitening_bias = None
         self._loss = self._forward
+        self._norms = defer_statistics(model, captured and device.type == "cuda")
         aside = captured and device.type == "cuda" and config.accumulate == 1
         compute_weight_gradients_aside(model, aside and dtype != torch.float32)
         if compile:
@@ -109,6 +111,7 @@ class TrainStep:
     def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(images)
+        update_statistics(self._norms)
         logits = logits.float()
         reduction = "none" if self._keep_image_losses else "mean"
         smoothing = self.config.label_smoothing
@@ -528,7 +531,8 @@ class _Graph:
         optimizer: torch.optim.Optimizer,
         memory: tuple[int, int] | None,
     ) -> None:
-        stream = torch.cuda.Stream()
+        # What is done aside is to fill the gaps.
+        stream = torch.cuda.Stream(priority=-1)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UP_STEPS):
