@@ -3,9 +3,10 @@
 ``activation(batch_norm(x) + residual)``, where x may be max-pooled by 2x2 first, and its gradients
 in bfloat16: one pass over x for the statistics and one for the result, likewise backward. All is
 computed in float32; only the result, and the pooled x, are rounded. Kept for the backward are x (or
-the pooled x and where each value came from, two bits on the CPU and a byte on CUDA), the statistics,
-and with a residual the result or, for silu and gelu, the residual. C++ on the CPU, whose bits do not
-depend on the number of threads, and Triton on CUDA, whose bits are the same in every run.
+the pooled x and where each value came from: two bits on the CPU, a byte on CUDA), the statistics,
+and with a residual the result or, for silu and gelu, the residual. The kernels are C++ on the CPU,
+where the bits do not depend on the number of threads, and Triton on CUDA, where they are the same
+in every run.
 
 Sources: Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167; Bulo et al., "In-Place
 Activated BatchNorm", arXiv:1712.02616, for doing norm and activation in one; Hendrycks and Gimpel,

@@ -108,10 +108,7 @@ def _block(units, VECTOR: tl.constexpr, WHOLE: tl.constexpr, CHANNELS: tl.conste
     """Of this program: number of channels, its channels, and which of them there are."""
     channels = units * VECTOR  # so that the compiler knows what divides it
     column = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    if WHOLE:
-        inside = tl.full((1, CHANNELS), 1, tl.int1)
-    else:
-        inside = column < channels
+    inside = tl.full((1, CHANNELS), 1, tl.int1) if WHOLE else column < channels
     return channels, column, inside
 
 
