@@ -36,7 +36,9 @@ DEVICES = (pytest.param("cpu", marks=needs_kernels), CUDA)
 KERNELS = (pytest.param("operator", marks=needs_kernels), "interpreter", CUDA)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered"),  # where masks leave out
+    # Where masks leave out.
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),
+    pytest.mark.filterwarnings("ignore:divide by zero encountered"),
 ]
 
 
@@ -212,7 +214,7 @@ def test_variance_is_right_where_the_mean_is_large(where):
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_smooth_activations_are_exact_to_bfloat16_over_all_values(where, activation):
     """With scale 1 and shift 0: the two values of a channel become -1 and 1 times their bias."""
-    z = torch.linspace(-12, 12, 4801)
+    z = torch.linspace(-12, 12, 1201 if where == "interpreter" else 4801)
     x = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, len(z), 1, 1).bfloat16()
     tensors = [x, torch.zeros(len(z)), z]
     (out, _, _), gradients = both_ways(where, tensors, activation, False, eps=0.0)
@@ -446,7 +448,7 @@ def test_kernels_compile_without_spills_and_read_maps_in_vectors(capability, nam
             conversions = set(re.findall(r"cvt\S*bf16x2\S*|cvt\S*bf16\.f32", code.asm["ptx"]))
             assert conversions <= {"cvt.rn.bf16x2.f32"}, variant
     odd = compiled(name, VARIANTS[name][-1], 33, capability)
-    assert odd.asm["cubin"]
+    assert not re.findall(r"\b(?:STL|LDL)\b", odd.asm["sass"]), "registers are spilled"
 
 
 # The function of the layers
@@ -597,6 +599,7 @@ def test_compiled_network_on_cuda_computes_what_the_modules_do(name, monkeypatch
     theirs, exact = copy.deepcopy(ours), copy.deepcopy(ours)
     images = torch.randn(64, 3, 32, 32, device="cuda").contiguous(memory_format=LAST)
     labels = torch.arange(64, device="cuda") % 10
+    assert kernel.available(images.device)
 
     def loss_of(model: nn.Module, enabled: bool) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
@@ -624,7 +627,7 @@ def test_compiled_network_on_cuda_computes_what_the_modules_do(name, monkeypatch
     loss_of(exact, False).backward()
     assert abs(float(loss) - float(other)) < 0.02 * abs(float(other))
     true = gradients(exact).double()
-    assert error(gradients(ours), true) < 1.2 * error(gradients(theirs), true)
+    assert error(gradients(ours), true) < 1.3 * error(gradients(theirs), true)
     for (key, mine), its in zip(
         ours.named_buffers(), dict(theirs.named_buffers()).values(), strict=True
     ):

@@ -258,8 +258,9 @@ def _apply_kernel(
     local = tl.arange(0, ROWS)[:, None]
     program, others = tl.program_id(1), tl.num_programs(1)
     tiles = (rows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
-    for step in range((tiles - 1 - program) // others, -1, -1):
-        start = (program + step * others) * (ROWS * UNROLL)
+    last = program + (tiles - 1 - program) // others * others
+    for step in range(0, tiles - program, others):
+        start = (last - step) * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
         values = ()
         added = ()
@@ -403,8 +404,9 @@ def _gradient_kernel(
         down, across = (height + 1) // 2, (width + 1) // 2
         windows = rows // ((height // 2) * (width // 2)) * (down * across)
     tiles = (windows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
-    for step in range((tiles - 1 - program) // others, -1, -1):
-        start = (program + step * others) * (ROWS * UNROLL)
+    last = program + (tiles - 1 - program) // others * others
+    for step in range(0, tiles - program, others):
+        start = (last - step) * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
         values = ()
         grads = ()
@@ -446,15 +448,19 @@ def _gradient_kernel(
 
 
 def layout(channels: int, unroll: int) -> dict[str, Any]:
-    """How kernels split ``[rows, channels]``: their constants."""
+    """How kernels split ``[rows, channels]``: their constants.
+
+    Channels that are no multiple of 8 are read one by one, eight to a thread, and not unrolled.
+    """
+    vector = 8 if channels % 8 == 0 else 1
     block = 64 if channels % 64 == 0 else 32 if channels % 32 == 0 else 64
     block = min(block, max(16, triton.next_power_of_2(channels)))
     return {
-        "VECTOR": 8 if channels % 8 == 0 else 1,
+        "VECTOR": vector,
         "WHOLE": channels % block == 0,
         "CHANNELS": block,
         "ROWS": WARPS * 32 * 8 // block,
-        "UNROLL": unroll,
+        "UNROLL": unroll if vector > 1 else 1,
     }
 
 
@@ -473,8 +479,13 @@ def forward(
     Returns:
         The result, mean and variance, and with ``pool`` the pooled x and, uint8 ``[N * P * Q * C]``
         in the order of its memory, which of the four values of its window each is.
+
+    Raises:
+        ValueError: x has 2^31 pixels or more.
     """
     n, channels, height, width = x.shape
+    if n * height * width >= 2**31:
+        raise ValueError(f"x is {list(x.shape)}; expected less than 2^31 pixels")
     sizes = [n, channels, height // 2, width // 2] if pool else list(x.shape)
     rows = n * sizes[2] * sizes[3]
     x = channels_last(x)
