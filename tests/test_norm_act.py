@@ -86,7 +86,7 @@ def interpreted() -> ModuleType:
         spec = importlib.util.spec_from_file_location(f"{module.__name__}_cpu", module.__file__)
         twin = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(twin)
-    twin.WARPS, twin.PARTS = 2, 2
+    twin.WARPS, twin.PARTS = 4, 1
     # The interpreter knows a fast way for the sums of Triton's own library alone.
     twin._plus = triton.language.standard._sum_combine
     return twin
@@ -143,7 +143,7 @@ SHAPES = (
 )  # fmt: skip
 
 
-SMALL = ((5, 64, 6, 7), (3, 24, 7, 5), (2, 33, 4, 6), (2, 130, 3, 5), (3, 96, 2, 3))
+SMALL = ((8, 64, 6, 7), (3, 24, 7, 5), (2, 33, 4, 6), (2, 130, 3, 5), (3, 96, 2, 3))
 
 
 @pytest.mark.parametrize("where", KERNELS)
@@ -396,7 +396,7 @@ VARIANTS = {
 def unroll(kernels: ModuleType, name: str, variant: dict) -> int:
     return {
         "_statistics_kernel": kernels.POOLING if variant.get("POOL") else kernels.STATISTICS,
-        "_apply_kernel": kernels.APPLY,
+        "_apply_kernel": kernels.APPLY_TO_TWO if variant.get("residual") else kernels.APPLY,
         "_sums_kernel": kernels.SUMS_OF_THREE if variant.get("other") else kernels.SUMS,
         "_gradient_kernel": kernels.UNPOOLING if variant.get("where") else kernels.GRADIENT,
     }[name]

@@ -9,7 +9,8 @@ kind of GPU. Nothing waits for the device.
 Maps are matrices here: a row is a pixel of ``[N, H, W]``, a column a channel. Programs stand in a
 grid of blocks of channels by ``programs``, which share the rows out in tiles of ``ROWS * UNROLL``,
 every ``programs``-th to one. The second kernel takes its tiles last first, while the first one's
-last are in the cache.
+last are in the cache. Tiles are read one ahead: the compiler would put off reads to where their
+values are needed, and leave memory idle.
 
 Variances of parts are put together as by Chan, Golub and LeVeque, "Updating formulae and a
 pairwise algorithm for computing sample variances", 1979; the error function is formula 7.1.26 of
@@ -32,7 +33,16 @@ PROGRAMS = 1
 """To a multiprocessor, at most: the second kernels read the sums of each."""
 PARTS = 64
 """Programs whose sums are read at once."""
-STATISTICS, POOLING, APPLY, SUMS, SUMS_OF_THREE, GRADIENT, UNPOOLING = 4, 2, 4, 4, 2, 4, 2
+STATISTICS, POOLING, APPLY, APPLY_TO_TWO, SUMS, SUMS_OF_THREE, GRADIENT, UNPOOLING = (
+    4,
+    2,
+    4,
+    2,
+    2,
+    1,
+    2,
+    1,
+)
 """``UNROLL`` of the kernels: vectors of 16 bytes of each map that a thread reads at once. No more
 than keeps the kernels within 128 registers, which is what there is for that many warps."""
 INTEGERS = ["rows", "units", "programs", "height", "width"]
@@ -136,6 +146,76 @@ def _corner(row, height, width, rows, columns):
     return (image.to(tl.int32) * height + 2 * y) * width + 2 * x, image.to(tl.int32), y, x
 
 
+@triton.jit
+def _next_down(start, step, rows):
+    """Where the tile before begins, and the rows that there are: none, if there is no such tile."""
+    return tl.maximum(start - step, 0), tl.where(start >= step, rows, 0)
+
+
+@triton.jit
+def _read(
+    maps,
+    start,
+    rows,
+    channels,
+    column,
+    inside,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """A tile of each map from row ``start`` on, in ``UNROLL`` parts; zeros after the last row."""
+    values = ()
+    for j in tl.static_range(len(maps)):
+        first = maps[j] + start.to(tl.int64) * channels
+        for i in tl.static_range(UNROLL):
+            row = i * ROWS + tl.arange(0, ROWS)[:, None]
+            mask = _both(start + row < rows, inside, WHOLE)
+            values += (tl.load(first + row * channels + column, mask=mask, other=0),)
+    return values
+
+
+@triton.jit
+def _read_pooled(
+    maps,
+    start,
+    windows,
+    height,
+    width,
+    channels,
+    column,
+    inside,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Likewise from window ``start`` on, of those that cover the map before the pooling.
+
+    And for each part the windows' first pixels, and where the windows are in their images.
+    """
+    values = ()
+    sources = ()
+    masks = ()
+    corners = ()
+    ys = ()
+    xs = ()
+    for i in tl.static_range(UNROLL):
+        window = start + i * ROWS + tl.arange(0, ROWS)[:, None]
+        corner, image, y, x = _corner(window, height, width, (height + 1) // 2, (width + 1) // 2)
+        there = (window < windows) & (y < height // 2) & (x < width // 2)
+        row = (image * (height // 2) + y) * (width // 2) + x
+        sources += (row.to(tl.int64) * channels + column,)
+        masks += (_both(there, inside, WHOLE),)
+        corners += (corner,)
+        ys += (y,)
+        xs += (x,)
+    for j in tl.static_range(len(maps)):
+        for i in tl.static_range(UNROLL):
+            nowhere = 4 * (j == 2)  # in `where` no place in a window
+            values += (tl.load(maps[j] + sources[i], mask=masks[i], other=nowhere),)
+    return values, corners, ys, xs
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def _statistics_kernel(
     partials,  # float32 [programs, 2, C]: means, and sums of squared differences from them
@@ -230,6 +310,14 @@ def _apply_kernel(
     PARTS: tl.constexpr,
 ):
     channels, column, inside = _block(units, VECTOR, WHOLE, CHANNELS)
+    program, others = tl.program_id(1), tl.num_programs(1)
+    local = tl.arange(0, ROWS)[:, None]
+    tiles = (rows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
+    last = program + (tiles - 1 - program) // others * others
+    maps = (x, residual) if residual is not None else (x,)
+    start = last * (ROWS * UNROLL)
+    ahead = _read(maps, start, rows, channels, column, inside, WHOLE, ROWS, UNROLL)
+
     tiles = (rows + STEP - 1) // STEP
     some = tl.load(partials + column, mask=inside, other=0)
     total = tl.full((PARTS, CHANNELS), 0, tl.float32)
@@ -254,28 +342,18 @@ def _apply_kernel(
         tl.store(var + column, variance, mask=inside)
     scale = tl.rsqrt(variance + eps) * _per_channel(weight, column, inside, 1.0)
     level = _per_channel(bias, column, inside, 0.0)
-
-    local = tl.arange(0, ROWS)[:, None]
-    program, others = tl.program_id(1), tl.num_programs(1)
-    tiles = (rows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
-    last = program + (tiles - 1 - program) // others * others
-    for step in range(0, tiles - program, others):
-        start = (last - step) * (ROWS * UNROLL)
+    for step in range(program, last + 1, others):
+        start = (last + program - step) * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
-        values = ()
-        added = ()
-        for i in tl.static_range(UNROLL):
-            row = i * ROWS + local
-            mask = _both(start + row < rows, inside, WHOLE)
-            values += (tl.load(x + at + row * channels + column, mask=mask, other=0),)
-            if residual is not None:
-                added += (tl.load(residual + at + row * channels + column, mask=mask, other=0),)
+        values = ahead
+        start_of_next, end = _next_down(start, others * (ROWS * UNROLL), rows)
+        ahead = _read(maps, start_of_next, end, channels, column, inside, WHOLE, ROWS, UNROLL)
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
             mask = _both(start + row < rows, inside, WHOLE)
             z = (values[i].to(tl.float32) - average) * scale + level
             if residual is not None:
-                z += added[i].to(tl.float32)
+                z += values[UNROLL + i].to(tl.float32)
             z = _activated(z, slope, ACTIVATION).to(tl.bfloat16)
             tl.store(out + at + row * channels + column, z, mask=mask)
 
@@ -315,31 +393,27 @@ def _sums_kernel(
     tiles = (rows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
     first = tl.full((ROWS, CHANNELS), 0, tl.float32)
     second = tl.full((ROWS, CHANNELS), 0, tl.float32)
+    maps = (grad, x, other) if other is not None else (grad, x)
+    start = program * (ROWS * UNROLL)
+    ahead = _read(maps, start, rows, channels, column, inside, WHOLE, ROWS, UNROLL)
     for tile in range(program, tiles, programs):
         start = tile * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
-        values = ()
-        grads = ()
-        others = ()
+        values = ahead
+        after = start + programs * (ROWS * UNROLL)
+        ahead = _read(maps, after, rows, channels, column, inside, WHOLE, ROWS, UNROLL)
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
             mask = _both(start + row < rows, inside, WHOLE)
-            grads += (tl.load(grad + at + row * channels + column, mask=mask, other=0),)
-            values += (tl.load(x + at + row * channels + column, mask=mask, other=0),)
-            if other is not None:
-                others += (tl.load(other + at + row * channels + column, mask=mask, other=0),)
-        for i in tl.static_range(UNROLL):
-            row = i * ROWS + local
-            mask = _both(start + row < rows, inside, WHOLE)
-            difference = values[i].to(tl.float32) - average
+            difference = values[UNROLL + i].to(tl.float32) - average
             z = difference
             if FROM_RESULT:
-                z = others[i].to(tl.float32)
+                z = values[2 * UNROLL + i].to(tl.float32)
             elif ACTIVATION != "none":
                 z = difference * scale + level
                 if other is not None:
-                    z += others[i].to(tl.float32)
-            value = _before_activation(grads[i].to(tl.float32), z, slope, ACTIVATION)
+                    z += values[2 * UNROLL + i].to(tl.float32)
+            value = _before_activation(values[i].to(tl.float32), z, slope, ACTIVATION)
             if other is not None:
                 to = dz + at + row * channels + column
                 tl.store(to, value.to(tl.bfloat16), mask=mask)
@@ -379,6 +453,26 @@ def _gradient_kernel(
     PARTS: tl.constexpr,
 ):
     channels, column, inside = _block(units, VECTOR, WHOLE, CHANNELS)
+    program, others = tl.program_id(1), tl.num_programs(1)
+    local = tl.arange(0, ROWS)[:, None]
+    down, across = (height + 1) // 2, (width + 1) // 2
+    windows = rows
+    if where is not None:  # and those that the last row or column of an odd number is half of
+        windows = rows // ((height // 2) * (width // 2)) * (down * across)
+    tiles = (windows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
+    last = program + (tiles - 1 - program) // others * others
+    start = last * (ROWS * UNROLL)
+    place = channels, column, inside
+    if where is not None:
+        size = height, width
+        maps = grad, x, where
+        ahead, corners, ys, xs = _read_pooled(
+            maps, start, windows, *size, *place, WHOLE, ROWS, UNROLL
+        )
+    else:
+        maps = grad, x
+        ahead = _read(maps, start, windows, *place, WHOLE, ROWS, UNROLL)
+
     first = tl.full((PARTS, CHANNELS), 0, tl.float32)
     second = tl.full((PARTS, CHANNELS), 0, tl.float32)
     for start in range(0, programs, PARTS):
@@ -396,52 +490,33 @@ def _gradient_kernel(
     scale = rstd * _per_channel(weight, column, inside, 1.0)
     level = _per_channel(bias, column, inside, 0.0)
     constant, factor = -scale * sums / rows, -scale * rstd * products / rows
-
-    local = tl.arange(0, ROWS)[:, None]
-    program, others = tl.program_id(1), tl.num_programs(1)
-    windows = rows
-    if where is not None:  # and those that the last row or column of an odd number is half of
-        down, across = (height + 1) // 2, (width + 1) // 2
-        windows = rows // ((height // 2) * (width // 2)) * (down * across)
-    tiles = (windows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
-    last = program + (tiles - 1 - program) // others * others
-    for step in range(0, tiles - program, others):
-        start = (last - step) * (ROWS * UNROLL)
+    for step in range(program, last + 1, others):
+        start = (last + program - step) * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
-        values = ()
-        grads = ()
-        numbers = ()
-        for i in tl.static_range(UNROLL):
-            row = i * ROWS + local
-            there = start + row < windows
-            if where is not None:
-                corner, image, p, q = _corner(start + row, height, width, down, across)
-                there = there & (p < height // 2) & (q < width // 2)
-                row = (image * (height // 2) + p) * (width // 2) + q
-                source = row.to(tl.int64) * channels + column
-            else:
-                source = at + row * channels + column
-            mask = _both(there, inside, WHOLE)
-            grads += (tl.load(grad + source, mask=mask, other=0),)
-            values += (tl.load(x + source, mask=mask, other=0),)
-            if where is not None:
-                numbers += (tl.load(where + source, mask=mask, other=4),)
+        values = ahead
+        start_of_next, end = _next_down(start, others * (ROWS * UNROLL), windows)
+        if where is not None:
+            corner, p, q = corners, ys, xs
+            ahead, corners, ys, xs = _read_pooled(
+                maps, start_of_next, end, *size, *place, WHOLE, ROWS, UNROLL
+            )
+        else:
+            ahead = _read(maps, start_of_next, end, *place, WHOLE, ROWS, UNROLL)
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
             mask = _both(start + row < windows, inside, WHOLE)
-            difference = values[i].to(tl.float32) - average
-            value = grads[i].to(tl.float32)
+            difference = values[UNROLL + i].to(tl.float32) - average
+            value = values[i].to(tl.float32)
             if ACTIVATION != "none":
                 z = difference * scale + level
                 value = _before_activation(value, z, slope, ACTIVATION)
             value = (value * scale + (difference * factor + constant)).to(tl.bfloat16)
             if where is not None:
-                corner, image, p, q = _corner(start + row, height, width, down, across)
-                to = dx + corner.to(tl.int64) * channels + column
+                to = dx + corner[i].to(tl.int64) * channels + column
                 for side in tl.static_range(4):
                     y, z = side // 2, side % 2
-                    part = tl.where(numbers[i] == side, value, 0.0)
-                    there = mask & (2 * p + y < height) & (2 * q + z < width)
+                    part = tl.where(values[2 * UNROLL + i] == side, value, 0.0)
+                    there = mask & (2 * p[i] + y < height) & (2 * q[i] + z < width)
                     tl.store(to + (y * width + z) * channels, part, mask=there)
             else:
                 tl.store(dx + at + row * channels + column, value, mask=mask)
@@ -450,7 +525,7 @@ def _gradient_kernel(
 def layout(channels: int, unroll: int) -> dict[str, Any]:
     """How kernels split ``[rows, channels]``: their constants.
 
-    Channels that are no multiple of 8 are read one by one, eight to a thread, and not unrolled.
+    Channels that are no multiple of 8 are read one by one, four to a thread, and not unrolled.
     """
     vector = 8 if channels % 8 == 0 else 1
     block = 64 if channels % 64 == 0 else 32 if channels % 32 == 0 else 64
@@ -459,7 +534,7 @@ def layout(channels: int, unroll: int) -> dict[str, Any]:
         "VECTOR": vector,
         "WHOLE": channels % block == 0,
         "CHANNELS": block,
-        "ROWS": WARPS * 32 * 8 // block,
+        "ROWS": WARPS * 32 * (8 if vector > 1 else 4) // block,
         "UNROLL": unroll if vector > 1 else 1,
     }
 
@@ -481,11 +556,11 @@ def forward(
         in the order of its memory, which of the four values of its window each is.
 
     Raises:
-        ValueError: x has 2^31 pixels or more.
+        ValueError: x has more than 2^30 pixels.
     """
     n, channels, height, width = x.shape
-    if n * height * width >= 2**31:
-        raise ValueError(f"x is {list(x.shape)}; expected less than 2^31 pixels")
+    if n * height * width > 2**30:
+        raise ValueError(f"x is {list(x.shape)}; expected at most 2^30 pixels")
     sizes = [n, channels, height // 2, width // 2] if pool else list(x.shape)
     rows = n * sizes[2] * sizes[3]
     x = channels_last(x)
@@ -514,7 +589,7 @@ def forward(
             **reading,
             num_warps=WARPS,
         )
-        writing = layout(channels, APPLY)
+        writing = layout(channels, APPLY if residual is None else APPLY_TO_TWO)
         _apply_kernel[_shared(x, rows, writing)[1]](
             out,
             mean,
@@ -626,7 +701,7 @@ def _shared(x: Tensor, rows: int, constants: dict[str, Any]) -> tuple[int, tuple
     """Rows of a tile, and the grid of programs: blocks of channels by those that share the rows."""
     step = constants["ROWS"] * constants["UNROLL"]
     blocks = triton.cdiv(x.shape[1], constants["CHANNELS"])
-    processors = 4
+    processors = 2  # of Triton's interpreter
     if x.is_cuda:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     return step, (blocks, min(triton.cdiv(rows, step), max(1, processors * PROGRAMS // blocks)))
