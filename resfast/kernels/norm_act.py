@@ -33,8 +33,8 @@ AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_for
 """Whether the CPU's kernels are built and this processor has AVX512-BF16."""
 TRITON = importlib.util.find_spec("triton") is not None
 """Whether there is what those for CUDA are written in."""
-OLDEST = (8, 0)
-"""Compute capability that they need."""
+OLDEST = 8
+"""Compute capability that they need, its first digit."""
 
 torch.library.define(
     "resfast::batch_norm_act",
@@ -51,14 +51,13 @@ torch.library.define(
 
 def available(device: torch.device) -> bool:
     """Whether a device has kernels; for CUDA its compute capability must be 8.0 or higher."""
-    if device.type == "cuda":
-        return TRITON and _new_enough(device)
+    if device.type == "cuda":  # what a compiler takes for constants
+        return (
+            TRITON
+            and torch.cuda.is_available()
+            and torch.cuda.get_device_properties(device).major >= OLDEST
+        )
     return device.type == "cpu" and AVAILABLE
-
-
-@torch.compiler.assume_constant_result
-def _new_enough(device: torch.device) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def batch_norm_act(
