@@ -189,31 +189,22 @@ def _read_pooled(
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Likewise from window ``start`` on, of those that cover the map before the pooling.
-
-    And for each part the windows' first pixels, and where the windows are in their images.
-    """
+    """Likewise from window ``start`` on, of those that cover the map before the pooling."""
     values = ()
     sources = ()
     masks = ()
-    corners = ()
-    ys = ()
-    xs = ()
     for i in tl.static_range(UNROLL):
         window = start + i * ROWS + tl.arange(0, ROWS)[:, None]
-        corner, image, y, x = _corner(window, height, width, (height + 1) // 2, (width + 1) // 2)
+        _pixel, image, y, x = _corner(window, height, width, (height + 1) // 2, (width + 1) // 2)
         there = (window < windows) & (y < height // 2) & (x < width // 2)
         row = (image * (height // 2) + y) * (width // 2) + x
         sources += (row.to(tl.int64) * channels + column,)
         masks += (_both(there, inside, WHOLE),)
-        corners += (corner,)
-        ys += (y,)
-        xs += (x,)
     for j in tl.static_range(len(maps)):
         for i in tl.static_range(UNROLL):
             nowhere = 4 * (j == 2)  # in `where` no place in a window
             values += (tl.load(maps[j] + sources[i], mask=masks[i], other=nowhere),)
-    return values, corners, ys, xs
+    return values
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -246,7 +237,8 @@ def _statistics_kernel(
     total = tl.full((ROWS, CHANNELS), 0, tl.float32)
     square = tl.full((ROWS, CHANNELS), 0, tl.float32)
     count = 0
-    for tile in range(program, tiles, programs):
+    tile = program
+    while tile < tiles:
         start = tile * (ROWS * UNROLL)
         count += tl.minimum(rows - start, ROWS * UNROLL)
         at = start.to(tl.int64) * channels
@@ -278,6 +270,7 @@ def _statistics_kernel(
             value = tl.where(mask, value - shift, 0.0)
             total += value
             square += value * value
+        tile += programs
     total, square = _sum(total), _sum(square)
     mean = total / count
     to = partials + program * 2 * channels + column
@@ -322,7 +315,8 @@ def _apply_kernel(
     some = tl.load(partials + column, mask=inside, other=0)
     total = tl.full((PARTS, CHANNELS), 0, tl.float32)
     square = tl.full((PARTS, CHANNELS), 0, tl.float32)
-    for start in range(0, programs, PARTS):
+    start = 0
+    while start < programs:
         part = start + tl.arange(0, PARTS)[:, None]
         mask = _both(part < programs, inside, WHOLE)
         at = partials + part * 2 * channels + column
@@ -333,6 +327,7 @@ def _apply_kernel(
         count = tl.where(part < programs, count, 0).to(tl.float32)
         total += count * difference
         square += own + count * difference * difference
+        start += PARTS
     average = _sum(total) / rows
     variance = _sum(square) / rows - average * average
     variance = _largest(variance, 0.0)
@@ -342,7 +337,8 @@ def _apply_kernel(
         tl.store(var + column, variance, mask=inside)
     scale = tl.rsqrt(variance + eps) * _per_channel(weight, column, inside, 1.0)
     level = _per_channel(bias, column, inside, 0.0)
-    for step in range(program, last + 1, others):
+    step = program
+    while step <= last:
         start = (last + program - step) * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
         values = ahead
@@ -356,6 +352,7 @@ def _apply_kernel(
                 z += values[UNROLL + i].to(tl.float32)
             z = _activated(z, slope, ACTIVATION).to(tl.bfloat16)
             tl.store(out + at + row * channels + column, z, mask=mask)
+        step += others
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -396,7 +393,8 @@ def _sums_kernel(
     maps = (grad, x, other) if other is not None else (grad, x)
     start = program * (ROWS * UNROLL)
     ahead = _read(maps, start, rows, channels, column, inside, WHOLE, ROWS, UNROLL)
-    for tile in range(program, tiles, programs):
+    tile = program
+    while tile < tiles:
         start = tile * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
         values = ahead
@@ -419,6 +417,7 @@ def _sums_kernel(
                 tl.store(to, value.to(tl.bfloat16), mask=mask)
             first += value  # 0 where there are no rows, as the gradient is there
             second += value * difference
+        tile += programs
     to = partials + program * 2 * channels + column
     tl.store(to, _sum(first), mask=inside)
     tl.store(to + channels, _sum(second), mask=inside)
@@ -466,21 +465,21 @@ def _gradient_kernel(
     if where is not None:
         size = height, width
         maps = grad, x, where
-        ahead, corners, ys, xs = _read_pooled(
-            maps, start, windows, *size, *place, WHOLE, ROWS, UNROLL
-        )
+        ahead = _read_pooled(maps, start, windows, *size, *place, WHOLE, ROWS, UNROLL)
     else:
         maps = grad, x
         ahead = _read(maps, start, windows, *place, WHOLE, ROWS, UNROLL)
 
     first = tl.full((PARTS, CHANNELS), 0, tl.float32)
     second = tl.full((PARTS, CHANNELS), 0, tl.float32)
-    for start in range(0, programs, PARTS):
+    start = 0
+    while start < programs:
         part = start + tl.arange(0, PARTS)[:, None]
         mask = _both(part < programs, inside, WHOLE)
         at = partials + part * 2 * channels + column
         first += tl.load(at, mask=mask, other=0)
         second += tl.load(at + channels, mask=mask, other=0)
+        start += PARTS
     average = tl.load(mean + column, mask=inside, other=0)
     rstd = tl.rsqrt(tl.load(var + column, mask=inside, other=1) + eps)
     sums, products = _sum(first), _sum(second) * rstd
@@ -490,16 +489,14 @@ def _gradient_kernel(
     scale = rstd * _per_channel(weight, column, inside, 1.0)
     level = _per_channel(bias, column, inside, 0.0)
     constant, factor = -scale * sums / rows, -scale * rstd * products / rows
-    for step in range(program, last + 1, others):
+    step = program
+    while step <= last:
         start = (last + program - step) * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
         values = ahead
         start_of_next, end = _next_down(start, others * (ROWS * UNROLL), windows)
         if where is not None:
-            corner, p, q = corners, ys, xs
-            ahead, corners, ys, xs = _read_pooled(
-                maps, start_of_next, end, *size, *place, WHOLE, ROWS, UNROLL
-            )
+            ahead = _read_pooled(maps, start_of_next, end, *size, *place, WHOLE, ROWS, UNROLL)
         else:
             ahead = _read(maps, start_of_next, end, *place, WHOLE, ROWS, UNROLL)
         for i in tl.static_range(UNROLL):
@@ -512,14 +509,16 @@ def _gradient_kernel(
                 value = _before_activation(value, z, slope, ACTIVATION)
             value = (value * scale + (difference * factor + constant)).to(tl.bfloat16)
             if where is not None:
-                to = dx + corner[i].to(tl.int64) * channels + column
+                corner, _image, p, q = _corner(start + row, height, width, down, across)
+                to = dx + corner.to(tl.int64) * channels + column
                 for side in tl.static_range(4):
                     y, z = side // 2, side % 2
                     part = tl.where(values[2 * UNROLL + i] == side, value, 0.0)
-                    there = mask & (2 * p[i] + y < height) & (2 * q[i] + z < width)
+                    there = mask & (2 * p + y < height) & (2 * q + z < width)
                     tl.store(to + (y * width + z) * channels, part, mask=there)
             else:
                 tl.store(dx + at + row * channels + column, value, mask=mask)
+        step += others
 
 
 def layout(channels: int, unroll: int) -> dict[str, Any]:
