@@ -33,16 +33,8 @@ PROGRAMS = 1
 """To a multiprocessor, at most: the second kernels read the sums of each."""
 PARTS = 64
 """Programs whose sums are read at once."""
-STATISTICS, POOLING, APPLY, APPLY_TO_TWO, SUMS, SUMS_OF_THREE, GRADIENT, UNPOOLING = (
-    4,
-    2,
-    4,
-    2,
-    2,
-    1,
-    2,
-    1,
-)
+STATISTICS, POOLING, APPLY, APPLY_TO_TWO = 4, 2, 4, 2
+SUMS, SUMS_OF_THREE, GRADIENT, UNPOOLING = 2, 1, 2, 1
 """``UNROLL`` of the kernels: vectors of 16 bytes of each map that a thread reads at once. No more
 than keeps the kernels within 128 registers, which is what there is for that many warps."""
 INTEGERS = ["rows", "units", "programs", "height", "width"]
