@@ -3,9 +3,10 @@
 ``activation(batch_norm(x) + residual)``, where x may be max-pooled by 2x2 first, and its gradients
 in bfloat16: one pass over x for the statistics and one for the result, likewise backward. All is
 computed in float32; only the result, and the pooled x, are rounded. Kept for the backward are x (or
-the pooled x and where each value came from, two bits on the CPU and a byte on CUDA), the statistics,
-and with a residual the result or, for silu and gelu, the residual. C++ on the CPU, whose bits do not
-depend on the number of threads, and Triton on CUDA, whose bits are the same in every run.
+the pooled x and where each value came from: two bits on the CPU, a byte on CUDA), the statistics,
+and with a residual the result or, for silu and gelu, the residual. The kernels are C++ on the CPU,
+where the bits do not depend on the number of threads, and Triton on CUDA, where they are the same
+in every run.
 
 Sources: Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167; Bulo et al., "In-Place
 Activated BatchNorm", arXiv:1712.02616, for doing norm and activation in one; Hendrycks and Gimpel,
@@ -32,8 +33,8 @@ AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_for
 """Whether the CPU's kernels are built and this processor has AVX512-BF16."""
 TRITON = importlib.util.find_spec("triton") is not None
 """Whether there is what those for CUDA are written in."""
-OLDEST = (8, 0)
-"""Compute capability that they need."""
+OLDEST = 8
+"""Compute capability that they need, its first digit."""
 
 torch.library.define(
     "resfast::batch_norm_act",
@@ -50,14 +51,13 @@ torch.library.define(
 
 def available(device: torch.device) -> bool:
     """Whether a device has kernels; for CUDA its compute capability must be 8.0 or higher."""
-    if device.type == "cuda":
-        return TRITON and _new_enough(device)
+    if device.type == "cuda":  # what a compiler takes for constants
+        return (
+            TRITON
+            and torch.cuda.is_available()
+            and torch.cuda.get_device_properties(device).major >= OLDEST
+        )
     return device.type == "cpu" and AVAILABLE
-
-
-@torch.compiler.assume_constant_result
-def _new_enough(device: torch.device) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def batch_norm_act(

@@ -9,7 +9,8 @@ kind of GPU. Nothing waits for the device.
 Maps are matrices here: a row is a pixel of ``[N, H, W]``, a column a channel. Programs stand in a
 grid of blocks of channels by ``programs``, which share the rows out in tiles of ``ROWS * UNROLL``,
 every ``programs``-th to one. The second kernel takes its tiles last first, while the first one's
-last are in the cache.
+last are in the cache. Tiles are read one ahead: the compiler would put off reads to where their
+values are needed, and leave memory idle.
 
 Variances of parts are put together as by Chan, Golub and LeVeque, "Updating formulae and a
 pairwise algorithm for computing sample variances", 1979; the error function is formula 7.1.26 of
@@ -32,7 +33,8 @@ PROGRAMS = 1
 """To a multiprocessor, at most: the second kernels read the sums of each."""
 PARTS = 64
 """Programs whose sums are read at once."""
-STATISTICS, POOLING, APPLY, SUMS, SUMS_OF_THREE, GRADIENT, UNPOOLING = 4, 2, 4, 4, 2, 4, 2
+STATISTICS, POOLING, APPLY, APPLY_TO_TWO = 4, 2, 4, 2
+SUMS, SUMS_OF_THREE, GRADIENT, UNPOOLING = 2, 1, 2, 1
 """``UNROLL`` of the kernels: vectors of 16 bytes of each map that a thread reads at once. No more
 than keeps the kernels within 128 registers, which is what there is for that many warps."""
 INTEGERS = ["rows", "units", "programs", "height", "width"]
@@ -108,10 +110,7 @@ def _block(units, VECTOR: tl.constexpr, WHOLE: tl.constexpr, CHANNELS: tl.conste
     """Of this program: number of channels, its channels, and which of them there are."""
     channels = units * VECTOR  # so that the compiler knows what divides it
     column = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    if WHOLE:
-        inside = tl.full((1, CHANNELS), 1, tl.int1)
-    else:
-        inside = column < channels
+    inside = tl.full((1, CHANNELS), 1, tl.int1) if WHOLE else column < channels
     return channels, column, inside
 
 
@@ -137,6 +136,67 @@ def _corner(row, height, width, rows, columns):
     image = line // rows
     y, x = (line - image * rows).to(tl.int32), (row - line * columns).to(tl.int32)
     return (image.to(tl.int32) * height + 2 * y) * width + 2 * x, image.to(tl.int32), y, x
+
+
+@triton.jit
+def _next_down(start, step, rows):
+    """Where the tile before begins, and the rows that there are: none, if there is no such tile."""
+    return tl.maximum(start - step, 0), tl.where(start >= step, rows, 0)
+
+
+@triton.jit
+def _read(
+    maps,
+    start,
+    rows,
+    channels,
+    column,
+    inside,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """A tile of each map from row ``start`` on, in ``UNROLL`` parts; zeros after the last row."""
+    values = ()
+    for j in tl.static_range(len(maps)):
+        first = maps[j] + start.to(tl.int64) * channels
+        for i in tl.static_range(UNROLL):
+            row = i * ROWS + tl.arange(0, ROWS)[:, None]
+            mask = _both(start + row < rows, inside, WHOLE)
+            values += (tl.load(first + row * channels + column, mask=mask, other=0),)
+    return values
+
+
+@triton.jit
+def _read_pooled(
+    maps,
+    start,
+    windows,
+    height,
+    width,
+    channels,
+    column,
+    inside,
+    WHOLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Likewise from window ``start`` on, of those that cover the map before the pooling."""
+    values = ()
+    sources = ()
+    masks = ()
+    for i in tl.static_range(UNROLL):
+        window = start + i * ROWS + tl.arange(0, ROWS)[:, None]
+        _pixel, image, y, x = _corner(window, height, width, (height + 1) // 2, (width + 1) // 2)
+        there = (window < windows) & (y < height // 2) & (x < width // 2)
+        row = (image * (height // 2) + y) * (width // 2) + x
+        sources += (row.to(tl.int64) * channels + column,)
+        masks += (_both(there, inside, WHOLE),)
+    for j in tl.static_range(len(maps)):
+        for i in tl.static_range(UNROLL):
+            nowhere = 4 * (j == 2)  # in `where` no place in a window
+            values += (tl.load(maps[j] + sources[i], mask=masks[i], other=nowhere),)
+    return values
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -169,7 +229,8 @@ def _statistics_kernel(
     total = tl.full((ROWS, CHANNELS), 0, tl.float32)
     square = tl.full((ROWS, CHANNELS), 0, tl.float32)
     count = 0
-    for tile in range(program, tiles, programs):
+    tile = program
+    while tile < tiles:
         start = tile * (ROWS * UNROLL)
         count += tl.minimum(rows - start, ROWS * UNROLL)
         at = start.to(tl.int64) * channels
@@ -201,6 +262,7 @@ def _statistics_kernel(
             value = tl.where(mask, value - shift, 0.0)
             total += value
             square += value * value
+        tile += programs
     total, square = _sum(total), _sum(square)
     mean = total / count
     to = partials + program * 2 * channels + column
@@ -233,11 +295,20 @@ def _apply_kernel(
     PARTS: tl.constexpr,
 ):
     channels, column, inside = _block(units, VECTOR, WHOLE, CHANNELS)
+    program, others = tl.program_id(1), tl.num_programs(1)
+    local = tl.arange(0, ROWS)[:, None]
+    tiles = (rows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
+    last = program + (tiles - 1 - program) // others * others
+    maps = (x, residual) if residual is not None else (x,)
+    start = last * (ROWS * UNROLL)
+    ahead = _read(maps, start, rows, channels, column, inside, WHOLE, ROWS, UNROLL)
+
     tiles = (rows + STEP - 1) // STEP
     some = tl.load(partials + column, mask=inside, other=0)
     total = tl.full((PARTS, CHANNELS), 0, tl.float32)
     square = tl.full((PARTS, CHANNELS), 0, tl.float32)
-    for start in range(0, programs, PARTS):
+    start = 0
+    while start < programs:
         part = start + tl.arange(0, PARTS)[:, None]
         mask = _both(part < programs, inside, WHOLE)
         at = partials + part * 2 * channels + column
@@ -248,6 +319,7 @@ def _apply_kernel(
         count = tl.where(part < programs, count, 0).to(tl.float32)
         total += count * difference
         square += own + count * difference * difference
+        start += PARTS
     average = _sum(total) / rows
     variance = _sum(square) / rows - average * average
     variance = _largest(variance, 0.0)
@@ -257,29 +329,22 @@ def _apply_kernel(
         tl.store(var + column, variance, mask=inside)
     scale = tl.rsqrt(variance + eps) * _per_channel(weight, column, inside, 1.0)
     level = _per_channel(bias, column, inside, 0.0)
-
-    local = tl.arange(0, ROWS)[:, None]
-    program, others = tl.program_id(1), tl.num_programs(1)
-    tiles = (rows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
-    for step in range((tiles - 1 - program) // others, -1, -1):
-        start = (program + step * others) * (ROWS * UNROLL)
+    step = program
+    while step <= last:
+        start = (last + program - step) * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
-        values = ()
-        added = ()
-        for i in tl.static_range(UNROLL):
-            row = i * ROWS + local
-            mask = _both(start + row < rows, inside, WHOLE)
-            values += (tl.load(x + at + row * channels + column, mask=mask, other=0),)
-            if residual is not None:
-                added += (tl.load(residual + at + row * channels + column, mask=mask, other=0),)
+        values = ahead
+        start_of_next, end = _next_down(start, others * (ROWS * UNROLL), rows)
+        ahead = _read(maps, start_of_next, end, channels, column, inside, WHOLE, ROWS, UNROLL)
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
             mask = _both(start + row < rows, inside, WHOLE)
             z = (values[i].to(tl.float32) - average) * scale + level
             if residual is not None:
-                z += added[i].to(tl.float32)
+                z += values[UNROLL + i].to(tl.float32)
             z = _activated(z, slope, ACTIVATION).to(tl.bfloat16)
             tl.store(out + at + row * channels + column, z, mask=mask)
+        step += others
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -317,36 +382,34 @@ def _sums_kernel(
     tiles = (rows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
     first = tl.full((ROWS, CHANNELS), 0, tl.float32)
     second = tl.full((ROWS, CHANNELS), 0, tl.float32)
-    for tile in range(program, tiles, programs):
+    maps = (grad, x, other) if other is not None else (grad, x)
+    start = program * (ROWS * UNROLL)
+    ahead = _read(maps, start, rows, channels, column, inside, WHOLE, ROWS, UNROLL)
+    tile = program
+    while tile < tiles:
         start = tile * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
-        values = ()
-        grads = ()
-        others = ()
+        values = ahead
+        after = start + programs * (ROWS * UNROLL)
+        ahead = _read(maps, after, rows, channels, column, inside, WHOLE, ROWS, UNROLL)
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
             mask = _both(start + row < rows, inside, WHOLE)
-            grads += (tl.load(grad + at + row * channels + column, mask=mask, other=0),)
-            values += (tl.load(x + at + row * channels + column, mask=mask, other=0),)
-            if other is not None:
-                others += (tl.load(other + at + row * channels + column, mask=mask, other=0),)
-        for i in tl.static_range(UNROLL):
-            row = i * ROWS + local
-            mask = _both(start + row < rows, inside, WHOLE)
-            difference = values[i].to(tl.float32) - average
+            difference = values[UNROLL + i].to(tl.float32) - average
             z = difference
             if FROM_RESULT:
-                z = others[i].to(tl.float32)
+                z = values[2 * UNROLL + i].to(tl.float32)
             elif ACTIVATION != "none":
                 z = difference * scale + level
                 if other is not None:
-                    z += others[i].to(tl.float32)
-            value = _before_activation(grads[i].to(tl.float32), z, slope, ACTIVATION)
+                    z += values[2 * UNROLL + i].to(tl.float32)
+            value = _before_activation(values[i].to(tl.float32), z, slope, ACTIVATION)
             if other is not None:
                 to = dz + at + row * channels + column
                 tl.store(to, value.to(tl.bfloat16), mask=mask)
             first += value  # 0 where there are no rows, as the gradient is there
             second += value * difference
+        tile += programs
     to = partials + program * 2 * channels + column
     tl.store(to, _sum(first), mask=inside)
     tl.store(to + channels, _sum(second), mask=inside)
@@ -381,14 +444,34 @@ def _gradient_kernel(
     PARTS: tl.constexpr,
 ):
     channels, column, inside = _block(units, VECTOR, WHOLE, CHANNELS)
+    program, others = tl.program_id(1), tl.num_programs(1)
+    local = tl.arange(0, ROWS)[:, None]
+    down, across = (height + 1) // 2, (width + 1) // 2
+    windows = rows
+    if where is not None:  # and those that the last row or column of an odd number is half of
+        windows = rows // ((height // 2) * (width // 2)) * (down * across)
+    tiles = (windows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
+    last = program + (tiles - 1 - program) // others * others
+    start = last * (ROWS * UNROLL)
+    place = channels, column, inside
+    if where is not None:
+        size = height, width
+        maps = grad, x, where
+        ahead = _read_pooled(maps, start, windows, *size, *place, WHOLE, ROWS, UNROLL)
+    else:
+        maps = grad, x
+        ahead = _read(maps, start, windows, *place, WHOLE, ROWS, UNROLL)
+
     first = tl.full((PARTS, CHANNELS), 0, tl.float32)
     second = tl.full((PARTS, CHANNELS), 0, tl.float32)
-    for start in range(0, programs, PARTS):
+    start = 0
+    while start < programs:
         part = start + tl.arange(0, PARTS)[:, None]
         mask = _both(part < programs, inside, WHOLE)
         at = partials + part * 2 * channels + column
         first += tl.load(at, mask=mask, other=0)
         second += tl.load(at + channels, mask=mask, other=0)
+        start += PARTS
     average = tl.load(mean + column, mask=inside, other=0)
     rstd = tl.rsqrt(tl.load(var + column, mask=inside, other=1) + eps)
     sums, products = _sum(first), _sum(second) * rstd
@@ -398,66 +481,52 @@ def _gradient_kernel(
     scale = rstd * _per_channel(weight, column, inside, 1.0)
     level = _per_channel(bias, column, inside, 0.0)
     constant, factor = -scale * sums / rows, -scale * rstd * products / rows
-
-    local = tl.arange(0, ROWS)[:, None]
-    program, others = tl.program_id(1), tl.num_programs(1)
-    windows = rows
-    if where is not None:  # and those that the last row or column of an odd number is half of
-        down, across = (height + 1) // 2, (width + 1) // 2
-        windows = rows // ((height // 2) * (width // 2)) * (down * across)
-    tiles = (windows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
-    for step in range((tiles - 1 - program) // others, -1, -1):
-        start = (program + step * others) * (ROWS * UNROLL)
+    step = program
+    while step <= last:
+        start = (last + program - step) * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
-        values = ()
-        grads = ()
-        numbers = ()
-        for i in tl.static_range(UNROLL):
-            row = i * ROWS + local
-            there = start + row < windows
-            if where is not None:
-                corner, image, p, q = _corner(start + row, height, width, down, across)
-                there = there & (p < height // 2) & (q < width // 2)
-                row = (image * (height // 2) + p) * (width // 2) + q
-                source = row.to(tl.int64) * channels + column
-            else:
-                source = at + row * channels + column
-            mask = _both(there, inside, WHOLE)
-            grads += (tl.load(grad + source, mask=mask, other=0),)
-            values += (tl.load(x + source, mask=mask, other=0),)
-            if where is not None:
-                numbers += (tl.load(where + source, mask=mask, other=4),)
+        values = ahead
+        start_of_next, end = _next_down(start, others * (ROWS * UNROLL), windows)
+        if where is not None:
+            ahead = _read_pooled(maps, start_of_next, end, *size, *place, WHOLE, ROWS, UNROLL)
+        else:
+            ahead = _read(maps, start_of_next, end, *place, WHOLE, ROWS, UNROLL)
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
             mask = _both(start + row < windows, inside, WHOLE)
-            difference = values[i].to(tl.float32) - average
-            value = grads[i].to(tl.float32)
+            difference = values[UNROLL + i].to(tl.float32) - average
+            value = values[i].to(tl.float32)
             if ACTIVATION != "none":
                 z = difference * scale + level
                 value = _before_activation(value, z, slope, ACTIVATION)
             value = (value * scale + (difference * factor + constant)).to(tl.bfloat16)
             if where is not None:
-                corner, image, p, q = _corner(start + row, height, width, down, across)
+                corner, _image, p, q = _corner(start + row, height, width, down, across)
                 to = dx + corner.to(tl.int64) * channels + column
                 for side in tl.static_range(4):
                     y, z = side // 2, side % 2
-                    part = tl.where(numbers[i] == side, value, 0.0)
+                    part = tl.where(values[2 * UNROLL + i] == side, value, 0.0)
                     there = mask & (2 * p + y < height) & (2 * q + z < width)
                     tl.store(to + (y * width + z) * channels, part, mask=there)
             else:
                 tl.store(dx + at + row * channels + column, value, mask=mask)
+        step += others
 
 
 def layout(channels: int, unroll: int) -> dict[str, Any]:
-    """How kernels split ``[rows, channels]``: their constants."""
+    """How kernels split ``[rows, channels]``: their constants.
+
+    Channels that are no multiple of 8 are read one by one, four to a thread, and not unrolled.
+    """
+    vector = 8 if channels % 8 == 0 else 1
     block = 64 if channels % 64 == 0 else 32 if channels % 32 == 0 else 64
     block = min(block, max(16, triton.next_power_of_2(channels)))
     return {
-        "VECTOR": 8 if channels % 8 == 0 else 1,
+        "VECTOR": vector,
         "WHOLE": channels % block == 0,
         "CHANNELS": block,
-        "ROWS": WARPS * 32 * 8 // block,
-        "UNROLL": unroll,
+        "ROWS": WARPS * 32 * (8 if vector > 1 else 4) // block,
+        "UNROLL": unroll if vector > 1 else 1,
     }
 
 
@@ -476,8 +545,13 @@ def forward(
     Returns:
         The result, mean and variance, and with ``pool`` the pooled x and, uint8 ``[N * P * Q * C]``
         in the order of its memory, which of the four values of its window each is.
+
+    Raises:
+        ValueError: x has more than 2^30 pixels.
     """
     n, channels, height, width = x.shape
+    if n * height * width > 2**30:
+        raise ValueError(f"x is {list(x.shape)}; expected at most 2^30 pixels")
     sizes = [n, channels, height // 2, width // 2] if pool else list(x.shape)
     rows = n * sizes[2] * sizes[3]
     x = channels_last(x)
@@ -506,7 +580,7 @@ def forward(
             **reading,
             num_warps=WARPS,
         )
-        writing = layout(channels, APPLY)
+        writing = layout(channels, APPLY if residual is None else APPLY_TO_TWO)
         _apply_kernel[_shared(x, rows, writing)[1]](
             out,
             mean,
@@ -618,7 +692,7 @@ def _shared(x: Tensor, rows: int, constants: dict[str, Any]) -> tuple[int, tuple
     """Rows of a tile, and the grid of programs: blocks of channels by those that share the rows."""
     step = constants["ROWS"] * constants["UNROLL"]
     blocks = triton.cdiv(x.shape[1], constants["CHANNELS"])
-    processors = 4
+    processors = 2  # of Triton's interpreter
     if x.is_cuda:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     return step, (blocks, min(triton.cdiv(rows, step), max(1, processors * PROGRAMS // blocks)))
