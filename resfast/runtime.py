@@ -176,38 +176,6 @@ class Branches:
             yield
 
 
-@contextlib.contextmanager
-def aside(*read: torch.Tensor) -> Iterator[None]:
-    """Within it is work of a CUDA graph that nothing waits for before :func:`join_aside`.
-
-    Where no graph is being captured, it is done in order.
-
-    Args:
-        read: the tensors that it reads, whose memory is not used again in this graph.
-    """
-    device = read[0].device
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        yield
-        return
-    stream = _side_stream(device, -1)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    for tensor in read:
-        tensor.record_stream(stream)
-    _waiting.add(device)
-    with torch.cuda.stream(stream):
-        yield
-
-
-_waiting: set[torch.device] = set()
-
-
-def join_aside() -> None:
-    """What follows waits for all that was done :func:`aside`."""
-    while _waiting:
-        device = _waiting.pop()
-        torch.cuda.current_stream(device).wait_stream(_side_stream(device, -1))
-
-
 @functools.cache
 def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

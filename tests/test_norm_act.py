@@ -444,9 +444,8 @@ def test_kernels_compile_without_spills_and_read_maps_in_vectors(capability, nam
         stores = re.findall(r"st\.global\S*", code.asm["ptx"])
         narrow = [store for store in stores if store == "st.global.b16"]
         assert not narrow, variant
-        if not variant.get("where"):  # two at a time, to the nearest
-            conversions = set(re.findall(r"cvt\S*bf16x2\S*|cvt\S*bf16\.f32", code.asm["ptx"]))
-            assert conversions <= {"cvt.rn.bf16x2.f32"}, variant
+        conversions = set(re.findall(r"cvt\S*bf16(?:x2)?\.f32", code.asm["ptx"]))
+        assert conversions <= {"cvt.rn.bf16x2.f32", "cvt.rn.bf16.f32"}, variant  # to the nearest
     odd = compiled(name, VARIANTS[name][-1], 33, capability)
     assert not re.findall(r"\b(?:STL|LDL)\b", odd.asm["sass"]), "registers are spilled"
 
@@ -477,6 +476,7 @@ def test_function_does_what_the_modules_do(device, activation, pool, monkeypatch
     ours, theirs = (nn.BatchNorm2d(32, momentum=0.4, device=device) for _ in range(2))
     nn.init.normal_(ours.weight)
     theirs.load_state_dict(ours.state_dict())
+    norm.set_in_graph(ours, True)
     results = []
 
     def run() -> None:
@@ -491,6 +491,16 @@ def test_function_does_what_the_modules_do(device, activation, pool, monkeypatch
     assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
     torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_steps_on_cuda_that_are_not_captured_run_as_modules(monkeypatch):
+    bn, x = nn.BatchNorm2d(32).cuda(), bf16(2, 32, 4, 4).cuda()
+    assert calls_of(lambda: norm_act(x, bn, "relu"), monkeypatch) == 0
+    norm.set_in_graph(bn, True)
+    assert calls_of(lambda: norm_act(x, bn, "relu"), monkeypatch) == 1
+    norm.set_in_graph(bn, False)
+    assert calls_of(lambda: norm_act(x, bn, "relu"), monkeypatch) == 0
 
 
 def _hooked() -> nn.BatchNorm2d:
@@ -600,6 +610,7 @@ def test_compiled_network_on_cuda_computes_what_the_modules_do(name, monkeypatch
     images = torch.randn(64, 3, 32, 32, device="cuda").contiguous(memory_format=LAST)
     labels = torch.arange(64, device="cuda") % 10
     assert kernel.available(images.device)
+    norm.set_in_graph(ours, True)
 
     def loss_of(model: nn.Module, enabled: bool) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=enabled):

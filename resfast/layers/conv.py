@@ -16,11 +16,9 @@ class Conv2d(nn.Conv2d):
 
     Attributes:
         tile: the largest tile that they may compute their results in, 2 to 4.
-        aside: on CUDA, whether it is :func:`resfast.kernels.conv_aside.conv2d`.
     """
 
     tile = 2
-    aside = False
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
@@ -44,11 +42,6 @@ class Conv2d(nn.Conv2d):
             if self.kernel_size == (1, 1) and self.stride[0] > 1 and input.device.type == "cpu":
                 pixels = input.permute(0, 2, 3, 1)[:, :: self.stride[0], :: self.stride[1]]
                 return F.linear(pixels, weight.flatten(1)).permute(0, 3, 1, 2)
-        if self.aside and torch.is_grad_enabled() and torch.is_autocast_enabled("cuda"):
-            from resfast.kernels import conv_aside
-
-            narrow = input.to(torch.get_autocast_dtype("cuda"))
-            return conv_aside.conv2d(narrow, weight, self.stride[0], self.padding[0])
         return super()._conv_forward(input, weight, bias)
 
 
@@ -64,10 +57,3 @@ def set_winograd_tile(model: nn.Module, tile: int) -> None:
     for module in model.modules():
         if isinstance(module, (Conv2d, ConvBiasAct)):
             module.tile = tile
-
-
-def compute_weight_gradients_aside(model: nn.Module, aside: bool) -> None:
-    """Sets :attr:`Conv2d.aside` of all convolutions."""
-    for module in model.modules():
-        if isinstance(module, Conv2d):
-            module.aside = aside

@@ -8,8 +8,6 @@ the device would wait for the host, which takes longer to call the operator than
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,15 +88,14 @@ def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
     # Tracers pass what is no tensor.
     if not (isinstance(x, Tensor) and x.dtype == torch.bfloat16):
         return False
-    if x.device.type == "cuda" and not getattr(bn, "deferred", False):
-        return False
     wide = [t for t in (bn.weight, bn.bias, bn.running_mean) if t is not None]
     if any(t.dtype != torch.float32 for t in wide):
         return False
     from resfast.kernels import norm_act as kernel
 
+    on_cuda = x.device.type == "cuda"
     return (
-        kernel.available(x.device)
+        (getattr(bn, "in_graph", False) if on_cuda else kernel.available(x.device))
         and x.dim() == 4
         and x.shape[1] == bn.num_features >= LEAST_CHANNELS
         and _count(x, pool) > 1
@@ -132,9 +129,6 @@ def _fused(
         pool=pool,
     )
     count = _count(x, pool)
-    if getattr(bn, "deferred", False):
-        bn.batch_statistics = mean, var, count
-        return out
     with torch.no_grad():
         bn.num_batches_tracked.add_(1)
         bn.running_mean.lerp_(mean, bn.momentum)
@@ -142,36 +136,15 @@ def _fused(
     return out
 
 
-def defer_statistics(model: nn.Module, deferred: bool) -> list[nn.BatchNorm2d]:
-    """Sets whether the running statistics wait for :func:`update_statistics`; they do at first not.
+def set_in_graph(model: nn.Module, in_graph: bool) -> None:
+    """Says of all batch norms whether their training steps on CUDA are captured as a graph.
 
-    Returns:
-        The batch norms.
+    Only then, and where the device has the kernels, are they the operator there.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for bn in norms:
-        bn.deferred, bn.batch_statistics = deferred, None
-    return norms
+    from resfast.kernels import norm_act as kernel
 
-
-def update_statistics(norms: Iterable[nn.BatchNorm2d]) -> None:
-    """Updates the running statistics of deferred batch norms, all in a few kernels.
-
-    Args:
-        norms: as of :func:`defer_statistics`; those that have seen no batch are left out.
-    """
-    seen = [bn for bn in norms if bn.batch_statistics is not None]
-    if not seen:
-        return
-    running, latest, weights = [], [], []
-    for bn in seen:
-        mean, var, count = bn.batch_statistics
-        bn.batch_statistics = None
-        running += [bn.running_mean, bn.running_var]
-        latest += [mean, var * (count / (count - 1))]
-        weights += [bn.momentum] * 2
-    with torch.no_grad():
-        change = torch._foreach_sub(latest, running)
-        torch._foreach_mul_(change, weights)
-        torch._foreach_add_(running, change)
-        torch._foreach_add_([bn.num_batches_tracked for bn in seen], 1)
+    device = next((tensor.device for tensor in model.buffers()), None)
+    in_graph = in_graph and device is not None and kernel.available(device)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.in_graph = in_graph

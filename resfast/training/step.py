@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from resfast import runtime
 from resfast.data.supply import Supply
-from resfast.layers.conv import compute_weight_gradients_aside
-from resfast.layers.norm import defer_statistics, update_statistics
+from resfast.layers.norm import set_in_graph
 from resfast.training.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
 from resfast.training.config import OptimConfig
 from resfast.training.marks import Marks
@@ -89,15 +88,11 @@ class TrainStep:
         if self._whitening_bias is not None and not self._whitening_bias.requires_grad:
             self._whitening_bias = None
         self._loss = self._forward
-        self._norms = defer_statistics(model, captured and device.type == "cuda")
-        aside = captured and device.type == "cuda" and config.accumulate == 1
-        compute_weight_gradients_aside(model, aside and dtype != torch.float32)
+        set_in_graph(model, captured)
         if compile:
             limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
             torch._dynamo.config.recompile_limit = limit
-            # What is read aside must not be written to before all of the backward pass is done.
-            options = {"allow_buffer_reuse": False, "inplace_buffers": False} if aside else None
-            self._loss = torch.compile(self._forward, dynamic=False, options=options)
+            self._loss = torch.compile(self._forward, dynamic=False)
         self._table = _Table(self) if captured else None
         self._graphs: dict[Any, _Graph] = {}
         self._source_tensors: list[Tensor] = []
@@ -111,7 +106,6 @@ class TrainStep:
     def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(images)
-        update_statistics(self._norms)
         logits = logits.float()
         reduction = "none" if self._keep_image_losses else "mean"
         smoothing = self.config.label_smoothing
@@ -195,7 +189,6 @@ class TrainStep:
         self, images: Tensor, labels: Tensor, moves_average: bool, weight: float | Tensor
     ) -> tuple[Tensor, ...]:
         loss, *rest = self._backward(images, labels)
-        runtime.join_aside()
         parameters = self.model.parameters()
         if self.config.clip_value or self.config.clip_norm:
             self.scaler.unscale_(self.optimizer)
@@ -531,8 +524,7 @@ class _Graph:
         optimizer: torch.optim.Optimizer,
         memory: tuple[int, int] | None,
     ) -> None:
-        # What is done aside is to fill the gaps.
-        stream = torch.cuda.Stream(priority=-1)
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(self.WARM_UP_STEPS):

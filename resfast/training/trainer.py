@@ -503,9 +503,8 @@ class _Run:
         size, pixels = self.config.evaluation.eval_batch_size, self.data.image_size
         before = self.seconds["eval"]
         if self.device.type == "cuda":  # kernels are loaded when they are first used
-            count = self.val.count
-            sizes = [size] * (count // size) + [count % size] * bool(count % size)
-            batches = [self._blank(batch, pixels) for batch in sizes]
+            blank = torch.zeros(self.val.count, pixels, pixels, 3, dtype=torch.uint8)
+            batches = self._batches((blank, torch.zeros(self.val.count, dtype=torch.int64)))
             tta = self.config.evaluation.tta
             self.seconds["compile"] += self._evaluate(batches, tta).seconds
             self.seconds["eval"] = before
