@@ -7,15 +7,12 @@ operator on a GPU.
 from __future__ import annotations
 
 import copy
-import functools
-import importlib.util
 import itertools
 import json
 import logging
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,6 +23,7 @@ from resfast.kernels import conv, conv_choice, conv_cpu, conv_reference
 from resfast.kernels.add_relu import add_relu
 from resfast.kernels.conv import DTYPES, ConvBiasAct, conv2d_bias_act
 from resfast.layers.conv import set_winograd_tile
+from tests.triton_code import interpreted
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
@@ -619,26 +617,13 @@ def test_kernels_refuse_what_does_not_fit_the_packed_weights(name: str) -> None:
 # add_relu
 
 
-@functools.cache
-def interpreted() -> ModuleType:
-    """A second copy of the module of Triton kernels, run by Triton's interpreter."""
-    knobs = pytest.importorskip("triton", reason="there is no Triton for this platform").knobs
-    module = importlib.import_module("resfast.kernels.triton_add_relu")
-    with knobs.runtime.scope():
-        knobs.runtime.interpret = True
-        spec = importlib.util.spec_from_file_location(f"{module.__name__}_cpu", module.__file__)
-        twin = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(twin)
-    return twin
-
-
 ADD_RELU = ("operator", "reference", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 def both_ways(where: str, x: Tensor, residual: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The result, and what the backward makes of ``grad``."""
     if where in ("interpreter", "reference"):
-        kernels = interpreted() if where == "interpreter" else conv_reference
+        kernels = interpreted("triton_add_relu") if where == "interpreter" else conv_reference
         result = kernels.add_relu(x, residual)
         return result, kernels.add_relu_backward(grad, result)
     device = "cpu" if where == "operator" else "cuda"

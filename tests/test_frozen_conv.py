@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from resfast.kernels import conv_reference, frozen_conv
 from resfast.models.speednet import SpeedNet, SpeedNetSpec
-from tests.test_kernels import interpreted
+from tests.triton_code import compiled, interpreted, triton_kernels
 
 LAST = torch.channels_last
 KERNELS = ("operator", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
@@ -72,6 +73,21 @@ def test_result_and_gradient_are_those_of_float64(kernel: str, activation: str):
         assert out.is_contiguous(memory_format=LAST)
         for mine, its in ((out, exact), (gradient, exact_gradient)):
             assert (mine.cpu().double() - its).norm() <= tolerance * its.norm()
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_the_architecture(capability: int):
+    module = triton_kernels("triton_frozen_conv")
+    types = dict.fromkeys(("out", "grad", "x"), "*bf16")
+    types |= dict.fromkeys(("partials", "weight", "bias"), "*fp32") | {"slope": "fp32"}
+    types |= dict.fromkeys((*module.INTEGERS, "filters", "blocks"), "i32")
+    constants = module._constants(torch.empty(16, 3, 2, 2), "gelu")
+    options = {"num_warps": constants.pop("num_warps")}
+    for kernel in (module._forward_kernel, module._backward_kernel):
+        own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+        code = compiled(kernel, own, constants, capability, options)
+        assert not re.findall(r"\b(?:STL|LDL)\b", code.asm["sass"]), "registers are spilled"
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -6,13 +6,9 @@ Triton kernel run by Triton's interpreter, ``cuda`` the same kernel on a GPU.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import itertools
 import random
 import re
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +23,7 @@ from resfast.kernels import augment as face
 from resfast.kernels import philox as philox_face
 from resfast.kernels import reference
 from resfast.kernels.augment import DTYPES, AugmentParams, MixParams, augment, normalization
+from tests.triton_code import compiled, interpreted, triton_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -34,25 +31,6 @@ TABLES = ("shift", "flip", "affine", "color", "cutout", "partner", "weight", "bo
 KERNELS = ("operator", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
 SCALE = 1 / 40
 """Largest factor of the tests' normalization, of units of 0 … 255."""
-
-
-def triton_kernels(name: str) -> ModuleType:
-    """The module of a Triton kernel; skips the test where there is no Triton."""
-    pytest.importorskip("triton", reason="there is no Triton for this platform")
-    return importlib.import_module(f"resfast.kernels.{name}")
-
-
-@functools.cache
-def interpreted(name: str) -> ModuleType:
-    """A second copy of such a module, whose kernels are run by Triton's interpreter."""
-    module = triton_kernels(name)
-    knobs = importlib.import_module("triton").knobs.runtime
-    with knobs.scope():
-        knobs.interpret = True
-        spec = importlib.util.spec_from_file_location(f"{module.__name__}_cpu", module.__file__)
-        copy = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(copy)
-    return copy
 
 
 def run(kernel: str, args: tuple) -> Tensor:
@@ -907,31 +885,6 @@ VARIANTS = {
     "plain float32": (torch.float32, ("shift", "flip"), True),
     "everything": (torch.float16, TABLES[2:], False),
 }
-
-
-def compiled(
-    kernel: Any,
-    signature: dict[str, str],
-    constants: dict,
-    capability: int,
-    options: dict | None = None,
-) -> Any:
-    """A Triton kernel compiled for an architecture; ``out`` begins at a multiple of 16 bytes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if name == "out"
-    }
-    return triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options=options or {},
-    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

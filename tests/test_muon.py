@@ -11,7 +11,7 @@ from resfast.kernels import extension
 from resfast.kernels import muon as kernels
 from resfast.training import muon
 from resfast.training.muon import COEFFICIENTS, Muon, orthogonalize
-from tests.test_kernels import compiled, interpreted, triton_kernels
+from tests.triton_code import compiled, interpreted, triton_kernels
 
 
 def polynomial(matrix: Tensor, steps: int) -> Tensor:

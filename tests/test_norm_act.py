@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import re
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from resfast.kernels import norm_act as kernel
 from resfast.kernels import reference
 from resfast.layers import norm
 from resfast.layers.norm import norm_act
+from tests.triton_code import compiled, interpreted, triton_kernels
 
 LAST = torch.channels_last
 SLOPE = 0.1
@@ -72,23 +74,13 @@ def operator(tensors: list[Tensor], activation: str, pool: bool) -> tuple[Tensor
     return kernel.batch_norm_act(*tensors, activation=activation, negative_slope=SLOPE, pool=pool)
 
 
-def triton_kernels() -> ModuleType:
-    pytest.importorskip("triton", reason="there is no Triton for this platform")
-    return importlib.import_module("resfast.kernels.triton_norm_act")
-
-
 @functools.cache
-def interpreted() -> ModuleType:
-    """A second copy of the Triton kernels, run by the interpreter, in many small parts."""
-    module, triton = triton_kernels(), importlib.import_module("triton")
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec = importlib.util.spec_from_file_location(f"{module.__name__}_cpu", module.__file__)
-        twin = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(twin)
+def in_small_parts() -> ModuleType:
+    """The Triton kernels run by the interpreter, in many small parts."""
+    twin = interpreted("triton_norm_act")
     twin.WARPS, twin.PARTS = 4, 1
     # The interpreter knows a fast way for the sums of Triton's own library alone.
-    twin._plus = triton.language.standard._sum_combine
+    twin._plus = importlib.import_module("triton").language.standard._sum_combine
     return twin
 
 
@@ -103,7 +95,7 @@ def both_ways(
     """Result, mean and variance, and the gradients of the tensors that there are, on the CPU."""
     x, weight, bias, residual = [*tensors, None][:4]
     if where == "interpreter":
-        twin, rest = interpreted(), (eps, activation, SLOPE)
+        twin, rest = in_small_parts(), (eps, activation, SLOPE)
         leaves = [None if t is None else t.detach() for t in (x, weight, bias, residual)]
         out, mean, var, pooled, places = twin.forward(*leaves, *rest, pool)
         grad = torch.ones_like(out) if grad is None else grad
@@ -235,7 +227,7 @@ def test_pooling_takes_the_first_of_equals_and_keeps_nan(where):
     x[0, 6, 2, 4] = float("nan")  # before numbers
     forward = torch.ops.resfast.batch_norm_act
     if where == "interpreter":
-        forward = interpreted().forward
+        forward = in_small_parts().forward
     mine = x.cuda() if where == "cuda" else x
     pooled = forward(mine, None, None, None, 1e-5, "none", 0.0, True)[3].cpu()
     assert torch.equal(pooled.isnan(), F.max_pool2d(x, 2).isnan())
@@ -402,12 +394,9 @@ def unroll(kernels: ModuleType, name: str, variant: dict) -> int:
     }[name]
 
 
-def compiled(name: str, variant: dict, channels: int, capability: int):
-    triton = pytest.importorskip("triton", reason="there is no Triton for this platform")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernels = triton_kernels()
+def code_of(name: str, variant: dict, channels: int, capability: int) -> Any:
+    """A kernel compiled for an architecture."""
+    kernels = triton_kernels("triton_norm_act")
     function = getattr(kernels, name)
     absent = {key for key in ("residual", "other", "where") if not variant.get(key)}
     if "other" in absent:
@@ -421,32 +410,25 @@ def compiled(name: str, variant: dict, channels: int, capability: int):
     constants |= {key: None for key in absent if key in function.arg_names}
     signature = dict.fromkeys(function.arg_names, "*fp32")
     signature |= dict.fromkeys(MAPS, "*bf16") | {"where": "*u8", "eps": "fp32", "slope": "fp32"}
-    signature |= dict.fromkeys(kernels.INTEGERS, "i32") | dict.fromkeys(constants, "constexpr")
-    signature = {key: signature[key] for key in function.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind.startswith("*")
-    }
-    return triton.compile(
-        ASTSource(function, signature, constants, aligned),
-        target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": kernels.WARPS},
-    )
+    signature |= dict.fromkeys(kernels.INTEGERS, "i32")
+    signature = {key: kind for key, kind in signature.items() if key not in constants}
+    pointers = [key for key, kind in signature.items() if kind.startswith("*")]
+    options = {"num_warps": kernels.WARPS}
+    return compiled(function, signature, constants, capability, options, pointers)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_without_spills_and_read_maps_in_vectors(capability, name):
     for variant in VARIANTS[name]:
-        code = compiled(name, variant, 192, capability)
+        code = code_of(name, variant, 192, capability)
         assert not re.findall(r"\b(?:STL|LDL)\b", code.asm["sass"]), "registers are spilled"
         stores = re.findall(r"st\.global\S*", code.asm["ptx"])
         narrow = [store for store in stores if store == "st.global.b16"]
         assert not narrow, variant
         conversions = set(re.findall(r"cvt\S*bf16(?:x2)?\.f32", code.asm["ptx"]))
         assert conversions <= {"cvt.rn.bf16x2.f32", "cvt.rn.bf16.f32"}, variant  # to the nearest
-    odd = compiled(name, VARIANTS[name][-1], 33, capability)
+    odd = code_of(name, VARIANTS[name][-1], 33, capability)
     assert not re.findall(r"\b(?:STL|LDL)\b", odd.asm["sass"]), "registers are spilled"
 
 

@@ -23,8 +23,8 @@ from resfast.training.marks import Marks
 from resfast.training.step import _Graph
 from resfast.training.trainer import Shared, train
 from tests.conftest import change, interrupt_at
-from tests.test_kernels import interpreted, triton_kernels
 from tests.test_training import assert_same_weights, weights
+from tests.triton_code import compiled, interpreted, triton_kernels
 
 COUNT, CLASSES, SIZE = 23, 5, 12
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
@@ -180,6 +180,23 @@ def test_the_kernel_marks_down_a_step(where: str, images: int):
         assert torch.equal(mark.cpu(), other)
     if images:
         assert torch.equal(image_losses.cpu(), expected.image_losses)
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_the_architecture(capability: int):
+    module = triton_kernels("triton_supply")
+    types = dict.fromkeys(("losses", "image_losses", "loss", "batch_losses"), "*fp32")
+    types |= dict.fromkeys(("images", "count", "steps"), "i32")
+    absent = dict.fromkeys(("image_losses", "batch_losses", "indices"))
+    for kernel, missing in (
+        (module._next_kernel, {}),
+        (module._mark_kernel, {}),
+        (module._mark_kernel, absent),
+    ):
+        constants = {"BLOCK": module.BLOCK, **missing}
+        own = {name: types.get(name, "*i64") for name in kernel.arg_names if name not in constants}
+        assert compiled(kernel, own, constants, capability).asm["cubin"]
 
 
 # -- a run that makes its batches within the captured step ----------------------------------------

@@ -43,6 +43,8 @@ from resfast.training.step import TrainStep
 
 _DROPOUT_STREAM = 4
 _POLL_STEPS = 8
+_WARM_UP_BATCHES = 20
+"""So many that test-time augmentation of the least certain has whole batches too."""
 
 
 @dataclass(frozen=True)
@@ -503,8 +505,10 @@ class _Run:
         size, pixels = self.config.evaluation.eval_batch_size, self.data.image_size
         before = self.seconds["eval"]
         if self.device.type == "cuda":  # kernels are loaded when they are first used
-            blank = torch.zeros(self.val.count, pixels, pixels, 3, dtype=torch.uint8)
-            batches = self._batches((blank, torch.zeros(self.val.count, dtype=torch.int64)))
+            whole, rest = divmod(self.val.count, size)
+            count = min(whole, _WARM_UP_BATCHES) * size + rest
+            blank = torch.zeros(count, pixels, pixels, 3, dtype=torch.uint8)
+            batches = self._batches((blank, torch.zeros(count, dtype=torch.int64)))
             tta = self.config.evaluation.tta
             self.seconds["compile"] += self._evaluate(batches, tta).seconds
             self.seconds["eval"] = before
