@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resfast
-from resfast.kernels import norm_act
+from resfast.kernels import frozen_conv, norm_act
 from resfast.models.presets import build_model
 from resfast.training.config import network
 
@@ -40,7 +40,9 @@ def build(device: torch.device, batch_size: int, recipe: str) -> Callable[[], No
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    norm_act.available = lambda device: False  # norms and activations are PyTorch's, too
+    # Norms, activations and the whitening are PyTorch's, too.
+    norm_act.available = lambda device: False
+    frozen_conv.AVAILABLE = False
     model = with_plain_convolutions(build_model(network(resfast.recipe(recipe).model), 10))
     model = model.to(device, memory_format=torch.channels_last)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from types import ModuleType
 
 import pytest
 import torch
@@ -24,13 +23,6 @@ SHAPES = (
     (2, 1, 5, 5, 2, 8, 0, 0),
     (2, 4, 5, 6, 4, 100, 1, 2),
 )
-
-
-def kernels_by_interpreter() -> ModuleType:
-    module = interpreted("triton_frozen_conv")
-    for name in ("_activated", "_before_activation"):
-        setattr(module, name, getattr(interpreted("triton_norm_act"), name))
-    return module
 
 
 def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +49,7 @@ def test_result_and_gradient_are_those_of_float64(kernel: str, activation: str):
 
         rest = (before, behind, activation, SLOPE)
         if kernel == "interpreter":
-            module = kernels_by_interpreter()
+            module = interpreted("triton_frozen_conv")
             out, gradient = module.forward(*given, *rest), module.backward(grad, *given, *rest)
         else:
             device = "cuda" if kernel == "cuda" else "cpu"

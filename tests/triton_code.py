@@ -20,14 +20,19 @@ def triton_kernels(name: str) -> ModuleType:
 
 @functools.cache
 def interpreted(name: str) -> ModuleType:
-    """A second copy of such a module, whose kernels are run by Triton's interpreter."""
-    module = triton_kernels(name)
-    knobs = importlib.import_module("triton").knobs.runtime
-    with knobs.scope():
-        knobs.interpret = True
+    """A second copy of such a module, whose kernels are run by Triton's interpreter.
+
+    What it took from another one of them is that one's copy.
+    """
+    module, triton = triton_kernels(name), importlib.import_module("triton")
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
         spec = importlib.util.spec_from_file_location(f"{module.__name__}_cpu", module.__file__)
         copy = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(copy)
+    for key, value in list(vars(copy).items()):
+        if isinstance(value, triton.JITFunction):
+            setattr(copy, key, getattr(interpreted(value.__module__.rpartition(".")[2]), key))
     return copy
 
 

@@ -17,13 +17,13 @@ columns.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from resfast import runtime
 from resfast.kernels import conv_cpu, conv_reference
 from resfast.kernels.conv_reference import channels_last, new_map
 
@@ -31,7 +31,7 @@ ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
 """In the order of their numbers in ``csrc/cpu/conv_bf16.h``."""
 AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_forward")
 """Whether the CPU's kernels are built and this processor has AVX512-BF16."""
-TRITON = importlib.util.find_spec("triton") is not None
+TRITON = runtime.has_triton()
 """Whether there is what those for CUDA are written in."""
 OLDEST = 8
 """Compute capability that they need, its first digit."""

@@ -11,18 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from resfast.kernels.conv_reference import new_map
-from resfast.kernels.triton_norm_act import _activated, _before_activation
+from resfast.kernels.triton_norm_act import _activated, _before_activation, _plus
 
 BLOCK = 128
 """Pixels that a program goes over at a time."""
 PROGRAMS = 528
 """Of the backward, at most: four on each multiprocessor of an H200."""
 INTEGERS = ["pixels", "height", "width", "rows", "columns", "before"]
-
-
-@triton.jit
-def _add(a, b):
-    return a + b
 
 
 @triton.jit
@@ -133,7 +128,7 @@ def _backward_kernel(
         inside = (pixel < pixels)[:, None] & (f < filters)[None, :]
         source = grad + pixel.to(tl.int64)[:, None] * filters + f[None, :]
         value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        total += tl.reduce(_before_activation(value, z, slope, ACTIVATION), 0, _add)
+        total += tl.reduce(_before_activation(value, z, slope, ACTIVATION), 0, _plus)
     tl.store(partials + tl.program_id(0) * filters + f, total, mask=f < filters)
 
 

@@ -247,17 +247,12 @@ def step(
                 factor, gram, sums, small, small, small, 1, parts, least, *coefficients,
                 NORMALIZE=False, POLYNOMIAL=True, DEPTH=INNER, **squares,
             )  # fmt: skip
-            kinds = {"NORMALIZE": first, "MOVE": last, "KEEP_NORM": last and normalize, **moving}
-            if not last:
-                moved = torch.empty_like(x)
-                _apply_kernel[(blocks, batch)](
-                    moved, factor, x, sums, size=small, length=large, stride=strides[0],
-                    step=strides[1], parts=parts, least=least, **kinds,
+            moved = None if last else torch.empty_like(x)
+            together = [(moved, factor, x, sums)]
+            for tensors in zip(weights, factor, x, sums, strict=True) if last else together:
+                _apply_kernel[(blocks, 1 if last else batch)](
+                    *tensors, size=small, length=large, stride=strides[0], step=strides[1],
+                    parts=parts, least=least, NORMALIZE=first, MOVE=last,
+                    KEEP_NORM=last and normalize, **moving,
                 )  # fmt: skip
-                x = moved
-                continue
-            for b, weight in enumerate(weights):
-                _apply_kernel[(blocks, 1)](
-                    weight, factor[b], x[b], sums[b], size=small, length=large, stride=strides[0],
-                    step=strides[1], parts=parts, least=least, **kinds,
-                )  # fmt: skip
+            x = moved

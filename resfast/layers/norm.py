@@ -17,7 +17,8 @@ from resfast.kernels.conv_reference import ACTIVATIONS
 
 LEAST_CHANNELS = 16
 """From which on half of a vector is used."""
-_NEGATIVE_SLOPE = 0.1
+NEGATIVE_SLOPE = 0.1
+"""Of leaky ReLU."""
 
 
 def norm_act(
@@ -55,14 +56,14 @@ def norm_act(
     if residual is not None:
         out = out + residual
     if isinstance(activation, str):
-        return ACTIVATIONS[activation](out, _NEGATIVE_SLOPE)
+        return ACTIVATIONS[activation](out, NEGATIVE_SLOPE)
     return activation(out)
 
 
 def _known(activation: str | nn.Module) -> tuple[str, float] | None:
     """Name and slope, or None for a module that is none of the five, or has hooks."""
     if isinstance(activation, str):
-        return activation, _NEGATIVE_SLOPE
+        return activation, NEGATIVE_SLOPE
     if activation._forward_hooks or activation._forward_pre_hooks:
         return None
     kind = type(activation)

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 
 from resfast.errors import ResfastError
 from resfast.layers.conv import Conv2d
-from resfast.layers.norm import norm_act
+from resfast.layers.norm import NEGATIVE_SLOPE, norm_act
 from resfast.layers.shortcut import PoolPadShortcut
 
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["conv1", "conv3", "pool"]
 Activation = Literal["relu", "leaky_relu", "silu", "gelu"]
 
-NEGATIVE_SLOPE = 0.1
-"""Of leaky ReLU."""
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "leaky_relu": lambda: nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from resfast.errors import ResfastError
 from resfast.kernels import frozen_conv
 from resfast.layers.conv import Conv2d
-from resfast.layers.norm import norm_act
+from resfast.layers.norm import NEGATIVE_SLOPE, norm_act
 from resfast.models.resnet import (
     ACTIVATIONS,
-    NEGATIVE_SLOPE,
     Activation,
     as_text,
     dirac_init,

@@ -62,9 +62,8 @@ class Marks:
         if self.losses.is_cuda and runtime.has_triton():
             from resfast.kernels import triton_supply
 
-            rest = image_losses, indices
             marks = self.losses, self.correct, self._step, self.image_losses
-            triton_supply.mark(*marks, loss, correct, *rest)
+            triton_supply.mark(*marks, loss, correct, image_losses, indices)
             return
         self.losses.index_copy_(0, self._step % len(self.losses), loss[None])
         self.correct += correct

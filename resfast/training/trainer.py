@@ -487,6 +487,11 @@ class _Run:
         labels = torch.zeros(batch, dtype=torch.int64, device=self.device)
         return images.contiguous(memory_format=torch.channels_last), labels
 
+    def _blank_source(self, count: int) -> feed.Resident:
+        """Dummy images and labels as a data set has them."""
+        size = self.data.image_size
+        return torch.zeros(count, size, size, 3, dtype=torch.uint8), torch.zeros(count).long()
+
     def _warm_up_loader(self) -> None:
         """Makes a batch of each shape that is thrown away, where its kernels get compiled."""
         if self.compiled or self.supply is None:
@@ -507,20 +512,18 @@ class _Run:
         if self.device.type == "cuda":  # kernels are loaded when they are first used
             whole, rest = divmod(self.val.count, size)
             count = min(whole, _WARM_UP_BATCHES) * size + rest
-            blank = torch.zeros(count, pixels, pixels, 3, dtype=torch.uint8)
-            batches = self._batches((blank, torch.zeros(count, dtype=torch.int64)))
-            tta = self.config.evaluation.tta
+            todo = [(self._batches(self._blank_source(count)), self.config.evaluation.tta)]
+        else:
+            counts = [self.val.count]
+            if self.config.evaluation.score_test:
+                counts.append(feed.count(self.test_source))
+            parts = self.config.evaluation.tta_select, self.config.evaluation.tta_mirror
+            counts += [math.ceil(count * part) for count in counts for part in parts]
+            sizes = {min(size, count) for count in counts}
+            sizes |= {count % size for count in counts} - {0}
+            todo = [([self._blank(n, pixels)], "flip") for n in sorted(sizes, reverse=True)]
+        for batches, tta in todo:
             self.seconds["compile"] += self._evaluate(batches, tta).seconds
-            self.seconds["eval"] = before
-            return
-        counts = [self.val.count]
-        if self.config.evaluation.score_test:
-            counts.append(feed.count(self.test_source))
-        parts = self.config.evaluation.tta_select, self.config.evaluation.tta_mirror
-        counts += [math.ceil(count * part) for count in counts for part in parts]
-        sizes = {min(size, count) for count in counts} | {count % size for count in counts} - {0}
-        for batch in sorted(sizes, reverse=True):
-            self.seconds["compile"] += self._evaluate([self._blank(batch, pixels)], "flip").seconds
         self.seconds["eval"] = before
 
     def _steps(self, epoch: int) -> Iterator[Tensor]:
@@ -760,9 +763,7 @@ class _Run:
         """Computes the frozen first layer of a network that has one; the seconds it took."""
         if not whitening.needed(model):
             return 0.0
-        size = self.data.image_size
-        count = min(self.config.evaluation.eval_batch_size, whitening.IMAGES)
-        blank = torch.zeros(count, size, size, 3, dtype=torch.uint8), torch.zeros(count).long()
+        blank = self._blank_source(min(self.config.evaluation.eval_batch_size, whitening.IMAGES))
         # Loads libraries and compiles kernels, which does not count.
         whitening.prepare_model(copy.deepcopy(model), self._batches(blank, torch.float32))
         start = time.perf_counter()
