@@ -53,8 +53,8 @@ Tensor pack(const Weight& weight) {
   const int64_t outputs = shape.outputs(), channels = shape.channels();
   const int64_t pairs = ceil_div(channels, 2), blocks = ceil_div(outputs, kLanes);
   constexpr int64_t kPairs = PlainLanes::kGroup / 2;
-  Tensor packed = torch::stable::empty(
-      {kPoints<Form> * blocks * kLanes * 2 * pairs}, ScalarType::BFloat16);
+  Tensor packed =
+      torch::stable::empty({winograd_size<Form>(outputs, channels)}, ScalarType::BFloat16);
   auto* to = static_cast<uint16_t*>(packed.mutable_data_ptr());
   const int64_t threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, pairs, ceil_div(pairs, threads), [&](int64_t begin, int64_t end) {
@@ -62,10 +62,11 @@ Tensor pack(const Weight& weight) {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t output = block * kLanes, panel = output / kPanel;
       const int64_t width = panel_blocks(outputs, panel) * kLanes;
-      uint16_t* base = to + panel * kPanel * kPoints<Form> * 2 * pairs + output % kPanel * 2;
+      uint16_t* base = to + panel_start<Form>(panel, pairs) + output % kPanel * 2;
       for (int64_t pair = begin; pair < end; ++pair) {
         if (pair == begin || pair % kPairs == 0) from.go_to(output, pair / kPairs);
-        pack_pair<Form>(from, output, pair, channels, base + pair * width * 2, width * 2 * pairs);
+        pack_pair<Form>(
+            from, output, pair, channels, base + pair * width * 2, point_size(width, pairs));
       }
     }
   });
@@ -101,6 +102,8 @@ inline int64_t count_lanes(int64_t tiles, int64_t sums_bytes) {
   while (2 * lanes <= most) lanes *= 2;
   return lanes;
 }
+
+constexpr int64_t kGathered = 16; // tiles, an even number, transformed channel by channel
 
 // Two tiles make a pair: [tiles / 2][channels][2]. The even one comes first.
 struct Operand {
@@ -156,13 +159,20 @@ RESFAST_BF16 void gather_inputs(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t begin, int64_t end,
     const Operand& to) {
   PairStore<Form> store{to, {}};
-  for (int64_t channel = 0; channel < to.width; channel += kLanes) {
-    transform_tiles<Form, Channels::kRest>(
-        shape, tiles, first + begin, end - begin, channel,
-        [&](int64_t i, int row, const __m512* values) RESFAST_BF16 {
-          store.row(channel, begin + i, row, values);
-        });
-    if (end % 2) store.alone(channel, end - 1);
+  for (int64_t block = begin; block < end; block += kGathered) {
+    const int64_t count = std::min(kGathered, end - block), next = block + count;
+    Prefetch<false> following(
+        input_squares<Form>(shape), tiles, first + next, std::min(kGathered, end - next));
+    const int64_t lines = ceil_div(following.lines(), count * (to.width / kLanes));
+    for (int64_t channel = 0; channel < to.width; channel += kLanes) {
+      transform_tiles<Form, Channels::kRest>(
+          shape, tiles, first + block, count, channel,
+          [&](int64_t i, int row, const __m512* values) RESFAST_BF16 {
+            if (row == 0) following.bring(lines);
+            store.row(channel, block + i, row, values);
+          });
+      if (next % 2) store.alone(channel, next - 1);
+    }
   }
 }
 
@@ -174,11 +184,18 @@ RESFAST_BF16 void gather_gradients(
   constexpr int kSide = Form::kSide, kResults = Form::kResults;
   PairStore<Form> store{to, {}};
   TileAt pair(tiles, first + begin);
+  Prefetch<false> following(
+      {grad, shape.rows, shape.columns, shape.outputs, 0, shape.outputs, kResults}, tiles,
+      first + begin, end - begin);
+  const int64_t groups = to.width / kLanes;
+  const int64_t lines = ceil_div(following.lines(), ceil_div(end - begin, 2) * groups);
+  following.bring(2 * groups * lines); // two pairs ahead
   for (int64_t even = begin; even < end; even += 2) {
     TileAt at = pair;
     for (int64_t output = 0; output < to.width; output += kLanes) {
       const __mmask16 mask = lane_mask(shape.outputs - output);
       at.move_to(pair);
+      following.bring(lines);
       for (int64_t tile = even; tile < std::min(even + 2, end); ++tile, at.next()) {
         const uint16_t* source = grad + output +
             ((at.image * shape.rows + at.row) * shape.columns + at.column) * shape.outputs;

@@ -58,25 +58,6 @@ void transform_inputs(
     transform(std::integral_constant<Channels, Channels::kRest>{}, channel, channel);
 }
 
-// Has the memory of a panel's results and residual on its way while their products are computed.
-void prefetch_results(
-    const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, int64_t panel) {
-  const int64_t bytes = 2 * std::min(kPanel, shape.outputs - panel * kPanel);
-  TileAt at(tiles, first);
-  for (int64_t tile = 0; tile < count; ++tile, at.next())
-    for (int64_t row = at.row; row < std::min(at.row + tiles.side, shape.rows); ++row)
-      for (int64_t column = at.column; column < std::min(at.column + tiles.side, shape.columns);
-           ++column) {
-        const int64_t pixel = (at.image * shape.rows + row) * shape.columns + column;
-        const int64_t from = pixel * shape.outputs + panel * kPanel;
-        for (int64_t byte = 0; byte < bytes; byte += 64) {
-          __builtin_prefetch(reinterpret_cast<const char*>(shape.out + from) + byte, 1, 2);
-          if (shape.residual)
-            __builtin_prefetch(reinterpret_cast<const char*>(shape.residual + from) + byte, 0, 2);
-        }
-      }
-}
-
 // A^T m A for each tile and 16 outputs at a time, then the epilogue.
 template <class Form>
 RESFAST_BF16 void transform_outputs(
@@ -138,12 +119,26 @@ void winograd_part(
     transform_inputs<Form>(shape, tiles, first, count, inputs, input_stride, tile_stride);
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
       const int64_t blocks = panel_blocks(shape.outputs, panel), width = blocks * kLanes;
-      const uint16_t* weights = packed + panel * kPanel * kPoints<Form> * 2 * pairs;
+      const uint16_t* weights = packed + panel_start<Form>(panel, pairs);
       const int64_t sums_stride = most * width + kLanes;
-      prefetch_results(shape, tiles, first, count, panel);
-      for (int64_t point = 0; point < kPoints<Form>; ++point)
+      const int64_t output = panel * kPanel, last = std::min(output + kPanel, shape.outputs);
+      auto of_panel = [&](const uint16_t* pixels) {
+        return Squares{
+            pixels, shape.rows, shape.columns, shape.outputs, output, last, Form::kResults};
+      };
+      Prefetch<true> results(of_panel(shape.out), tiles, first, count);
+      Prefetch<false> residual(of_panel(shape.residual), tiles, first, count);
+      // The next block's, with the last panel.
+      const int64_t next = panel + 1 == panel_end ? std::min(most, end - first - count) : 0;
+      Prefetch<false> following(input_squares<Form>(shape), tiles, first + count, next);
+      const int64_t lines = ceil_div(results.lines(), kPoints<Form>);
+      const int64_t input_lines = ceil_div(following.lines(), kPoints<Form>);
+      for (int64_t point = 0; point < kPoints<Form>; ++point) {
+        results.bring(lines), residual.bring(lines), following.bring(input_lines);
         product(inputs + point * input_stride, tile_stride, round_up(count, tile_rows(blocks)),
-                weights + point * width * 2 * pairs, pairs, blocks, sums + point * sums_stride);
+                weights + point * point_size(width, pairs), pairs, blocks,
+                sums + point * sums_stride);
+      }
       transform_outputs<Form>(shape, tiles, first, count, panel, sums, sums_stride);
     }
   }
@@ -157,11 +152,6 @@ void multiply_tiles(const ConvShape& shape, const uint16_t* packed) {
       [&](int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
         winograd_part<Form>(shape, tiles, packed, begin, end, panel_begin, panel_end);
       });
-}
-
-template <class Form>
-int64_t winograd_size(int64_t outputs, int64_t channels) {
-  return kPoints<Form> * round_up(outputs, kLanes) * round_up(channels, 2);
 }
 
 // G g G^T of one 3x3 kernel.
@@ -195,11 +185,11 @@ Tensor pack(const Tensor& weight) {
   for (int64_t output = 0; output < outputs; ++output) {
     const int64_t panel = output / kPanel, lane = output % kPanel;
     const int64_t width = panel_blocks(outputs, panel) * kLanes;
-    uint16_t* base = to + panel * kPanel * kPoints<Form> * 2 * pairs;
+    uint16_t* base = to + panel_start<Form>(panel, pairs);
     for (int64_t i = 0; i < channels; ++i)
       transform_kernel<Form>(
           from + (output * channels + channel_of(i, channels)) * 9,
-          base + (i / 2 * width + lane) * 2 + i % 2, width * 2 * pairs);
+          base + (i / 2 * width + lane) * 2 + i % 2, point_size(width, pairs));
   }
   return packed;
 }

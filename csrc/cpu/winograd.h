@@ -200,6 +200,25 @@ auto with_form(int64_t tile, int64_t stride, Run run) {
 template <class Form>
 constexpr int kPoints = Form::kSide * Form::kSide;
 
+// Weights of a panel: [point][pairs][outputs of the panel][2]. Its points are not a multiple of 4096
+// bytes apart, which would fall into the same sets of the cache.
+inline int64_t point_size(int64_t outputs, int64_t pairs) {
+  return round_up(outputs, kLanes) * 2 * pairs + 2 * kLanes;
+}
+
+// Where the weights of a panel begin.
+template <class Form>
+int64_t panel_start(int64_t panel, int64_t pairs) {
+  return panel * kPoints<Form> * point_size(kPanel, pairs);
+}
+
+template <class Form>
+int64_t winograd_size(int64_t outputs, int64_t channels) {
+  const int64_t pairs = ceil_div(channels, 2), rest = outputs % kPanel;
+  const int64_t last = rest ? kPoints<Form> * point_size(rest, pairs) : 0;
+  return panel_start<Form>(outputs / kPanel, pairs) + last;
+}
+
 // A map of results in tiles of `side` rows and columns.
 struct Tiles {
   int64_t side, rows, columns, count; // per image, per image, of the batch
@@ -226,6 +245,64 @@ struct TileAt {
     return false;
   }
 };
+
+// Channels [begin, end) of a map's pixels [N, height, width, channels], in squares of `side` rows and
+// columns, one for each tile.
+struct Squares {
+  const uint16_t* pixels;
+  int64_t height, width, channels, begin, end, side;
+};
+
+// Brings the squares of tiles from memory into L2, some lines at a time, while something else is
+// computed.
+template <bool kWrite>
+class Prefetch {
+ public:
+  Prefetch(const Squares& squares, const Tiles& tiles, int64_t first, int64_t count)
+      : squares_(squares), tile_(tiles, first), left_(squares.pixels ? count : 0) {
+    if (left_ > 0) go_to_pixel();
+  }
+
+  // That are left, if it has not begun.
+  int64_t lines() const {
+    return left_ * squares_.side * squares_.side * ceil_div(squares_.end - squares_.begin, kLine);
+  }
+
+  void bring(int64_t lines) {
+    for (; lines > 0 && left_ > 0; --lines) {
+      if (inside_) __builtin_prefetch(pixel_ + channel_, kWrite, 2);
+      channel_ += kLine;
+      if (channel_ < squares_.end) continue;
+      if (++column_ == squares_.side) column_ = 0, ++row_;
+      if (row_ == squares_.side) row_ = 0, --left_, tile_.next();
+      if (left_ > 0) go_to_pixel();
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 32; // values
+
+  void go_to_pixel() {
+    const int64_t row = tile_.row / tile_.tiles.side * squares_.side + row_;
+    const int64_t column = tile_.column / tile_.tiles.side * squares_.side + column_;
+    inside_ = row < squares_.height && column < squares_.width;
+    pixel_ = squares_.pixels +
+        ((tile_.image * squares_.height + row) * squares_.width + column) * squares_.channels;
+    channel_ = squares_.begin;
+  }
+
+  Squares squares_;
+  TileAt tile_;
+  int64_t left_, row_ = 0, column_ = 0, channel_ = 0; // left: tiles; the others: in the square
+  const uint16_t* pixel_ = nullptr;
+  bool inside_ = false; // the map
+};
+
+// What a tile reads and the tiles before it do not.
+template <class Form>
+Squares input_squares(const ConvShape& shape) {
+  return {shape.x, shape.height, shape.width, shape.channels, 0, shape.channels, Form::kStep};
+}
 
 // Channels come in groups of 32: first the even ones, then the odd ones, which are the upper and
 // lower halves of 32-bit words and need no shuffle to become float32. Those after the last whole
