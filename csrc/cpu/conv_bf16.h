@@ -26,6 +26,7 @@
 #include "check.h"
 #include "dtype.h"
 #include "isa.h"
+#include "share.h"
 
 #define RESFAST_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define RESFAST_BF16_INLINE inline RESFAST_BF16 __attribute__((always_inline))
@@ -377,42 +378,33 @@ inline void check_geometry(const std::vector<int64_t>& geometry) {
          "; expected K, C, 3, 3, two strides that are both 1 or both 2, and two paddings");
 }
 
-// Calls `work(first, last)` for all of `count` on the threads.
-template <class Work>
-void share_all(int64_t count, Work work) {
-  torch::stable::parallel_for(
-      0, count, ceil_div(count, int64_t{torch::stable::get_num_threads()}), work);
-}
-
 // Calls `add(lane, share)` for each lane: on the threads where there are enough lanes, else one after
 // the other with `share` to use the threads inside, as share_all does.
 template <class Add>
 void deal_lanes(int64_t lanes, Add add) {
   if (lanes < torch::stable::get_num_threads()) {
     for (int64_t lane = 0; lane < lanes; ++lane)
-      add(lane, [](int64_t count, auto work) { share_all(count, work); });
+      add(lane, [](int64_t count, int64_t unit, auto work) { share_all(count, unit, work); });
     return;
   }
   share_all(lanes, [&](int64_t first, int64_t last) {
     for (int64_t lane = first; lane < last; ++lane)
-      add(lane, [](int64_t count, auto work) { work(int64_t{0}, count); });
+      add(lane, [](int64_t count, int64_t, auto work) { work(int64_t{0}, count); });
   });
 }
 
 // Calls `part(first row, last row, first panel, last panel)` on the threads: with rows shared out
-// where there are many, and panels of weights where these are the larger part.
+// where there are many, `unit` of them at least, and panels of weights where these are the larger part,
+// once a thread, as every part reads all rows.
 template <class Part>
-void share_out(int64_t rows, const ConvShape& shape, Part part) {
+void share_out(int64_t rows, int64_t unit, const ConvShape& shape, Part part) {
   const int64_t threads = torch::stable::get_num_threads(), panels = shape.panels();
-  if (shape.outputs > rows && panels >= threads) {
-    torch::stable::parallel_for(0, panels, ceil_div(panels, threads), [&](int64_t a, int64_t b) {
-      part(int64_t{0}, rows, a, b);
-    });
+  if (shape.outputs <= rows || panels < threads) {
+    share_all(rows, unit, [&](int64_t a, int64_t b) { part(a, b, int64_t{0}, panels); });
     return;
   }
-  const int64_t multiple = row_multiple(), groups = ceil_div(rows, multiple);
-  torch::stable::parallel_for(0, groups, ceil_div(groups, threads), [&](int64_t a, int64_t b) {
-    part(a * multiple, std::min(rows, b * multiple), int64_t{0}, panels);
+  torch::stable::parallel_for(0, panels, ceil_div(panels, threads), [&](int64_t a, int64_t b) {
+    part(int64_t{0}, rows, a, b);
   });
 }
 

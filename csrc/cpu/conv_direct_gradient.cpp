@@ -158,8 +158,8 @@ struct Sums {
   }
 };
 
-// The sums of groups [begin, end). `share(count, part)` calls part(first, last) for all of `count`, on
-// one or more threads.
+// The sums of groups [begin, end). `share(count, unit, part)` calls part(first, last) for all of
+// `count`, on one or more threads.
 template <class Share>
 void add_groups(
     const ConvShape& shape, const Grid& grid, const uint16_t* grad, int64_t begin, int64_t end,
@@ -179,18 +179,18 @@ void add_groups(
   const int64_t pairs = grid.images / 2;
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t count = std::min(chunk, end - first), rows = count * shape.rows;
-    share(count * pairs, [&](int64_t from, int64_t until) {
+    share(count * pairs, 1, [&](int64_t from, int64_t until) {
       for (int64_t i = from; i < until; ++i)
         lay_out_pair(
             shape, grid, (first + i / pairs) * grid.images + 2 * (i % pairs), i % pairs,
             i / pairs * grid.height, inputs);
     });
-    share(rows, [&](int64_t from, int64_t until) {
+    share(rows, 1, [&](int64_t from, int64_t until) {
       for (int64_t row = from; row < until; ++row)
         lay_out_gradients(
             shape, grid, grad, first + row / shape.rows, row % shape.rows, row, gradients);
     });
-    share(sums.rows * sums.blocks, [&](int64_t from, int64_t until) {
+    share(sums.rows * sums.blocks, 1, [&](int64_t from, int64_t until) {
       const amx::Tiles tiles(true);
       for (int64_t part = from; part < until; ++part) {
         const int64_t block = part / sums.rows, row = part % sums.rows;

@@ -56,13 +56,21 @@ RESFAST_BF16 void finish_rows(
     }
 }
 
+int64_t patch_pairs(const ConvShape& shape) {
+  return ceil_div(shape.kernel_h * shape.kernel_w * shape.channels, 2);
+}
+
+// Of patches that are multiplied at once.
+int64_t block_rows(const ConvShape& shape) {
+  const int64_t multiple = row_multiple();
+  const int64_t most = block_bytes() / (4 * patch_pairs(shape)) / multiple * multiple;
+  return std::clamp(most, multiple, 8 * multiple);
+}
+
 void gemm_part(
     const ConvShape& shape, const uint16_t* packed, int64_t begin, int64_t end, int64_t panel_begin,
     int64_t panel_end) {
-  const int64_t pairs = ceil_div(shape.kernel_h * shape.kernel_w * shape.channels, 2);
-  const int64_t multiple = row_multiple();
-  const int64_t most =
-      std::clamp(block_bytes() / (4 * pairs) / multiple * multiple, multiple, 8 * multiple);
+  const int64_t pairs = patch_pairs(shape), most = block_rows(shape);
   const amx::Tiles tiles(amx::supported());
   thread_local Workspace<uint16_t> patches_memory;
   thread_local Workspace<float> sums_memory;
@@ -119,7 +127,7 @@ Tensor conv_gemm(
       x, packed, bias, residual, geometry, activation, negative_slope, size,
       [](const ConvShape& shape, const uint16_t* weights) {
         share_out(
-            shape.batch * shape.rows * shape.columns, shape,
+            shape.batch * shape.rows * shape.columns, block_rows(shape), shape,
             [&](int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
               gemm_part(shape, weights, begin, end, panel_begin, panel_end);
             });

@@ -56,8 +56,7 @@ Tensor pack(const Weight& weight) {
   Tensor packed =
       torch::stable::empty({winograd_size<Form>(outputs, channels)}, ScalarType::BFloat16);
   auto* to = static_cast<uint16_t*>(packed.mutable_data_ptr());
-  const int64_t threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(0, pairs, ceil_div(pairs, threads), [&](int64_t begin, int64_t end) {
+  share_all(pairs, kPairs, [&](int64_t begin, int64_t end) {
     Lanes from{weight};
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t output = block * kLanes, panel = output / kPanel;
@@ -292,8 +291,8 @@ RESFAST_BF16 void transform_sums(
     }
 }
 
-// The sums of tiles [begin, end), of which `begin` is even. `share(count, part)` calls part(first,
-// last) for all of `count`, on one or more threads.
+// The sums of tiles [begin, end), of which `begin` is even. `share(count, unit, part)` calls
+// part(first, last) for all of `count`, on one or more threads.
 template <class Form, class Share>
 void add_tiles(
     const ConvShape& shape, const Tiles& tiles, int64_t begin, int64_t end, const uint16_t* grad,
@@ -312,13 +311,13 @@ void add_tiles(
   const Operand inputs = operand(inputs_memory, sums.width), grads = operand(grads_memory, rows);
   for (int64_t first = begin; first < end; first += chunk) {
     const int64_t count = std::min(chunk, end - first), pairs = ceil_div(count, 2);
-    share(pairs, [&](int64_t from, int64_t until) {
+    share(pairs, kGathered / 2, [&](int64_t from, int64_t until) {
       const int64_t last = std::min(count, 2 * until);
       gather_inputs<Form>(shape, tiles, first, 2 * from, last, inputs);
       gather_gradients<Form>(shape, tiles, first, 2 * from, last, grad, grads);
     });
     const int64_t panels = ceil_div(sums.width, kPanel);
-    share(kPoints<Form> * panels, [&](int64_t from, int64_t until) {
+    share(kPoints<Form> * panels, 1, [&](int64_t from, int64_t until) {
       for (int64_t part = from; part < until; ++part) {
         const int64_t point = part / panels, channel = part % panels * kPanel;
         float* out = to + point * sums.point_stride + channel;

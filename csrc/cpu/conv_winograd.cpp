@@ -96,15 +96,22 @@ RESFAST_BF16 void transform_outputs(
   }
 }
 
+// Tiles that are multiplied at once.
+template <class Form>
+int64_t block_tiles(const ConvShape& shape) {
+  const int64_t tile_stride = round_up(shape.channels, kLanes), multiple = row_multiple();
+  const int64_t per_tile = kPoints<Form> * (2 * tile_stride + 4 * kPanel); // bytes
+  return std::max(least_tiles(), block_bytes() / per_tile / multiple * multiple);
+}
+
 template <class Form>
 void winograd_part(
     const ConvShape& shape, const Tiles& tiles, const uint16_t* packed, int64_t begin, int64_t end,
     int64_t panel_begin, int64_t panel_end) {
   const int64_t pairs = ceil_div(shape.channels, 2);
   const int64_t tile_stride = round_up(shape.channels, kLanes);
-  const int64_t per_tile = kPoints<Form> * (2 * tile_stride + 4 * kPanel); // bytes
   const int64_t multiple = row_multiple();
-  int64_t most = std::max(least_tiles(), block_bytes() / per_tile / multiple * multiple);
+  int64_t most = block_tiles<Form>(shape);
   const int64_t parts = ceil_div(end - begin, most); // of equal size
   most = round_up(ceil_div(end - begin, parts), multiple);
   const amx::Tiles amx_tiles(amx::supported());
@@ -148,7 +155,7 @@ template <class Form>
 void multiply_tiles(const ConvShape& shape, const uint16_t* packed) {
   const Tiles tiles(shape, Form::kResults);
   share_out(
-      tiles.count, shape,
+      tiles.count, block_tiles<Form>(shape), shape,
       [&](int64_t begin, int64_t end, int64_t panel_begin, int64_t panel_end) {
         winograd_part<Form>(shape, tiles, packed, begin, end, panel_begin, panel_end);
       });

@@ -22,6 +22,7 @@
 
 #include "check.h"
 #include "isa.h"
+#include "share.h"
 
 namespace resfast {
 namespace {
@@ -95,7 +96,7 @@ RESFAST_AVX512 void block(
 // Result must be neither of the factors.
 void multiply(const Panels& left, const Panels& right, Panels& result, const Epilogue& epilogue) {
   const int64_t blocks = left.panels * (left.panels + 1) / 2;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  share_all(blocks, [&](int64_t begin, int64_t end) {
     int64_t column = 0, first = 0; // of blocks up to the diagonal, column by column
     while (first + column + 1 <= begin) first += ++column;
     for (int64_t index = begin; index < end; ++index) {

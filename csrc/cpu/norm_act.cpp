@@ -167,13 +167,11 @@ RESFAST_BF16 void walk(const NormShape& shape, int64_t begin, int64_t end, Part 
 // Chunks over threads.
 template <class Part>
 void share_chunks(const NormShape& shape, Part part) {
-  const int64_t chunks = shape.chunks(), threads = torch::stable::get_num_threads();
-  torch::stable::parallel_for(
-      0, chunks, ceil_div(chunks, threads), [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk)
-          part(chunk, chunk * kChunk, std::min(shape.pixels(), (chunk + 1) * kChunk));
-        _mm_sfence(); // behind streaming stores
-      });
+  share_all(shape.chunks(), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      part(chunk, chunk * kChunk, std::min(shape.pixels(), (chunk + 1) * kChunk));
+    _mm_sfence(); // behind streaming stores
+  });
 }
 
 // Two sums of each channel: partial ones [chunk][2][padded], and how they become one.

@@ -224,8 +224,10 @@ class TrainStep:
         return loss, correct, *([torch.cat(image_losses)] if image_losses else [])
 
     def _part_size(self, images: Tensor) -> int:
-        """Images of a part: as many as have no more pixels together than a part of the largest ones,
-        the parts equal where they can be."""
+        """Images of a part: as many as have no more pixels than a part of the largest images has.
+
+        Where parts can be equal, they are.
+        """
         most = math.ceil(len(images) / self.config.accumulate)
         if self._image_size:
             most = max(most, most * self._image_size**2 // images[0, 0].numel())
