@@ -75,7 +75,6 @@ def make_step(
     dtype: torch.dtype = torch.float32,
     compile: bool = False,
     image_losses: bool = False,
-    image_size: int | None = None,
     **values: object,
 ) -> TrainStep:
     torch.manual_seed(0)
@@ -92,7 +91,6 @@ def make_step(
         schedule=Schedule(optimizer, config, EPOCHS, STEPS_PER_EPOCH),
         captured=captured,
         image_losses=image_losses,
-        image_size=image_size,
     )
 
 
@@ -224,24 +222,6 @@ def test_batch_norm_sees_a_part_at_a_time():
     step(*batch(0))
     assert seen == [2, 2, 2]
     assert int(step.model.norm.num_batches_tracked) == 3
-
-
-@pytest.mark.parametrize(
-    ("size", "parts"),
-    [
-        (8, [2, 2, 2]),
-        (7, [2, 2, 2]),  # 2 images of 8x8 have more pixels than 2.6 of 7x7, and less than 3
-        (6, [3, 3]),
-        (5, [3, 3]),  # 5 would fit, but 5 and 1 are no equal parts
-        (4, [6]),
-    ],
-)
-def test_smaller_images_go_through_in_fewer_parts(size: int, parts: list[int]):
-    step = make_step(accumulate=3, image_size=8)
-    seen = []
-    step.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    step(*batch(0, size))
-    assert seen == parts
 
 
 def test_the_parts_are_compiled_once():

@@ -198,8 +198,7 @@ class OptimConfig:
     """Batch sizes before that one, each up to a part of the training, as in 256:0.3,512:0.7."""
     accumulate: int = 1
     """Parts that a batch goes through the network in, one after the other, their gradients added:
-    less memory; batch norm then sees a part at a time. With sizes, images that are smaller than the
-    largest ones go through in fewer parts."""
+    less memory; batch norm then sees a part at a time."""
     optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
     """Optimizer; sgd is Nesterov's; muon orthogonalises the updates of convolution filters and
     leaves all else to sgd."""

@@ -49,8 +49,6 @@ class TrainStep:
         captured: run each kind of step as one CUDA graph. On the CPU everything is the same but
             that the graph is a call.
         image_losses: whether :attr:`image_losses` is kept.
-        image_size: height and width of the largest images, of which ``config.accumulate`` parts of
-            a batch are made; None: all batches have that many parts.
 
     Raises:
         ValueError: the schedule is missing, or :func:`why_not_captured` has a reason.
@@ -68,7 +66,6 @@ class TrainStep:
         schedule: Schedule | None = None,
         captured: bool = False,
         image_losses: bool = False,
-        image_size: int | None = None,
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.device, self.dtype = device, dtype
@@ -85,7 +82,6 @@ class TrainStep:
         """Loss of each image of the latest batch, float32 ``[B]``, where asked for; valid until
         the next call."""
         self._keep_image_losses = image_losses
-        self._image_size = image_size
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.average = Average(model) if config.ema or config.lookahead else None
         self._whitening_bias = dict(model.named_parameters()).get(WHITENING_BIAS)
@@ -209,7 +205,7 @@ class TrainStep:
 
     def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Adds the gradients of a batch; what :meth:`_forward` gives for it."""
-        size = self._part_size(images)
+        size = math.ceil(len(images) / self.config.accumulate)
         if size == len(images):
             loss, *rest = self._loss(images, labels)
             self.scaler.scale(loss).backward()
@@ -222,19 +218,6 @@ class TrainStep:
             loss, correct = loss + mean.detach(), correct + right
             image_losses += rest
         return loss, correct, *([torch.cat(image_losses)] if image_losses else [])
-
-    def _part_size(self, images: Tensor) -> int:
-        """Images of a part: as many as have no more pixels than a part of the largest images has.
-
-        Where parts can be equal, they are.
-        """
-        most = math.ceil(len(images) / self.config.accumulate)
-        if self._image_size:
-            most = max(most, most * self._image_size**2 // images[0, 0].numel())
-        least = math.ceil(len(images) / most)
-        counts = range(least, self.config.accumulate + 1)
-        equal = (count for count in counts if len(images) % count == 0)
-        return math.ceil(len(images) / next(equal, least))
 
     # -- what changes from step to step -----------------------------------------------------------
 

@@ -289,7 +289,6 @@ class _Run:
                 schedule=schedule,
                 captured=config.runtime.cuda_graph != "off",
                 image_losses=self._filters,
-                image_size=config.data.image_size,
             )
             images = self.loader.count if self._filters else 0
             shared.marks = Marks(self.plan.most_steps, images, self.device)
