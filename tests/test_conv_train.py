@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfast
-from resfast.kernels import conv_train
+from resfast.kernels import conv_cpu, conv_train
 from resfast.layers.conv import Conv2d, set_winograd_tile
 
 pytestmark = pytest.mark.skipif(
@@ -341,8 +341,10 @@ def test_network_has_nearly_the_gradients_of_float32():
     assert ours < 2 * theirs
 
 
-def test_compiled_network_is_one_graph_with_the_same_result():
+@pytest.mark.parametrize("tile", conv_cpu.TILES)
+def test_compiled_network_is_one_graph_with_the_same_result(tile: int):
     model, images = network(), torch.randn(4, 3, 16, 16).contiguous(memory_format=LAST)
+    set_winograd_tile(model, tile)
 
     def forward(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

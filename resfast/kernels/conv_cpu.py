@@ -109,8 +109,12 @@ def fastest_tile(x: Tensor, stride: int, padding: int, largest: int = max(TILES)
         rows, columns = (-(-(size + 2 * padding - 2) // tile) for size in x.shape[2:])
         return rows * columns * (tile + 2) ** 2
 
-    # Not min with a key, which torch.compile of PyTorch 2.11 cannot follow.
-    return -min((points(tile), -tile) for tile in TILES if tile <= largest)[1]
+    # A loop: torch.compile breaks the graph at min with a key (2.11) and of a generator (2.15).
+    best = min(TILES)
+    for tile in reversed(TILES):
+        if tile <= largest and points(tile) <= points(best):
+            best = tile
+    return best
 
 
 def _applies(name: str, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> bool:
