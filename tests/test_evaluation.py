@@ -231,6 +231,30 @@ def test_the_last_epoch_scores_each_set_once(tiny: Config, monkeypatch: pytest.M
     assert calls == ["none", "none", "flip"]
 
 
+def test_many_small_batches_score_like_one_large_batch():
+    torch.manual_seed(0)
+    images, labels = torch.randn(300, 3, 8, 8), torch.randint(5, (300,))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
+    many = list(zip(images.split(2), labels.split(2), strict=True))
+    assert len(many) > evaluation._Kept.BATCHES
+    options = {"tta": "multi-crop", "tta_select": 0.3, "tta_mirror": 0.6}
+    for ours, theirs in zip(
+        evaluate_both(model, many, **options),
+        evaluate_both(model, [(images, labels)], **options),
+        strict=True,
+    ):
+        assert torch.equal(ours.confusion, theirs.confusion)
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+
+
+def test_what_a_batch_leaves_behind_goes_to_one_place():
+    kept, places = evaluation._Kept(), set()
+    for _ in range(evaluation._Kept.BATCHES):
+        kept.add(torch.randn(3, 10), torch.zeros(3, dtype=torch.int64))
+        places.add((kept.logits.data_ptr(), kept.labels.data_ptr()))
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("tta_select", [1.0, 0.4])
 def test_a_fused_evaluation_agrees(tiny: Config, tta_select: float):
     options = {"epochs": 3, "tta": "shift", "tta_select": tta_select, "tune_allocator": False}

@@ -175,17 +175,17 @@ def evaluate_both(
     plain, augmented = _Tally(), _Tally()
     try:
         with torch.inference_mode():
-            kept = []
+            kept = _Kept()
             for images, labels in batches:
                 upright = "none" if some_mirrored else tta
                 logits, mirrored = _upright(model, images, dtype, upright)
                 plain.add(logits, labels)
                 if selective:
-                    kept.append((mirrored, labels))
+                    kept.add(mirrored, labels)
                 elif tta != "none":
                     augmented.add(_moved(model, images, dtype, tta, mirrored), labels)
             if selective:
-                logits, labels = (torch.cat(values) for values in zip(*kept, strict=True))
+                logits, labels = kept.logits[: kept.count], kept.labels[: kept.count]
                 chosen = torch.arange(len(labels), device=labels.device)
                 if some_mirrored:
                     chosen = _least_certain(logits, chosen, tta_mirror)
@@ -227,6 +227,34 @@ def _chosen(
             rows, done, waiting = [together[size:]], done + size, waiting - size
     if done < len(chosen):
         yield torch.cat(rows).permute(0, 3, 1, 2), chosen[done:]
+
+
+class _Kept:
+    """Logits and labels of all images so far, copied to one place that rarely moves.
+
+    What each batch left behind by itself would lie between the memory of its activations and break
+    that up for the next one: 0.7 GiB more for 47,500 images on the CPU.
+    """
+
+    BATCHES = 64
+    """As large as the first that there is room for, before it is doubled."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.logits: Tensor | None = None
+        self.labels: Tensor | None = None
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        end = self.count + len(labels)
+        if self.logits is None:
+            self.logits = logits.new_empty(self.BATCHES * len(logits), logits.shape[1])
+            self.labels = labels.new_empty(self.BATCHES * len(labels))
+        while end > len(self.labels):
+            self.logits = torch.cat([self.logits, torch.empty_like(self.logits)])
+            self.labels = torch.cat([self.labels, torch.empty_like(self.labels)])
+        self.logits[self.count : end] = logits
+        self.labels[self.count : end] = labels
+        self.count = end
 
 
 class _Tally:
