@@ -142,7 +142,7 @@ RECIPES["fast-resnet-453"] = replace(
     RECIPES["fast-resnet-2111"],
     recipe="fast-resnet-453",
     model=replace(RECIPES["fast-resnet-2111"].model, model="resnet-453"),
-    optim=replace(RECIPES["fast-resnet-2111"].optim, epochs=10),
+    optim=replace(RECIPES["fast-resnet-2111"].optim, epochs=10, accumulate=4),
 )
 
 SUMMARIES = {
