@@ -236,7 +236,7 @@ def test_many_small_batches_score_like_one_large_batch():
     images, labels = torch.randn(300, 3, 8, 8), torch.randint(5, (300,))
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
     many = list(zip(images.split(2), labels.split(2), strict=True))
-    assert len(many) > evaluation._Kept.BATCHES
+    assert len(many) > evaluation._Rows.BATCHES
     options = {"tta": "multi-crop", "tta_select": 0.3, "tta_mirror": 0.6}
     for ours, theirs in zip(
         evaluate_both(model, many, **options),
@@ -248,10 +248,10 @@ def test_many_small_batches_score_like_one_large_batch():
 
 
 def test_what_a_batch_leaves_behind_goes_to_one_place():
-    kept, places = evaluation._Kept(), set()
-    for _ in range(evaluation._Kept.BATCHES):
-        kept.add(torch.randn(3, 10), torch.zeros(3, dtype=torch.int64))
-        places.add((kept.logits.data_ptr(), kept.labels.data_ptr()))
+    kept, places = evaluation._Rows(), set()
+    for _ in range(evaluation._Rows.BATCHES):
+        kept.add(torch.randn(3, 10))
+        places.add(kept.all().data_ptr())
     assert len(places) == 1
 
 

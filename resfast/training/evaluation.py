@@ -67,14 +67,14 @@ def predict(
         float32 ``[N, classes]`` on the same device.
     """
     device = images.device
-    out = []
+    out = _Rows()
     with torch.inference_mode():
         unlabelled = torch.empty(len(images), 0, device=device)
         for batch, _ in resident_batches(
             images, unlabelled, mean, std, batch_size=batch_size, dtype=dtype
         ):
-            out.append(_logits(model, batch, dtype, tta)[1])
-    return torch.cat(out)
+            out.add(_logits(model, batch, dtype, tta)[1])
+    return out.all().clone()  # without the room behind it
 
 
 def _logits(model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA) -> tuple[Tensor, Tensor]:
@@ -175,17 +175,18 @@ def evaluate_both(
     plain, augmented = _Tally(), _Tally()
     try:
         with torch.inference_mode():
-            kept = _Kept()
+            all_logits, all_labels = _Rows(), _Rows()
             for images, labels in batches:
                 upright = "none" if some_mirrored else tta
                 logits, mirrored = _upright(model, images, dtype, upright)
                 plain.add(logits, labels)
                 if selective:
-                    kept.add(mirrored, labels)
+                    all_logits.add(mirrored)
+                    all_labels.add(labels)
                 elif tta != "none":
                     augmented.add(_moved(model, images, dtype, tta, mirrored), labels)
             if selective:
-                logits, labels = kept.logits[: kept.count], kept.labels[: kept.count]
+                logits, labels = all_logits.all(), all_labels.all()
                 chosen = torch.arange(len(labels), device=labels.device)
                 if some_mirrored:
                     chosen = _least_certain(logits, chosen, tta_mirror)
@@ -229,8 +230,8 @@ def _chosen(
         yield torch.cat(rows).permute(0, 3, 1, 2), chosen[done:]
 
 
-class _Kept:
-    """Logits and labels of all images so far, copied to one place that rarely moves.
+class _Rows:
+    """Rows of one batch after the other, copied to one place that rarely moves.
 
     What each batch left behind by itself would lie between the memory of its activations and break
     that up for the next one: 0.7 GiB more for 47,500 images on the CPU.
@@ -241,20 +242,22 @@ class _Kept:
 
     def __init__(self) -> None:
         self.count = 0
-        self.logits: Tensor | None = None
-        self.labels: Tensor | None = None
+        self.room: Tensor | None = None
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        end = self.count + len(labels)
-        if self.logits is None:
-            self.logits = logits.new_empty(self.BATCHES * len(logits), logits.shape[1])
-            self.labels = labels.new_empty(self.BATCHES * len(labels))
-        while end > len(self.labels):
-            self.logits = torch.cat([self.logits, torch.empty_like(self.logits)])
-            self.labels = torch.cat([self.labels, torch.empty_like(self.labels)])
-        self.logits[self.count : end] = logits
-        self.labels[self.count : end] = labels
+    def add(self, rows: Tensor) -> None:
+        end = self.count + len(rows)
+        if self.room is None:
+            self.room = rows.new_empty(self.BATCHES * len(rows), *rows.shape[1:])
+        if end > len(self.room):
+            more = rows.new_empty(max(end, 2 * len(self.room)), *rows.shape[1:])
+            more[: self.count] = self.room[: self.count]
+            self.room = more
+        self.room[self.count : end] = rows
         self.count = end
+
+    def all(self) -> Tensor:
+        """All of them, at least one batch."""
+        return self.room[: self.count]
 
 
 class _Tally:
