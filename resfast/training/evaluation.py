@@ -67,14 +67,14 @@ def predict(
         float32 ``[N, classes]`` on the same device.
     """
     device = images.device
-    out = _Rows()
+    out = []
     with torch.inference_mode():
         unlabelled = torch.empty(len(images), 0, device=device)
         for batch, _ in resident_batches(
             images, unlabelled, mean, std, batch_size=batch_size, dtype=dtype
         ):
-            out.add(_logits(model, batch, dtype, tta)[1])
-    return out.all().clone()  # without the room behind it
+            out.append(_logits(model, batch, dtype, tta)[1])
+    return torch.cat(out)
 
 
 def _logits(model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA) -> tuple[Tensor, Tensor]:
