@@ -38,7 +38,7 @@ from resfast import atomic, entry, plots, runtime
 from resfast.errors import ResfastError, nearest
 from resfast.train import command_line
 from resfast.training import records, runs, targets
-from resfast.training.config import Config, load
+from resfast.training.config import Config, differences, load
 from resfast.training.recipes import RECIPES
 from resfast.training.resolve import check
 from resfast.training.statistics import statistics
@@ -161,6 +161,41 @@ def row_of(folder: Path) -> Row:
             "flops": 3 * 2 * summary["train_macs"] + round(2 * summary["macs"] * seen * scored),
             "command": _command("--recipe", config.recipe, count=count),
         }
+    )
+
+
+def added_row(folder: Path) -> Row:
+    """The row of a folder, by the recipe whose numbers it has.
+
+    Raises:
+        ResfastError: as :func:`row_of` and :func:`recipe_of`.
+    """
+    row, name = row_of(folder), recipe_of(load(folder / records.CONFIG))
+    command = _command("--recipe", name, count=len(row.seeds))
+    return row.model_copy(update={"recipe": name, "command": command})
+
+
+def recipe_of(config: Config) -> str:
+    """The recipe whose numbers a run had: its own, or another if options made it that one.
+
+    Raises:
+        ResfastError: none has them.
+    """
+    changed: dict[str, dict[str, tuple[Any, Any]]] = {}
+    for name in sorted(RECIPES, key=lambda name: name != config.recipe):
+        found = differences(config, RECIPES[name])
+        changed[name] = {
+            option: values
+            for option, values in found.items()
+            if option not in ("recipe", "eval_every") and values[1] != "auto"
+        }
+        if not changed[name]:
+            return name
+    near = min(changed, key=lambda name: len(changed[name]))
+    values = ", ".join(f"{name} {its[0]!r} for {its[1]!r}" for name, its in changed[near].items())
+    raise ResfastError(
+        f"the run has the numbers of no recipe ({near}, but {values}), and the table is of recipes "
+        "as they are"
     )
 
 
@@ -591,7 +626,7 @@ def main(args: Sequence[str] | None = None) -> int:
             )
             print(f"{table.read_text()}\n{table}")
             return
-        measured = [row_of(path) for path in given.add or []]
+        measured = [added_row(path) for path in given.add or []]
         if not (given.add or given.plot):
             recipes = given.recipes or [name for name in RECIPES if name.startswith("fast")]
             if not recipes:

@@ -144,6 +144,34 @@ def test_folders_of_runs_become_rows_of_the_table_of_targets(
     assert picked == row
 
 
+def test_a_run_is_added_as_the_recipe_whose_numbers_it_has(
+    options: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    config = RECIPES["fast-tiny"]
+    longer = replace(change(config, epochs=3), recipe="fast-longer")
+    monkeypatch.setitem(RECIPES, "fast-longer", longer)
+    # Where it ran, how often it was looked at and what was chosen there are no numbers of a recipe.
+    free = {"threads": 2, "eval_every": 1, "name": "x", "runs": 3}
+    assert tta.recipe_of(change(config, **free)) == "fast-tiny"
+    assert tta.recipe_of(change(config, epochs=3, **free)) == "fast-longer"
+    assert tta.recipe_of(change(longer, epochs=2)) == "fast-tiny"
+    with pytest.raises(ResfastError, match=r"no recipe \(fast-longer, but lr 7\.0 for"):
+        tta.recipe_of(change(config, epochs=3, lr=7.0))
+
+
+def test_a_run_with_other_numbers_stays_out_of_the_table(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = trainer.train(change(RECIPES["fast-tiny"], epochs=1, name="short")).path
+    table = tmp_path / "targets.json"
+    table.write_text("[]")
+    monkeypatch.setattr(targets, "TABLE", table)
+    monkeypatch.setattr(tta, "ROOT", tmp_path)
+    assert main(["--add", str(folder), "--out", str(tmp_path / "rows")]) == 2
+    assert table.read_text() == "[]"
+    assert not (tmp_path / "rows").exists()
+
+
 def test_rows_that_would_not_be_honest_are_refused(options: list[str], tmp_path: Path):
     config = RECIPES["fast-tiny"]
     one = trainer.train(change(config, name="one")).path
