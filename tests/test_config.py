@@ -38,9 +38,16 @@ def test_report_onecycle_has_the_settings_of_the_report():
     assert recipe.model.param_budget == 5_000_000
 
 
-@pytest.mark.parametrize("name", ["resnet-2111", "resnet-453"])
-def test_fast_resnets_have_the_presets_exact_shape(name: str):
-    spec = network(RECIPES[f"fast-{name}"].model)
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("fast-resnet-2111", "resnet-2111"),
+        ("fast-resnet-2111-70", "resnet-2111"),
+        ("fast-resnet-453", "resnet-453"),
+    ],
+)
+def test_fast_resnets_have_the_presets_exact_shape(recipe: str, name: str):
+    spec = network(RECIPES[recipe].model)
     rest = {"freeze_norm_scale": True, "activation": "gelu"}  # neither is of the shape
     assert spec == dataclasses.replace(PRESETS[name], **rest)
     assert count_parameters(build_model(spec, 10)) == count_parameters(create_model(name))

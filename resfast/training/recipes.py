@@ -138,16 +138,29 @@ RECIPES["fast-resnet-2111"] = replace(
     ),
 )
 
+_FAST_2111 = RECIPES["fast-resnet-2111"]
+
+# With half of the images and cutout of 8x8 it got to know them by heart (98.9 % right).
+RECIPES["fast-resnet-2111-70"] = replace(
+    _FAST_2111,
+    recipe="fast-resnet-2111-70",
+    data=replace(
+        _FAST_2111.data, augment=Augment(crop=4, flip="alternating", cutout=12), filter_keep=0.75
+    ),
+    optim=replace(_FAST_2111.optim, epochs=70),
+)
+
 RECIPES["fast-resnet-453"] = replace(
-    RECIPES["fast-resnet-2111"],
+    _FAST_2111,
     recipe="fast-resnet-453",
-    model=replace(RECIPES["fast-resnet-2111"].model, model="resnet-453"),
-    optim=replace(RECIPES["fast-resnet-2111"].optim, epochs=10, accumulate=4),
+    model=replace(_FAST_2111.model, model="resnet-453"),
+    optim=replace(_FAST_2111.optim, epochs=10, accumulate=4),
 )
 
 SUMMARIES = {
     "default": "SGD (Nesterov), one-cycle, alternating flip, label smoothing, averaged weights",
     "fast-resnet-2111": "resnet-2111 the way of fast94, for longer",
+    "fast-resnet-2111-70": "the same for 70 epochs, with more cutout: the most accurate",
     "fast-resnet-453": "resnet-453 the same way",
     "fast94": "speednet, Muon, growing images, hard ones late: airbench94's accuracy soonest",
     "fast95": "a wider speednet, cutout and more epochs: a point more",
