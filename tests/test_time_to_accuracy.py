@@ -150,7 +150,7 @@ def test_a_run_is_added_as_the_recipe_whose_numbers_it_has(
     config = RECIPES["fast-tiny"]
     longer = replace(change(config, epochs=3), recipe="fast-longer")
     monkeypatch.setitem(RECIPES, "fast-longer", longer)
-    # Where it ran, how often it was looked at and what was chosen there are no numbers of a recipe.
+    # Where it runs, under which name and how often it is scored are not numbers of a recipe.
     free = {"threads": 2, "eval_every": 1, "name": "x", "runs": 3}
     assert tta.recipe_of(change(config, **free)) == "fast-tiny"
     assert tta.recipe_of(change(config, epochs=3, **free)) == "fast-longer"
