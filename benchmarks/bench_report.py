@@ -30,7 +30,8 @@ from pydantic import (
 )
 
 from benchmarks.report import slug, verdict
-from resfast import atomic, entry
+from resfast import atomic
+from resfast.cli import common as entry
 from resfast.errors import ResfastError
 
 RESULTS = Path(__file__).parent / "results"
@@ -373,7 +374,7 @@ def save_plots(report: Report, folder: Path, name: str) -> dict[str, Path]:
     Raises:
         ResfastError: a file could not be written.
     """
-    from resfast import plots
+    from resfast.runs import plots
 
     saved = {}
     for kind, draw in (("speedup", _speedup), ("roofline", _roofline)):

@@ -49,7 +49,8 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.report import cuda_versions, hardware, installed, slug
-from resfast import atomic, doctor, entry, runtime
+from resfast import atomic, doctor, runtime
+from resfast.cli import common as entry
 from resfast.errors import ResfastError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,9 +28,9 @@ from benchmarks.plain_step import with_plain_convolutions
 from benchmarks.report import timed
 from resfast import runtime
 from resfast.errors import ResfastError
-from resfast.kernels.conv import ConvBiasAct
 from resfast.models.presets import preset
 from resfast.models.resnet import ResNetSpec
+from resfast.ops.conv.op import ConvBiasAct
 from resfast.runtime import DTYPES
 
 IMAGE_SIZE = 32

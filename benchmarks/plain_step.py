@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import resfast
-from resfast.kernels import frozen_conv, norm_act
+from resfast.config.schema import network
 from resfast.models.presets import build_model
-from resfast.training.config import network
+from resfast.ops.frozen_conv import op as frozen_conv
+from resfast.ops.norm_act import op as norm_act
 
 
 def with_plain_convolutions(model: nn.Module) -> nn.Module:

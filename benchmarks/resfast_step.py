@@ -10,14 +10,14 @@ import torch
 
 import resfast
 from resfast import runtime
-from resfast.data.loader import ResidentLoader
-from resfast.data.supply import Supply
+from resfast.config.schema import network
+from resfast.data.device_batches import Supply
+from resfast.data.resident import ResidentLoader
 from resfast.layers.conv import set_winograd_tile
 from resfast.models.presets import build_model
-from resfast.training.config import network
-from resfast.training.marks import Marks
-from resfast.training.optim import Schedule, build_optimizer
+from resfast.optim.optimizers import Schedule, build_optimizer
 from resfast.training.step import TrainStep, why_not_captured
+from resfast.training.step_metrics import Marks
 
 IMAGES, EPOCHS = 50_000, 70
 

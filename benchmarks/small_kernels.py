@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfast import entry
+from resfast.cli import common as entry
 from resfast.errors import ResfastError
-from resfast.kernels import conv_reference, extension  # noqa: F401  # loads the kernels
+from resfast.ops import extension  # noqa: F401  # loads the kernels
+from resfast.ops.conv import reference as conv_reference
 
 # [N, C, H, W], filters, kernel side, stride, padding.
 PROBLEMS = [

@@ -22,8 +22,8 @@ import torch
 from benchmarks.report import hardware, installed, rate
 from resfast import runtime
 from resfast.data.augment import Augment, sample
-from resfast.data.loader import ResidentLoader
-from resfast.kernels.augment import augment_drawn, normalization
+from resfast.data.resident import ResidentLoader
+from resfast.ops.augment.op import augment_drawn, normalization
 
 COUNT, SIDE, BATCH, CROP = 50_000, 32, 512, 4
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -60,7 +60,7 @@ def resfast_round(images: torch.Tensor) -> Round:
 
 def plain_round(images: torch.Tensor) -> Round:
     """The operator's reference in plain PyTorch."""
-    from resfast.kernels import reference
+    from resfast.ops.augment import reference
 
     offset, scale = normalization(torch.tensor(MEAN), torch.tensor(STD))
     everything = torch.arange(COUNT)

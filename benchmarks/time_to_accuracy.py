@@ -34,14 +34,17 @@ from matplotlib.transforms import Bbox
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from benchmarks.report import slug
-from resfast import atomic, entry, plots, runtime
+from resfast import atomic, runtime
+from resfast.cli import common as entry
+from resfast.config.recipes import RECIPES
+from resfast.config.schema import Config, differences, load
 from resfast.errors import ResfastError, nearest
+from resfast.runs import folder as records
+from resfast.runs import plots, targets
+from resfast.runs.statistics import statistics
 from resfast.train import command_line
-from resfast.training import records, runs, targets
-from resfast.training.config import Config, differences, load
-from resfast.training.recipes import RECIPES
+from resfast.training import seeds as runs
 from resfast.training.resolve import check
-from resfast.training.statistics import statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

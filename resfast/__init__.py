@@ -17,19 +17,19 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Config": "resfast.training.config",
+    "Config": "resfast.config.schema",
     "Dataset": "resfast.data.dataset",
-    "RECIPES": "resfast.training.recipes",
+    "RECIPES": "resfast.config.recipes",
     "ResNet": "resfast.models.resnet",
     "ResNetSpec": "resfast.models.resnet",
     "SpeedNet": "resfast.models.speednet",
     "SpeedNetSpec": "resfast.models.speednet",
     "ResfastError": "resfast.errors",
     "create_model": "resfast.models.presets",
-    "fuse": "resfast.fusion",
-    "load": "resfast.inference",
+    "fuse": "resfast.inference.fuse",
+    "load": "resfast.inference.load",
     "load_dataset": "resfast.data.dataset",
-    "recipe": "resfast.training.recipes",
+    "recipe": "resfast.config.recipes",
 }
 
 __all__ = ["__version__", "evaluate", "export", "predict", "train", *sorted(_HOME)]
@@ -37,7 +37,7 @@ __all__ = ["__version__", "evaluate", "export", "predict", "train", *sorted(_HOM
 
 def __getattr__(name: str) -> Any:
     if name in ("train", "evaluate", "predict", "export"):
-        # Entry points: modules that can be called (see resfast.entry.make_callable).
+        # Entry points: modules that can be called (see resfast.cli.common.make_callable).
         return importlib.import_module(f"resfast.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)

@@ -170,12 +170,12 @@ def _cpu(options: Options) -> Iterator[Line]:
 
 
 def _cpp_kernels(options: Options) -> Iterator[Line]:
-    from resfast.kernels import extension
+    from resfast.ops import extension
 
     if extension.MISSING is None:
-        import resfast.kernels.add_relu
-        import resfast.kernels.augment
-        import resfast.kernels.conv  # noqa: F401  # registering fails for kernels of an old schema
+        import resfast.ops.add_relu.op
+        import resfast.ops.augment.op
+        import resfast.ops.conv.op  # noqa: F401  # registering fails for kernels of an old schema
 
         built = ", ".join(path.name for path in sorted(PACKAGE.glob("_C.*")))
         yield Line("C++ kernels", "ok", f"{built} in {PACKAGE}")
@@ -189,7 +189,7 @@ def _cpp_kernels(options: Options) -> Iterator[Line]:
 def _cuda_kernels(options: Options) -> Iterator[Line]:
     import torch
 
-    from resfast.kernels import extension
+    from resfast.ops import extension
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     missing, record = extension.CUDA_MISSING, PACKAGE / "_CUDA.json"
@@ -262,7 +262,7 @@ def _compile_triton(capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from resfast.kernels.triton_add_relu import _backward_kernel
+    from resfast.ops.add_relu.triton import _backward_kernel
 
     pointers = dict.fromkeys(("out", "grad", "result"), "*bf16")
     signature = {**pointers, "count": "i32", "BLOCK": "constexpr"}

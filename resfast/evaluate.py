@@ -14,15 +14,18 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 import tyro
 
-from resfast import __version__, atomic, entry, inference, runtime
-from resfast.data import feed
+from resfast import __version__, atomic, runtime
+from resfast.cli import common as entry
+from resfast.data import batches as feed
 from resfast.data.dataset import Dataset, print_to_stderr
-from resfast.data.stream import Stream, open_data
+from resfast.data.sources import Stream, open_data
 from resfast.errors import ResfastError
-from resfast.inference import TrainedRun, Which
+from resfast.inference import load as inference
+from resfast.inference import scoring as evaluation
+from resfast.inference.load import TrainedRun, Which
+from resfast.inference.scoring import TTA, Evaluation
+from resfast.runs import folder as records
 from resfast.runtime import Precision
-from resfast.training import evaluation, records
-from resfast.training.evaluation import TTA, Evaluation
 
 PROG = "python -m resfast.evaluate"
 RESULT, CONFUSION = "evaluation.json", "evaluation-confusion.png"
@@ -222,7 +225,7 @@ def _note_changed_data(
 
 
 def _write(folder: Path, result: Result) -> None:
-    from resfast import plots  # matplotlib is slow to import
+    from resfast.runs import plots  # matplotlib is slow to import
 
     records.write_text(folder / RESULT, json.dumps(result.record, indent=2) + "\n")
     plots.save_confusion(folder / CONFUSION, result.confusion, result.classes)

@@ -25,15 +25,17 @@ import tyro
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from resfast import __version__, atomic, entry, inference, runtime
+from resfast import __version__, atomic, runtime
+from resfast.cli import common as entry
 from resfast.data.dataset import print_to_stderr
 from resfast.errors import ResfastError
-from resfast.fusion import fuse
-from resfast.inference import TrainedRun, Which
-from resfast.kernels.basic_block import BasicBlock
-from resfast.kernels.conv import ConvBiasAct
-from resfast.kernels.conv_reference import ACTIVATIONS
-from resfast.training import records
+from resfast.inference import load as inference
+from resfast.inference.fuse import fuse
+from resfast.inference.load import TrainedRun, Which
+from resfast.ops.basic_block.op import BasicBlock
+from resfast.ops.conv.op import ConvBiasAct
+from resfast.ops.conv.reference import ACTIVATIONS
+from resfast.runs import folder as records
 
 PROG = "python -m resfast.export"
 METADATA = "metadata.json"

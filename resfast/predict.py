@@ -18,13 +18,15 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from resfast import atomic, entry, inference
+from resfast import atomic
+from resfast.cli import common as entry
 from resfast.data.folder import IMAGE_SUFFIXES
 from resfast.data.unlabelled import Batch, Files, Rows, checked, open_images
 from resfast.errors import ResfastError
-from resfast.inference import TrainedRun, Which
+from resfast.inference import load as inference
+from resfast.inference.load import TrainedRun, Which
+from resfast.inference.scoring import TTA
 from resfast.runtime import Precision
-from resfast.training.evaluation import TTA
 
 PROG = "python -m resfast.predict"
 HEADER = ("ID", "Labels")

@@ -12,10 +12,10 @@ from typing import Annotated
 
 import tyro
 
-from resfast import entry
+from resfast.cli import common as entry
+from resfast.config.recipes import RECIPES, SUMMARIES, recipe
+from resfast.config.schema import Config, load, network
 from resfast.errors import ResfastError
-from resfast.training.config import Config, load, network
-from resfast.training.recipes import RECIPES, SUMMARIES, recipe
 
 PROG = "python -m resfast.train"
 
@@ -87,7 +87,7 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
 def _picked(config: Config) -> str:
     """Name of the recipe for a target and a limit of seconds; says which and why."""
     from resfast import runtime
-    from resfast.training.targets import pick
+    from resfast.runs.targets import pick
 
     row, reason = pick(
         config.evaluation.target,
@@ -106,7 +106,7 @@ def print_list() -> None:
 
     from resfast.models.presets import PRESETS, build_model, create_model
     from resfast.models.resnet import count_parameters
-    from resfast.training.targets import TABLE, read
+    from resfast.runs.targets import TABLE, read
 
     with torch.device("meta"):  # shapes alone: nothing is initialised
         counts = {name: count_parameters(create_model(name)) for name in PRESETS}
@@ -156,7 +156,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
             print(profile(config, start.profile))
             return
-        from resfast.training.runs import headline, train
+        from resfast.training.seeds import headline, train
 
         result = train(config, resume=start.resume, started=started)
         print(f"{headline(result.summary)}\n{result.path}")
@@ -175,7 +175,7 @@ def _process_seconds() -> float:
 
 
 def _train(*args: object, **kwargs: object) -> object:
-    from resfast.training.runs import train
+    from resfast.training.seeds import train
 
     return train(*args, **kwargs)
 

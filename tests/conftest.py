@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resfast.data.augment import Augment
-from resfast.training.config import (
+from resfast.config.schema import (
     Config,
     DataConfig,
     EvalConfig,
@@ -22,6 +21,7 @@ from resfast.training.config import (
     RunConfig,
     RuntimeConfig,
 )
+from resfast.data.augment import Augment
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -106,7 +106,7 @@ def change(config: Config, **values: object) -> Config:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Sends SIGINT to this process in a training's step of this number, counted over all epochs."""
-    from resfast.training import trainer
+    from resfast.training import loop as trainer
 
     poll, calls = trainer._LossWatch.poll, 0
 

@@ -30,7 +30,7 @@ from resfast.data.augment import (
     statistics,
 )
 from resfast.errors import ResfastError
-from resfast.kernels.augment import AugmentParams, MixParams, augment
+from resfast.ops.augment.op import AugmentParams, MixParams, augment
 
 PIXELS = torch.zeros(3), torch.full((3,), 1 / 255)  # mean and std that leave pixels as they are
 ALL = Augment(

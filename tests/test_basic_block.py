@@ -22,11 +22,13 @@ import torch.nn.functional as F
 import torchvision
 
 import resfast
-from resfast import fusion
-from resfast.fusion import FusedModel
-from resfast.fusion_blocks import group_blocks
-from resfast.kernels import basic_block, conv_choice, conv_cuda
-from resfast.kernels.conv import ConvBiasAct
+from resfast.inference import fuse as fusion
+from resfast.inference.fuse import FusedModel
+from resfast.inference.fuse.blocks import group_blocks
+from resfast.ops.basic_block import op as basic_block
+from resfast.ops.conv import choice as conv_choice
+from resfast.ops.conv import cuda as conv_cuda
+from resfast.ops.conv.op import ConvBiasAct
 from tests.test_conv_cuda_source import ROOT, cuda_build, host_program, raw
 
 DTYPES = (torch.bfloat16, torch.float16)

@@ -21,8 +21,8 @@ from benchmarks import bench_report, inference
 from benchmarks.bench_report import load, tables, write
 from benchmarks.inference import Case, Layer
 from resfast.errors import ResfastError
-from resfast.kernels.conv import ConvBiasAct
 from resfast.models.presets import preset
+from resfast.ops.conv.op import ConvBiasAct
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Case(Layer(16, 24, 3, 2, 8), 2, "fp32", "cpu")

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from resfast.kernels import augment, extension
-from resfast.kernels.augment import check_arguments
+from resfast.ops import extension
+from resfast.ops.augment import op as augment
+from resfast.ops.augment.op import check_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 _SPEC = importlib.util.spec_from_file_location(
@@ -488,7 +489,7 @@ def test_kernels_on_cutlass_are_built_for_hopper_where_it_is_installed(
 
 
 def test_cuda_kernels_are_left_out_at_run_time_on_request(tmp_path):
-    code = "from resfast.kernels import extension; print(extension.CUDA_MISSING)"
+    code = "from resfast.ops import extension; print(extension.CUDA_MISSING)"
     for name in ("RESFAST_EXTENSION", "RESFAST_CUDA"):
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -549,12 +550,13 @@ def test_schema_and_kernel_may_be_registered_in_either_order(schema_first, tmp_p
 CASES = """
 import hashlib, itertools, sys
 import torch
-from resfast.kernels import extension
+from resfast.ops import extension
 if len(sys.argv) > 1:
     torch.ops.load_library(sys.argv[1])
     extension.MISSING = None
 assert extension.MISSING is None, extension.MISSING
-from resfast.kernels import augment, philox, reference
+from resfast.ops.augment import op as augment, reference
+from resfast.ops.philox import op as philox
 
 generator = torch.Generator().manual_seed(0)
 def rand(*shape):
@@ -617,7 +619,7 @@ for size in (0, 1, 7, 1001):
 # The bfloat16 convolutions: their numbers are tested elsewhere, here only what they touch.
 ops, last = torch.ops.resfast, torch.channels_last
 if len(sys.argv) > 1 and hasattr(ops, "conv_bf16_supported") and ops.conv_bf16_supported():
-    from resfast.kernels import conv_train
+    from resfast.ops.conv_train import op as conv_train
 
     for n, c, k, side, stride, padding, tile in [
         (3, 32, 48, 9, 1, 1, 2), (2, 40, 64, 8, 2, 1, 2), (1, 33, 35, 7, 1, 0, 2),
@@ -641,7 +643,7 @@ if len(sys.argv) > 1 and hasattr(ops, "conv_bf16_supported") and ops.conv_bf16_s
             grad = torch.randn(y.shape).to(torch.bfloat16, memory_format=last)
             ops.conv_direct_weight_gradient(x.detach(), grad, stride, padding)
 
-    from resfast.kernels import norm_act
+    from resfast.ops.norm_act import op as norm_act
 
     for (n, c, height, width), pool in itertools.product(
         [(3, 64, 9, 7), (2, 33, 4, 6), (5, 24, 5, 5), (1, 130, 2, 3), (40, 96, 6, 6)], (False, True)
@@ -844,7 +846,9 @@ def test_philox_operator_refuses_bad_arguments():
 def test_left_out_at_run_time_on_request_and_said_once(tmp_path):
     code = """
 import torch
-from resfast.kernels import augment, extension, philox
+from resfast.ops import extension
+from resfast.ops.augment import op as augment
+from resfast.ops.philox import op as philox
 assert extension.MISSING == "RESFAST_EXTENSION is 0"
 for _ in range(2):
     philox.philox(torch.arange(3), seed=0, epoch=0, stream=0)

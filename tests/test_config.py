@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from resfast.config import schema as configs
+from resfast.config.recipes import RECIPES, SUMMARIES
+from resfast.config.schema import Config, ModelConfig, network
 from resfast.errors import ResfastError
 from resfast.models.presets import PRESETS, build_model, create_model
 from resfast.models.resnet import count_parameters
 from resfast.train import command_line, main
-from resfast.training import config as configs
-from resfast.training.config import Config, ModelConfig, network
-from resfast.training.recipes import RECIPES, SUMMARIES
 from resfast.training.resolve import check
 from tests.conftest import change
 

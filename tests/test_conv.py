@@ -19,10 +19,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resfast.kernels import conv, conv_choice, conv_cpu, conv_reference
-from resfast.kernels.add_relu import add_relu
-from resfast.kernels.conv import DTYPES, ConvBiasAct, conv2d_bias_act
 from resfast.layers.conv import set_winograd_tile
+from resfast.ops.add_relu.op import add_relu
+from resfast.ops.conv import choice as conv_choice
+from resfast.ops.conv import cpu as conv_cpu
+from resfast.ops.conv import op as conv
+from resfast.ops.conv import reference as conv_reference
+from resfast.ops.conv.op import DTYPES, ConvBiasAct, conv2d_bias_act
 from tests.triton_code import interpreted
 
 pytestmark = [
@@ -623,7 +626,7 @@ ADD_RELU = ("operator", "reference", "interpreter", pytest.param("cuda", marks=p
 def both_ways(where: str, x: Tensor, residual: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The result, and what the backward makes of ``grad``."""
     if where in ("interpreter", "reference"):
-        kernels = interpreted("triton_add_relu") if where == "interpreter" else conv_reference
+        kernels = interpreted("add_relu") if where == "interpreter" else conv_reference
         result = kernels.add_relu(x, residual)
         return result, kernels.add_relu_backward(grad, result)
     device = "cpu" if where == "operator" else "cuda"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resfast.kernels import conv_cpu
+from resfast.ops.conv import cpu as conv_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")

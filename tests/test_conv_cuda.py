@@ -17,9 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from resfast.kernels import conv_choice, conv_cuda, conv_reference, extension
-from resfast.kernels.conv import ConvBiasAct, conv2d_bias_act
-from resfast.kernels.conv_cuda import Way
+from resfast.ops import extension
+from resfast.ops.conv import choice as conv_choice
+from resfast.ops.conv import cuda as conv_cuda
+from resfast.ops.conv import reference as conv_reference
+from resfast.ops.conv.cuda import Way
+from resfast.ops.conv.op import ConvBiasAct, conv2d_bias_act
 
 ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -23,7 +23,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resfast.kernels import conv, conv_reference, extension
+from resfast.ops import extension
+from resfast.ops.conv import op as conv
+from resfast.ops.conv import reference as conv_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 _SPEC = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")

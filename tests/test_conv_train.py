@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import resfast
-from resfast.kernels import conv_cpu, conv_train
 from resfast.layers.conv import Conv2d, set_winograd_tile
+from resfast.ops.conv import cpu as conv_cpu
+from resfast.ops.conv_train import op as conv_train
 
 pytestmark = pytest.mark.skipif(
     not conv_train.AVAILABLE, reason="needs the C++ kernels and AVX512-BF16"

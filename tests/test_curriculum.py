@@ -15,17 +15,19 @@ import torch
 import torch.nn.functional as F
 
 from resfast import runtime
+from resfast.config import schema as configs
+from resfast.config.schema import Config, DataConfig, OptimConfig
 from resfast.data.augment import Augment, order, smaller
 from resfast.errors import NonFiniteLossError, ResfastError
+from resfast.optim.optimizers import Schedule, build_optimizer
+from resfast.runs import checkpoint
+from resfast.runs import folder as records
 from resfast.train import command_line
-from resfast.training import checkpoint, records, trainer
-from resfast.training import config as configs
-from resfast.training.config import Config, DataConfig, OptimConfig
-from resfast.training.curriculum import Batch, Plan, epoch_order, make_plan, weighted_mean
-from resfast.training.optim import Schedule, build_optimizer
+from resfast.training import loop as trainer
+from resfast.training.loop import Interrupted, train
+from resfast.training.plan import Batch, Plan, epoch_order, make_plan, weighted_mean
 from resfast.training.resolve import check
 from resfast.training.step import TrainStep
-from resfast.training.trainer import Interrupted, train
 from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights
 
@@ -411,7 +413,7 @@ def test_stopping_within_a_varying_run_changes_nothing(
 def test_later_epochs_train_on_the_images_with_the_highest_recorded_loss(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
-    from resfast.training import trainer
+    from resfast.training import loop as trainer
 
     given, made = [], trainer.epoch_order
 
@@ -435,7 +437,7 @@ def test_later_epochs_train_on_the_images_with_the_highest_recorded_loss(
 
 
 def test_recorded_losses_are_those_of_the_images(tiny: Config, monkeypatch: pytest.MonkeyPatch):
-    from resfast.training import trainer
+    from resfast.training import loop as trainer
 
     expected, recorded = [], []
     step, end = TrainStep._step, trainer._Run._end_epoch
@@ -468,7 +470,7 @@ def test_a_streamed_run_follows_sizes_and_a_cut_epoch(tiny: Config):
 def test_weights_that_are_not_finite_after_the_last_epoch_are_said(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
-    from resfast.training import trainer
+    from resfast.training import loop as trainer
 
     end = trainer._Run._end_epoch
 
@@ -482,7 +484,7 @@ def test_weights_that_are_not_finite_after_the_last_epoch_are_said(
 
 
 def test_a_second_varying_run_in_one_process_is_that_run_alone(tiny: Config):
-    from resfast.training.trainer import Shared
+    from resfast.training.loop import Shared
 
     varying = change(tiny, **VARYING, resize_by="crop")
     shared = Shared()
@@ -499,7 +501,8 @@ def test_streams_refuse_what_they_cannot_do(tiny: Config):
 
 
 def test_every_shape_is_compiled_before_the_clock(tiny: Config, monkeypatch: pytest.MonkeyPatch):
-    from resfast.training import resolve, trainer
+    from resfast.training import loop as trainer
+    from resfast.training import resolve
 
     warmed, steps = [], []
 
@@ -523,7 +526,7 @@ def test_every_shape_is_compiled_before_the_clock(tiny: Config, monkeypatch: pyt
 
 
 def test_warming_up_the_loader_changes_nothing(tiny: Config, monkeypatch: pytest.MonkeyPatch):
-    from resfast.training import trainer
+    from resfast.training import loop as trainer
 
     config = change(tiny, **VARYING, resize_by="crop")
     plain = train(config)

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from resfast import doctor
 from resfast.doctor import Line, Options, covers, examine, probe
-from resfast.kernels import extension
+from resfast.ops import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 import resfast
 from resfast import export, runtime
+from resfast.config.schema import Config, DataConfig, ModelConfig, RuntimeConfig, network
 from resfast.errors import ResfastError
-from resfast.fusion_blocks import group_blocks
-from resfast.kernels.basic_block import BasicBlock
+from resfast.inference.fuse.blocks import group_blocks
 from resfast.models.presets import build_model
-from resfast.training import records
-from resfast.training.checkpoint import save_weights
-from resfast.training.config import Config, DataConfig, ModelConfig, RuntimeConfig, network
+from resfast.ops.basic_block.op import BasicBlock
+from resfast.runs import folder as records
+from resfast.runs.checkpoint import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("bird", "cat", "dog", "ship", "日本")
@@ -85,7 +85,7 @@ def run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(run) -> resfast.inference.TrainedRun:
+def trained(run) -> resfast.inference.load.TrainedRun:
     return resfast.load(run, device="cpu")
 
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfast.kernels import conv_reference, frozen_conv
 from resfast.models.speednet import SpeedNet, SpeedNetSpec
+from resfast.ops.conv import reference as conv_reference
+from resfast.ops.frozen_conv import op as frozen_conv
 from tests.triton_code import compiled, interpreted, triton_kernels
 
 LAST = torch.channels_last
@@ -49,7 +50,7 @@ def test_result_and_gradient_are_those_of_float64(kernel: str, activation: str):
 
         rest = (before, behind, activation, SLOPE)
         if kernel == "interpreter":
-            module = interpreted("triton_frozen_conv")
+            module = interpreted("frozen_conv")
             out, gradient = module.forward(*given, *rest), module.backward(grad, *given, *rest)
         else:
             device = "cuda" if kernel == "cuda" else "cpu"
@@ -70,7 +71,7 @@ def test_result_and_gradient_are_those_of_float64(kernel: str, activation: str):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_the_architecture(capability: int):
-    module = triton_kernels("triton_frozen_conv")
+    module = triton_kernels("frozen_conv")
     types = dict.fromkeys(("out", "grad", "x"), "*bf16")
     types |= dict.fromkeys(("partials", "weight", "bias"), "*fp32") | {"slope": "fp32"}
     types |= dict.fromkeys((*module.INTEGERS, "filters", "blocks"), "i32")

@@ -12,13 +12,13 @@ import torchvision.models as tv
 from torch import Tensor, nn
 
 import resfast
-from resfast import fusion
 from resfast.errors import ResfastError
-from resfast.kernels.conv import ConvBiasAct
+from resfast.inference import fuse as fusion
 from resfast.layers import ConvBNAddReLU, ConvBNReLU, FusedBasicBlock, FusedBottleneck
 from resfast.models.presets import PRESETS
 from resfast.models.resnet import ResNet, ResNetSpec
 from resfast.models.speednet import SpeedNet, SpeedNetSpec
+from resfast.ops.conv.op import ConvBiasAct
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 LAYERS = {

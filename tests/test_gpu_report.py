@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import bench_report, gpu_report, small_kernels
 from benchmarks.gpu_report import PARTS, Outcome, Report, Step, report_on
-from resfast.kernels import conv_reference
+from resfast.ops.conv import reference as conv_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 

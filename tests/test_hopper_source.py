@@ -17,7 +17,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resfast.kernels import conv, conv_reference, extension
+from resfast.ops import extension
+from resfast.ops.conv import op as conv
+from resfast.ops.conv import reference as conv_reference
 from tests.test_conv_cuda_source import ACTIVATIONS, BAD, GOOD, ROOT, cuda_build
 
 CONFIGS = 8

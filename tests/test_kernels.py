@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resfast.kernels import augment as face
-from resfast.kernels import philox as philox_face
-from resfast.kernels import reference
-from resfast.kernels.augment import DTYPES, AugmentParams, MixParams, augment, normalization
+from resfast.ops.augment import op as face
+from resfast.ops.augment import reference
+from resfast.ops.augment.op import DTYPES, AugmentParams, MixParams, augment, normalization
+from resfast.ops.philox import op as philox_face
 from tests.triton_code import compiled, interpreted, triton_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -36,7 +36,7 @@ SCALE = 1 / 40
 def run(kernel: str, args: tuple) -> Tensor:
     """What a kernel makes of the operator's arguments (without ``check``), on the CPU."""
     if kernel == "interpreter":
-        return interpreted("triton_augment").augment(*args)
+        return interpreted("augment").augment(*args)
     if kernel == "cuda":
         args = tuple(value.cuda() if isinstance(value, Tensor) else value for value in args)
     return torch.ops.resfast.augment(*args, False).cpu()
@@ -611,7 +611,7 @@ def run_philox(kernel: str, indices: Tensor, seed: int, epoch: int, stream: int)
     if kernel == "reference":
         return reference.philox(indices, signed, epoch, stream)
     if kernel == "interpreter":
-        return interpreted("triton_philox").philox(indices, signed, epoch, stream)
+        return interpreted("philox").philox(indices, signed, epoch, stream)
     if kernel == "cuda":
         indices = indices.cuda()
     return philox_face.philox(indices, seed=seed, epoch=epoch, stream=stream).cpu()
@@ -890,7 +890,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_augment_compiles_for_the_architecture(capability: int, variant: str) -> None:
-    kernels = triton_kernels("triton_augment")
+    kernels = triton_kernels("augment")
     dtype, present, zero = VARIANTS[variant]
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     signature = {"out": f"*{element}", "images": "*u8", "indices": "*i64", "count": "i32"}
@@ -913,7 +913,7 @@ def test_augment_compiles_for_the_architecture(capability: int, variant: str) ->
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_philox_compiles_for_the_architecture(capability: int) -> None:
-    kernels = triton_kernels("triton_philox")
+    kernels = triton_kernels("philox")
     signature = {"out": "*i64", "indices": "*i64"}
     signature |= dict.fromkeys(("count", "key_low", "key_high", "epoch", "stream"), "i32")
     constants = {"BLOCK": kernels.BLOCK}
@@ -922,7 +922,7 @@ def test_philox_compiles_for_the_architecture(capability: int) -> None:
 
 
 def test_a_size_is_split_into_blocks_that_cover_it() -> None:
-    kernels = triton_kernels("triton_augment")
+    kernels = triton_kernels("augment")
     for height, width, channels in (
         (32, 32, 3),
         (28, 28, 1),
@@ -945,4 +945,4 @@ def test_an_image_too_large_to_address_is_named() -> None:
     with pytest.raises(
         ValueError, match=r"an image has 2147483648 bytes; expected less than 2\^31"
     ):
-        triton_kernels("triton_augment").layout(2**15, 2**14, 4, False, torch.float32)
+        triton_kernels("augment").layout(2**15, 2**14, 4, False, torch.float32)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from resfast.data import feed, stream
+from resfast.data import batches as feed
+from resfast.data import sources as stream
 from resfast.data.augment import POLICIES, Augment, parse_augment
 from resfast.data.dataset import Dataset, load_dataset
-from resfast.data.loader import ResidentLoader, resident_batches
-from resfast.data.stream import Files, Stream, open_data
+from resfast.data.resident import ResidentLoader, resident_batches
+from resfast.data.sources import Files, Stream, open_data
 from resfast.errors import ResfastError
 
 COUNT, CLASSES = 23, 5
@@ -238,7 +239,7 @@ def test_a_part_that_cannot_be_held_out_is_refused(
 
 
 def test_shards_cannot_be_split(tmp_path: Path):
-    from resfast.data.stream import Shards
+    from resfast.data.sources import Shards
 
     shards = Shards(("a.tar",), 8)
     opened = Stream("shards:x", shards, shards, ("a", "b"), 16, "0")

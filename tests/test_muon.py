@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resfast.kernels import extension
-from resfast.kernels import muon as kernels
-from resfast.training import muon
-from resfast.training.muon import COEFFICIENTS, Muon, orthogonalize
+from resfast.ops import extension
+from resfast.ops.muon import op as kernels
+from resfast.optim import muon
+from resfast.optim.muon import COEFFICIENTS, Muon, orthogonalize
 from tests.triton_code import compiled, interpreted, triton_kernels
 
 
@@ -412,7 +412,7 @@ FILTERS = ((8, 4, 3, 3), (40, 3, 3, 3), (33, 17, 3, 3), (64, 40, 1, 1), (70, 30,
 def test_the_triton_kernels_do_a_step(
     shape: tuple[int, ...], steps: int, normalize: bool, decay: float, where: str
 ):
-    name = "triton_muon"
+    name = "muon"
     module = interpreted(name) if where == "interpreter" else triton_kernels(name)
     device = "cpu" if where == "interpreter" else "cuda"
     torch.manual_seed(0)
@@ -453,7 +453,7 @@ def test_the_triton_kernels_do_a_step(
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_triton_kernels_compile_for_the_architecture(capability: int):
-    module = triton_kernels("triton_muon")
+    module = triton_kernels("muon")
     half = dict.fromkeys(("out", "x", "factor", "update"), "*bf16")
     signature = dict.fromkeys(("weight", "grad", "buffer", "sums", "rate"), "*fp32") | half
     signature |= dict.fromkeys(("momentum", "least", "a", "b", "c"), "fp32")

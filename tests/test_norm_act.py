@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import resfast
 from resfast.errors import ResfastError
-from resfast.kernels import norm_act as kernel
-from resfast.kernels import reference
 from resfast.layers import norm
 from resfast.layers.norm import norm_act
+from resfast.ops.augment import reference
+from resfast.ops.norm_act import op as kernel
 from tests.triton_code import compiled, interpreted, triton_kernels
 
 LAST = torch.channels_last
@@ -77,7 +77,7 @@ def operator(tensors: list[Tensor], activation: str, pool: bool) -> tuple[Tensor
 @functools.cache
 def in_small_parts() -> ModuleType:
     """The Triton kernels run by the interpreter, in many small parts."""
-    twin = interpreted("triton_norm_act")
+    twin = interpreted("norm_act")
     twin.WARPS, twin.PARTS = 4, 1
     # The interpreter knows a fast way for the sums of Triton's own library alone.
     twin._plus = importlib.import_module("triton").language.standard._sum_combine
@@ -396,7 +396,7 @@ def unroll(kernels: ModuleType, name: str, variant: dict) -> int:
 
 def code_of(name: str, variant: dict, channels: int, capability: int) -> Any:
     """A kernel compiled for an architecture."""
-    kernels = triton_kernels("triton_norm_act")
+    kernels = triton_kernels("norm_act")
     function = getattr(kernels, name)
     absent = {key for key in ("residual", "other", "where") if not variant.get(key)}
     if "other" in absent:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from resfast.config.schema import Config, OptimConfig, RuntimeConfig
 from resfast.errors import ResfastError
-from resfast.training.config import Config, OptimConfig, RuntimeConfig
-from resfast.training.muon import Muon
-from resfast.training.optim import Schedule, build_optimizer, parameter_groups
+from resfast.optim.muon import Muon
+from resfast.optim.optimizers import Schedule, build_optimizer, parameter_groups
 from resfast.training.resolve import check, resolve
 
 

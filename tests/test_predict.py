@@ -19,12 +19,8 @@ import torch
 from PIL import Image
 
 import resfast
-from resfast import evaluate, inference, predict
-from resfast.data.augment import Augment
-from resfast.data.dataset import load_dataset
-from resfast.errors import ResfastError
-from resfast.training.checkpoint import load_weights, save_weights
-from resfast.training.config import (
+from resfast import evaluate, predict
+from resfast.config.schema import (
     Config,
     DataConfig,
     EvalConfig,
@@ -33,6 +29,11 @@ from resfast.training.config import (
     RunConfig,
     RuntimeConfig,
 )
+from resfast.data.augment import Augment
+from resfast.data.dataset import load_dataset
+from resfast.errors import ResfastError
+from resfast.inference import load as inference
+from resfast.runs.checkpoint import load_weights, save_weights
 
 SIZE = 16
 

@@ -15,7 +15,7 @@ from resfast.data.augment import POLICIES, Augment, sample, sample_mix, statisti
 from resfast.data.dataset import Dataset, channel_mean_std
 from resfast.data.preview import augmented, contact_sheet
 from resfast.errors import ResfastError
-from resfast.kernels.augment import augment
+from resfast.ops.augment.op import augment
 
 MIXING = Augment(
     crop=3, flip="random", rotate=10, cutout=5, contrast=0.3, grey=0.3, mixup=1, cutmix=1

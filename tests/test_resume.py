@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from resfast import runtime
-from resfast.training import checkpoint, records
-from resfast.training.config import Config
-from resfast.training.trainer import Interrupted, train
+from resfast.config.schema import Config
+from resfast.runs import checkpoint
+from resfast.runs import folder as records
+from resfast.training.loop import Interrupted, train
 from tests.conftest import TINY_OPTIONS, change, interrupt_at
 from tests.test_training import assert_same_weights
 

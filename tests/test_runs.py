@@ -11,12 +11,15 @@ import pytest
 import torch
 
 import resfast
+from resfast.config import schema as configs
+from resfast.config.schema import Config
 from resfast.errors import ResfastError
+from resfast.runs import checkpoint
+from resfast.runs import folder as records
+from resfast.runs.statistics import p_value, statistics
 from resfast.train import main
-from resfast.training import checkpoint, records, runs, trainer
-from resfast.training import config as configs
-from resfast.training.config import Config
-from resfast.training.statistics import p_value, statistics
+from resfast.training import loop as trainer
+from resfast.training import seeds as runs
 from resfast.training.step import TrainStep
 from tests.conftest import TINY_OPTIONS, change, interrupt_at
 from tests.test_training import assert_same_weights

@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resfast
+from resfast.config import schema as configs
+from resfast.config.schema import Config, ModelConfig, network
 from resfast.errors import ResfastError
-from resfast.kernels import norm_act
 from resfast.models.presets import PRESETS, build_model, create_model
 from resfast.models.resnet import ResNetSpec, count_parameters
 from resfast.models.speednet import SpeedNet, SpeedNetSpec
 from resfast.models.summary import count_macs, summarize
+from resfast.ops.norm_act import op as norm_act
 from resfast.train import main
-from resfast.training import config as configs
-from resfast.training.config import Config, ModelConfig, network
-from resfast.training.trainer import train
+from resfast.training.loop import train
 from tests.conftest import change
 from tests.test_export import FORMATS, loaded, make_run, pixels, relative_error
 
@@ -452,7 +452,7 @@ def test_an_exported_network_gives_the_logits_of_the_run(format: str, variant: s
 
 def test_a_resumed_run_ends_with_the_same_bits(tiny_speednet: Config, monkeypatch):
     whole = train(tiny_speednet)
-    from resfast.training import trainer
+    from resfast.training import loop as trainer
 
     saved = trainer._Run._save
     stopped = change(tiny_speednet, name="stopped")

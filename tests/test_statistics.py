@@ -5,7 +5,7 @@ import random
 import pytest
 import scipy.stats
 
-from resfast.training.statistics import p_value, statistics
+from resfast.runs.statistics import p_value, statistics
 
 VALUES = [0.9071, 0.9064, 0.9083, 0.9069, 0.9078]
 

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from resfast.training import checkpoint, records
-from resfast.training.averaging import Average, ema_weight, lookahead_weight
-from resfast.training.config import Config, OptimConfig
-from resfast.training.optim import Schedule, build_optimizer
+from resfast.config.schema import Config, OptimConfig
+from resfast.optim.averaging import Average, ema_weight, lookahead_weight
+from resfast.optim.optimizers import Schedule, build_optimizer
+from resfast.runs import checkpoint
+from resfast.runs import folder as records
+from resfast.training.loop import Interrupted, train
 from resfast.training.step import TrainStep, _Graph, why_not_captured
-from resfast.training.trainer import Interrupted, train
 from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import resfast
+from resfast.config.schema import Config
 from resfast.data.augment import parse_augment
 from resfast.data.shards import write_shards
 from resfast.errors import ResfastError
-from resfast.training import checkpoint, records
-from resfast.training.config import Config
-from resfast.training.trainer import Interrupted, train
+from resfast.runs import checkpoint
+from resfast.runs import folder as records
+from resfast.training.loop import Interrupted, train
 from tests.conftest import change
 from tests.test_training import assert_same_weights
 
@@ -63,7 +64,7 @@ def test_a_streamed_folder_trains_to_the_same_weights_as_a_resident_one(tiny: Co
 def test_a_streamed_run_that_was_stopped_ends_with_the_same_weights(
     streamed: Config, monkeypatch: pytest.MonkeyPatch, step: int
 ):
-    from resfast.training import trainer
+    from resfast.training import loop as trainer
 
     streamed = change(streamed, augment=parse_augment("crop=1,flip=alternating,cutout=4,mixup=1"))
     whole = train(change(streamed, name="whole"))

@@ -13,15 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from resfast.config.schema import Config
 from resfast.data.augment import POLICIES, Augment, parse_augment, smaller
-from resfast.data.loader import ResidentLoader
-from resfast.data.supply import Supply
+from resfast.data.device_batches import Supply
+from resfast.data.resident import ResidentLoader
 from resfast.errors import NonFiniteLossError
-from resfast.training import records, resolve, trainer
-from resfast.training.config import Config
-from resfast.training.marks import Marks
+from resfast.runs import folder as records
+from resfast.training import loop as trainer
+from resfast.training import resolve
+from resfast.training.loop import Shared, train
 from resfast.training.step import _Graph
-from resfast.training.trainer import Shared, train
+from resfast.training.step_metrics import Marks
 from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights, weights
 from tests.triton_code import compiled, interpreted, triton_kernels
@@ -145,8 +147,8 @@ KERNELS = ("interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
 def kernels_of(where: str) -> tuple[ModuleType, str]:
     """The Triton kernels of the bookkeeping, and the device of what they are given."""
     if where == "interpreter":
-        return interpreted("triton_supply"), "cpu"
-    return triton_kernels("triton_supply"), "cuda"
+        return interpreted("batching"), "cpu"
+    return triton_kernels("batching"), "cuda"
 
 
 @pytest.mark.parametrize("where", KERNELS)
@@ -185,7 +187,7 @@ def test_the_kernel_marks_down_a_step(where: str, images: int):
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_the_architecture(capability: int):
-    module = triton_kernels("triton_supply")
+    module = triton_kernels("batching")
     types = dict.fromkeys(("losses", "image_losses", "loss", "batch_losses"), "*fp32")
     types |= dict.fromkeys(("images", "count", "steps"), "i32")
     absent = dict.fromkeys(("image_losses", "batch_losses", "indices"))

@@ -15,13 +15,15 @@ from torch import nn
 
 from benchmarks import time_to_accuracy as tta
 from benchmarks.time_to_accuracy import main, row_of, views
-from resfast import plots
+from resfast.config.recipes import RECIPES
+from resfast.config.schema import Config
 from resfast.errors import ResfastError
+from resfast.inference.scoring import evaluate
+from resfast.runs import folder as records
+from resfast.runs import plots, targets
 from resfast.train import command_line
-from resfast.training import records, runs, targets, trainer
-from resfast.training.config import Config
-from resfast.training.evaluation import evaluate
-from resfast.training.recipes import RECIPES
+from resfast.training import loop as trainer
+from resfast.training import seeds as runs
 from resfast.training.resolve import check
 from tests.conftest import change
 

@@ -14,16 +14,17 @@ from torch import nn
 
 import resfast
 from resfast import atomic
-from resfast.data.loader import resident_batches
+from resfast.config import schema as configs
+from resfast.config.schema import Config, OptimConfig, network
+from resfast.data.resident import resident_batches
 from resfast.errors import NonFiniteLossError, ResfastError
+from resfast.inference.scoring import evaluate, predict
 from resfast.models.resnet import ResNet
+from resfast.runs import checkpoint
+from resfast.runs import folder as records
 from resfast.train import main
-from resfast.training import checkpoint, records
-from resfast.training import config as configs
-from resfast.training.config import Config, OptimConfig, network
-from resfast.training.evaluation import evaluate, predict
+from resfast.training.loop import train
 from resfast.training.step import TrainStep
-from resfast.training.trainer import train
 from tests.conftest import TINY_OPTIONS, change, workers_of
 
 LIMIT_SECONDS = 180
@@ -471,7 +472,7 @@ def make_step(compile: bool, **values: object) -> TrainStep:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3))
     model(torch.zeros(2, 3, 8, 8))
     config = OptimConfig(lr=0.1, **values)
-    from resfast.training.optim import build_optimizer
+    from resfast.optim.optimizers import build_optimizer
 
     return TrainStep(
         model,
@@ -544,7 +545,7 @@ def test_a_run_on_cuda_learns(tiny: Config, precision: str):
 @pytest.mark.parametrize("policy", ["none", "standard", "strong", "report-001"])
 def test_an_epoch_on_cuda_never_waits_for_the_device(policy: str):
     from resfast.data.augment import parse_augment
-    from resfast.data.loader import ResidentLoader
+    from resfast.data.resident import ResidentLoader
 
     step = make_step(compile=False, ema=0.9)
     images = torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8)

@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from resfast.data import feed
-from resfast.data.stream import Files, Shards
+from resfast.config.schema import Config
+from resfast.data import batches as feed
+from resfast.data.sources import Files, Shards
 from resfast.errors import ResfastError
 from resfast.layers import whitening
 from resfast.layers.whitening import EPS, prepare_model, whitening_weight
 from resfast.models.presets import create_model
 from resfast.models.speednet import SpeedNet, SpeedNetSpec
-from resfast.training.config import Config
-from resfast.training.trainer import train
+from resfast.training.loop import train
 from tests.conftest import change
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))

@@ -13,9 +13,9 @@ import pytest
 
 
 def triton_kernels(name: str) -> ModuleType:
-    """The module of a Triton kernel; skips the test where there is no Triton."""
+    """The Triton kernels of an operator; skips the test where there is no Triton."""
     pytest.importorskip("triton", reason="there is no Triton for this platform")
-    return importlib.import_module(f"resfast.kernels.{name}")
+    return importlib.import_module(f"resfast.ops.{name}.triton")
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def interpreted(name: str) -> ModuleType:
         spec.loader.exec_module(copy)
     for key, value in list(vars(copy).items()):
         if isinstance(value, triton.JITFunction):
-            setattr(copy, key, getattr(interpreted(value.__module__.rpartition(".")[2]), key))
+            setattr(copy, key, getattr(interpreted(value.__module__.split(".")[-2]), key))
     return copy
 
 

@@ -1,4 +1,4 @@
-// resfast::add_relu and its backward on the CPU; schema and meaning in resfast/kernels/add_relu.py.
+// resfast::add_relu and its backward on the CPU; schema and meaning in resfast/ops/add_relu/op.py.
 
 #include <array>
 #include <cstdint>

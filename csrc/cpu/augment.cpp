@@ -1,5 +1,5 @@
 // resfast::augment on the CPU; its schema and what its arguments mean stand in
-// resfast/kernels/augment.py, the same steps in plain PyTorch in resfast/kernels/reference.py.
+// resfast/ops/augment/op.py, the same steps in plain PyTorch in resfast/ops/augment/reference.py.
 //
 // An image goes through the steps in one of two ways:
 //   bytes:  shifted and mirrored as rows of bytes, then normalized: exact and fast;

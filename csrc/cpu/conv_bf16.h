@@ -1,5 +1,5 @@
 // What the two bfloat16 convolutions share: the matrix product on AVX512-BF16 or AMX, packed weights,
-// the epilogue, arguments and their checks. Meaning of the operator: resfast/kernels/conv.py.
+// the epilogue, arguments and their checks. Meaning of the operator: resfast/ops/conv/op.py.
 //
 // Weights are packed as panels of up to 64 outputs: [panel][pairs][outputs of the panel][2], where
 // a pair are two neighbours of the sum, as _mm512_dpbf16_ps takes them. What is missing is 0.

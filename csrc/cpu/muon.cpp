@@ -1,5 +1,5 @@
 // resfast::nesterov_ and resfast::move_filters_ on the CPU, the two passes over memory of Muon;
-// schemas and meaning in resfast/kernels/muon.py.
+// schemas and meaning in resfast/ops/muon/op.py.
 
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,5 @@
 // resfast::newton_schulz_product on x86-64 with AVX-512; schema and meaning in
-// resfast/kernels/muon.py.
+// resfast/ops/muon/op.py.
 //
 // All its matrices are polynomials of one symmetric matrix, so they and their products are
 // symmetric: half of a product is computed, the rest is mirrored. Stored are panels of 32 columns,

@@ -1,6 +1,6 @@
 // Batch norm of a training step with what stands around it, in bfloat16 on AVX-512: an optional 2x2
 // max pooling before it, the addition of a residual and an activation behind it, and the gradients.
-// Meaning of the operators: resfast/kernels/norm_act.py.
+// Meaning of the operators: resfast/ops/norm_act/op.py.
 //
 // Forward: one pass for the sums of each channel, one for the result. Backward: one pass for the sums
 // (and, with a residual, its gradient), one for the gradient of the input. Sums are float32 over 512

@@ -1,4 +1,4 @@
-// resfast::philox on the CPU; its schema and what it means stand in resfast/kernels/philox.py.
+// resfast::philox on the CPU; its schema and what it means stand in resfast/ops/philox/op.py.
 
 #include <cstdint>
 #include <utility>

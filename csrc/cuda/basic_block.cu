@@ -1,5 +1,5 @@
 // Our kernel behind resfast::basic_block on CUDA, whose meaning stands in
-// resfast/kernels/basic_block.py: resfast::basic_block_cuda takes tile and cluster, of
+// resfast/ops/basic_block/op.py: resfast::basic_block_cuda takes tile and cluster, of
 // resfast::basic_block_cuda_candidates.
 
 #include <atomic>

@@ -1,8 +1,8 @@
 // Our kernel behind resfast::conv2d_bias_act on CUDA, whose meaning stands in
-// resfast/kernels/conv.py: resfast::conv2d_cuda takes tile and splits, of
+// resfast/ops/conv/op.py: resfast::conv2d_cuda takes tile and splits, of
 // resfast::conv2d_cuda_candidates, and whether float32 is rounded to TF32;
 // resfast::conv2d_epilogue_ finishes a convolution of cuDNN. The choice is made in
-// resfast/kernels/conv_cuda.py.
+// resfast/ops/conv/cuda.py.
 
 #include <optional>
 #include <string>

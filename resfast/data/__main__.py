@@ -10,7 +10,8 @@ from pathlib import Path
 
 import tyro
 
-from resfast import atomic, entry
+from resfast import atomic
+from resfast.cli import common as entry
 from resfast.data.augment import POLICIES, parse_augment
 from resfast.data.dataset import load_dataset, print_to_stderr
 from resfast.errors import ResfastError

@@ -2,7 +2,7 @@
 
 What is drawn for an image is a pure function of (policy, seed, epoch, index of the image): it does
 not depend on the batch, on the number of workers or ranks, or on the device, and nothing has to be
-saved to draw it again. :func:`resfast.kernels.augment.augment` carries it out.
+saved to draw it again. :func:`resfast.ops.augment.op.augment` carries it out.
 
 Shapes: N images in the data set, B rows, H x W pixels, C channels.
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from resfast.errors import ResfastError, nearest
-from resfast.kernels.augment import AugmentParams, MixParams, Padding
-from resfast.kernels.philox import philox, uniform
+from resfast.ops.augment.op import AugmentParams, MixParams, Padding
+from resfast.ops.philox.op import philox, uniform
 
 Flip = Literal["none", "random", "alternating"]
 ResizeBy = Literal["resize", "crop"]
@@ -426,7 +426,7 @@ def sample_mixes(
 
     Returns:
         One row per image of the data set: its partner, and the weight and box of a batch that
-        begins with it, for :meth:`~resfast.kernels.augment.MixParams.of_batch`.
+        begins with it, for :meth:`~resfast.ops.augment.op.MixParams.of_batch`.
     """
     if not augment.mixes:
         return None
@@ -553,7 +553,7 @@ def mixed_labels(labels: Tensor, partner_labels: Tensor, own_part: Tensor, class
     Args:
         labels: int64 ``[B]``, of the own images.
         partner_labels: int64 ``[B]``, of those they are mixed with.
-        own_part: float32 ``[B]``, :meth:`~resfast.kernels.augment.MixParams.own_part`.
+        own_part: float32 ``[B]``, :meth:`~resfast.ops.augment.op.MixParams.own_part`.
         classes: number of classes.
     """
     numbers = torch.arange(classes, device=labels.device)
@@ -573,7 +573,7 @@ def affine_maps(
 
     The source is turned about its centre, ``window`` of that is moved by ``shift``, stretched to
     the image's size and mirrored. Without ``angle`` and ``window`` it is what ``shift`` and
-    ``flip`` of :class:`~resfast.kernels.augment.AugmentParams` are, exactly.
+    ``flip`` of :class:`~resfast.ops.augment.op.AugmentParams` are, exactly.
 
     Args:
         size: height and width, in pixels.

@@ -1,7 +1,7 @@
 """Batches that NVIDIA DALI reads, decodes and resizes ahead of the training.
 
 DALI brings images to uint8 ``[B, S, S, C]`` on the training's device; the fused operator of
-:mod:`resfast.kernels.augment` does the rest, as it does for a data set in memory. The decoded set
+:mod:`resfast.ops.augment.op` does the rest, as it does for a data set in memory. The decoded set
 is never held. DALI works without a GPU too.
 
 Order and augmentation of :class:`Arrays` and :class:`Files` are functions of (seed, epoch, index),
@@ -43,11 +43,11 @@ from resfast.data.augment import (
 )
 from resfast.data.dataset import mean_std_of_sums
 from resfast.data.folder import read_file
-from resfast.data.loader import check_batch_size
-from resfast.data.stream import Files, Shards
+from resfast.data.resident import check_batch_size
+from resfast.data.sources import Files, Shards
 from resfast.errors import ResfastError
-from resfast.kernels.augment import DTYPES, augment_drawn, normalization
-from resfast.kernels.philox import philox, uniform
+from resfast.ops.augment.op import DTYPES, augment_drawn, normalization
+from resfast.ops.philox.op import philox, uniform
 
 Finish = Literal["fused", "dali", "uint8"]
 
@@ -76,7 +76,7 @@ Source = Arrays | Files | Shards
 
 
 class DaliLoader:
-    """Batches of images that DALI reads; used as :class:`~resfast.data.loader.ResidentLoader` is.
+    """Batches of images that DALI reads; used as :class:`~resfast.data.resident.ResidentLoader` is.
 
     Differences to it: an image is mixed with the next one of its batch instead of any; images
     that are not ``image_size`` on both sides are cut to a centred square and resized, antialiased

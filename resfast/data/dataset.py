@@ -92,7 +92,7 @@ def load_dataset(
     if data.startswith("shards:"):
         raise ResfastError(
             f"{data} is read as a stream and cannot be loaded whole: open it with "
-            "resfast.data.stream.open_data, or use --data folder:PATH with the images"
+            "resfast.data.sources.open_data, or use --data folder:PATH with the images"
         )
     if data in ("cifar10", "cifar100"):
         return _load_cifar(data, data_dir, image_size, report)

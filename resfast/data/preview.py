@@ -22,7 +22,7 @@ from resfast.data.augment import (
 )
 from resfast.data.dataset import Dataset, channel_mean_std
 from resfast.errors import ResfastError
-from resfast.kernels.augment import MixParams, augment
+from resfast.ops.augment.op import MixParams, augment
 
 MAX_IMAGES = 100
 

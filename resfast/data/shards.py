@@ -28,7 +28,7 @@ from resfast.data.folder import (
     open_source,
     read_file,
 )
-from resfast.data.stream import Shards
+from resfast.data.sources import Shards
 from resfast.errors import ResfastError
 
 IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)

@@ -11,7 +11,7 @@ class Conv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` without bias and with "same" padding for odd kernels.
 
     Where gradients are recorded under CPU autocast to bfloat16, 3x3 convolutions of enough channels
-    are :func:`resfast.kernels.conv_train.conv2d`, and strided 1x1 convolutions are products with
+    are :func:`resfast.ops.conv_train.op.conv2d`, and strided 1x1 convolutions are products with
     the pixels that they read, whose gradients take a third to a tenth of the time of oneDNN's.
 
     Attributes:
@@ -33,7 +33,8 @@ class Conv2d(nn.Conv2d):
             and torch.is_autocast_enabled("cpu")
             and torch.get_autocast_dtype("cpu") == torch.bfloat16
         ):
-            from resfast.kernels import conv_cpu, conv_train
+            from resfast.ops.conv import cpu as conv_cpu
+            from resfast.ops.conv_train import op as conv_train
 
             where = self.stride[0], self.padding[0]
             if conv_train.applies(input, weight, *where):
@@ -49,10 +50,10 @@ def set_winograd_tile(model: nn.Module, tile: int) -> None:
     """Sets how large the tiles of 3x3 convolutions may be on a CPU: 2, or up to 4 for speed.
 
     Args:
-        model: with :class:`Conv2d`, or fused with :class:`resfast.kernels.conv.ConvBiasAct`.
+        model: with :class:`Conv2d`, or fused with :class:`resfast.ops.conv.op.ConvBiasAct`.
         tile: side of the largest tiles.
     """
-    from resfast.kernels.conv import ConvBiasAct
+    from resfast.ops.conv.op import ConvBiasAct
 
     for module in model.modules():
         if isinstance(module, (Conv2d, ConvBiasAct)):

@@ -3,7 +3,7 @@
 Each layer keeps the ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so that it trains, is
 initialised and is saved like any other. In eval mode without gradients (``torch.no_grad`` or
 ``torch.inference_mode``) the batch norm is folded into the weights, which are rounded to the dtype
-of the call once, and :class:`resfast.kernels.conv.ConvBiasAct` runs them. In training mode, with
+of the call once, and :class:`resfast.ops.conv.op.ConvBiasAct` runs them. In training mode, with
 gradients enabled, or where a child is none that can be folded (hooks, a subclass with a forward of
 its own, groups, dilation, statistics that are not tracked), the children run as they are.
 
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resfast.kernels.conv_reference import ACTIVATIONS, NEGATIVE_SLOPE
 from resfast.layers.conv import Conv2d
+from resfast.ops.conv.reference import ACTIVATIONS, NEGATIVE_SLOPE
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -142,8 +142,8 @@ class _Folded:
         activation: str,
         negative_slope: float,
     ) -> nn.Module:
-        """The :class:`~resfast.kernels.conv.ConvBiasAct` of these children as they are now."""
-        from resfast.kernels.conv import ConvBiasAct
+        """The :class:`~resfast.ops.conv.op.ConvBiasAct` of these children as they are now."""
+        from resfast.ops.conv.op import ConvBiasAct
 
         tensors = [conv.weight, conv.bias]
         if norm is not None:
@@ -234,7 +234,7 @@ class _FusedLayer(nn.Module):
         activation: str,
         negative_slope: float,
     ) -> Tensor:
-        from resfast.kernels.conv import conv2d_bias_act
+        from resfast.ops.conv.op import conv2d_bias_act
 
         weight, bias = fold(conv.weight, conv.bias, _factors(norm))
         return conv2d_bias_act(

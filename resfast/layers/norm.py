@@ -1,7 +1,7 @@
 """Batch norm followed by an activation, as the blocks of the networks need it.
 
 Where a training step runs in bfloat16 on a CPU with AVX512-BF16, or on CUDA in a graph, pooling,
-norm, addition and activation are one operator, :func:`resfast.kernels.norm_act.batch_norm_act`;
+norm, addition and activation are one operator, :func:`resfast.ops.norm_act.op.batch_norm_act`;
 elsewhere, in eval mode and under tracers they are the modules, one after the other. Without a graph
 the device would wait for the host, which takes longer to call the operator than the modules.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
-from resfast.kernels.conv_reference import ACTIVATIONS
+from resfast.ops.conv.reference import ACTIVATIONS
 
 LEAST_CHANNELS = 16
 """From which on half of a vector is used."""
@@ -92,7 +92,7 @@ def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
     wide = [t for t in (bn.weight, bn.bias, bn.running_mean) if t is not None]
     if any(t.dtype != torch.float32 for t in wide):
         return False
-    from resfast.kernels import norm_act as kernel
+    from resfast.ops.norm_act import op as kernel
 
     on_cuda = x.device.type == "cuda"
     return (
@@ -117,7 +117,7 @@ def _fused(
     residual: Tensor | None,
     pool: bool,
 ) -> Tensor:
-    from resfast.kernels import norm_act as kernel
+    from resfast.ops.norm_act import op as kernel
 
     out, mean, var = kernel.batch_norm_act(
         x,
@@ -142,7 +142,7 @@ def set_in_graph(model: nn.Module, in_graph: bool) -> None:
 
     Only then, and where the device has the kernels, are they the operator there.
     """
-    from resfast.kernels import norm_act as kernel
+    from resfast.ops.norm_act import op as kernel
 
     device = next((tensor.device for tensor in model.buffers()), None)
     in_graph = in_graph and device is not None and kernel.available(device)

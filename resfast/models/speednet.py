@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
-from resfast.kernels import frozen_conv
 from resfast.layers.conv import Conv2d
 from resfast.layers.norm import NEGATIVE_SLOPE, norm_act
 from resfast.models.resnet import (
@@ -30,6 +29,7 @@ from resfast.models.resnet import (
     dirac_init,
     freeze_norm_scales,
 )
+from resfast.ops.frozen_conv import op as frozen_conv
 
 FinalPool = Literal["max", "avg", "both"]
 Padding = Literal["valid", "same"]

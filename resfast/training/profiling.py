@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
 from resfast import atomic, runtime
+from resfast.config.schema import Config
 from resfast.errors import ResfastError
 from resfast.models.summary import count_macs
-from resfast.training import trainer
-from resfast.training.config import Config
+from resfast.training import loop as trainer
 
 TOP = 15
 """Operators in the table."""

@@ -9,12 +9,12 @@ from importlib.util import find_spec
 import torch
 
 from resfast import runtime
+from resfast.config.schema import Config, OptimConfig, network
+from resfast.data.batches import choose_loader
 from resfast.data.dataset import Dataset
-from resfast.data.feed import choose_loader
-from resfast.data.stream import Stream
+from resfast.data.sources import Stream
 from resfast.errors import ResfastError
-from resfast.training.config import Config, OptimConfig, network
-from resfast.training.curriculum import check_phases
+from resfast.training.plan import check_phases
 from resfast.training.step import why_not_captured
 
 SMALL_DATA_IMAGES = 10_000

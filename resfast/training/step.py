@@ -2,8 +2,8 @@
 
 On CUDA the whole of it can be captured as one CUDA graph. What changes from step to step then lives
 on the device: learning rates and the weight of an average are rows of a table computed up front,
-a :class:`~resfast.data.supply.Supply` has the epoch's order and augmentation, and the step itself
-counts where in them it is.
+a :class:`~resfast.data.device_batches.Supply` has the epoch's order and augmentation, and the step
+itself counts where in them it is.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast import runtime
-from resfast.data.supply import Supply
+from resfast.config.schema import OptimConfig
+from resfast.data.device_batches import Supply
 from resfast.layers.norm import set_in_graph
-from resfast.training.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
-from resfast.training.config import OptimConfig
-from resfast.training.marks import Marks
-from resfast.training.optim import WHITENING_BIAS, Schedule
+from resfast.optim.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
+from resfast.optim.optimizers import WHITENING_BIAS, Schedule
+from resfast.training.step_metrics import Marks
 
 logger = logging.getLogger("resfast")
 

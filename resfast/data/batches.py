@@ -1,0 +1,215 @@
+"""What a training takes its batches from, whichever way the data set is held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast.data.augment import Augment
+from resfast.data.dataset import Dataset, channel_mean_std, split_last, split_validation
+from resfast.data.resident import ResidentLoader, resident_batches
+from resfast.data.sources import Files, Loader, Shards, Stream, free_memory
+from resfast.errors import ResfastError
+
+Resident = tuple[Tensor, Tensor]
+"""uint8 images ``[N, H, W, C]`` and int64 labels ``[N]``."""
+Source = Resident | Files | Shards
+
+
+def choose_loader(asked: Loader, data: Dataset | Stream, device: torch.device) -> Loader:
+    """``resident`` or ``dali`` for an opened data set."""
+    if isinstance(data, Stream):
+        return "dali"
+    if asked == "auto":
+        needed = data.train_images.numel() + data.test_images.numel()
+        # In host memory it is already.
+        fits = device.type != "cuda" or needed <= free_memory(device) / 2
+        return "resident" if fits else "dali"
+    return asked
+
+
+def split_sources(
+    data: Dataset | Stream, val_fraction: float, seed: int, hold_out: int = 0
+) -> tuple[Source, Source | None, Source]:
+    """Training, validation (None without a held-out part) and test images.
+
+    Args:
+        data: the data set.
+        val_fraction: part of the training images to hold out, by class, drawn by ``seed``.
+        seed: for that.
+        hold_out: how many to hold out instead, the last of each class.
+
+    Raises:
+        ResfastError: a part would be empty, or the data set cannot be split.
+    """
+    if val_fraction and hold_out:
+        raise ResfastError(
+            f"--val-fraction {val_fraction:g} and --hold-out {hold_out} both hold out images; "
+            "choose one"
+        )
+    if isinstance(data, Stream):
+        train, test = data.train, data.test
+    else:
+        train = data.train_images, data.train_labels
+        test = data.test_images, data.test_labels
+    if not (val_fraction or hold_out):
+        return train, None, test
+    if isinstance(train, Shards):
+        raise ResfastError(
+            f"{'--hold-out' if hold_out else '--val-fraction'} cannot split shards; write the "
+            "held-out images as shards of their own, or use an image folder"
+        )
+    labels = train.labels if isinstance(train, Files) else train[1]
+    if hold_out:
+        parts = split_last(labels, hold_out)
+    else:
+        parts = split_validation(labels, val_fraction, seed)
+    if isinstance(train, Files):
+        kept, held_out = (train[part] for part in parts)
+    else:
+        kept, held_out = ((train[0][part], train[1][part]) for part in parts)
+    return kept, held_out, test
+
+
+def count(source: Source) -> int:
+    """Images."""
+    return len(source[0]) if isinstance(source, tuple) else len(source)
+
+
+def spread(source: Source, most: int) -> Source:
+    """At most ``most`` images at even distances, so that images sorted by class give all classes.
+
+    Shards, which hold training images in random order, are returned whole.
+    """
+    total = count(source)
+    if isinstance(source, Shards) or total <= most:
+        return source
+    indices = torch.arange(most) * total // most
+    if isinstance(source, tuple):
+        return source[0][indices], source[1][indices]
+    return source[indices]
+
+
+def mean_std(source: Source, image_size: int, **pipeline: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, float32 ``[C]`` in units of pixel / 255.
+
+    A constant channel, which carries nothing, gets a standard deviation of 1.
+    """
+    if isinstance(source, tuple):
+        mean, std = channel_mean_std(source[0])
+    else:
+        from resfast.data import dali
+
+        mean, std = dali.mean_std(source, image_size=image_size, **pipeline)
+    return mean, torch.where(std > 0, std, 1.0)
+
+
+def train_loader(
+    source: Source,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    loader: Loader,
+    image_size: int,
+    batch_size: int,
+    augment: Augment,
+    classes: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    prefetch: int,
+    threads: int,
+) -> Any:
+    """The loader of the training images: a ResidentLoader, or a DaliLoader of the same use."""
+    common = {
+        "batch_size": batch_size,
+        "augment": augment,
+        "classes": classes,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    if loader == "resident":
+        return ResidentLoader(*source, mean, std, **common)
+    from resfast.data.dali import Arrays, DaliLoader
+
+    if isinstance(source, tuple):
+        source = Arrays(*source)
+    return DaliLoader(
+        source,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        prefetch=prefetch,
+        threads=threads,
+        **common,
+    )
+
+
+class EvaluationBatches:
+    """All images of a source once, normalized, each time it is iterated.
+
+    Args:
+        source: what to go through; resident images are moved to ``device`` now.
+        mean: float32 ``[C]`` in units of pixel / 255.
+        std: float32 ``[C]``, likewise.
+        image_size: height and width in pixels.
+        batch_size: images a batch; the last may be smaller.
+        device: where batches are made.
+        dtype: of their images.
+        classes: number of classes.
+        numbering: int64 ``[classes]``, the label that each of the source's labels becomes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        classes: int,
+        numbering: Tensor | None = None,
+        prefetch: int = 2,
+        threads: int = 0,
+    ) -> None:
+        self.count = count(source)
+        self.mean, self.std = mean.to(device), std.to(device)
+        self.batch_size, self.dtype = batch_size, dtype
+        self.numbering = None if numbering is None else numbering.to(device)
+        self.resident: Resident | None = None
+        if isinstance(source, tuple):
+            self.resident = source[0].to(device), source[1].to(device)
+            return
+        from resfast.data.dali import DaliLoader
+
+        self.stream = DaliLoader(
+            source,
+            image_size=image_size,
+            batch_size=batch_size,
+            mean=mean,
+            std=std,
+            augment=Augment(),
+            classes=classes,
+            device=device,
+            dtype=dtype,
+            train=False,
+            prefetch=prefetch,
+            threads=threads,
+        )
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.resident is not None:
+            batches = resident_batches(
+                *self.resident, self.mean, self.std, batch_size=self.batch_size, dtype=self.dtype
+            )
+        else:
+            batches = self.stream.epoch(0)
+        for images, labels in batches:
+            yield images, labels if self.numbering is None else self.numbering[labels]

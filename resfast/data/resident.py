@@ -1,0 +1,216 @@
+"""Batches of a data set that lives on the device as one uint8 tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast.data.augment import (
+    Augment,
+    check_augment,
+    mixed_labels,
+    needs_statistics,
+    sample,
+    sample_mixes,
+    statistics,
+)
+from resfast.data.augment import order as shuffle
+from resfast.errors import ResfastError
+from resfast.ops.augment.op import AugmentParams, MixParams, augment, augment_drawn, normalization
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one epoch does to the images.
+
+    Attributes:
+        params: one row per image.
+        mix: of :func:`~resfast.data.augment.sample_mixes`; None where nothing is mixed.
+    """
+
+    params: AugmentParams
+    mix: MixParams | None
+
+
+class ResidentLoader:
+    """Training batches, shuffled over the whole epoch.
+
+    A batch is a pure function of (seed, epoch, step): nothing has to be saved to resume.
+
+    Args:
+        images: uint8 ``[N, H, W, C]``, moved to ``device``.
+        labels: int64 ``[N]``.
+        mean: float32 ``[C]`` in units of pixel / 255.
+        std: float32 ``[C]``, likewise.
+        batch_size: images a batch, at most N.
+        augment: what is done to the images.
+        classes: number of classes; labels are below it.
+        seed: seed of order and augmentation.
+        device: where batches are made.
+        dtype: of the images in a batch.
+        drop_last: leave out a ragged last batch.
+        rank: which part of every ``world * batch_size`` images is ours, from 0.
+        world: how many parts there are; they differ by at most one image in a ragged last step,
+            which is left out where it cannot give every rank an image.
+
+    Raises:
+        ResfastError: a batch size or an augmentation that does not fit the images.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        batch_size: int,
+        augment: Augment,
+        classes: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        drop_last: bool = True,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        check_batch_size(batch_size, len(images), world)
+        if not 0 <= rank < world:
+            raise ResfastError(f"rank {rank} is out of range: expected 0 to {world - 1}")
+        check_augment(augment, *images.shape[1:3])
+        self.device = torch.device(device)
+        self.images = images.to(self.device).contiguous()
+        self.labels = labels.to(self.device)
+        self.mean, self.std = mean.to(self.device), std.to(self.device)
+        self.count, self.image_size = len(images), images.shape[1]
+        self.batch_size, self.augment, self.classes = batch_size, augment, classes
+        self.seed, self.dtype, self.drop_last = seed, dtype, drop_last
+        self.rank, self.world = rank, world
+        self._normalization = normalization(self.mean, self.std)
+        self._statistics = statistics(self.images) if needs_statistics(augment) else None
+        self._all = torch.arange(self.count, device=self.device)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        whole, rest = divmod(self.count, self.batch_size * self.world)
+        return whole + (rest >= self.world and not self.drop_last)
+
+    def draw(self, epoch: int) -> Draws:
+        """What epoch ``epoch`` (from 0) does to each image, on the loader's device."""
+        size, channels = tuple(self.images.shape[1:3]), self.images.shape[3]
+        values = {"size": size, "seed": self.seed, "epoch": epoch}
+        params = sample(
+            self.augment, self._all, channels=channels, statistics=self._statistics, **values
+        )
+        mix = sample_mixes(self.augment, self._all, **values)
+        return Draws(params, mix)
+
+    def make(
+        self, indices: Tensor, draws: Draws, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The batch of some images; nothing of it is decided by the host.
+
+        Args:
+            indices: int64 ``[B]``, on the loader's device.
+            draws: of its epoch.
+            labels: int64 ``[B]``, of these images, where they are at hand.
+
+        Returns:
+            images ``[B, C, H, W]`` in ``channels_last`` and the loader's dtype, and labels: int64
+            ``[B]``, or where images are mixed the parts of the classes, float32 ``[B, classes]``.
+        """
+        labels = self.labels[indices] if labels is None else labels
+        mix = None if draws.mix is None else draws.mix.of_batch(indices)
+        images = augment_drawn(
+            self.images,
+            indices,
+            draws.params,
+            self._normalization,
+            mix=mix,
+            padding=self.augment.padding,
+            dtype=self.dtype,
+        )
+        if mix is not None:
+            own_part = mix.own_part(*self.images.shape[1:3])
+            labels = mixed_labels(labels, self.labels[mix.partner], own_part, self.classes)
+        return images, labels
+
+    def order(self, epoch: int) -> Tensor:
+        """The order of the images in epoch ``epoch`` (from 0), int64 ``[N]``."""
+        return shuffle(self.count, seed=self.seed, epoch=epoch, device=self.device)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of one epoch, as of :meth:`make`.
+
+        Args:
+            epoch: epoch, from 0.
+            first_step: batches to leave out at the start, to resume inside an epoch.
+        """
+        draws, order = self.draw(epoch), self.order(epoch)
+        size = self.batch_size * self.world
+        for step in range(first_step, len(self)):
+            everyone = order[step * size : (step + 1) * size]
+            yield self.make(everyone.tensor_split(self.world)[self.rank], draws)
+
+    def take_over(self, other: ResidentLoader) -> None:
+        """Becomes ``other``, which differs in images and seed alone; no tensor moves."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs)
+        self.seed = other.seed
+
+    def _tensors(self) -> list[Tensor]:
+        tensors = [self.images, self.labels, self.mean, self.std, *self._normalization]
+        return tensors if self._statistics is None else [*tensors, self._statistics]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the position in the epoch is enough to go on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a state of :meth:`state_dict`."""
+
+
+def check_batch_size(batch_size: int, count: int, world: int = 1) -> None:
+    """Checks that a training set has at least one whole batch.
+
+    Raises:
+        ResfastError: it has not.
+    """
+    if not 1 <= batch_size <= count // world:
+        raise ResfastError(
+            f"batch size {batch_size} does not fit {count} training images; "
+            f"choose --batch-size between 1 and {count // world}"
+        )
+
+
+def resident_batches(
+    images: Tensor,
+    labels: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    batch_size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images once, in order and unchanged but for normalization.
+
+    Args:
+        images: uint8 ``[N, H, W, C]``.
+        labels: int64 ``[N]``.
+        mean: float32 ``[C]`` in units of pixel / 255.
+        std: float32 ``[C]``, likewise.
+        batch_size: images a batch; the last may be smaller.
+        dtype: of the images in a batch.
+
+    Yields:
+        images ``[B, C, H, W]`` in ``channels_last`` on the device of ``images``, labels ``[B]``.
+    """
+    mean, std = mean.to(images.device), std.to(images.device)
+    for start in range(0, len(images), batch_size):
+        indices = torch.arange(start, min(start + batch_size, len(images)), device=images.device)
+        batch = augment(images, indices, None, mean, std, dtype=dtype, check=False)
+        yield batch, labels[start : start + batch_size]

@@ -1,0 +1,112 @@
+"""``resfast::add_relu``: the end of a residual block, ``relu(x + residual)``, for training.
+
+One pass over memory each way: the result alone is kept for the backward, which is
+``resfast::add_relu_backward``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast.ops import extension
+from resfast.ops.conv import reference as conv_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """``relu(x + residual)``, with gradients.
+
+    Args:
+        x: any shape, float32, bfloat16 or float16.
+        residual: the same shape, dtype and device.
+
+    Returns:
+        A new tensor in the memory order of ``x``; the sum is computed in float32, rounded once.
+
+    Raises:
+        TypeError: another dtype, or two that differ.
+        ValueError: shapes or devices that differ.
+    """
+    check_arguments(x, residual)
+    return torch.ops.resfast.add_relu(x, residual)
+
+
+def check_arguments(
+    x: Tensor, residual: Tensor, first: str = "x", second: str = "residual"
+) -> None:
+    """Says what is wrong with the operator's arguments.
+
+    Raises:
+        TypeError: another dtype, or two that differ.
+        ValueError: shapes or devices that differ.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{first} is {x.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    for what, kind, mine, other in (
+        ("is", TypeError, x.dtype, residual.dtype),
+        ("is on", ValueError, x.device, residual.device),
+        ("is", ValueError, list(x.shape), list(residual.shape)),
+    ):
+        if mine != other:
+            raise kind(f"{second} {what} {other}; expected {mine}, like {first}")
+
+
+def _forward(x: Tensor, residual: Tensor) -> Tensor:
+    check_arguments(x, residual)
+    return conv_reference.add_relu(x, residual)
+
+
+def _backward(grad: Tensor, result: Tensor) -> Tensor:
+    check_arguments(grad, result, "grad", "result")
+    return conv_reference.add_relu_backward(grad, result)
+
+
+extension.define("add_relu", "add_relu(Tensor x, Tensor residual) -> Tensor", cpu=_forward)
+extension.define(
+    "add_relu_backward", "add_relu_backward(Tensor grad, Tensor result) -> Tensor", cpu=_backward
+)
+
+
+@torch.library.register_fake("resfast::add_relu")
+def _fake(x: Tensor, residual: Tensor) -> Tensor:
+    check_arguments(x, residual)
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("resfast::add_relu_backward")
+def _fake_backward(grad: Tensor, result: Tensor) -> Tensor:
+    check_arguments(grad, result, "grad", "result")
+    return torch.empty_like(result)
+
+
+@torch.library.register_kernel("resfast::add_relu", "cuda")
+def _cuda(x: Tensor, residual: Tensor) -> Tensor:
+    from resfast.ops.add_relu import triton as triton_add_relu
+
+    check_arguments(x, residual)
+    return triton_add_relu.add_relu(x, residual)
+
+
+@torch.library.register_kernel("resfast::add_relu_backward", "cuda")
+def _cuda_backward(grad: Tensor, result: Tensor) -> Tensor:
+    from resfast.ops.add_relu import triton as triton_add_relu
+
+    check_arguments(grad, result, "grad", "result")
+    return triton_add_relu.add_relu_backward(grad, result)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    (result,) = ctx.saved_tensors
+    both = torch.ops.resfast.add_relu_backward(grad, result)
+    return both, both
+
+
+torch.library.register_autograd("resfast::add_relu", _gradients, setup_context=_setup)

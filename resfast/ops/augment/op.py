@@ -1,0 +1,341 @@
+"""``resfast::augment``: a batch from uint8 images to the network's input in one pass.
+
+For every image of the batch, in this order:
+
+1. geometry: either ``shift`` and ``flip`` (whole pixels, exact) or ``affine`` (bilinear);
+2. ``color``: an affine map of the pixel's channels, then clamped to 0 … 255;
+3. normalization: ``(pixel - offset) * scale``;
+4. ``cutout``: a rectangle set to 0, the mean;
+5. mixing with a second image, which goes through steps 1 to 4 with its own parameters:
+   ``w * own + (1 - w) * partner``, where w is ``weight`` outside ``box`` and 0 inside it.
+
+All arithmetic is float32, rounded once to the result's dtype. Without ``affine``, ``color`` and
+mixing by a weight other than 0 and 1, every kernel gives bit-identical results.
+
+Shapes: N images in the data set, B in the batch, C channels (1 to 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from resfast.ops import extension
+from resfast.ops.augment import reference
+
+Padding = Literal["reflect", "zero"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_CHANNELS = 4
+
+SCHEMA = (
+    "augment(Tensor images, Tensor indices, Tensor offset, Tensor scale, Tensor? shift, "
+    "Tensor? flip, Tensor? affine, Tensor? color, Tensor? cutout, Tensor? partner, "
+    "Tensor? weight, Tensor? box, bool zero_padding, ScalarType dtype, bool check) -> Tensor"
+)
+
+
+@dataclass(frozen=True)
+class AugmentParams:
+    """What is done to each image of a data set; None leaves a step out.
+
+    Attributes:
+        shift: int32 ``[N, 2]``, rows and columns, in pixels: the result's ``[y, x]`` is the
+            image's ``[y + shift_y, x + shift_x]``. Below the image's side either way.
+        flip: bool ``[N]``: the result is mirrored left to right; its ``[y, x]`` is the image's
+            ``[y + shift_y, W - 1 - x + shift_x]``.
+        affine: float32 ``[N, 2, 3]``, instead of ``shift`` and ``flip``: the result's ``[y, x]``
+            is the image at ``[a00 y + a01 x + a02, a10 y + a11 x + a12]``, in pixels, between
+            pixels bilinear. No coordinate leaves ``-(side - 1) … 2 (side - 1)``.
+        color: float32 ``[N, C, C + 1]``: result channel d is ``sum_c color[d, c] * pixel_c +
+            color[d, C]``, in units of 0 … 255, clamped to them.
+        cutout: int32 ``[N, 4]``: top, left, bottom and right (both exclusive) of a rectangle of
+            the result that is set to 0 after normalization; empty where bottom <= top.
+    """
+
+    shift: Tensor | None = None
+    flip: Tensor | None = None
+    affine: Tensor | None = None
+    color: Tensor | None = None
+    cutout: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> AugmentParams:
+        """The same parameters on ``device``."""
+        return AugmentParams(**{name: _moved(value, device) for name, value in _items(self)})
+
+    def __getitem__(self, index: Tensor) -> AugmentParams:
+        """The parameters of some images."""
+        return AugmentParams(
+            **{name: None if value is None else value[index] for name, value in _items(self)}
+        )
+
+
+@dataclass(frozen=True)
+class MixParams:
+    """Which image each image of a batch is mixed with, and how.
+
+    Attributes:
+        partner: int64 ``[B]``, index of the second image among the N.
+        weight: float32 ``[B]``, 0 to 1: weight of the own image outside ``box``.
+        box: int32 ``[B, 4]``: top, left, bottom and right (both exclusive) of the rectangle that
+            shows the partner alone; empty where bottom <= top.
+    """
+
+    partner: Tensor
+    weight: Tensor
+    box: Tensor
+
+    def of_batch(self, indices: Tensor) -> MixParams:
+        """Those of a batch, from rows of all images: what its first image has, it all gets.
+
+        Args:
+            indices: int64 ``[B]``, the batch's places in the data set.
+        """
+        first, batch = indices[:1], len(indices)
+        return MixParams(
+            self.partner[indices],
+            self.weight[first].expand(batch).contiguous(),
+            self.box[first].expand(batch, 4).contiguous(),
+        )
+
+    def own_part(self, height: int, width: int) -> Tensor:
+        """float32 ``[B]``: part of the result that is the own image, the weight of its label."""
+        top, left, bottom, right = self.box.unbind(1)
+        area = (bottom - top).clamp(min=0) * (right - left).clamp(min=0)
+        return self.weight * (1 - area.to(torch.float32) / (height * width))
+
+
+def _items(params: AugmentParams) -> list[tuple[str, Tensor | None]]:
+    return [(field.name, getattr(params, field.name)) for field in fields(params)]
+
+
+def _moved(value: Tensor | None, device: torch.device | str) -> Tensor | None:
+    return None if value is None else value.to(device)
+
+
+def normalization(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """Offset and scale, float32 ``[C]``, that the operator takes for ``mean`` and ``std``.
+
+    Args:
+        mean: float32 ``[C]`` in units of pixel / 255.
+        std: float32 ``[C]``, likewise, above 0.
+    """
+    return mean.float() * 255, 1 / (std.float() * 255)
+
+
+def augment(
+    images: Tensor,
+    indices: Tensor,
+    params: AugmentParams | None,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    mix: MixParams | None = None,
+    padding: Padding = "reflect",
+    dtype: torch.dtype = torch.float32,
+    check: bool = True,
+) -> Tensor:
+    """Gathers, augments and normalizes a batch in one pass.
+
+    Args:
+        images: uint8 ``[N, H, W, C]``, contiguous, C from 1 to 4.
+        indices: int64 ``[B]`` into ``images``.
+        params: one row per image of ``images``; None for no augmentation.
+        mean: float32 ``[C]``, in units of pixel / 255.
+        std: float32 ``[C]``, likewise.
+        mix: one row per image of the batch; None for no mixing.
+        padding: what lies outside an image: itself mirrored (``reflect``, the border not
+            repeated), or black (``zero``).
+        dtype: of the result: float32, bfloat16 or float16.
+        check: whether values (indices, shifts, coordinates, weights) are checked too. On CUDA that
+            waits for the device; without it a value out of range reads a wrong pixel.
+
+    Returns:
+        ``[B, C, H, W]`` in ``channels_last`` memory, on the device of ``images``.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape, layout or device, or a value out of range.
+    """
+    if padding not in ("reflect", "zero"):
+        raise ValueError(f"padding {padding!r} is unknown; expected reflect or zero")
+    constants = normalization(mean, std)
+    args = _arguments(images, indices, params or AugmentParams(), constants, mix, padding, dtype)
+    check_arguments(*args, check=check)
+    return torch.ops.resfast.augment(*args, False)
+
+
+def augment_drawn(
+    images: Tensor,
+    indices: Tensor,
+    params: AugmentParams,
+    constants: tuple[Tensor, Tensor],
+    *,
+    mix: MixParams | None,
+    padding: Padding,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`augment` for what the sampler drew, which is in range: nothing waits for the device.
+
+    The arguments are those of :func:`augment`, but for ``constants``: the offset and scale of
+    :func:`normalization`, on the device.
+    """
+    args = _arguments(images, indices, params, constants, mix, padding, dtype)
+    return torch.ops.resfast.augment(*args, False)
+
+
+def _arguments(
+    images: Tensor,
+    indices: Tensor,
+    params: AugmentParams,
+    constants: tuple[Tensor, Tensor],
+    mix: MixParams | None,
+    padding: Padding,
+    dtype: torch.dtype,
+) -> tuple[Any, ...]:
+    """The operator's arguments but ``check``."""
+    return (
+        images,
+        indices,
+        *constants,
+        params.shift,
+        params.flip,
+        params.affine,
+        params.color,
+        params.cutout,
+        *((None, None, None) if mix is None else (mix.partner, mix.weight, mix.box)),
+        padding == "zero",
+        dtype,
+    )
+
+
+def check_arguments(
+    images: Tensor,
+    indices: Tensor,
+    offset: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    flip: Tensor | None,
+    affine: Tensor | None,
+    color: Tensor | None,
+    cutout: Tensor | None,
+    partner: Tensor | None,
+    weight: Tensor | None,
+    box: Tensor | None,
+    zero_padding: bool,
+    dtype: torch.dtype,
+    check: bool,
+) -> None:
+    """Says what is wrong with the operator's arguments; their values only under ``check``.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape, layout or device, or a value out of range.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}; expected torch.uint8")
+    if images.ndim != 4 or 0 in images.shape:
+        raise ValueError(f"images are {list(images.shape)}; expected [N, H, W, C], none of them 0")
+    count, *_, channels = images.shape
+    if channels > MAX_CHANNELS:
+        raise ValueError(f"images have {channels} channels; expected 1 to {MAX_CHANNELS}")
+    if not images.is_contiguous():
+        raise ValueError("images are not contiguous; expected [N, H, W, C] in that order in memory")
+    if dtype not in DTYPES:
+        expected = ", ".join(map(str, DTYPES))
+        raise TypeError(f"the result's dtype is {dtype}; expected one of {expected}")
+    batch = indices.shape[0] if indices.ndim == 1 else "B"
+    expected = {
+        "indices": (indices, torch.int64, [batch]),
+        "offset": (offset, torch.float32, [channels]),
+        "scale": (scale, torch.float32, [channels]),
+        "shift": (shift, torch.int32, [count, 2]),
+        "flip": (flip, torch.bool, [count]),
+        "affine": (affine, torch.float32, [count, 2, 3]),
+        "color": (color, torch.float32, [count, channels, channels + 1]),
+        "cutout": (cutout, torch.int32, [count, 4]),
+        "partner": (partner, torch.int64, [batch]),
+        "weight": (weight, torch.float32, [batch]),
+        "box": (box, torch.int32, [batch, 4]),
+    }
+    for name, (tensor, kind, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != kind:
+            raise TypeError(f"{name} is {tensor.dtype}; expected {kind}")
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected {shape}")
+        if tensor.device != images.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {images.device}, like images")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous")
+    if affine is not None and (shift is not None or flip is not None):
+        raise ValueError("affine is given beside shift or flip; put them into the affine map")
+    if len({value is None for value in (partner, weight, box)}) > 1:
+        raise ValueError("mixing needs partner, weight and box together")
+    if check and indices.numel():
+        _check_values(images, indices, shift, affine, partner, weight)
+
+
+def _check_values(
+    images: Tensor,
+    indices: Tensor,
+    shift: Tensor | None,
+    affine: Tensor | None,
+    partner: Tensor | None,
+    weight: Tensor | None,
+) -> None:
+    count, height, width, _ = images.shape
+
+    def within(name: str, values: Tensor, low: float, high: float, what: str) -> None:
+        least, most = (value.item() for value in torch.aminmax(values))
+        if not (low <= least and most <= high):  # also when NaN
+            bad = most if low <= least else least
+            raise ValueError(f"{name} {bad} {what}; expected {low} to {high}")
+
+    within("index", indices, 0, count - 1, f"is out of range for {count} images")
+    used = indices
+    if partner is not None:
+        within("partner", partner, 0, count - 1, f"is out of range for {count} images")
+        used = torch.cat([indices, partner])
+    if weight is not None:
+        within("weight", weight, 0.0, 1.0, "is out of range")
+    outside = f"leaves the padded image of {height}x{width} pixels"
+    if shift is not None:
+        for axis, side in enumerate((height, width)):
+            within("shift", shift[used, axis], 1 - side, side - 1, outside)
+    if affine is not None:
+        y = torch.tensor([0, 0, height - 1, height - 1], device=images.device)
+        x = torch.tensor([0, width - 1, 0, width - 1], device=images.device)
+        corners = torch.stack([y, x, torch.ones_like(y)]).float()
+        reached = affine[used] @ corners  # [B, 2, 4]: an affine map is extreme at the corners
+        for axis, side in enumerate((height, width)):
+            # A thousandth of a pixel for the rounding of the coordinates.
+            low, high = 1 - side - 1e-3, 2 * (side - 1) + 1e-3
+            within("affine coordinate", reached[:, axis], low, high, outside)
+
+
+def _cpu(*args: Any) -> Tensor:
+    check_arguments(*args)
+    return reference.augment(*args)
+
+
+extension.define("augment", SCHEMA, cpu=_cpu)
+
+
+@torch.library.register_fake("resfast::augment")
+def _fake(images: Tensor, indices: Tensor, *args: Any) -> Tensor:
+    dtype = args[-2]
+    height, width, channels = images.shape[1:]
+    shape = (indices.shape[0], height, width, channels)
+    return images.new_empty(shape, dtype=dtype).permute(0, 3, 1, 2)
+
+
+@torch.library.register_kernel("resfast::augment", "cuda")
+def _cuda(images: Tensor, indices: Tensor, *args: Any) -> Tensor:
+    from resfast.ops.augment import triton as triton_augment
+
+    check_arguments(images, indices, *args)
+    return triton_augment.augment(images, indices, *args[:-1])

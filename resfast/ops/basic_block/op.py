@@ -1,0 +1,318 @@
+"""``resfast::basic_block``: a residual block of two 3x3 convolutions, for inference.
+
+``h = activation(conv2d(x, weight1) + bias1)``, ``y = activation(conv2d(h, weight2) + bias2 + x)``
+with stride 1 and padding 1. ``h`` is rounded to x's dtype, as two calls of
+``resfast::conv2d_bias_act`` round it, and that is what runs on the CPU. On CUDA one kernel that
+keeps ``h`` on the chip (``csrc/cuda/basic_block.cuh``) does both where it is the faster way.
+
+Shapes: x and y ``[N, C, H, W]``, weights ``[C, C, 3, 3]``, biases ``[C]``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resfast.ops.conv import choice as conv_choice
+from resfast.ops.conv import cuda as conv_cuda
+from resfast.ops.conv import op as conv
+from resfast.ops.conv import reference as conv_reference
+from resfast.ops.conv.op import ConvBiasAct
+from resfast.ops.conv.reference import NEGATIVE_SLOPE, new_map
+
+ACTIVATIONS = ("relu", "leaky_relu")
+DTYPES = (torch.bfloat16, torch.float16)
+"""Of the kernel."""
+MULTIPLE = 16
+"""Of which the kernel's channels are a multiple."""
+MEASURED = 4
+"""Ways of the kernel that are measured, of those that its model puts first."""
+SEPARATE = "two convolutions"
+_ONE = [1, 1]
+
+torch.library.define(
+    "resfast::basic_block",
+    "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str activation, "
+    "float negative_slope=0.01) -> Tensor",
+)
+
+
+def basic_block(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: conv.Activation = "relu",
+    negative_slope: float = NEGATIVE_SLOPE,
+) -> Tensor:
+    """Two 3x3 convolutions with an identity shortcut around them.
+
+    Args:
+        x: ``[N, C, H, W]``, float32, bfloat16 or float16, any strides; fast in ``channels_last``.
+        weight1: of the first convolution, ``[C, C, 3, 3]``, of x's dtype.
+        bias1: float32 ``[C]``.
+        weight2: of the second, likewise.
+        bias2: likewise.
+        activation: ``relu`` or ``leaky_relu``, of both.
+        negative_slope: of ``leaky_relu``.
+
+    Returns:
+        ``[N, C, H, W]`` in ``channels_last`` memory, of x's dtype.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+        RuntimeError: a tensor requires grad while gradients are recorded.
+    """
+    return torch.ops.resfast.basic_block(
+        x, weight1, bias1, weight2, bias2, activation, negative_slope
+    )
+
+
+def check_arguments(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    negative_slope: float = NEGATIVE_SLOPE,
+) -> None:
+    """Says what is wrong with the operator's arguments.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+    """
+    for name, weight, bias in (("first", weight1, bias1), ("second", weight2, bias2)):
+        try:
+            conv.check_arguments(x, weight, bias, None, _ONE, _ONE, activation, negative_slope)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} convolution: {error}") from None
+        expected = [x.shape[1], x.shape[1], 3, 3]
+        if list(weight.shape) != expected:
+            shape = list(weight.shape)
+            raise ValueError(f"{name} convolution: weight is {shape}; expected {expected}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation {activation!r} is not in the block; expected one of "
+            f"{', '.join(ACTIVATIONS)}, or use two convolutions"
+        )
+
+
+def _two_convolutions(*args: Any) -> Tensor:
+    return _compose(torch.ops.resfast.conv2d_bias_act.default, *args)
+
+
+def _compose(
+    convolve: Callable[..., Tensor],
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *epilogue: Any,
+) -> Tensor:
+    h = convolve(x, weight1, bias1, None, _ONE, _ONE, *epilogue)
+    return convolve(h, weight2, bias2, x, _ONE, _ONE, *epilogue)
+
+
+@torch.library.impl("resfast::basic_block", "cpu")
+def _cpu(*args: Any) -> Tensor:
+    check_arguments(*args)
+    return _two_convolutions(*args)
+
+
+@torch.library.impl("resfast::basic_block", "cuda")
+def _cuda(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    negative_slope: float = NEGATIVE_SLOPE,
+) -> Tensor:
+    args = (x, weight1, bias1, weight2, bias2, activation, negative_slope)
+    check_arguments(*args)
+    chosen = plan(*args)
+    return _two_convolutions(*args) if chosen is None else _kernel(*args, *chosen)
+
+
+def _kernel(*args: Any) -> Tensor:
+    """The operator's arguments, tile and cluster."""
+    return torch.ops.resfast.basic_block_cuda.default(*args)
+
+
+@torch.library.register_fake("resfast::basic_block")
+def _fake(x: Tensor, *args: Any) -> Tensor:
+    check_arguments(x, *args)
+    return new_map(x, list(x.shape))
+
+
+def _refuse(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    names = ("x", "weight1", "bias1", "weight2", "bias2")
+    for name, tensor in zip(names, inputs, strict=False):
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(conv.GRAD.format(name=name))
+
+
+def _no_backward(ctx: Any, grad: Tensor) -> Any:
+    raise RuntimeError(conv.GRAD.format(name="a tensor"))
+
+
+torch.library.register_autograd("resfast::basic_block", _no_backward, setup_context=_refuse)
+
+
+def applies(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two layers, run as ``second(first(x), x)``, are a block that the kernel has."""
+    if not isinstance(first, ConvBiasAct) or not isinstance(second, ConvBiasAct):
+        return False
+    channels, weight = first.weight.shape[0], first.weight
+    leaky = first.activation == "leaky_relu"
+    return (
+        weight.dtype in DTYPES
+        and channels % MULTIPLE == 0
+        and first.activation in ACTIVATIONS
+        and first.activation == second.activation
+        and (not leaky or first.negative_slope == second.negative_slope)
+        and (weight.dtype, weight.device) == (second.weight.dtype, second.weight.device)
+        and all(
+            list(layer.weight.shape) == [channels, channels, 3, 3]
+            and layer.stride == layer.padding == _ONE
+            for layer in (first, second)
+        )
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two :class:`~resfast.ops.conv.op.ConvBiasAct` with an identity shortcut, for inference.
+
+    ``conv2(conv1(x), x)``; on CUDA both as one kernel for the shapes where that was measured to be
+    the faster way.
+
+    Args:
+        conv1: the first layer.
+        conv2: the second; :func:`applies` says which pairs are a block.
+
+    Shape: ``[N, C, H, W]`` of the weights' dtype to the same in ``channels_last`` memory.
+
+    Raises:
+        ValueError: the layers are no such pair.
+        TypeError, ValueError, RuntimeError: in a call, as :func:`basic_block`.
+    """
+
+    def __init__(self, conv1: ConvBiasAct, conv2: ConvBiasAct) -> None:
+        super().__init__()
+        if not applies(conv1, conv2):
+            raise ValueError(
+                f"{conv1} and {conv2} are no basic block; expected two ConvBiasAct of 3x3, stride "
+                f"and padding 1, with as many filters as channels (a multiple of {MULTIPLE}), in "
+                "bfloat16 or float16 and with the same activation, relu or leaky_relu"
+            )
+        self.conv1, self.conv2 = conv1, conv2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor) or not x.is_cuda:  # torch.fx has proxies
+            return self.conv2(self.conv1(x), x)
+        args = self._arguments(x)
+        if type(x) is not Tensor or torch.compiler.is_compiling():
+            return torch.ops.resfast.basic_block(*args)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(conv.GRAD.format(name="x"))
+        chosen = plan(*args)
+        return self.conv2(self.conv1(x), x) if chosen is None else _kernel(*args, *chosen)
+
+    def _arguments(self, x: Tensor) -> tuple[Any, ...]:
+        """Those of the operator."""
+        first, second = self.conv1, self.conv2
+        layers = (first.weight, first.bias, second.weight, second.bias)
+        return (x, *layers, first.activation, first.negative_slope)
+
+
+# -- the choice on CUDA ----------------------------------------------------------------------------
+
+_plans: dict[tuple, tuple[int, int] | None] = {}
+
+
+def plan(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    negative_slope: float = NEGATIVE_SLOPE,
+) -> tuple[int, int] | None:
+    """Tile and cluster of the kernel for CUDA arguments like these; None for two convolutions.
+
+    Measured by the first call for a shape and kept as :mod:`resfast.ops.conv.cuda` keeps its
+    choices, in the same file. Where RESFAST_CONV names a way to convolve it is two convolutions,
+    and for a new shape while a CUDA graph is captured.
+    """
+    if conv_choice.forced("cuda"):
+        return None
+    key = (x.device, x.dtype, x.shape, activation)
+    if key not in _plans:
+        args = (x, weight1, bias1, weight2, bias2, activation, negative_slope)
+        check_arguments(*args)
+        ways = _ways(x)
+        name = _choose(args, ways) if ways else SEPARATE
+        if name is None:
+            return None
+        _plans[key] = ways.get(name)
+    return _plans[key]
+
+
+def _ways(x: Tensor) -> dict[str, tuple[int, int]]:
+    """Tile and cluster by name, of those that may be faster than two convolutions."""
+    if x.dtype not in DTYPES or x.numel() == 0 or x.shape[1] % MULTIPLE:
+        return {}
+    built = hasattr(torch.ops.resfast, "basic_block_cuda")
+    if not built or torch.cuda.get_device_capability(x.device) < conv_cuda.OLDEST:
+        return {}
+    flat = torch.ops.resfast.basic_block_cuda_candidates(x)
+    pairs = list(zip(flat[::2], flat[1::2], strict=True))[:MEASURED]
+    return {f"block:{tile},{cluster}": (tile, cluster) for tile, cluster in pairs}
+
+
+def _choose(args: tuple, ways: dict[str, tuple[int, int]]) -> str | None:
+    """The fastest by name; None where that is not known and cannot be measured."""
+    x, weight1, bias1, weight2, bias2, *epilogue = args
+    key = f"block|{conv_cuda.choice_key((x, weight2, bias2, x, _ONE, _ONE, *epilogue))}"
+    what = f"a basic block of {list(x.shape)} in {x.dtype}"
+    with torch.cuda.device(x.device), torch.inference_mode():
+        name = conv_cuda.CHOICES.get(key, [SEPARATE, *ways])
+        if name is not None or not conv_cuda.may_measure():
+            return name
+        try:
+            parts = (conv_cuda.ends(x), weight1, bias1, weight2, bias2)
+            wide = (None if part is None else part.double() for part in parts)
+            exact = _compose(conv_reference.conv2d_bias_act, *wide, *epilogue)
+            if not exact.isfinite().all():
+                return None
+            is_right = conv_choice.near(exact, conv_cuda.MAX_ERROR)
+            given = conv_reference.channels_last(x)
+            scratch = given.clone()
+            rest = args[1:]
+            calls = {SEPARATE: functools.partial(_two_convolutions, scratch, *rest)}
+            for way, pair in ways.items():
+                calls[way] = functools.partial(_kernel, scratch, *rest, *pair)
+            name, steady = conv_choice.fastest(
+                calls,
+                is_right=lambda out: is_right(conv_cuda.ends(out)),
+                seconds=functools.partial(conv_cuda.seconds, fresh=lambda: scratch.copy_(given)),
+                trusted=SEPARATE,
+                what=what,
+            )
+        except torch.OutOfMemoryError:
+            conv_choice.warn_once(f"no GPU memory to measure {what}: two convolutions")
+            return None
+        conv_cuda.CHOICES.put(key, name, keep=steady)
+        return name

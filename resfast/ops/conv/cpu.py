@@ -1,0 +1,313 @@
+"""``resfast::conv2d_bias_act`` on the CPU: several algorithms, the fastest by measurement.
+
+- ``oneDNN``: torch's own library, with the epilogue as post-operations; every shape and dtype.
+- ``gemm``: our kernel for AVX512-BF16, over patches of the input (``csrc/cpu/conv_gemm.cpp``).
+- ``winograd``: for 3x3 kernels, with the same kernel (``csrc/cpu/conv_winograd.cpp``): F(2x2, 3x3)
+  of Lavin and Gray (arXiv:1509.09308) for stride 1, 2.25 times fewer multiplications, and the same
+  idea for stride 2, 1.44 times fewer. Larger tiles, where they are allowed, take up to 4 times
+  fewer and round off 3 times as much.
+- ``direct``: for 3x3 kernels and AMX, over images laid out so that nothing is copied per tap or
+  wasted on edges (``csrc/cpu/conv_direct.cpp``); fast for batches that fill groups of 32.
+
+The last three are for bfloat16. :class:`~resfast.ops.conv.op.ConvBiasAct` asks for a plan once per
+shape; the choice is kept in ``$XDG_CACHE_HOME/resfast/conv-cpu.json``, by processor, version, shape
+and number of threads, unless the machine was too busy to tell. ``RESFAST_CONV=oneDNN``, ``gemm``,
+``winograd`` or ``direct`` takes that algorithm wherever it applies.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast.ops.conv import choice as conv_choice
+from resfast.ops.conv import reference as conv_reference
+from resfast.ops.conv.choice import Plan, Run
+
+ALGORITHMS = conv_choice.NAMES["cpu"]
+CHOICES = conv_choice.Choices("conv-cpu.json")
+ONEDNN_NAMES = {
+    "none": "none",
+    "relu": "relu",
+    "leaky_relu": "leaky_relu",
+    "silu": "swish",
+    "gelu": "gelu",  # of erf, by the algorithm that is given beside it
+}
+TILES = (4, 3, 2)
+"""Sides of tiles for stride 1, the largest first."""
+MOST_GROUP_BYTES = 16 * 2**20
+"""Of a group of images that the direct kernels lay out at a time, each thread its own."""
+MAX_ERROR = 0.02
+"""Of a candidate, root mean square relative to that of the result: a few roundings to bfloat16."""
+
+
+def conv2d_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    activation: str,
+    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
+) -> Tensor:
+    """The operator, for a weight that is not known to stay the same: oneDNN."""
+    run = _onednn(x, weight, bias, stride, padding, activation, negative_slope, 2, None)
+    return run(x, residual)
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    activation: str,
+    negative_slope: float,
+    packed: dict[Any, Any],
+    largest_tile: int = 2,
+) -> Plan:
+    """The algorithm for arguments like these; ``packed`` keeps the weights between plans."""
+    tile = fastest_tile(x, max(stride), padding[0], largest_tile)
+    args = (x, weight, bias, stride, padding, activation, negative_slope, tile, packed)
+    names = [name for name in ALGORITHMS if _applies(name, x, weight, stride, padding)]
+    named = conv_choice.forced("cpu")
+    chosen = named if named in names else None
+    if chosen is None and (named or len(names) == 1 or x.numel() == 0):
+        chosen = "oneDNN"
+    if chosen is None:
+        sizes = conv_choice.describe_sizes(x, weight, stride, padding, residual is not None)
+        key = f"{_machine()}|{torch.get_num_threads()} threads|{sizes}"
+        key += f"|tile {tile}" if tile > 2 else ""
+        chosen = CHOICES.get(key, names)
+        if chosen is None:
+            chosen, steady = _fastest(names, args, residual)
+            CHOICES.put(key, chosen, keep=steady)
+    shape = conv_reference.output_shape(x, weight, stride, padding)
+    return Plan(chosen, torch.Size(shape), BUILDERS[chosen](*args))
+
+
+def fastest_tile(x: Tensor, stride: int, padding: int, largest: int = max(TILES)) -> int:
+    """The tile of fewest multiplications for an image size: a smaller one where edges waste it.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        stride: of rows and columns.
+        padding: likewise.
+        largest: the tile to take at most.
+    """
+    if stride != 1:
+        return 2
+
+    def points(tile: int) -> int:
+        rows, columns = (-(-(size + 2 * padding - 2) // tile) for size in x.shape[2:])
+        return rows * columns * (tile + 2) ** 2
+
+    # A loop: torch.compile breaks the graph at min with a key (2.11) and of a generator (2.15).
+    best = min(TILES)
+    for tile in reversed(TILES):
+        if tile <= largest and points(tile) <= points(best):
+            best = tile
+    return best
+
+
+def _applies(name: str, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> bool:
+    if name == "oneDNN":
+        return True
+    if x.dtype != torch.bfloat16 or x.numel() == 0 or not _has_kernels():
+        return False
+    if name == "gemm":
+        return True
+    fits = list(weight.shape[2:]) == [3, 3] and list(stride) in ([1, 1], [2, 2])
+    if name == "direct":
+        columns = conv_reference.output_shape(x, weight, stride, padding)[3]
+        return fits and has_amx() and group_is_small(x, columns)
+    return fits
+
+
+@functools.cache
+def _has_kernels() -> bool:
+    built = hasattr(torch.ops.resfast, "conv_bf16_supported")  # only for x86-64
+    return built and torch.ops.resfast.conv_bf16_supported()
+
+
+def group_images(columns: int) -> int:
+    """Images that the direct kernels lay out as one group (``csrc/cpu/conv_direct.h``).
+
+    Args:
+        columns: of the result.
+    """
+    return max(2, 32 // math.gcd(columns, 32))
+
+
+def group_is_small(x: Tensor, columns: int) -> bool:
+    """Whether a group of images takes little memory.
+
+    Args:
+        x: ``[N, C, H, W]``, input of a convolution or gradient of its result.
+        columns: of the result.
+    """
+    return group_images(columns) * x.shape[1:].numel() * 2 <= MOST_GROUP_BYTES
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether the kernels are built and this processor has AMX for bfloat16."""
+    return _has_kernels() and torch.ops.resfast.conv_bf16_amx()
+
+
+# -- oneDNN ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's convolution takes ``dtype`` on this processor."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(
+        torch.ops.mkldnn, "_convolution_pointwise"
+    ):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
+
+
+def _onednn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    activation: str,
+    negative_slope: float,
+    tile: int,
+    packed: dict[Any, Any] | None,
+) -> Run:
+    dtype = x.dtype if _onednn_has(x.dtype) else torch.float32
+    if not _onednn_has(dtype) or x.numel() == 0:
+        return lambda x, residual: conv_reference.conv2d_bias_act(
+            x, weight, bias, residual, stride, padding, activation, negative_slope
+        )
+    bias = None if bias is None else bias.to(dtype)
+    weight = weight.to(dtype)
+    if packed is not None:
+        key = ("oneDNN", x.shape)
+        if key not in packed:
+            packed[key] = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, padding, stride, [1, 1], 1, list(x.shape)
+            )
+        weight = packed[key]
+    name = ONEDNN_NAMES[activation]
+    scalars = [negative_slope] if activation == "leaky_relu" else []
+    rest = (padding, stride, [1, 1], 1)
+    unary = torch.ops.mkldnn._convolution_pointwise.default
+    binary = torch.ops.mkldnn._convolution_pointwise.binary
+    fused = activation in ("none", "relu")  # what oneDNN's binary form takes after the sum
+    attribute = "relu" if activation == "relu" else None
+    act = conv_reference.ACTIVATIONS[activation]
+    channels_last = torch.channels_last
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        kind = x.dtype
+        x = x.to(dtype).contiguous(memory_format=channels_last)
+        if residual is None:
+            out = unary(x, weight, bias, *rest, name, scalars, "none" if name == "gelu" else "")
+        else:
+            residual = residual.to(dtype).contiguous(memory_format=channels_last)
+            out = binary(x, residual, weight, bias, *rest, "add", 1.0, attribute, [], "")
+            if not fused:
+                out = act(out, negative_slope)
+        return out.to(kind).contiguous(memory_format=channels_last)
+
+    return run
+
+
+# -- our kernels -----------------------------------------------------------------------------------
+
+
+def _own(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    activation: str,
+    negative_slope: float,
+    tile: int,
+    packed: dict[Any, Any],
+) -> Run:
+    tiles = (tile,) if name == "winograd" else ()
+    key = (name, *tiles)
+    if key not in packed:
+        pack = getattr(torch.ops.resfast, f"conv_{name}_pack")
+        packed[key] = pack(weight.contiguous(), *(stride[:1] if tiles else ()), *tiles)
+    ready, kernel = packed[key], getattr(torch.ops.resfast, f"conv_{name}").default
+    geometry = [*weight.shape, *stride, *padding]
+    code = list(conv_reference.ACTIVATIONS).index(activation)
+    channels_last = torch.channels_last
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        x = x.contiguous(memory_format=channels_last)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=channels_last)
+        return kernel(x, ready, bias, residual, geometry, code, negative_slope, *tiles)
+
+    return run
+
+
+BUILDERS: dict[str, Callable[..., Run]] = {
+    "oneDNN": _onednn,
+    "gemm": functools.partial(_own, "gemm"),
+    "winograd": functools.partial(_own, "winograd"),
+    "direct": functools.partial(_own, "direct"),
+}
+
+
+# -- choice ----------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[str, bool]:
+    """The fastest of the algorithms whose result on these very numbers is good enough."""
+    x, weight, bias, stride, padding, activation, negative_slope, *_ = args
+    exact = conv_reference.conv2d_bias_act(
+        x.float(),
+        weight.float(),
+        bias,
+        None if residual is None else residual.float(),
+        stride,
+        padding,
+        activation,
+        negative_slope,
+    )
+    if not exact.isfinite().all():  # nothing can be compared with it
+        return "oneDNN", False
+    runs = {name: BUILDERS[name](*args[:-1], {}) for name in names}
+    return conv_choice.fastest(
+        {name: functools.partial(run, x, residual) for name, run in runs.items()},
+        is_right=conv_choice.near(exact, MAX_ERROR),
+        seconds=conv_choice.host_seconds,
+        trusted="oneDNN",
+        what=f"{list(x.shape)} with {list(weight.shape)}",
+    )
+
+
+@functools.cache
+def _machine() -> str:
+    name = platform.processor()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file if line.startswith(("model name", "model\t", "cpu fam"))]
+        name = " ".join(dict.fromkeys(line.partition(":")[2].strip() for line in lines))
+    except OSError:
+        pass  # not Linux
+    return f"{name}|{conv_choice.versions()}"

@@ -1,0 +1,302 @@
+"""``resfast::conv2d_bias_act``: convolution, bias, residual and activation, for inference.
+
+``activation(conv2d(x, weight, stride, padding) + bias + residual)``, accumulated in float32. How is
+chosen by :mod:`resfast.ops.conv.cpu` and :mod:`resfast.ops.conv.cuda`.
+
+Shapes: x ``[N, C, H, W]``, weight ``[K, C, R, S]``, result ``[N, K, P, Q]``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from resfast.errors import nearest
+from resfast.ops import extension
+from resfast.ops.conv import choice as conv_choice
+from resfast.ops.conv import cpu as conv_cpu
+from resfast.ops.conv import cuda as conv_cuda
+from resfast.ops.conv import reference as conv_reference
+from resfast.ops.conv.reference import channels_last, new_map, output_shape
+
+Activation = Literal["none", "relu", "leaky_relu", "silu", "gelu"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+SCHEMA = (
+    "conv2d_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, "
+    "int[2] padding, str activation, float negative_slope=0.01) -> Tensor"
+)
+GRAD = (
+    "{name} requires grad, and the fused convolution is for inference only; call it under "
+    "torch.inference_mode() or torch.no_grad(), or train with the unfused network"
+)
+
+
+def conv2d_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    activation: Activation = "none",
+    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
+) -> Tensor:
+    """A convolution with its epilogue in one call; groups and dilation are 1.
+
+    Args:
+        x: ``[N, C, H, W]``, float32, bfloat16 or float16, any strides; fast in ``channels_last``.
+        weight: ``[K, C, R, S]`` of x's dtype. A constant weight is faster in :class:`ConvBiasAct`,
+            which brings it into the kernel's order once.
+        bias: float32 ``[K]``.
+        residual: the result's shape and dtype; added before the activation.
+        stride: rows and columns, at least 1.
+        padding: zeros on each side, rows and columns, at least 0.
+        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (of erf).
+        negative_slope: of ``leaky_relu``.
+
+    Returns:
+        ``[N, K, P, Q]`` in ``channels_last`` memory, of x's dtype;
+        P = (H + 2 padding - R) // stride + 1, and Q likewise.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+        RuntimeError: a tensor requires grad while gradients are recorded.
+    """
+    return torch.ops.resfast.conv2d_bias_act(
+        x, weight, bias, residual, _pair(stride), _pair(padding), activation, negative_slope
+    )
+
+
+def _pair(value: int | tuple[int, int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    activation: str,
+    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
+) -> None:
+    """Says what is wrong with the operator's arguments.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x is {x.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    for name, tensor, kind in (
+        ("weight", weight, x.dtype),
+        ("bias", bias, torch.float32),
+        ("residual", residual, x.dtype),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != kind:
+            like = "" if name == "bias" else ", like x"
+            raise TypeError(f"{name} is {tensor.dtype}; expected {kind}{like}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, like x")
+    if x.ndim != 4:
+        raise ValueError(f"x is {list(x.shape)}; expected [N, C, H, W]")
+    if weight.ndim != 4 or 0 in weight.shape:
+        raise ValueError(f"weight is {list(weight.shape)}; expected [K, C, R, S], none of them 0")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, and weight {list(weight.shape)} is for "
+            f"{weight.shape[1]}; they must be the same (groups are not supported)"
+        )
+    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if len(pair) != 2 or min(pair) < least:
+            raise ValueError(f"{name} is {list(pair)}; expected two numbers of at least {least}")
+    if activation not in conv_reference.ACTIVATIONS:
+        known = conv_reference.ACTIVATIONS
+        raise ValueError(
+            f"activation {activation!r} is unknown; expected one of {', '.join(known)}"
+            f"{nearest(activation, known)}"
+        )
+    if not math.isfinite(negative_slope):
+        raise ValueError(f"negative_slope is {negative_slope}; expected a finite number")
+    shape = output_shape(x, weight, stride, padding)
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(
+            f"images of {x.shape[2]}x{x.shape[3]} with padding {list(padding)} are smaller than "
+            f"the kernel of {weight.shape[2]}x{weight.shape[3]}"
+        )
+    if bias is not None and list(bias.shape) != [weight.shape[0]]:
+        raise ValueError(f"bias is {list(bias.shape)}; expected {[weight.shape[0]]}")
+    if residual is not None and list(residual.shape) != shape:
+        raise ValueError(f"residual is {list(residual.shape)}; expected {shape}, like the result")
+
+
+def _checked(function: Any) -> Any:
+    def kernel(*args: Any) -> Tensor:
+        check_arguments(*args)
+        return function(*args)
+
+    return kernel
+
+
+def _has_kernel(key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("resfast::conv2d_bias_act", key)
+
+
+extension.define("conv2d_bias_act", SCHEMA, cpu=_checked(conv_cpu.conv2d_bias_act))
+if not _has_kernel("CPU"):
+    torch.library.register_kernel("resfast::conv2d_bias_act", "cpu")(
+        _checked(conv_cpu.conv2d_bias_act)
+    )
+torch.library.register_kernel("resfast::conv2d_bias_act", "cuda")(
+    _checked(conv_cuda.conv2d_bias_act)
+)
+
+
+@torch.library.register_fake("resfast::conv2d_bias_act")
+def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    check_arguments(x, weight, *args)
+    return new_map(x, output_shape(x, weight, *args[2:4]))
+
+
+def _refuse(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    for name, tensor in zip(("x", "weight", "bias", "residual"), inputs, strict=False):
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(GRAD.format(name=name))
+
+
+def _no_backward(ctx: Any, grad: Tensor) -> Any:
+    raise RuntimeError(GRAD.format(name="a tensor"))
+
+
+torch.library.register_autograd("resfast::conv2d_bias_act", _no_backward, setup_context=_refuse)
+
+
+class ConvBiasAct(nn.Module):
+    """A convolution with its epilogue, for inference; its weight is packed once where it runs.
+
+    Args:
+        weight: ``[K, C, R, S]``, float32, bfloat16 or float16.
+        bias: ``[K]``, or None.
+        stride: rows and columns.
+        padding: rows and columns.
+        activation: as of :func:`conv2d_bias_act`.
+        negative_slope: likewise.
+
+    Shape: ``[N, C, H, W]`` of the weight's dtype and, optionally, a residual of the result's shape,
+    to ``[N, K, P, Q]`` in ``channels_last`` memory.
+
+    Attributes:
+        tile: side of the largest tiles that Winograd's algorithm may take on a CPU, 2 to 4: larger
+            ones are faster and less exact (:func:`resfast.layers.conv.set_winograd_tile`).
+
+    The first call for a shape measures which algorithm is the fastest; see
+    :mod:`resfast.ops.conv.cpu` and :mod:`resfast.ops.conv.cuda`. Writing to ``weight`` in
+    place needs :meth:`repack` afterwards; ``load_state_dict``, ``to`` and the like do it by
+    themselves.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`conv2d_bias_act`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    tile = 2
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        activation: Activation = "none",
+        negative_slope: float = conv_reference.NEGATIVE_SLOPE,
+    ) -> None:
+        super().__init__()
+        if weight.ndim != 4:
+            raise ValueError(f"weight is {list(weight.shape)}; expected [K, C, R, S]")
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.stride, self.padding = _pair(stride), _pair(padding)
+        self.activation = activation
+        self.negative_slope = negative_slope
+        check_arguments(
+            weight.new_empty((1, *weight.shape[1:]), device="meta"),
+            self.weight.to("meta"),
+            None if bias is None else self.bias.to("meta"),
+            None,
+            self.stride,
+            self.padding,
+            activation,
+            negative_slope,
+        )
+        self.repack()
+
+    def repack(self) -> None:
+        """Forgets the packed weights: they are packed again by the next call."""
+        self._plans: dict[tuple, conv_choice.Plan] = {}
+        self._packed: dict[Any, Any] = {}
+        if self.weight.is_cuda:
+            self.weight = channels_last(self.weight)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        is_cpu = x.is_cpu
+        if type(x) is not Tensor or not (is_cpu or x.is_cuda) or torch.compiler.is_compiling():
+            return torch.ops.resfast.conv2d_bias_act(*self._arguments(x, residual))
+        how = torch.get_num_threads() if is_cpu else conv_cuda.tf32(x.dtype)
+        key = (x.shape, x.dtype, x.device, residual is None, how, self.tile)
+        plan = self._plans.get(key)
+        if plan is None:
+            args = self._arguments(x, residual)
+            check_arguments(*args)
+            if is_cpu:
+                plan = conv_cpu.plan(*args, self._packed, self.tile)
+            else:
+                plan = conv_cuda.plan(*args)
+            if plan.settled:
+                self._plans[key] = plan
+        if residual is not None and (
+            residual.shape != plan.shape or residual.dtype != x.dtype or residual.device != x.device
+        ):
+            check_arguments(*self._arguments(x, residual))
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (residual is not None and residual.requires_grad)
+        ):
+            raise RuntimeError(GRAD.format(name="x" if x.requires_grad else "residual"))
+        return plan.run(x, residual)
+
+    def _arguments(self, x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
+        """Those of the operator."""
+        where = (x, self.weight, self.bias, residual, self.stride, self.padding)
+        return (*where, self.activation, self.negative_slope)
+
+    def extra_repr(self) -> str:
+        shape = "x".join(map(str, self.weight.shape))
+        slope = f"({self.negative_slope})" if self.activation == "leaky_relu" else ""
+        return (
+            f"{shape}, stride={self.stride}, padding={self.padding}, "
+            f"activation={self.activation}{slope}"
+        )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> ConvBiasAct:
+        super()._apply(*args, **kwargs)
+        if self.bias is not None and self.bias.dtype != torch.float32:
+            self.bias = self.bias.float()  # also after .to(torch.bfloat16)
+        self.repack()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.repack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_plans": {}, "_packed": {}}

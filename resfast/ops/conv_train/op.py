@@ -1,0 +1,235 @@
+"""``resfast::conv2d_train``: a 3x3 convolution in bfloat16 with gradients, on the CPU.
+
+By Winograd, result and gradients take fewer multiplications than a plain convolution
+(``csrc/cpu/winograd.h``). Where the processor has AMX, for which multiplications are cheap, the
+weight's gradient and some results are computed without a transform (``csrc/cpu/conv_direct.h``).
+The weight stays float32 and is rounded to bfloat16 once; its gradient is float32.
+Where :func:`applies` says no, ``torch.nn.functional.conv2d`` is the way. The choice depends on
+shapes and processor, never on a measurement: a run that is resumed computes the same bits.
+
+Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308.
+Shapes: x ``[N, C, H, W]``, weight ``[K, C, 3, 3]``, result ``[N, K, P, Q]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast.ops.conv import cpu as conv_cpu
+from resfast.ops.conv import reference as conv_reference
+from resfast.ops.conv.cpu import TILES
+from resfast.ops.conv.reference import channels_last, new_map, output_shape
+
+LEAST_CHANNELS = 16
+"""In and out, from which on the transforms cost less than they save."""
+AVAILABLE = conv_cpu._has_kernels()
+"""Whether the kernels are built and this processor has AVX512-BF16."""
+AMX = conv_cpu.has_amx()
+"""Whether it has AMX too."""
+MOST_EMPTY = 1.25
+"""Images that the direct kernels compute over those that there are, up to which they are taken."""
+
+torch.library.define(
+    "resfast::conv2d_train",
+    "(Tensor x, Tensor weight, int stride, int padding, int tile) -> Tensor",
+)
+torch.library.define(
+    "resfast::conv2d_train_backward",
+    "(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool[2] needed, int tile) "
+    "-> (Tensor, Tensor)",
+)
+
+
+def applies(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether :func:`conv2d` computes this convolution, and faster than PyTorch's own.
+
+    Args:
+        x: ``[N, C, H, W]``, on any device; its dtype is not looked at.
+        weight: ``[K, C, R, S]``.
+        stride: of rows and columns.
+        padding: likewise.
+    """
+    return (
+        x.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and tuple(weight.shape[2:]) == (3, 3)
+        and min(weight.shape[:2]) >= LEAST_CHANNELS
+        and stride in (1, 2)
+        and padding in (0, 1, 2)
+        and AVAILABLE
+    )
+
+
+def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, tile: int = 2) -> Tensor:
+    """A convolution without bias, with gradients.
+
+    Args:
+        x: ``[N, C, H, W]``, bfloat16, on a CPU with AVX512-BF16; fast in ``channels_last``.
+        weight: float32 ``[K, C, 3, 3]``; fast in ``channels_last``.
+        stride: 1 or 2, rows and columns.
+        padding: zeros on each side, 0 to 2.
+        tile: side of the squares of results computed together: 2, or for stride 1 also 3 or 4,
+            which take 0.69 and 0.56 times as many multiplications and round off 2 to 3 times as
+            much (about 1 %).
+
+    Returns:
+        bfloat16 ``[N, K, P, Q]`` in ``channels_last`` memory. The weight's gradient is float32.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+        RuntimeError: the C++ kernels are not there.
+    """
+    check_arguments(x, weight, stride, padding, tile)
+    return torch.ops.resfast.conv2d_train(x, weight, stride, padding, tile)
+
+
+def check_arguments(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int = 2) -> None:
+    """Says what is wrong with the operator's arguments.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+    """
+    if x.dtype != torch.bfloat16:
+        raise TypeError(f"x is {x.dtype}; expected torch.bfloat16")
+    if weight.dtype != torch.float32:
+        raise TypeError(f"weight is {weight.dtype}; expected torch.float32")
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}; expected {x.device}, like x")
+    if x.ndim != 4:
+        raise ValueError(f"x is {list(x.shape)}; expected [N, C, H, W]")
+    if weight.ndim != 4 or 0 in weight.shape or tuple(weight.shape[2:]) != (3, 3):
+        raise ValueError(f"weight is {list(weight.shape)}; expected [K, C, 3, 3]")
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, and weight {list(weight.shape)} is for "
+            f"{weight.shape[1]}; they must be the same"
+        )
+    if stride not in (1, 2):
+        raise ValueError(f"stride is {stride}; expected 1 or 2")
+    if tile != 2 and (tile not in TILES or stride != 1):
+        raise ValueError(f"tile is {tile}; expected 2, or 3 or 4 where the stride is 1")
+    if padding not in (0, 1, 2):
+        raise ValueError(f"padding is {padding}; expected 0, 1 or 2")
+    if min(output_shape(x, weight, [stride] * 2, [padding] * 2)[2:]) < 1:
+        raise ValueError(
+            f"images of {x.shape[2]}x{x.shape[3]} with padding {padding} are smaller than the "
+            "kernel of 3x3"
+        )
+
+
+def fits_groups(x: Tensor, columns: int) -> bool:
+    """Whether the direct kernels' groups of images are filled, and small.
+
+    Args:
+        x: ``[N, C, H, W]``, input of a convolution or gradient of its result.
+        columns: of the result.
+    """
+    images, batch = conv_cpu.group_images(columns), x.shape[0]
+    filled = -(-batch // images) * images <= MOST_EMPTY * batch
+    return filled and conv_cpu.group_is_small(x, columns)
+
+
+def _is_direct(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether a result is computed directly: where tiles save little, or weights are many."""
+    rows, columns = output_shape(x, weight, [stride] * 2, [padding] * 2)[2:]
+    little = stride == 2 or min(rows, columns) <= 2 or weight.shape[:2].numel() > 256 * 256
+    return AMX and little and fits_groups(x, columns)
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, stride: int, padding: int, tile: int, *, transposed: bool = False
+) -> Tensor:
+    ops, wide = torch.ops.resfast, channels_last(weight)
+    if _is_direct(x, weight, stride, padding):
+        kernel, tiles = ops.conv_direct.default, ()
+        packed = ops.conv_direct_train_pack(wide, transposed)
+    else:
+        kernel, tiles = ops.conv_winograd.default, (tile,)
+        packed = ops.conv_train_pack(wide, stride, transposed, tile)
+    outputs, channels = weight.shape[:2][::-1] if transposed else weight.shape[:2]
+    geometry = [outputs, channels, 3, 3, stride, stride, padding, padding]
+    return kernel(x, packed, None, None, geometry, 0, conv_reference.NEGATIVE_SLOPE, *tiles)
+
+
+@torch.library.impl("resfast::conv2d_train", "cpu")
+def _forward(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int) -> Tensor:
+    return _convolve(channels_last(x), weight, stride, padding, tile)
+
+
+@torch.library.impl("resfast::conv2d_train_backward", "cpu")
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    needed: list[bool],
+    tile: int,
+) -> tuple[Tensor, Tensor]:
+    grad, x = channels_last(grad), channels_last(x)
+    none = x.new_empty(0)
+    if not needed[0]:
+        for_x = none
+    elif stride == 1:
+        for_x = _convolve(grad, weight, 1, 2 - padding, tile, transposed=True)
+    elif padding == 1:
+        packed = torch.ops.resfast.conv_train_pack(channels_last(weight), stride, True, tile)
+        sizes = [*x.shape[1:], weight.shape[0]]
+        for_x = torch.ops.resfast.conv_winograd_transposed(grad, packed, sizes)
+    else:
+        rest = (None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [True, False, False])
+        narrow = weight.to(torch.bfloat16, memory_format=torch.channels_last)
+        for_x = torch.ops.aten.convolution_backward(grad, x, narrow, *rest)[0]
+    if not needed[1]:
+        return for_x, none
+    if AMX and fits_groups(x, grad.shape[3]) and fits_groups(grad, grad.shape[3]):
+        return for_x, torch.ops.resfast.conv_direct_weight_gradient(x, grad, stride, padding)
+    return for_x, torch.ops.resfast.conv_train_weight_gradient(x, grad, stride, padding, tile)
+
+
+@torch.library.register_fake("resfast::conv2d_train")
+def _fake(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int) -> Tensor:
+    return new_map(x, output_shape(x, weight, [stride] * 2, [padding] * 2))
+
+
+@torch.library.register_fake("resfast::conv2d_train_backward")
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    needed: list[bool],
+    tile: int,
+) -> tuple[Tensor, Tensor]:
+    return tuple(
+        torch.empty_like(like, memory_format=torch.channels_last) if wanted else x.new_empty(0)
+        for like, wanted in zip((x, weight), needed, strict=True)
+    )
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.where = inputs[2:]
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[:2])
+    both = torch.ops.resfast.conv2d_train_backward(
+        grad, x, weight, *ctx.where[:2], needed, ctx.where[2]
+    )
+    return (
+        *(one if wanted else None for one, wanted in zip(both, needed, strict=True)),
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("resfast::conv2d_train", _gradients, setup_context=_setup)

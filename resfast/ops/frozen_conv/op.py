@@ -1,0 +1,184 @@
+"""``resfast::frozen_conv_act``: a first convolution that is not trained, its bias and activation.
+
+Of the images' few channels cuDNN makes neither good use of tensor cores nor of memory; on CUDA one
+Triton kernel computes ``activation(conv2d(zeros around x, weight) + bias)`` in a pass. Only the
+bias has a gradient.
+
+Shapes: x ``[N, C, H, W]``, weight ``[K, C, R, R]``, result ``[N, K, P, Q]``, with P = H + before +
+behind - R + 1 for as many rows of zeros before and behind the image, and Q likewise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resfast import runtime
+from resfast.ops.conv.reference import ACTIVATIONS, channels_last, new_map
+
+AVAILABLE = runtime.has_triton()
+"""Whether there is Triton."""
+MOST_NUMBERS, MOST_FILTERS = 64, 256
+"""In a patch; filters: up to which a program holds the whole weight."""
+
+torch.library.define(
+    "resfast::frozen_conv_act",
+    "(Tensor x, Tensor weight, Tensor bias, int before, int behind, str activation, "
+    "float negative_slope) -> Tensor",
+)
+torch.library.define(
+    "resfast::frozen_conv_act_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, int before, int behind, str activation, "
+    "float negative_slope) -> Tensor",
+)
+
+
+def applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether this operator is the way for a convolution in a training step on CUDA.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weight: ``[K, C, R, S]``.
+        bias: ``[K]``, or None.
+    """
+    return (
+        isinstance(x, Tensor)  # tracers pass what is none
+        and AVAILABLE
+        and torch.is_grad_enabled()
+        and x.device.type == "cuda"
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not (x.requires_grad or weight.requires_grad)
+        and bias is not None
+        and weight.dtype == bias.dtype == torch.float32
+        and weight.shape[2] == weight.shape[3]
+        and weight[0].numel() <= MOST_NUMBERS
+        and weight.shape[0] <= MOST_FILTERS
+    )
+
+
+def frozen_conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    before: int = 0,
+    behind: int = 0,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """``activation(conv2d(x, weight) + bias)`` with zeros around x; gradients for the bias alone.
+
+    Args:
+        x: ``[N, C, H, W]``, bfloat16, float16 or float32; fast in ``channels_last``.
+        weight: float32 ``[K, C, R, R]``, rounded to x's dtype.
+        bias: float32 ``[K]``.
+        before: rows and columns of zeros above and left of the image.
+        behind: likewise below and right.
+        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (of erf).
+        negative_slope: of ``leaky_relu``.
+
+    Returns:
+        ``[N, K, P, Q]`` in ``channels_last`` memory, of x's dtype, rounded once.
+
+    Raises:
+        ValueError: an activation that is none of these, or images smaller than the weight.
+        RuntimeError: x or weight requires grad while gradients are recorded.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if min(_shape(x, weight, before, behind)[2:]) < 1:
+        raise ValueError(
+            f"images of {x.shape[2]}x{x.shape[3]} with {before} and {behind} rows of zeros are "
+            f"smaller than a weight of {weight.shape[2]}x{weight.shape[3]}"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        raise RuntimeError("frozen_conv_act has a gradient for the bias alone; use conv2d")
+    return torch.ops.resfast.frozen_conv_act(
+        x, weight, bias, before, behind, activation, negative_slope
+    )
+
+
+def _shape(x: Tensor, weight: Tensor, before: int, behind: int) -> list[int]:
+    n, _, h, w = x.shape
+    more = before + behind - weight.shape[2] + 1
+    return [n, weight.shape[0], h + more, w + more]
+
+
+def _before_activation(x: Tensor, weight: Tensor, bias: Tensor, before: int, behind: int) -> Tensor:
+    rounded = weight.to(x.dtype).float()
+    return F.conv2d(F.pad(x.float(), (before, behind, before, behind)), rounded, bias)
+
+
+@torch.library.impl("resfast::frozen_conv_act", "cpu")
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    before: int,
+    behind: int,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    z = _before_activation(x, weight, bias, before, behind)
+    return channels_last(ACTIVATIONS[activation](z, negative_slope).to(x.dtype))
+
+
+@torch.library.impl("resfast::frozen_conv_act_backward", "cpu")
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    before: int,
+    behind: int,
+    activation: str,
+    negative_slope: float,
+) -> Tensor:
+    z = _before_activation(x, weight, bias, before, behind).requires_grad_()
+    with torch.enable_grad():
+        out = ACTIVATIONS[activation](z, negative_slope)
+    (for_z,) = torch.autograd.grad(out, z, grad.float())
+    return for_z.sum((0, 2, 3))
+
+
+@torch.library.impl("resfast::frozen_conv_act", "cuda")
+def _on_cuda(x: Tensor, *rest: Any) -> Tensor:
+    from resfast.ops.frozen_conv import triton as triton_frozen_conv
+
+    return triton_frozen_conv.forward(channels_last(x), *rest)
+
+
+@torch.library.impl("resfast::frozen_conv_act_backward", "cuda")
+def _backward_on_cuda(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+    from resfast.ops.frozen_conv import triton as triton_frozen_conv
+
+    return triton_frozen_conv.backward(channels_last(grad), channels_last(x), *rest)
+
+
+@torch.library.register_fake("resfast::frozen_conv_act")
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, before: int, behind: int, *_: Any) -> Tensor:
+    return new_map(x, _shape(x, weight, before, behind))
+
+
+@torch.library.register_fake("resfast::frozen_conv_act_backward")
+def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(bias)
+
+
+def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.rest = inputs[3:]
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    for_bias = None
+    if ctx.needs_input_grad[2]:
+        backward = torch.ops.resfast.frozen_conv_act_backward
+        for_bias = backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return None, None, for_bias, None, None, None, None
+
+
+torch.library.register_autograd("resfast::frozen_conv_act", _gradients, setup_context=_setup)

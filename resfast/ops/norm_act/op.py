@@ -1,0 +1,280 @@
+"""``resfast::batch_norm_act``: batch norm in training, with what stands around it.
+
+``activation(batch_norm(x) + residual)``, where x may be max-pooled by 2x2 first, and its gradients
+in bfloat16: one pass over x for the statistics and one for the result, likewise backward. All is
+computed in float32; only the result, and the pooled x, are rounded. Kept for the backward are x (or
+the pooled x and where each value came from: two bits on the CPU, a byte on CUDA), the statistics,
+and with a residual the result or, for silu and gelu, the residual. The kernels are C++ on the CPU,
+where the bits do not depend on the number of threads, and Triton on CUDA, where they are the same
+in every run.
+
+Sources: Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167; Bulo et al., "In-Place
+Activated BatchNorm", arXiv:1712.02616, for doing norm and activation in one; Hendrycks and Gimpel,
+"Gaussian Error Linear Units", arXiv:1606.08415, here to 1e-5.
+Shapes: x ``[N, C, H, W]``; the result ``[N, C, P, Q]``, which is that of x or half of its rows and
+columns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast import runtime
+from resfast.ops.conv import cpu as conv_cpu
+from resfast.ops.conv import reference as conv_reference
+from resfast.ops.conv.reference import channels_last, new_map
+
+ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
+"""In the order of their numbers in ``csrc/cpu/conv_bf16.h``."""
+AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_forward")
+"""Whether the CPU's kernels are built and this processor has AVX512-BF16."""
+TRITON = runtime.has_triton()
+"""Whether there is what those for CUDA are written in."""
+OLDEST = 8
+"""Compute capability that they need, its first digit."""
+
+torch.library.define(
+    "resfast::batch_norm_act",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str activation, "
+    "float negative_slope, bool pool) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "resfast::batch_norm_act_backward",
+    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+    "Tensor? other, Tensor? where, int[2] size, float eps, str activation, float negative_slope) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def available(device: torch.device) -> bool:
+    """Whether a device has kernels; for CUDA its compute capability must be 8.0 or higher."""
+    if device.type == "cuda":  # what a compiler takes for constants
+        return (
+            TRITON
+            and torch.cuda.is_available()
+            and torch.cuda.get_device_properties(device).major >= OLDEST
+        )
+    return device.type == "cpu" and AVAILABLE
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    pool: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``activation(batch_norm(x) + residual)`` by the statistics of the batch, with gradients.
+
+    Args:
+        x: bfloat16 ``[N, C, H, W]`` on the CPU or CUDA; fast in ``channels_last``. The other
+            tensors are on its device.
+        weight: float32 ``[C]``, or None for ones.
+        bias: float32 ``[C]``, or None for zeros.
+        residual: bfloat16, of the shape of the result.
+        eps: added to the variance.
+        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (of erf).
+        negative_slope: of ``leaky_relu``, at least 0.
+        pool: whether x is ``max_pool2d(x, 2)`` to all of this.
+
+    Returns:
+        The result, bfloat16 in ``channels_last`` memory, and mean and biased variance of x (or the
+        pooled x), float32 ``[C]``, which have no gradients.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+        RuntimeError: there are no kernels for the device.
+    """
+    check_arguments(x, weight, bias, residual, eps, activation, negative_slope, pool)
+    if not available(x.device):
+        what = "the C++ kernels and AVX512-BF16"
+        if x.device.type == "cuda":
+            what = "Triton and a GPU of compute capability 8.0 or higher"
+        raise RuntimeError(f"batch_norm_act needs {what}; use resfast.layers.norm.norm_act")
+    out, mean, var, _, _ = torch.ops.resfast.batch_norm_act(
+        x, weight, bias, residual, eps, activation, negative_slope, pool
+    )
+    return out, mean.detach(), var.detach()
+
+
+def result_shape(x: Tensor, pool: bool) -> list[int]:
+    """``[N, C, P, Q]``."""
+    n, c, h, w = x.shape
+    return [n, c, h // 2, w // 2] if pool else [n, c, h, w]
+
+
+def check_arguments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    pool: bool,
+) -> None:
+    """Says what is wrong with the operator's arguments.
+
+    Raises:
+        TypeError: a tensor of a wrong dtype.
+        ValueError: a wrong shape or device, or a value out of range.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x is {list(x.shape)}; expected [N, C, H, W]")
+    shape = result_shape(x, pool)
+    for name, tensor, dtype, sizes in (
+        ("x", x, torch.bfloat16, list(x.shape)),
+        ("weight", weight, torch.float32, [x.shape[1]]),
+        ("bias", bias, torch.float32, [x.shape[1]]),
+        ("residual", residual, torch.bfloat16, shape),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} is {tensor.dtype}; expected {dtype}")
+        if list(tensor.shape) != sizes:
+            raise ValueError(f"{name} is {list(tensor.shape)}; expected {sizes}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; expected {x.device}, like x")
+    if x.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"x is on {x.device}; expected the CPU or CUDA")
+    if math.prod(shape) == 0:
+        raise ValueError(f"x is {list(x.shape)}, which leaves nothing to normalize")
+    if eps < 0:
+        raise ValueError(f"eps is {eps}; expected at least 0")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if negative_slope < 0:
+        raise ValueError(f"negative_slope is {negative_slope}; expected at least 0")
+
+
+@torch.library.impl("resfast::batch_norm_act", "cpu")
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    pool: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    number = ACTIVATIONS.index(activation)
+    residual = None if residual is None else channels_last(residual)
+    kernel = torch.ops.resfast.norm_act_forward
+    return kernel(channels_last(x), weight, bias, residual, eps, number, negative_slope, pool)
+
+
+@torch.library.impl("resfast::batch_norm_act_backward", "cpu")
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    other: Tensor | None,
+    where: Tensor | None,
+    size: list[int],
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    number = ACTIVATIONS.index(activation)
+    other = None if other is None else channels_last(other)
+    both = channels_last(grad), channels_last(x)
+    kernel = torch.ops.resfast.norm_act_backward
+    return kernel(*both, weight, bias, mean, var, other, where, size, eps, number, negative_slope)
+
+
+@torch.library.impl("resfast::batch_norm_act", "cuda")
+def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from resfast.ops.norm_act import triton as triton_norm_act
+
+    return triton_norm_act.forward(*args)
+
+
+@torch.library.impl("resfast::batch_norm_act_backward", "cuda")
+def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from resfast.ops.norm_act import triton as triton_norm_act
+
+    return triton_norm_act.backward(*args)
+
+
+@torch.library.register_fake("resfast::batch_norm_act")
+def _fake(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+    pool: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, c, p, q = result_shape(x, pool)
+    mean, var = (x.new_empty(c, dtype=torch.float32) for _ in range(2))
+    pooled = new_map(x, [n, c, p, q]) if pool else x.new_empty(0)
+    bytes_of_pixel = c if x.device.type == "cuda" else (c + 31) // 32 * 8
+    where = x.new_empty(n * p * q * bytes_of_pixel if pool else 0, dtype=torch.uint8)
+    return new_map(x, [n, c, p, q]), mean, var, pooled, where
+
+
+@torch.library.register_fake("resfast::batch_norm_act_backward")
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    other: Tensor | None,
+    where: Tensor | None,
+    size: list[int],
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for_residual = x.new_empty(0) if other is None else new_map(x, list(x.shape))
+    both = (mean.new_empty(x.shape[1]) for _ in range(2))
+    return new_map(x, [*x.shape[:2], *size]), *both, for_residual
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, bias, residual, *ctx.rest, pool = inputs
+    out, mean, var, pooled, where = output
+    ctx.size = list(x.shape[2:])
+    activation = ctx.rest[1]
+    other = None
+    if residual is not None and activation != "none":
+        other = residual if activation in ("silu", "gelu") else out
+    ctx.residual = residual is not None
+    ctx.save_for_backward(
+        pooled if pool else x, weight, bias, mean, var, other, where if pool else None
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 8
+    if grad is None:
+        return nothing
+    kernel = torch.ops.resfast.batch_norm_act_backward
+    *four, for_residual = kernel(grad, *ctx.saved_tensors, ctx.size, *ctx.rest)
+    if ctx.residual:
+        four.append(grad if ctx.rest[1] == "none" else for_residual)
+    wanted = zip(four, ctx.needs_input_grad, strict=False)
+    found = [one if needed else None for one, needed in wanted]
+    return *found, *nothing[len(found) :]
+
+
+torch.library.register_autograd("resfast::batch_norm_act", _gradients, setup_context=_setup)

@@ -1,0 +1,148 @@
+"""Saving and loading weights and resumable states, atomically.
+
+``checkpoint.pt`` is the resumable state (``torch.save``, read with ``weights_only=True``);
+``model.safetensors`` is the result, with the configuration, classes and normalization in its
+metadata, so that the file alone is enough to use the network.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from resfast import atomic
+from resfast.config.schema import Config, from_json, to_json
+from resfast.errors import ResfastError
+
+FORMAT = 1
+
+
+def _write(path: Path, data: bytes, what: str) -> None:
+    try:
+        atomic.write_bytes(path, data)
+    except OSError as error:
+        kept = f"the previous {path} is intact" if path.exists() else "there is no earlier one"
+        raise ResfastError(
+            f"cannot save the {what} to {path}: {error.strerror or error} ({len(data):,} bytes); "
+            f"{kept}; free space or mend the permissions, then go on with "
+            f"--resume {path.parent}"
+        ) from None
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes a resumable state; the old file stays until the new one is whole.
+
+    Raises:
+        ResfastError: it could not be written (full disk, permissions); the old file is intact.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    _write(path, buffer.getbuffer(), "checkpoint")
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Reads a resumable state onto the CPU.
+
+    Raises:
+        ResfastError: missing, damaged, or of another format.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ResfastError(
+            f"there is no checkpoint {path}: the run stopped before its first one, or this is not "
+            "a run; start it anew with --config and another --name"
+        ) from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ResfastError(
+            f"checkpoint {path} cannot be read ({next(iter(str(error).splitlines()), error)}); "
+            "expected a file written by resfast.train"
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ResfastError(f"{path} is not a checkpoint of format {FORMAT} of resfast.train")
+    return state
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A trained network's file.
+
+    Attributes:
+        tensors: its state dict.
+        config: the run's configuration.
+        classes: class names, in the order of the logits.
+        mean: float32 ``[C]`` in units of pixel / 255.
+        std: float32 ``[C]``, likewise.
+    """
+
+    tensors: dict[str, Tensor]
+    config: Config
+    classes: tuple[str, ...]
+    mean: Tensor
+    std: Tensor
+
+
+def save_weights(
+    path: Path,
+    model: nn.Module,
+    config: Config,
+    classes: tuple[str, ...],
+    mean: Tensor,
+    std: Tensor,
+) -> None:
+    """Writes a network's weights as safetensors.
+
+    Raises:
+        ResfastError: it could not be written; the old file is intact.
+    """
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    metadata = {
+        "config": to_json(config),
+        "classes": json.dumps(classes),
+        "mean": json.dumps(mean.tolist()),
+        "std": json.dumps(std.tolist()),
+    }
+    _write(path, to_safetensors(tensors, metadata), "weights")
+
+
+def load_weights(path: Path) -> Weights:
+    """Reads what :func:`save_weights` wrote.
+
+    Raises:
+        ResfastError: missing, damaged, or not of resfast.train.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        weights = Weights(
+            tensors,
+            from_json(metadata["config"], str(path)),
+            tuple(json.loads(metadata["classes"])),
+            torch.tensor(json.loads(metadata["mean"])),
+            torch.tensor(json.loads(metadata["std"])),
+        )
+        if not weights.mean.shape == weights.std.shape == (3,):
+            raise ValueError("its mean and standard deviation are not of 3 channels")
+        if not all(isinstance(name, str) for name in weights.classes):
+            raise ValueError("its class names are not text")
+    except FileNotFoundError:
+        raise ResfastError(
+            f"there are no weights {path}; expected the folder of a finished run of resfast.train"
+        ) from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ResfastError(
+            f"weights {path} cannot be read ({error}); expected a file written by resfast.train"
+        ) from None
+    return weights

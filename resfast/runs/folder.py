@@ -1,0 +1,144 @@
+"""The folder of a run: ``config.json``, ``metrics.jsonl``, ``summary.json``, weights and plots."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resfast import __version__, atomic
+from resfast.config.schema import Config, to_json
+from resfast.errors import ResfastError
+
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
+CHECKPOINT, WEIGHTS, BEST = "checkpoint.pt", "model.safetensors", "best.safetensors"
+CURVES, CONFUSION = "curves.png", "confusion.png"
+TIMING_RULE = (
+    "timed_seconds = whitening + training + final evaluation with test-time augmentation: all that "
+    "depends on the training images or produces the final predictions. Not in it: compiling and "
+    "warm-up on dummy data, loading data (with its channel mean and deviation), other evaluations."
+)
+"""Of ``timed_seconds``, the same as airbench's (Jordan, arXiv:2404.00498)."""
+
+
+def circumstances() -> dict[str, Any]:
+    """Threads, versions and date of a measurement that ends now, for its summary."""
+    return {
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "resfast": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        },
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def run_folder(config: Config, network_name: str) -> Path:
+    """A new folder for a run, or for several that differ in their seed.
+
+    Raises:
+        ResfastError: the name is taken or the folder cannot be made.
+    """
+    name = config.run.name
+    seeds = f"seed{config.runtime.seed}"
+    if config.run.runs > 1:
+        seeds = f"seeds{config.runtime.seed}-{config.runtime.seed + config.run.runs - 1}"
+    if name is None:
+        data = config.data.data.removeprefix("folder:").rstrip("/")
+        data = Path(data).name.split(".")[0] or "folder"
+        name = f"{config.recipe}-{network_name}-{data}-{seeds}-{time.strftime('%Y%m%d-%H%M%S')}"
+    elif Path(name).name != name or name in (".", ".."):
+        raise ResfastError(f"run name {name!r} must be a plain folder name; --out sets its place")
+    path = config.run.out / name
+    try:
+        config.run.out.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                if config.run.name is not None:
+                    raise ResfastError(
+                        f"run {path} exists; go on with it by --resume {path}, or choose another "
+                        "--name"
+                    ) from None
+                number += 1
+                path = config.run.out / f"{name}-{number}"
+    except OSError as error:
+        raise ResfastError(
+            f"cannot create the run's folder {path}: {error.strerror}; choose another --out"
+        ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file of a run atomically.
+
+    Raises:
+        ResfastError: it could not be written; the old file is intact.
+    """
+    atomic.save(path, text.encode())
+
+
+def write_config(path: Path, config: Config) -> None:
+    """Saves the configuration of a run."""
+    write_text(path / CONFIG, to_json(config))
+
+
+def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
+    """Saves one row an epoch, all of them anew, so that the file always matches the checkpoint."""
+    write_text(path / METRICS, "".join(json.dumps(row) + "\n" for row in history))
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Saves the result of a run."""
+    write_text(path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+class Loggers:
+    """TensorBoard and Weights & Biases, where asked for."""
+
+    def __init__(self, path: Path, config: Config) -> None:
+        self.tensorboard = self.wandb = None
+        if config.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(path / "tensorboard"))
+        if config.run.wandb:
+            import wandb
+
+            self.wandb = wandb.init(
+                project="resfast",
+                name=path.name,
+                id=path.name,
+                dir=str(path),
+                config=json.loads(to_json(config)),
+                resume="allow",
+            )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Sends the numbers of a finished epoch."""
+        epoch = row["epoch"]
+        values = {name: value for name, value in row.items() if isinstance(value, float)}
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, epoch)
+            self.tensorboard.flush()
+        if self.wandb is not None:
+            self.wandb.log(values, step=epoch)
+
+    def close(self, summary: dict[str, Any] | None = None) -> None:
+        """Ends both, with the run's result where there is one."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            if summary:
+                self.wandb.summary.update(summary)
+            self.wandb.finish()

@@ -1,0 +1,181 @@
+"""Which recipe reaches an accuracy soonest: measured rows, and the choice among them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+import torch
+
+from resfast import runtime
+from resfast.errors import ResfastError
+
+TABLE = Path(__file__).with_name("targets.json")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Several runs of a recipe on one machine, as ``benchmarks.time_to_accuracy --add`` wrote it.
+
+    Attributes:
+        recipe: its name.
+        device: kind of processor.
+        hardware: its name.
+        threads: of the CPU; None for CUDA.
+        data: data set, of a folder its last part alone.
+        data_digest: of its content.
+        accuracy: mean over the runs, with test-time augmentation where the recipe has some.
+        sd: standard deviation of the runs, None for a single one.
+        runs: number of runs, the seeds being different.
+        timed_seconds: mean of a run, by ``resfast.runs.folder.TIMING_RULE``.
+        compile_seconds: of the first run.
+        date: of the measurement, YYYY-MM-DD.
+        versions: of resfast and torch.
+        source: file of the raw result, relative to the repository.
+    """
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    recipe: str
+    device: Literal["cpu", "cuda"]
+    hardware: str
+    threads: int | None
+    data: str
+    data_digest: str
+    accuracy: float
+    sd: float | None
+    runs: int
+    timed_seconds: float
+    compile_seconds: float
+    date: str
+    versions: str
+    source: str
+
+    def __str__(self) -> str:
+        spread = "" if self.sd is None else f" ± {self.sd:.2%}"
+        threads = "" if self.threads is None else f", {self.threads} threads"
+        return (
+            f"{self.recipe}: {self.accuracy:.2%}{spread} ({self.runs} "
+            f"{'run' if self.runs == 1 else 'runs'}) in {self.timed_seconds:.4g} s on "
+            f"{self.hardware}{threads}, {self.data}, {self.date}"
+        )
+
+
+_ADAPTER = pydantic.TypeAdapter(tuple[Row, ...])
+
+
+def read(path: Path) -> tuple[Row, ...]:
+    """The rows of a table, such as :data:`TABLE`.
+
+    Raises:
+        ResfastError: it cannot be read or a row is not one.
+    """
+    try:
+        return _ADAPTER.validate_json(path.read_bytes())
+    except OSError as error:
+        raise ResfastError(f"cannot read {path}: {error.strerror}; install resfast anew") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ResfastError(f"{path}: {where}: {first['msg']}; expected a list of rows") from None
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """A table as text, best accuracy last."""
+    rows = sorted(rows, key=lambda row: (row.device, row.hardware, row.data, row.accuracy))
+    return json.dumps(_ADAPTER.dump_python(tuple(rows)), indent=2, ensure_ascii=False) + "\n"
+
+
+def data_name(data: str) -> str:
+    """``--data`` as in the rows: of a path its last part, ``auto`` as what it stands for."""
+    kind, colon, path = data.partition(":")
+    if colon:
+        return f"{kind}:{Path(path).name}"
+    return "cifar10" if data == "auto" else data
+
+
+def here(device: torch.device) -> tuple[str, int | None]:
+    """Name of the processor and CPU threads (None for CUDA), as in the rows."""
+    name = runtime.describe(device)
+    if device.type == "cuda":
+        return name, None
+    return name.rpartition(",")[0], torch.get_num_threads()
+
+
+def pick(
+    target: float,
+    max_seconds: float,
+    *,
+    device: torch.device,
+    data: str,
+    threads: int = 0,
+    rows: Sequence[Row] | None = None,
+) -> tuple[Row, str]:
+    """The recipe that reached an accuracy soonest on hardware like this.
+
+    Of each recipe the row counts that was measured on the nearest machine: the same kind of device,
+    then the most similar name, the same data, the nearest number of threads, the latest date.
+
+    Args:
+        target: accuracy, 0 to 1, that the mean over the runs has to reach.
+        max_seconds: most timed seconds of a run.
+        device: to train on.
+        data: ``--data``.
+        threads: ``--threads`` (0: torch's default).
+        rows: the table (None: the one that comes with resfast).
+
+    Returns:
+        The row, and a sentence that says why.
+
+    Raises:
+        ResfastError: nothing known fits, with what is known.
+    """
+    if not 0 < target <= 1:
+        raise ResfastError(
+            f"--target {target} is out of range: expected an accuracy, 0.94 for 94 %"
+        )
+    rows = [row for row in (read(TABLE) if rows is None else rows) if row.device == device.type]
+    name, cores = here(device)
+    cores = cores and (threads or cores)
+    data = data_name(data)
+
+    def nearness(row: Row) -> tuple[float, bool, float, str]:
+        alike = difflib.SequenceMatcher(None, row.hardware.lower(), name.lower()).ratio()
+        apart = abs(math.log((row.threads or 1) / (cores or 1)))
+        return alike, row.data == data, -apart, row.date
+
+    known: dict[str, Row] = {}
+    for row in rows:
+        known[row.recipe] = max(row, known.get(row.recipe, row), key=nearness)
+    wanted = f"--target {target:g} --max-seconds {max_seconds:g}"
+    if not known:
+        raise ResfastError(
+            f"{wanted}: no recipe has been measured on {device.type} yet; name one with --recipe "
+            "(--list shows them)"
+        )
+    reaching = [row for row in known.values() if row.accuracy >= target]
+    if not reaching:
+        best = max(known.values(), key=lambda row: row.accuracy)
+        raise ResfastError(
+            f"{wanted}: no known recipe reaches {target:.2%}; the most accurate is {best}; ask for "
+            "less, or name a recipe with --recipe"
+        )
+    fastest = min(reaching, key=lambda row: row.timed_seconds)
+    if fastest.timed_seconds > max_seconds:
+        raise ResfastError(
+            f"{wanted}: the fastest known recipe that reaches {target:.2%} takes longer; "
+            f"{fastest}; allow more seconds or ask for less"
+        )
+    reason = [f"recipe {fastest.recipe}: the fastest known that reaches {target:.2%}; {fastest}"]
+    if (fastest.hardware, fastest.threads) != (name, cores):
+        mine = name if cores is None else f"{name}, {cores} threads"
+        reason.append(f"this is {mine}, so the seconds will differ")
+    if fastest.data != data:
+        reason.append(f"it was not measured on {data}, so the accuracy will differ")
+    return fastest, "; ".join(reason)
