@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resfast
-from resfast.config.schema import network
+from resfast.config.network import network
 from resfast.models.presets import build_model
 from resfast.ops.frozen_conv import op as frozen_conv
 from resfast.ops.norm_act import op as norm_act

@@ -10,7 +10,7 @@ import torch
 
 import resfast
 from resfast import runtime
-from resfast.config.schema import network
+from resfast.config.network import network
 from resfast.data.device_batches import Supply
 from resfast.data.resident import ResidentLoader
 from resfast.layers.conv import set_winograd_tile

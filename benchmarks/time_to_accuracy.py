@@ -36,8 +36,10 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from benchmarks.report import slug
 from resfast import atomic, runtime
 from resfast.cli import common as entry
+from resfast.config.compare import differences
+from resfast.config.files import load
 from resfast.config.recipes import RECIPES
-from resfast.config.schema import Config, differences, load
+from resfast.config.schema import Config
 from resfast.errors import ResfastError, nearest
 from resfast.runs import folder as records
 from resfast.runs import plots, targets

@@ -13,8 +13,10 @@ from typing import Annotated
 import tyro
 
 from resfast.cli import common as entry
+from resfast.config.files import load
+from resfast.config.network import network
 from resfast.config.recipes import RECIPES, SUMMARIES, recipe
-from resfast.config.schema import Config, load, network
+from resfast.config.schema import Config
 from resfast.errors import ResfastError
 
 PROG = "python -m resfast.train"

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from resfast.config import schema as configs
+from resfast.config import compare, files
+from resfast.config.network import network
 from resfast.config.recipes import RECIPES, SUMMARIES
-from resfast.config.schema import Config, ModelConfig, network
+from resfast.config.schema import Config, ModelConfig
 from resfast.errors import ResfastError
 from resfast.models.presets import PRESETS, build_model, create_model
 from resfast.models.resnet import count_parameters
@@ -23,7 +24,7 @@ from tests.conftest import change
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_a_recipe_survives_json_and_passes_its_own_checks(name: str):
     recipe = RECIPES[name]
-    assert configs.from_json(configs.to_json(recipe), "x") == recipe
+    assert files.from_json(files.to_json(recipe), "x") == recipe
     assert recipe.recipe == name
     assert name in SUMMARIES
     check(recipe)
@@ -82,7 +83,7 @@ def test_no_option_is_the_default_recipe():
 def test_a_saved_configuration_starts_the_same_run(tmp_path: Path):
     saved = change(RECIPES["default"], epochs=3, lr=0.7, name="old")
     file = tmp_path / "config.json"
-    file.write_text(configs.to_json(saved))
+    file.write_text(files.to_json(saved))
     _, config = command_line(["--config", str(file)])
     assert config == change(saved, name=None)
     _, config = command_line(["--config", str(file), "--lr", "0.1"])
@@ -103,13 +104,13 @@ def test_a_damaged_configuration_names_the_place(text: str, message: str, tmp_pa
     file = tmp_path / "config.json"
     file.write_text(text)
     with pytest.raises(ResfastError, match=message) as error:
-        configs.load(file)
+        files.load(file)
     assert str(file) in str(error.value)
 
 
 def test_a_missing_configuration_is_an_error(tmp_path: Path):
     with pytest.raises(ResfastError, match="No such file"):
-        configs.load(tmp_path / "config.json")
+        files.load(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_help_shows_every_option_with_explanation_and_default():
     )
     text = re.sub(r"[│\s]+", " ", run.stdout)
     explained = dict(re.findall(r" (--[a-z0-9-]+)[^(]*? ([A-Z0-9a-z].*?\(default: .*?\))", text))
-    for name in configs.flatten(RECIPES["default"]).keys() - {"recipe"}:
+    for name in compare.flatten(RECIPES["default"]).keys() - {"recipe"}:
         option = "--" + name.replace("_", "-")
         assert option in explained, option
         words = explained[option].split("(default:")[0].split()
@@ -227,9 +228,9 @@ def test_overrides_apply_to_a_preset():
 
 def test_differences_leave_out_what_does_not_change_the_result():
     config = Config()
-    assert configs.differences(config, change(config, name="x", data_dir=Path("y"))) == {}
-    assert configs.differences(config, change(config, lr=0.2)) == {"lr": (0.1, 0.2)}
+    assert compare.differences(config, change(config, name="x", data_dir=Path("y"))) == {}
+    assert compare.differences(config, change(config, lr=0.2)) == {"lr": (0.1, 0.2)}
 
 
 def test_json_is_readable():
-    assert json.loads(configs.to_json(Config()))["optim"]["lr"] == 0.1
+    assert json.loads(files.to_json(Config()))["optim"]["lr"] == 0.1

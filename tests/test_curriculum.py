@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from resfast import runtime
-from resfast.config import schema as configs
-from resfast.config.schema import Config, DataConfig, OptimConfig
+from resfast.config import files
+from resfast.config.schema import Config, DataConfig, OptimConfig, phases_text
 from resfast.data.augment import Augment, order, smaller
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.optim.optimizers import Schedule, build_optimizer
@@ -153,12 +153,12 @@ def test_options_are_read_printed_back_and_saved():
     _, config = command_line(line.split())
     assert config.data.sizes == ((24, 0.5), (28, 0.8))
     assert config.optim.batch_sizes == ((256, 0.3),)
-    assert configs.phases_text(config.data.sizes) == "24:0.5,28:0.8"
-    assert configs.from_json(configs.to_json(config), "test") == config
+    assert phases_text(config.data.sizes) == "24:0.5,28:0.8"
+    assert files.from_json(files.to_json(config), "test") == config
     assert config.optim.epochs == 5.5
     _, whole = command_line(["--epochs", "5"])
-    assert configs.from_json(configs.to_json(whole), "test").optim.epochs == 5
-    assert '"epochs": 5,' in configs.to_json(whole)
+    assert files.from_json(files.to_json(whole), "test").optim.epochs == 5
+    assert '"epochs": 5,' in files.to_json(whole)
 
 
 def test_a_malformed_list_of_phases_ends_the_command(capsys: pytest.CaptureFixture[str]):
@@ -167,13 +167,13 @@ def test_a_malformed_list_of_phases_ends_the_command(capsys: pytest.CaptureFixtu
 
 
 def test_a_configuration_from_before_loads_with_todays_values():
-    old = json.loads(configs.to_json(Config()))
+    old = json.loads(files.to_json(Config()))
     for name in ("sizes", "resize_by", "filter_start", "filter_keep", "hold_out"):
         del old["data"][name]
     del old["optim"]["batch_sizes"]
     for name in ("tta_select", "tta_mirror", "score_test", "fuse"):
         del old["evaluation"][name]
-    assert configs.from_json(json.dumps(old), "old") == Config()
+    assert files.from_json(json.dumps(old), "old") == Config()
 
 
 # -- learning rates -------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import resfast
 from resfast import export, runtime
-from resfast.config.schema import Config, DataConfig, ModelConfig, RuntimeConfig, network
+from resfast.config.network import network
+from resfast.config.schema import Config, DataConfig, ModelConfig, RuntimeConfig
 from resfast.errors import ResfastError
 from resfast.inference.fuse.blocks import group_blocks
 from resfast.models.presets import build_model

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resfast.config.schema import Config, network
+from resfast.config.network import network
+from resfast.config.schema import Config
 from resfast.errors import ResfastError
 from resfast.models.presets import build_model
 from resfast.models.summary import count_macs

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import resfast
-from resfast.config import schema as configs
+from resfast.config import files
 from resfast.config.schema import Config
 from resfast.errors import ResfastError
 from resfast.runs import checkpoint
@@ -142,7 +142,7 @@ def test_stopping_keeps_what_is_there_and_resuming_goes_on(
 def test_resuming_with_more_runs_adds_them(several: Config):
     first = runs.train(change(several, runs=2, epochs=1))
     kept = (first.path / "seed5" / records.WEIGHTS).stat().st_mtime_ns
-    more = runs.train(change(configs.load(first.path / "config.json"), runs=4), resume=first.path)
+    more = runs.train(change(files.load(first.path / "config.json"), runs=4), resume=first.path)
     assert more.summary["seeds"] == [5, 6, 7, 8]
     assert more.summary["accuracies"][:2] == first.summary["accuracies"]
     assert (first.path / "seed5" / records.WEIGHTS).stat().st_mtime_ns == kept
@@ -153,14 +153,14 @@ def test_resuming_finished_runs_gives_their_result_again(several: Config):
     (first.path / "seed7").mkdir()  # of a run that was killed as it began
     again = runs.train(resume=first.path)
     assert again.summary["accuracies"] == first.summary["accuracies"]
-    more = runs.train(change(configs.load(first.path / "config.json"), runs=3), resume=first.path)
+    more = runs.train(change(files.load(first.path / "config.json"), runs=3), resume=first.path)
     assert more.summary["finished"] == 3
 
 
 def test_an_old_config_is_of_one_run(several: Config, tmp_path: Path):
-    values = json.loads(configs.to_json(several))
+    values = json.loads(files.to_json(several))
     del values["run"]["runs"], values["run"]["max_seconds"]
-    old = configs.from_json(json.dumps(values), "old")
+    old = files.from_json(json.dumps(values), "old")
     assert (old.run.runs, old.run.max_seconds) == (1, None)
 
 
@@ -170,7 +170,7 @@ def test_bad_runs_are_named(several: Config, tmp_path: Path):
     with pytest.raises(ResfastError, match="--runs 3 is more than one training"):
         trainer.train(several)
     done = runs.train(change(several, runs=2, epochs=1))
-    saved = configs.load(done.path / "config.json")
+    saved = files.load(done.path / "config.json")
     with pytest.raises(ResfastError, match=r"lr was 0\.05 and is now 0\.2"):
         runs.train(change(saved, lr=0.2), resume=done.path)
     with pytest.raises(ResfastError, match="--runs 2 does not fit"):
@@ -271,7 +271,7 @@ def test_a_limit_of_seconds_stops_cleanly_and_more_of_them_go_on(
     assert (stopped.path / records.BEST).exists()
     state = checkpoint.load_state(stopped.path / records.CHECKPOINT)
     assert (state["epoch"], state["step"]) == divmod(step, 4)
-    saved = configs.load(stopped.path / "config.json")
+    saved = files.load(stopped.path / "config.json")
     more = trainer.train(change(saved, max_seconds=2e6), resume=stopped.path)
     assert more.summary["stopped"] is None
     assert_same_weights(more.path, whole.path)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resfast
-from resfast.config import schema as configs
-from resfast.config.schema import Config, ModelConfig, network
+from resfast.config import files
+from resfast.config.network import network
+from resfast.config.schema import Config, ModelConfig
 from resfast.errors import ResfastError
 from resfast.models.presets import PRESETS, build_model, create_model
 from resfast.models.resnet import ResNetSpec, count_parameters
@@ -366,7 +367,7 @@ def test_options_that_do_not_fit_are_refused(values: dict, message: str):
 
 def test_a_configuration_of_before_has_the_networks_of_before():
     old = '{"model": {"model": "resnet-2111", "blocks": [], "dropout": 0.1, "activation": null}}'
-    made = network(configs.from_json(old, "x").model)
+    made = network(files.from_json(old, "x").model)
     assert made == replace(PRESETS["resnet-2111"], dropout=0.1)
     assert isinstance(made, ResNetSpec)
     assert not made.dirac_init
@@ -376,7 +377,7 @@ def test_a_configuration_of_before_has_the_networks_of_before():
 def test_a_configuration_survives_json():
     values = ModelConfig(model="speednet-94", whitening=False, head_std=1.0, convolutions=(1, 2, 3))
     config = Config(model=values)
-    assert configs.from_json(configs.to_json(config), "x") == config
+    assert files.from_json(files.to_json(config), "x") == config
 
 
 def test_list_and_summary_show_speednets(capsys: pytest.CaptureFixture[str]):

@@ -14,8 +14,9 @@ from torch import nn
 
 import resfast
 from resfast import atomic
-from resfast.config import schema as configs
-from resfast.config.schema import Config, OptimConfig, network
+from resfast.config import files
+from resfast.config.network import network
+from resfast.config.schema import Config, OptimConfig
 from resfast.data.resident import resident_batches
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.inference.scoring import evaluate, predict
@@ -71,7 +72,7 @@ def test_a_run_learns_and_leaves_its_whole_folder(tiny: Config):
 
 def test_the_saved_configuration_has_no_open_values_and_repeats_the_run(tiny: Config):
     first = train(tiny)
-    saved = configs.load(first.path / "config.json")
+    saved = files.load(first.path / "config.json")
     assert saved.optim.epochs == 3
     assert saved.runtime.device == "cpu"
     assert saved.runtime.precision == "fp32"
@@ -157,7 +158,7 @@ def test_small_data_adapts_visibly_and_explicit_values_stay(
     tiny: Config, capsys: pytest.CaptureFixture[str]
 ):
     result = train(change(tiny, epochs=1, batch_size=None, lr=0.4))
-    saved = configs.load(result.path / "config.json")
+    saved = files.load(result.path / "config.json")
     assert saved.optim.batch_size == 48
     assert saved.optim.epochs == 1
     assert saved.optim.lr == pytest.approx(0.4 * 48 / 128)
@@ -372,7 +373,7 @@ def test_a_damaged_checkpoint_is_named(tiny: Config, damage: str):
 
 def test_resuming_with_another_configuration_names_the_fields(tiny: Config):
     path = train(tiny).path
-    saved = configs.load(path / "config.json")
+    saved = files.load(path / "config.json")
     with pytest.raises(ResfastError, match=r"lr was 0\.05 and is now 0\.2"):
         train(change(saved, lr=0.2), resume=path)
     train(change(saved, save_seconds=99.0), resume=path)

@@ -8,9 +8,8 @@ is :func:`resolved <resfast.training.resolve.resolve>`, without such a ``None``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +18,9 @@ import tyro
 
 from resfast.data.augment import POLICIES, Augment, parse_augment
 from resfast.errors import ResfastError
-from resfast.models.presets import DEFAULT_MODEL, Spec, preset
-from resfast.models.resnet import Activation, Block, ResNetSpec, Shortcut
-from resfast.models.speednet import FinalPool, Padding, SpeedNetSpec
+from resfast.models.presets import DEFAULT_MODEL
+from resfast.models.resnet import Activation, Block, Shortcut
+from resfast.models.speednet import FinalPool, Padding
 
 
 def _written(
@@ -366,134 +365,3 @@ class Config:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     run: RunConfig = field(default_factory=RunConfig)
-
-
-_ADAPTER = pydantic.TypeAdapter(Config)
-
-FREE_TO_DIFFER = {"data_dir", "prefetch", "threads", *(f.name for f in fields(RunConfig))}
-"""Fields that may change when a run is resumed: they do not change what is computed."""
-
-
-def to_json(config: Config) -> str:
-    """The configuration as indented JSON."""
-    return json.dumps(asdict(config), indent=2, default=str) + "\n"
-
-
-def from_json(text: str, source: str) -> Config:
-    """Reads what :func:`to_json` wrote.
-
-    Args:
-        text: the JSON.
-        source: where it came from, for the error.
-
-    Raises:
-        ResfastError: not JSON, an unknown field, or a value of the wrong type.
-    """
-    try:
-        return _ADAPTER.validate_json(_upgraded(text))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ResfastError(
-            f"{source}: {where}: {first['msg']}; expected a config.json written by resfast.train"
-        ) from None
-
-
-def _upgraded(text: str) -> str:
-    """What version 0.1 wrote, which had the three augmentations beside each other in ``data``."""
-    try:
-        values = json.loads(text)
-    except ValueError:
-        return text  # the validation says what is wrong
-    data = values.get("data") if isinstance(values, dict) else None
-    if not isinstance(data, dict) or "augment" in data:
-        return text
-    old = {name: data.pop(name) for name in ("crop", "padding", "flip") if name in data}
-    return json.dumps(values | {"data": data | {"augment": old}}) if old else text
-
-
-def load(path: Path) -> Config:
-    """Reads a saved configuration.
-
-    Raises:
-        ResfastError: the file is missing, unreadable or not a configuration.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ResfastError(
-            f"cannot read {path}: {error.strerror}; expected the config.json of a run"
-        ) from None
-    except UnicodeDecodeError:
-        raise ResfastError(f"{path} is not text; expected the config.json of a run") from None
-    return from_json(text, str(path))
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """All fields by their option name, the groups dissolved."""
-    flat: dict[str, Any] = {}
-    for name, value in asdict(config).items():
-        flat.update(value if isinstance(value, dict) else {name: value})
-    flat["augment"] = str(config.data.augment)
-    return flat
-
-
-def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
-    """Option names that differ and would change the result, with both values."""
-    first, second = flatten(config), flatten(other)
-    return {
-        name: (first[name], second[name])
-        for name in first
-        if name not in FREE_TO_DIFFER and first[name] != second[name]
-    }
-
-
-_OWN = {"resnet": ("blocks", ResNetSpec), "speednet": ("convolutions", SpeedNetSpec)}
-"""Networks without a preset: what has to be given beside the channels, and the kind of shape."""
-
-
-def network(config: ModelConfig) -> Spec:
-    """The shape that a model configuration names, overrides applied.
-
-    Raises:
-        ResfastError: an unknown preset, 'resnet' without blocks and channels, 'speednet' without
-            convolutions and channels, an option of the other family, or two that exclude each
-            other.
-    """
-    values: dict[str, Any] = {}
-    if config.model in _OWN:
-        depth, kind = _OWN[config.model]
-        if not getattr(config, depth) or not config.channels:
-            raise ResfastError(
-                f"model {config.model!r} needs --{depth} and --channels, for example "
-                f"--{depth} 2,1,1,1 --channels 64,128,256,512"
-            )
-    else:
-        spec = preset(config.model)
-        values, kind = asdict(spec), type(spec)
-        depth = "blocks" if kind is ResNetSpec else "convolutions"
-        given = getattr(config, depth)
-        if given and not config.strides and len(given) != len(values["strides"]):
-            values["strides"] = ()
-    shape = {f.name for f in fields(kind)}
-    others = {"model", "param_budget"} | ({"zero_init_residual"} if kind is ResNetSpec else set())
-    for option in fields(ModelConfig):
-        value = getattr(config, option.name)
-        if value == option.default:
-            continue
-        if option.name in shape:
-            values[option.name] = value
-        elif option.name not in others:
-            families = ("speednets", "resnets") if kind is ResNetSpec else ("resnets", "speednets")
-            raise ResfastError(
-                f"--{option.name.replace('_', '-')} is an option of {families[0]}, and "
-                f"{config.model!r} is one of the {families[1]}; leave it out or choose another "
-                "--model"
-            )
-    made = kind(**values)
-    if config.zero_init_residual and made.freeze_norm_scale:
-        raise ResfastError(
-            "--zero-init-residual starts norm scales at zero and --freeze-norm-scale would leave "
-            "them there; choose one"
-        )
-    return made

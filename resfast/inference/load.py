@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from resfast import runtime
-from resfast.config.schema import Config, network
+from resfast.config.network import network
+from resfast.config.schema import Config
 from resfast.errors import ResfastError, nearest
 from resfast.inference.scoring import TTA, predict
 from resfast.models.presets import build_model

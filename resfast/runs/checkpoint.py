@@ -20,7 +20,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from resfast import atomic
-from resfast.config.schema import Config, from_json, to_json
+from resfast.config.files import from_json, to_json
+from resfast.config.schema import Config
 from resfast.errors import ResfastError
 
 FORMAT = 1

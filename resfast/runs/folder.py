@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from resfast import __version__, atomic
-from resfast.config.schema import Config, to_json
+from resfast.config.files import to_json
+from resfast.config.schema import Config
 from resfast.errors import ResfastError
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"

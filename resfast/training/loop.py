@@ -19,7 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast import __version__, atomic, runtime
-from resfast.config.schema import Config, differences, load, network, phases_text
+from resfast.config.compare import differences
+from resfast.config.files import load
+from resfast.config.network import network
+from resfast.config.schema import Config, phases_text
 from resfast.data import batches as feed
 from resfast.data.augment import generator, smaller
 from resfast.data.dataset import Dataset

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import torch
 
 from resfast import runtime
-from resfast.config.schema import Config, OptimConfig, network
+from resfast.config.network import network
+from resfast.config.schema import Config, OptimConfig
 from resfast.data.batches import choose_loader
 from resfast.data.dataset import Dataset
 from resfast.data.sources import Stream

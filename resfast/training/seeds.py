@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from resfast import atomic
-from resfast.config.schema import Config, differences, load
+from resfast.config.compare import differences
+from resfast.config.files import load
+from resfast.config.schema import Config
 from resfast.errors import ResfastError
 from resfast.runs import folder as records
 from resfast.runs.statistics import CONFIDENCE, Statistics, p_value, statistics

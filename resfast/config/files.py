@@ -1,0 +1,69 @@
+"""Writes a configuration as JSON and reads it back, config.json of older versions included."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pydantic
+
+from resfast.config.schema import Config
+from resfast.errors import ResfastError
+
+_ADAPTER = pydantic.TypeAdapter(Config)
+
+
+def to_json(config: Config) -> str:
+    """The configuration as indented JSON."""
+    return json.dumps(asdict(config), indent=2, default=str) + "\n"
+
+
+def from_json(text: str, source: str) -> Config:
+    """Reads what :func:`to_json` wrote.
+
+    Args:
+        text: the JSON.
+        source: name of the file, for the error message.
+
+    Raises:
+        ResfastError: not JSON, an unknown field, or a value of the wrong type.
+    """
+    try:
+        return _ADAPTER.validate_json(_upgrade(text))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ResfastError(
+            f"{source}: {where}: {first['msg']}; expected a config.json written by resfast.train"
+        ) from None
+
+
+def _upgrade(text: str) -> str:
+    """Moves the augmentations that version 0.1 wrote into ``data`` to ``augment``."""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return text  # validation reports what is wrong
+    data = values.get("data") if isinstance(values, dict) else None
+    if not isinstance(data, dict) or "augment" in data:
+        return text
+    old = {name: data.pop(name) for name in ("crop", "padding", "flip") if name in data}
+    return json.dumps(values | {"data": data | {"augment": old}}) if old else text
+
+
+def load(path: Path) -> Config:
+    """Reads a saved configuration.
+
+    Raises:
+        ResfastError: the file is missing, unreadable or not a configuration.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ResfastError(
+            f"cannot read {path}: {error.strerror}; expected the config.json of a run"
+        ) from None
+    except UnicodeDecodeError:
+        raise ResfastError(f"{path} is not text; expected the config.json of a run") from None
+    return from_json(text, str(path))
