@@ -369,19 +369,19 @@ def save_plots(report: Report, folder: Path, name: str) -> dict[str, Path]:
     """Writes ``NAME-speedup.png`` and ``NAME-roofline.png`` into ``folder``.
 
     Returns:
-        Their paths by ``speedup`` and ``roofline``; none of one that would be empty.
-
-    Raises:
-        ResfastError: a file could not be written.
+        Their paths by ``speedup`` and ``roofline``; none of one that would be empty or that
+        cannot be drawn, which is logged.
     """
     from resfast.runs import plots
 
     saved = {}
     for kind, draw in (("speedup", _speedup), ("roofline", _roofline)):
-        figure = draw(report)
-        if figure is not None:
-            saved[kind] = folder / f"{name}-{kind}.png"
-            plots.save(figure, saved[kind])
+        path = folder / f"{name}-{kind}.png"
+        with plots.optional(path):
+            figure = draw(report)
+            if figure is not None:
+                plots.save(figure, path)
+                saved[kind] = path
     return saved
 
 
@@ -408,6 +408,8 @@ def _speedup(report: Report) -> Any:
     """Bars of each way to run a network, and of resfast alone for layers, by batch."""
     from matplotlib.figure import Figure
 
+    from resfast.runs.plots import plain
+
     shown = [r for r in report.rows if r.ratio and (r.kind == "model" or r.name == "resfast")]
     panels = _panels((r for r in shown if r.kind != "other"), lambda r: (r.hardware, r.kind))
     if not panels:
@@ -429,15 +431,19 @@ def _speedup(report: Report) -> Any:
         for i, (label, mine) in enumerate(bars.items()):
             at = [places.index(place) + (i + 0.5 - len(bars) / 2) * width for place in mine]
             color = COLORS.get(label, GIVEN_COLOR) if model else f"C{i}"
-            axes.bar(at, [row.ratio for row in mine.values()], width, color=color, label=label)
+            axes.bar(
+                at, [row.ratio for row in mine.values()], width, color=color, label=plain(label)
+            )
             for x, row in zip(at, mine.values(), strict=True):
                 if row.ratio_range:
                     axes.plot([x, x], row.ratio_range, color="black", linewidth=0.7)
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(places)), places, rotation=30, ha="right", fontsize=7)
+        names = ["\n".join(map(plain, place.split("\n"))) for place in places]
+        axes.set_xticks(range(len(places)), names, rotation=30, ha="right", fontsize=7)
         baselines = " or ".join(dict.fromkeys(row.baseline for row in rows))
-        axes.set_ylabel(f"speed relative to\n{baselines}", fontsize=8)
-        axes.set_title(f"{'networks' if model else 'resfast, layers'}: {hardware}", fontsize=9)
+        axes.set_ylabel(f"speed relative to\n{plain(baselines)}", fontsize=8)
+        what = "networks" if model else "resfast, layers"
+        axes.set_title(f"{what}: {plain(hardware)}", fontsize=9)
         _finish(axes)
     return figure
 
@@ -445,6 +451,8 @@ def _speedup(report: Report) -> Any:
 def _roofline(report: Report) -> Any:
     """Rate over operations per byte of every layer, below what the machine was measured to do."""
     from matplotlib.figure import Figure
+
+    from resfast.runs.plots import plain
 
     layers = (row for row in report.rows if row.kind == "layer" and row.flops and row.bytes)
     panels = _panels(layers, lambda row: (row.hardware, row.dtype))
@@ -458,7 +466,7 @@ def _roofline(report: Report) -> Any:
             mine = [row for row in rows if row.name == name]
             axes.scatter(
                 [row.flops / row.bytes for row in mine], [row.tflops for row in mine],
-                s=[6 + 6 * row.batch.bit_length() for row in mine], label=name,
+                s=[6 + 6 * row.batch.bit_length() for row in mine], label=plain(name),
                 color=COLORS.get(name, GIVEN_COLOR), alpha=0.8, linewidths=0,
             )  # fmt: skip
         peak, copy = report.best("matmul", hardware, dtype), report.best("copy", hardware)
@@ -471,7 +479,8 @@ def _roofline(report: Report) -> Any:
         axes.set(xscale="log", yscale="log")
         axes.set_xlabel("operations per byte (one pass over inputs, weights and result)")
         axes.set_ylabel("TFLOP/s")
-        axes.set_title(f"layers, {dtype}, larger dots for larger batches: {hardware}", fontsize=9)
+        title = f"layers, {dtype}, larger dots for larger batches: {hardware}"
+        axes.set_title(plain(title), fontsize=9)
         _finish(axes)
     return figure
 

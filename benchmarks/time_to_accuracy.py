@@ -524,9 +524,14 @@ def save_plot(rows: Sequence[Row], public: Sequence[PublicResult], path: Path) -
         )
         other = "" if point.data == ORIGINAL else f" ({point.data})"
         took = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
-        text = f"{point.name}{other}\n{point.accuracy:.2%}, {took} s, {point.hardware}"
+        text = (
+            f"{plots.plain(point.name + other)}\n"
+            f"{point.accuracy:.2%}, {took} s, {plots.plain(point.hardware)}"
+        )
         labels.append((text, middle, point.accuracy))
-    handles = [Line2D([], [], color=c, marker="o", ls="", label=h) for h, c in colors.items()]
+    handles = [
+        Line2D([], [], color=c, marker="o", ls="", label=plots.plain(h)) for h, c in colors.items()
+    ]
     gray = {"color": "#666666", "ls": ""}
     handles += [
         Line2D([], [], marker="o", label="original CIFAR-10 pixels", **gray),

@@ -283,7 +283,9 @@ def main(args: Sequence[str] | None = None) -> int:
                 f"with test-time augmentation ({result.tta}) {result.with_tta.accuracy:.2%}, "
                 f"loss {result.with_tta.loss:.4f}"
             )
-        print(f"{out / RESULT}\n{out / CONFUSION}")
+        print(out / RESULT)
+        if (out / CONFUSION).is_file():
+            print(out / CONFUSION)
 
     return entry.run(command)
 

@@ -23,6 +23,7 @@ from resfast.data.augment import (
 from resfast.data.dataset import Dataset, channel_mean_std
 from resfast.errors import ResfastError
 from resfast.ops.augment.op import MixParams, augment
+from resfast.text import printable
 
 MAX_IMAGES = 100
 
@@ -249,6 +250,7 @@ class _Sheet:
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    text = printable(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -259,7 +261,7 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
     """``text`` in lines no wider than ``width``, broken after commas where possible."""
     lines = [""]
-    for piece in text.replace(",", ",\0").split("\0"):
+    for piece in printable(text).replace(",", ",\0").split("\0"):
         if lines[-1] and font.getlength(lines[-1] + piece) > width:
             lines.append("")
         lines[-1] += piece

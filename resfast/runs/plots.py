@@ -1,8 +1,11 @@
-"""Plots of a run."""
+"""Plots of a run. They are extras: one that cannot be drawn is logged and left out."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,33 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from resfast import atomic
+from resfast.text import printable
+
+logger = logging.getLogger("resfast")
 
 matplotlib.use("Agg")
 
 TRAIN, EVAL, RATE = "#1f5fa8", "#d1495b", "#5b7f3a"
+
+
+def plain(text: str) -> str:
+    """``text`` for matplotlib to draw as it is: printable characters only, and no mathtext."""
+    return printable(text).replace("$", r"\$")
+
+
+@contextlib.contextmanager
+def optional(path: Path) -> Iterator[None]:
+    """Draws the plot ``path``; where that fails, says why in one sentence and goes on without it.
+
+    An older plot of that name is removed, since it does not show the new result.
+    """
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  # a plot must not cost the result that it shows
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        logger.warning("going on without the plot %s: %s", path, reason)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -24,9 +50,17 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
-    """Loss, accuracy and learning rate over the epochs of ``history`` (rows of metrics.jsonl)."""
+    """Loss, accuracy and learning rate over the epochs of ``history`` (rows of metrics.jsonl).
+
+    Raises no error: see :func:`optional`.
+    """
+    with optional(path):
+        save(_curves(history, title), path)
+
+
+def _curves(history: list[dict[str, Any]], title: str) -> Figure:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(plain(title), fontsize=10)
     loss, accuracy, rate = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
     evaluated = [row for row in history if row["eval_accuracy"] is not None]
@@ -55,17 +89,22 @@ def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+    return figure
 
 
 def save_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...]) -> None:
-    """Confusion matrix, in per cent of each true class.
+    """Confusion matrix, in per cent of each true class. Raises no error: see :func:`optional`.
 
     Args:
         path: PNG to write.
         confusion: int64 ``[classes, classes]``, true class by predicted class.
         classes: their names.
     """
+    with optional(path):
+        save(_confusion(confusion, classes), path)
+
+
+def _confusion(confusion: Tensor, classes: tuple[str, ...]) -> Figure:
     count = len(classes)
     side = min(4 + 0.35 * count, 24)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
@@ -80,9 +119,10 @@ def save_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...]) -> N
                     color = "white" if value > 55 else "black"
                     text = f"{value:.1f}"
                     axes.text(column, row, text, ha="center", va="center", color=color, fontsize=7)
-        axes.set_xticks(range(count), classes, rotation=45, ha="right")
-        axes.set_yticks(range(count), classes)
+        names = [plain(name) for name in classes]
+        axes.set_xticks(range(count), names, rotation=45, ha="right")
+        axes.set_yticks(range(count), names)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
-    save(figure, path)
+    return figure
