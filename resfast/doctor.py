@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import resfast
+from resfast.cli.common import escape_unencodable
 
 PACKAGE = Path(__file__).resolve().parent
 TIME_LIMIT_S = 60.0
@@ -554,6 +555,7 @@ def child() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    escape_unencodable()
     # argparse, since tyro may be what is missing.
     parser = argparse.ArgumentParser("python -m resfast.doctor", description=__doc__.split("\n")[0])
     parser.add_argument("--data", default=Options.data, help="data set, as the training takes it")

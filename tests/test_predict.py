@@ -227,6 +227,17 @@ def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
         resfast.load(run / "checkpoint.pt")
 
 
+def test_a_folder_of_several_runs_names_one_to_use(run, copied, tmp_path):
+    several = tmp_path / "several"
+    for seed in (3, 4):
+        shutil.copytree(run, several / f"seed{seed}")
+    (several / "seed3" / "model.safetensors").unlink()
+    shutil.copy(run / "config.json", several)
+    message = rf"several is a folder of 2 runs .*for example {several / 'seed4'}$"
+    with pytest.raises(ResfastError, match=message):
+        resfast.load(several)
+
+
 def test_an_unfinished_run_says_what_there_is(copied):
     (copied / "model.safetensors").unlink()
     with pytest.raises(ResfastError, match=r"unfinished.*--weights best, or go on with .*--resume"):
@@ -710,13 +721,13 @@ def test_predict_from_python_takes_files_and_arrays(trained, run, here):
 # -- the commands themselves -------------------------------------------------------------------
 
 
-def command(*args: object) -> subprocess.CompletedProcess[str]:
+def command(*args: object, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", *map(str, args)],
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"PYTHONPATH": str(Path(resfast.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(resfast.__file__).parents[1])} | variables,
         check=False,
     )
 
@@ -733,3 +744,29 @@ def test_the_predict_command_runs(run, here):
     done = command("resfast.predict", run, "x.npy", "--device", "cpu")
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     assert [row[1] for row in rows(here / "predictions.csv")] == EXPECTED
+
+
+def test_every_command_prints_any_name_on_an_ascii_terminal(here):
+    tree = make_tree(here / "caf\xe9", ("caf\xe9", "\u732b", "red"), train=8, test=1)
+    run = "runs/caf\xe9"
+    train = "--model resnet --blocks 1,1 --channels 8,8 --epochs 1 --compile off --threads 1"
+    image = next((tree / "test" / "caf\xe9").iterdir())
+    escaped = ascii("caf\xe9").strip("'")
+    for module, *args in (
+        ("train", "--data", f"folder:{tree}", *train.split(), "--name", "caf\xe9"),
+        ("train", "--help"),
+        ("train", "--summary"),
+        ("evaluate", run),
+        ("predict", run, image),
+        ("predict", run, here / "missing-\udce9.png"),
+        ("export", run, "--format", "torch-export", "--output", "caf\xe9.pt2"),
+        ("data", "--data", f"folder:{tree}", "--preview", "caf\xe9.png", "--images", "3"),
+        ("doctor", "--data", f"folder:{tree}"),
+    ):
+        done = command(f"resfast.{module}", *args, PYTHONIOENCODING="ascii")
+        said = done.stdout + done.stderr
+        assert "Traceback" not in said, said
+        assert done.returncode in ((2,) if "missing" in str(args[-1]) else (0, 1)), said
+        assert said.isascii()
+        if args[0] == run or module == "data":
+            assert escaped in said or "\\udce9" in said

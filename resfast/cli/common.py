@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -24,12 +25,24 @@ def parse(kind: type[T], args: Sequence[str] | None, prog: str, default: T | Non
     return tyro.cli(kind, args=args, prog=prog, default=default, config=markers)
 
 
+def escape_unencodable() -> None:
+    """Lets standard output and error print any text: what their encoding lacks is escaped.
+
+    Names of classes and files may hold characters that an ASCII or Latin-1 stream cannot, and lone
+    surrogates, which no stream can.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Runs a command and turns what a user can act on into one sentence and an exit code.
 
     Returns:
         0, 2 for bad input, 3 for a loss that is not finite, 130 or 143 after SIGINT or SIGTERM.
     """
+    escape_unencodable()
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
     try:
         return main() or 0
