@@ -134,10 +134,10 @@ def print_list() -> None:
 def print_summary(config: Config) -> None:
     """Prints the layer table of the network that ``config`` describes, for 10 classes."""
     from resfast.models.presets import build_model
-    from resfast.models.summary import summarize
+    from resfast.models.summary import layer_table
 
     size = config.data.image_size
-    print(summarize(build_model(network(config.model), image_size=size), size))
+    print(layer_table(build_model(network(config.model), image_size=size), size))
 
 
 def main(args: Sequence[str] | None = None) -> int:

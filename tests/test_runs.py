@@ -119,6 +119,15 @@ def test_without_test_time_augmentation_the_plain_accuracy_counts(several: Confi
     assert result.summary["accuracies"][0] == first["test_accuracy"]
 
 
+def test_the_headline_names_test_time_augmentation_only_where_there_is_some(tiny: Config):
+    for tta in ("none", "flip"):
+        summary = runs.train(change(tiny, name=tta, epochs=1, tta=tta)).summary
+        first = runs.headline(summary).splitlines()[0]
+        plain = f"test accuracy {summary['test_accuracy']:.2%}"
+        augmented = f", with test-time augmentation (flip) {summary['tta_accuracy']:.2%}"
+        assert first == (plain if tta == "none" else plain + augmented)
+
+
 def test_stopping_keeps_what_is_there_and_resuming_goes_on(
     several: Config, monkeypatch: pytest.MonkeyPatch
 ):

@@ -210,10 +210,17 @@ def _weights_file(run: Path, weights: Which) -> Path:
         held = {name for name, file in FILES.items() if (run / file).is_file()}
         if weights in held:
             return run / FILES[weights]
+        inside = sorted(p.parent.name for p in run.glob(f"*/{records.CONFIG}"))
         if not held and not (run / records.CONFIG).is_file():
-            inside = sorted(p.parent.name for p in run.glob(f"*/{records.CONFIG}"))
             hint = f"; it holds runs, for example {run / inside[-1]}" if inside else ""
             raise ResfastError(f"{run} is not a run; expected {_RUN}{hint}")
+        if not held and inside:
+            usable = [name for name in inside if (run / name / FILES[weights]).is_file()]
+            example = run / (usable or inside)[0]
+            raise ResfastError(
+                f"{run} is a folder of {len(inside)} runs that differ in their seed, and has no "
+                f"weights of its own; use one of its runs, for example {example}"
+            )
         resumable = (run / records.CHECKPOINT).is_file()
     except OSError as error:
         raise ResfastError(f"cannot read {run}: {error.strerror}; expected {_RUN}") from None

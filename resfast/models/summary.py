@@ -17,7 +17,7 @@ def summarize(model: nn.Module, image_size: int = 32) -> torchinfo.ModelStatisti
         image_size: H and W, in pixels.
 
     Returns:
-        torchinfo's statistics; ``str`` of it is the table.
+        torchinfo's statistics; :func:`layer_table` prints them.
     """
     return torchinfo.summary(
         copy.deepcopy(model),
@@ -28,6 +28,14 @@ def summarize(model: nn.Module, image_size: int = 32) -> torchinfo.ModelStatisti
         row_settings=("var_names",),
         verbose=0,
     )
+
+
+def layer_table(model: nn.Module, image_size: int = 32) -> str:
+    """:func:`summarize` as a table to print."""
+    table = str(summarize(model, image_size))
+    for unit in torchinfo.Units:  # torchinfo prints "Units.MEGABYTES" on Python 3.11 and later
+        table = table.replace(f"(Units.{unit.name})", f"({unit.value})")
+    return table
 
 
 def count_macs(model: nn.Module, image_size: int = 32) -> int:

@@ -272,10 +272,13 @@ def _headline_of_one(summary: dict[str, Any]) -> str:
     for what, prefix in parts:
         plain = summary.get(f"{prefix or 'test_'}accuracy")
         if plain is not None:
-            accuracies.append(
-                f"{what}accuracy {plain:.2%}, with test-time augmentation ({summary['tta']}) "
-                f"{summary[f'{prefix}tta_accuracy']:.2%}"
-            )
+            text = f"{what}accuracy {plain:.2%}"
+            if summary["tta"] != "none":
+                text += (
+                    f", with test-time augmentation ({summary['tta']}) "
+                    f"{summary[f'{prefix}tta_accuracy']:.2%}"
+                )
+            accuracies.append(text)
     timed = (
         f"{summary['timed_seconds']:.1f} s timed: {summary['train_seconds']:.1f} training "
         f"({summary['images_per_second']:,.0f} images/s) + {summary['final_eval_seconds']:.1f} "
