@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.report import hardware, installed, rate, timed
 from resfast.data.augment import Augment, parse_augment
-from resfast.data.dataset import load_dataset
+from resfast.data.dataset import Files
 from resfast.data.resident import ResidentLoader
-from resfast.data.sources import Files, open_data
+from resfast.data.sources import load_dataset, open_data
 
 BATCH, SIDE = 512, 32
 MEAN, STD = torch.full((3,), 0.48), torch.full((3,), 0.25)

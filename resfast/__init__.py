@@ -28,7 +28,7 @@ _HOME = {
     "create_model": "resfast.models.presets",
     "fuse": "resfast.inference.fuse",
     "load": "resfast.inference.load",
-    "load_dataset": "resfast.data.dataset",
+    "load_dataset": "resfast.data.sources",
     "recipe": "resfast.config.recipes",
 }
 

@@ -363,7 +363,7 @@ def _data(options: Options) -> Iterator[Line]:
 def _found(data: str, data_dir: Path) -> Line:
     """Where ``data`` is, without fetching or decoding it."""
     from resfast.data import folder, shards
-    from resfast.data.dataset import CHOICES
+    from resfast.data.sources import CHOICES
     from resfast.errors import ResfastError, nearest
 
     kind, _, location = data.partition(":")

@@ -17,8 +17,8 @@ import tyro
 from resfast import __version__, atomic, runtime
 from resfast.cli import common as entry
 from resfast.data import batches as feed
-from resfast.data.dataset import Dataset, print_to_stderr
-from resfast.data.sources import Stream, open_data
+from resfast.data.dataset import Dataset, Stream, print_to_stderr
+from resfast.data.sources import open_data
 from resfast.errors import ResfastError
 from resfast.inference import load as inference
 from resfast.inference import scoring as evaluation

@@ -213,3 +213,18 @@ def describe(device: torch.device) -> str:
     except OSError:
         pass
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the host, or on ``device`` if it is a GPU with fewer."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            values = {
+                name: rest.split()[0] for name, _, rest in (line.partition(":") for line in file)
+            }
+        host = int(values["MemAvailable"]) * 1024
+    except (OSError, KeyError):  # not Linux
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if device.type == "cuda":
+        return min(host, torch.cuda.mem_get_info(device)[0])
+    return host

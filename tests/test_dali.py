@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from resfast.data.augment import Augment, parse_augment, sample
-from resfast.data.dataset import channel_mean_std
+from resfast.data.dataset import Files, Shards
 from resfast.data.folder import decode_image
 from resfast.data.resident import ResidentLoader
 from resfast.data.shards import read_shards, write_shards
-from resfast.data.sources import Files, Shards
+from resfast.data.statistics import channel_mean_std
 from resfast.errors import ResfastError
 
 pytest.importorskip("nvidia.dali", reason="needs nvidia-dali-cuda130")

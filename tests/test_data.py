@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resfast import atomic
-from resfast.data import cache, dataset, folder
-from resfast.data.dataset import channel_mean_std, load_dataset, split_validation
+from resfast.data import cifar, dataset, folder, sources
+from resfast.data.sources import load_dataset
+from resfast.data.split import split_validation
+from resfast.data.statistics import channel_mean_std
 from resfast.errors import ResfastError
 
 SIZE = 16
@@ -568,7 +570,7 @@ def other_shapes(path):
     tensors = {f"{s}_images": zeros.clone() for s in ("train", "test")}
     tensors |= {f"{s}_labels": labels.clone() for s in ("train", "test")}
     metadata = {"classes": '["cat"]', "skipped": "[]"}
-    metadata["digest"] = cache.tensor_digest(tensors, ("cat",))
+    metadata["digest"] = dataset.tensor_digest(tensors, ("cat",))
     save_file(tensors, path, metadata)
 
 
@@ -829,7 +831,7 @@ def test_a_server_that_refuses_the_file_is_told_from_one_that_refuses_the_questi
         raise urllib.error.HTTPError(request.full_url, code, "No", {}, None)
 
     monkeypatch.setattr("urllib.request.urlopen", answer)
-    assert (dataset._unreachable("https://example.invalid/x") == "") is usable
+    assert (cifar._unreachable("https://example.invalid/x") == "") is usable
 
 
 def test_a_host_whose_name_is_never_resolved_does_not_hang(monkeypatch):
@@ -840,8 +842,8 @@ def test_a_host_whose_name_is_never_resolved_does_not_hang(monkeypatch):
         raise OSError
 
     monkeypatch.setattr("urllib.request.urlopen", hang)
-    monkeypatch.setattr(dataset, "REACHABLE_TIMEOUT_S", -0.9)
-    assert "did not answer" in dataset._unreachable("https://example.invalid/x")
+    monkeypatch.setattr(cifar, "REACHABLE_TIMEOUT_S", -0.9)
+    assert "did not answer" in cifar._unreachable("https://example.invalid/x")
     release.set()
 
 
@@ -850,7 +852,7 @@ def test_a_download_cut_short_leaves_no_archive(tmp_path, monkeypatch, lines):
         add(Path(root), filename, b"half")
         raise RuntimeError("File not found or corrupted.")
 
-    monkeypatch.setattr(dataset, "_unreachable", lambda url: "")
+    monkeypatch.setattr(cifar, "_unreachable", lambda url: "")
     monkeypatch.setattr("torchvision.datasets.utils.download_url", cut)
     with pytest.raises(ResfastError, match="not found or corrupted"):
         load_dataset("cifar10", data_dir=tmp_path / "data", report=lines.append)
@@ -864,7 +866,7 @@ def test_a_download_is_unpacked_and_read(tmp_path, tiny_cifar, monkeypatch, line
     def fetch(url, root, filename, md5):
         shutil.copy(stored, Path(root) / filename)
 
-    monkeypatch.setattr(dataset, "_unreachable", lambda url: "")
+    monkeypatch.setattr(cifar, "_unreachable", lambda url: "")
     monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
     loaded = load_dataset("auto", data_dir=tmp_path / "new", report=lines.append)
     assert loaded.name == "cifar10"
@@ -898,10 +900,10 @@ def test_digits_are_rgb_split_by_class_and_always_the_same(tmp_path):
 
 def test_importing_the_reader_imports_no_heavy_library():
     code = (
-        "import sys, resfast.data.dataset as d; "
+        "import sys, resfast.data.sources as d; "
         "print([m for m in ('sklearn', 'torchvision', 'PIL') if m in sys.modules])"
     )
-    root = Path(dataset.__file__).parents[2]
+    root = Path(sources.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )

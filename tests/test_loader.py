@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from resfast import runtime
 from resfast.data import batches as feed
-from resfast.data import sources as stream
+from resfast.data import image_folder
 from resfast.data.augment import POLICIES, Augment, parse_augment
-from resfast.data.dataset import Dataset, load_dataset
+from resfast.data.dataset import Dataset, Files, Shards, Stream
 from resfast.data.resident import ResidentLoader, resident_batches
-from resfast.data.sources import Files, Stream, open_data
+from resfast.data.sources import load_dataset, open_data
 from resfast.errors import ResfastError
 
 COUNT, CLASSES = 23, 5
@@ -153,7 +154,7 @@ def test_auto_streams_what_does_not_fit_half_of_the_free_memory(
     needed = 64 * 16 * 16 * 3
     opened, said = [], []
     for free in (2 * needed, 2 * needed - 1):
-        monkeypatch.setattr(stream, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(image_folder, "free_memory", lambda device, free=free: free)
         opened.append(
             open_data(f"folder:{image_tree}", data_dir=tmp_path, image_size=16, report=said.append)
         )
@@ -239,8 +240,6 @@ def test_a_part_that_cannot_be_held_out_is_refused(
 
 
 def test_shards_cannot_be_split(tmp_path: Path):
-    from resfast.data.sources import Shards
-
     shards = Shards(("a.tar",), 8)
     opened = Stream("shards:x", shards, shards, ("a", "b"), 16, "0")
     with pytest.raises(ResfastError, match="--hold-out cannot split shards"):
@@ -270,10 +269,10 @@ def test_what_a_loader_cannot_read_is_refused(
 
 
 def test_shards_are_not_loaded_whole(tmp_path: Path):
-    with pytest.raises(ResfastError, match="read as a stream and cannot be loaded whole"):
+    with pytest.raises(ResfastError, match="cannot read shards"):
         load_dataset(f"shards:{tmp_path}", data_dir=tmp_path)
 
 
 def test_free_memory_is_that_of_the_machine():
-    free = stream.free_memory(torch.device("cpu"))
+    free = runtime.free_memory(torch.device("cpu"))
     assert 2**24 < free < 2**50

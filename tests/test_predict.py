@@ -30,7 +30,7 @@ from resfast.config.schema import (
     RuntimeConfig,
 )
 from resfast.data.augment import Augment
-from resfast.data.dataset import load_dataset
+from resfast.data.sources import load_dataset
 from resfast.errors import ResfastError
 from resfast.inference import load as inference
 from resfast.runs.checkpoint import load_weights, save_weights

@@ -12,8 +12,9 @@ from PIL import Image
 from resfast.data import __main__ as command
 from resfast.data import preview
 from resfast.data.augment import POLICIES, Augment, sample, sample_mix, statistics
-from resfast.data.dataset import Dataset, channel_mean_std
+from resfast.data.dataset import Dataset
 from resfast.data.preview import augmented, contact_sheet
+from resfast.data.statistics import channel_mean_std
 from resfast.errors import ResfastError
 from resfast.ops.augment.op import augment
 

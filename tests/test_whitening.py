@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from resfast.config.schema import Config
 from resfast.data import batches as feed
-from resfast.data.sources import Files, Shards
+from resfast.data.dataset import Files, Shards
 from resfast.errors import ResfastError
 from resfast.layers import whitening
 from resfast.layers.whitening import EPS, prepare_model, whitening_weight

@@ -13,7 +13,8 @@ import tyro
 from resfast import atomic
 from resfast.cli import common as entry
 from resfast.data.augment import POLICIES, parse_augment
-from resfast.data.dataset import load_dataset, print_to_stderr
+from resfast.data.dataset import print_to_stderr
+from resfast.data.sources import load_dataset
 from resfast.errors import ResfastError
 
 PROG = "python -m resfast.data"

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from resfast.data.augment import Augment
-from resfast.data.dataset import Dataset, channel_mean_std, split_last, split_validation
+from resfast.data.dataset import Dataset, Files, Loader, Shards, Stream
 from resfast.data.resident import ResidentLoader, resident_batches
-from resfast.data.sources import Files, Loader, Shards, Stream, free_memory
+from resfast.data.split import split_last, split_validation
+from resfast.data.statistics import channel_mean_std
 from resfast.errors import ResfastError
+from resfast.runtime import free_memory
 
 Resident = tuple[Tensor, Tensor]
 """uint8 images ``[N, H, W, C]`` and int64 labels ``[N]``."""

@@ -11,18 +11,14 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from resfast import atomic
-
-if TYPE_CHECKING:
-    from resfast.data.dataset import Dataset
+from resfast.data.dataset import TENSORS, Dataset, tensor_digest
 
 FORMAT_VERSION = 1
-_TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def content_key(
@@ -32,16 +28,6 @@ def content_key(
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"resfast {FORMAT_VERSION} {image_size} {skip_corrupt:d}\n".encode())
     update(digest.update)
-    return digest.hexdigest()
-
-
-def tensor_digest(tensors: Mapping[str, Tensor], classes: tuple[str, ...]) -> str:
-    """The digest, 32 hex digits, of the four CPU tensors of a data set and of its class names."""
-    digest = hashlib.blake2b(json.dumps(classes).encode(), digest_size=16)
-    for name in _TENSORS:
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy().reshape(-1).view("uint8").data)
     return digest.hexdigest()
 
 
@@ -57,7 +43,7 @@ def load(path: Path, image_size: int, report: Callable[[str], None]) -> dict[str
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
         fields = {
             **tensors,
             "classes": tuple(json.loads(metadata["classes"])),
@@ -87,7 +73,7 @@ def store(path: Path, dataset: Dataset, report: Callable[[str], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.remove_stale(path.parent)
         with atomic.replacing(path) as temporary:
-            save_file({name: getattr(dataset, name) for name in _TENSORS}, temporary, metadata)
+            save_file({name: getattr(dataset, name) for name in TENSORS}, temporary, metadata)
         size = path.stat().st_size
     except (OSError, SafetensorError) as error:
         report(f"the decoded images are not cached, as {path.parent} cannot be written ({error})")

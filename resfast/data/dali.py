@@ -41,10 +41,10 @@ from resfast.data.augment import (
     sample_mix,
     statistics,
 )
-from resfast.data.dataset import mean_std_of_sums
+from resfast.data.dataset import Files, Shards
 from resfast.data.folder import read_file
 from resfast.data.resident import check_batch_size
-from resfast.data.sources import Files, Shards
+from resfast.data.statistics import mean_std_of_sums
 from resfast.errors import ResfastError
 from resfast.ops.augment.op import DTYPES, augment_drawn, normalization
 from resfast.ops.philox.op import philox, uniform

@@ -443,6 +443,16 @@ def read_file(path: str) -> bytes:
         return file.readall()
 
 
+def size_of(file: str) -> int:
+    """Bytes of a file, or ``ResfastError`` when it cannot be read."""
+    try:
+        return os.stat(file).st_size
+    except OSError as error:
+        raise ResfastError(
+            f"{file} cannot be read: {error.strerror}; restore or remove it"
+        ) from None
+
+
 @contextlib.contextmanager
 def _readable(path: str | Path) -> Iterator[None]:
     try:

@@ -20,7 +20,8 @@ from resfast.data.augment import (
     sample_mix,
     statistics,
 )
-from resfast.data.dataset import Dataset, channel_mean_std
+from resfast.data.dataset import Dataset
+from resfast.data.statistics import channel_mean_std
 from resfast.errors import ResfastError
 from resfast.ops.augment.op import MixParams, augment
 from resfast.text import printable

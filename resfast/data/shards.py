@@ -7,8 +7,10 @@ network file systems do far faster than they open single files. Beside each shar
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from resfast import atomic
-from resfast.data.dataset import print_to_stderr
+from resfast.data.dataset import Request, Shards, Stream, print_to_stderr, refuse_skipping
 from resfast.data.folder import (
     IMAGE_SUFFIXES,
     SPLITS,
@@ -27,14 +29,36 @@ from resfast.data.folder import (
     check_listing,
     open_source,
     read_file,
+    size_of,
 )
-from resfast.data.sources import Shards
 from resfast.errors import ResfastError
 
 IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 LISTING = "classes.json"
 _MAX_LABEL_BYTES = 12
 _SHUFFLE_SEED = 0
+
+
+def open_shards(request: Request) -> Stream:
+    """``--data shards:PATH``: a folder that :func:`write_shards` filled."""
+    if request.loader == "resident":
+        raise ResfastError(
+            f"--loader resident cannot read shards, and {request.data} is read as a stream: use "
+            "dali or auto, or --data folder:PATH with the images"
+        )
+    refuse_skipping(request)
+    found = read_shards(Path(request.location).expanduser())
+    digest = hashlib.blake2b(repr(found.classes).encode(), digest_size=16)
+    for file in (*found.train.paths, *found.test.paths):
+        digest.update(f"{os.path.basename(file)}\0{size_of(file)}\0".encode())
+    return Stream(
+        request.data,
+        found.train,
+        found.test,
+        found.classes,
+        request.image_size,
+        digest.hexdigest(),
+    )
 
 
 def write_shards(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from resfast.data import folder
-from resfast.data.dataset import resize
+from resfast.data.resize import resize
 from resfast.errors import ResfastError
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", "")  # CIFAR's own test_batch has none

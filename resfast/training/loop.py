@@ -25,9 +25,9 @@ from resfast.config.network import network
 from resfast.config.schema import Config, phases_text
 from resfast.data import batches as feed
 from resfast.data.augment import generator, smaller
-from resfast.data.dataset import Dataset
+from resfast.data.dataset import Dataset, Stream
 from resfast.data.device_batches import Supply
-from resfast.data.sources import Stream, open_data
+from resfast.data.sources import open_data
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.inference.fuse import fuse
 from resfast.inference.scoring import TTA, Evaluation, evaluate_both

@@ -12,8 +12,7 @@ from resfast import runtime
 from resfast.config.network import network
 from resfast.config.schema import Config, OptimConfig
 from resfast.data.batches import choose_loader
-from resfast.data.dataset import Dataset
-from resfast.data.sources import Stream
+from resfast.data.dataset import Dataset, Stream
 from resfast.errors import ResfastError
 from resfast.training.plan import check_phases
 from resfast.training.step import why_not_captured

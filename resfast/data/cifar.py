@@ -1,0 +1,145 @@
+"""CIFAR-10 and CIFAR-100, downloaded and unpacked by torchvision where they are not on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import queue
+import shutil
+import socket
+import sys
+import tarfile
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resfast.data.dataset import Dataset, DataUnavailableError, Request, make_dataset
+from resfast.data.resize import resize
+
+REACHABLE_TIMEOUT_S = 5.0
+DOWNLOAD_STALL_S = 60.0
+
+
+def open_cifar10(request: Request) -> Dataset:
+    """CIFAR-10 as torchvision keeps it in ``data_dir``, fetched first if it is not there."""
+    return _open("cifar10", request)
+
+
+def open_cifar100(request: Request) -> Dataset:
+    """CIFAR-100, as :func:`open_cifar10`."""
+    return _open("cifar100", request)
+
+
+def _open(name: str, request: Request) -> Dataset:
+    from torchvision import datasets
+
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    data_dir, image_size = request.data_dir, request.image_size
+    _prepare(name, kind, data_dir, request.report)
+    tensors: dict[str, Tensor] = {}
+    classes: tuple[str, ...] = ()
+    for split in ("train", "test"):
+        try:
+            loaded = kind(data_dir, train=split == "train", download=False)
+        except (OSError, RuntimeError) as error:
+            raise _unavailable(name, kind, data_dir, f"it cannot be read ({error})") from error
+        images = torch.from_numpy(np.ascontiguousarray(loaded.data))
+        if image_size != images.shape[1]:
+            images = resize(images, image_size)
+        tensors[f"{split}_images"] = images
+        tensors[f"{split}_labels"] = torch.tensor(loaded.targets, dtype=torch.int64)
+        classes = tuple(loaded.classes)
+    return make_dataset(name, tensors, classes)
+
+
+def _prepare(name: str, kind: Any, data_dir: Path, report: Callable[[str], None]) -> None:
+    """Leave an intact, unpacked CIFAR in ``data_dir`` or raise ``DataUnavailableError``."""
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    unpacked, archive = data_dir / kind.base_folder, data_dir / kind.filename
+    wanted = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    try:
+        damaged = [file for file, md5 in wanted if not check_integrity(unpacked / file, md5)]
+        if not damaged:
+            return
+        if archive.exists():
+            if not check_integrity(archive, kind.tgz_md5):
+                raise _unavailable(
+                    name, kind, data_dir, f"{archive} is truncated or damaged (MD5 differs)"
+                )
+        elif unpacked.exists():
+            raise _unavailable(
+                name, kind, data_dir, f"{unpacked / damaged[0]} is missing or damaged"
+            )
+        else:
+            if problem := _unreachable(kind.url):
+                raise _unavailable(
+                    name, kind, data_dir, f"it is not there and {kind.url} {problem}"
+                )
+            report(f"downloading {kind.url} to {data_dir}")
+            data_dir.mkdir(parents=True, exist_ok=True)
+            # Into a folder of its own: a download cut short must not pass for the archive.
+            with (
+                tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary,
+                _stall_limit(),
+                contextlib.redirect_stdout(sys.stderr),
+            ):
+                download_url(kind.url, temporary, kind.filename, kind.tgz_md5)
+                shutil.move(Path(temporary) / kind.filename, archive)
+        report(f"unpacking {archive}")
+        with contextlib.redirect_stdout(sys.stderr):
+            kind(data_dir, train=False, download=True)  # finds the archive, so fetches nothing
+    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:  # URLError is an OSError
+        raise _unavailable(name, kind, data_dir, f"preparing it failed ({error})") from error
+
+
+def _unavailable(name: str, kind: Any, data_dir: Path, why: str) -> DataUnavailableError:
+    return DataUnavailableError(
+        f"{name} was looked for in {data_dir} but {why}",
+        f"put an intact {kind.filename} into {data_dir} (a damaged one removed), or use "
+        "--data folder:PATH with your own images, or --data digits, which needs no download",
+    )
+
+
+def _unreachable(url: str) -> str:
+    """Why ``url`` cannot be fetched, or "".
+
+    In a thread because no socket timeout bounds the lookup of a host name.
+    """
+    answer: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, method="HEAD")
+            with urllib.request.urlopen(request, timeout=REACHABLE_TIMEOUT_S):
+                answer.put("")
+        except urllib.error.HTTPError as error:
+            refuses_head = error.code in (405, 501)
+            answer.put("" if refuses_head else f"answers {error.code} {error.reason}")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            answer.put(f"cannot be reached ({getattr(error, 'reason', error)})")
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.get(timeout=REACHABLE_TIMEOUT_S + 1)
+    except queue.Empty:
+        return f"did not answer within {REACHABLE_TIMEOUT_S:.0f} s"
+
+
+@contextlib.contextmanager
+def _stall_limit() -> Iterator[None]:
+    """A default socket timeout, as torchvision's download sets none."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_STALL_S)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,69 @@
+"""Which images of a training set are held out for validation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from resfast.errors import ResfastError
+
+
+def split_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split indices of ``labels`` (int64 ``[N]``) into training and validation, by class.
+
+    Returns ``(train_indices, val_indices)``, sorted int64 on the CPU. The validation part has
+    ``round(N * fraction)`` images, and of each class its share rounded up or down. The same
+    ``seed`` gives the same split. Raises ``ResfastError`` when either part would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise ResfastError(
+            f"validation fraction {fraction} is out of range, expected more than 0 and less than 1"
+            ": choose for example 0.1"
+        )
+    labels = labels.cpu()
+    total = round(len(labels) * fraction)
+    if not 0 < total < len(labels):
+        raise ResfastError(
+            f"validation fraction {fraction} of {len(labels)} images leaves one part empty, at "
+            "least one image in each was expected: choose another fraction or more images"
+        )
+    members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    shares = [len(indices) * fraction for indices in members]
+    counts = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for indices, count in zip(members, counts, strict=True):
+        chosen[indices[torch.randperm(len(indices), generator=generator)[:count]]] = True
+    return torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()
+
+
+def split_last(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Holds out the last ``count / classes`` images of each class of ``labels`` (int64 ``[N]``).
+
+    Returns ``(train_indices, val_indices)``, sorted int64 on the CPU, a function of the data set
+    alone. Raises ``ResfastError`` when ``count`` is no multiple of the classes, or a class would
+    have no image left.
+    """
+    labels = labels.cpu()
+    members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+    each, rest = divmod(count, len(members))
+    if rest or each < 1:
+        nearest = max(1, round(count / len(members))) * len(members)
+        raise ResfastError(
+            f"--hold-out {count} cannot be shared out among {len(members)} classes, as many images "
+            f"of each were expected: choose a multiple of {len(members)}, for example {nearest}"
+        )
+    smallest = min(map(len, members))
+    if each >= smallest:
+        raise ResfastError(
+            f"--hold-out {count} takes {each} images of each class, and the smallest has "
+            f"{smallest}: choose at most {(smallest - 1) * len(members)}"
+        )
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[torch.cat([indices[-each:] for indices in members])] = True
+    return torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()
