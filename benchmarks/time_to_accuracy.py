@@ -40,13 +40,13 @@ from resfast.config.compare import differences
 from resfast.config.files import load
 from resfast.config.recipes import RECIPES
 from resfast.config.schema import Config
+from resfast.config.validate import check
 from resfast.errors import ResfastError, nearest
 from resfast.runs import folder as records
 from resfast.runs import plots, targets
 from resfast.runs.statistics import statistics
 from resfast.train import command_line
 from resfast.training import seeds as runs
-from resfast.training.resolve import check
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -2,22 +2,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+import torch
 
 from resfast.config import compare, files
 from resfast.config.network import network
 from resfast.config.recipes import RECIPES, SUMMARIES
-from resfast.config.schema import Config, ModelConfig
+from resfast.config.schema import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    RuntimeConfig,
+)
+from resfast.config.validate import check, check_network, expectation
 from resfast.errors import ResfastError
 from resfast.models.presets import PRESETS, build_model, create_model
 from resfast.models.resnet import count_parameters
 from resfast.train import command_line, main
-from resfast.training.resolve import check
 from tests.conftest import change
 
 
@@ -215,6 +226,55 @@ def test_a_model_above_the_budget_is_refused(capsys: pytest.CaptureFixture[str],
     assert "11,173,962" in error
     assert "5,000,000" in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model resnet18", "above the budget of 5,000,000"),
+        ("--image-size 24 --sizes 28:0.5", "has 28 pixels, more than the images' 24"),
+        ("--sizes 1:0.5 --model speednet-94", "--sizes 1:0.5: the network cannot take that size"),
+        ("--image-size 4 --model speednet-94", "images of 4x4 pixels are too small"),
+    ],
+)
+def test_the_network_is_checked_before_data_is_read(
+    options: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    data = ["--data", f"folder:{tmp_path / 'missing'}", "--out", str(tmp_path / "runs")]
+    assert main([*options.split(), *data]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_checking_the_network_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    check_network(RECIPES["fast94"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"warmup": 1.5}, "--warmup 1.5 is out of range: expected at least 0, at most 1"),
+        ({"gamma": 1.0}, "--gamma 1.0 is out of range: expected between 0 and 1"),
+        ({"ema": 1.0}, "--ema 1.0 is out of range: expected at least 0 and below 1"),
+        ({"start_factor": 0.0}, "--start-factor 0.0 is out of range: expected above 0, at most 1"),
+        ({"epochs": 0.5}, "--epochs 0.5 is out of range: expected a number of at least 1"),
+        ({"epochs": math.inf}, "--epochs inf is out of range: expected a number of at least 1"),
+        ({"max_seconds": math.nan}, "--max-seconds nan is out of range: expected a positive"),
+        ({"logit_scale": math.inf}, "--logit-scale inf is out of range: expected a finite number"),
+        ({"epochs": "many"}, "--epochs 'many' is invalid"),
+    ],
+)
+def test_the_error_states_option_value_and_range(values: dict, message: str):
+    with pytest.raises(ResfastError, match=re.escape(message)):
+        check(change(Config(), **values))
+
+
+@pytest.mark.parametrize("group", [OptimConfig, DataConfig, EvalConfig, RuntimeConfig, RunConfig])
+def test_every_declared_range_is_worded(group: type):
+    for name, hint in get_type_hints(group, include_extras=True).items():
+        declared = "Ge(" in repr(hint) or "Gt(" in repr(hint)
+        assert (expectation(hint) != "a finite number") == declared, name
 
 
 def test_overrides_apply_to_a_preset():

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from resfast import runtime
 from resfast.config import files
 from resfast.config.schema import Config, DataConfig, OptimConfig, phases_text
+from resfast.config.validate import check
 from resfast.data.augment import Augment, order, smaller
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.optim.optimizers import Schedule, build_optimizer
@@ -26,7 +27,6 @@ from resfast.train import command_line
 from resfast.training import loop as trainer
 from resfast.training.loop import Interrupted, train
 from resfast.training.plan import Batch, Plan, epoch_order, make_plan, weighted_mean
-from resfast.training.resolve import check
 from resfast.training.step import TrainStep
 from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from resfast.config.schema import Config, OptimConfig, RuntimeConfig
+from resfast.config.validate import check
 from resfast.errors import ResfastError
 from resfast.optim.muon import Muon
 from resfast.optim.optimizers import Schedule, build_optimizer, parameter_groups
-from resfast.training.resolve import check, resolve
+from resfast.training.resolve import resolve
 
 
 def rates(epochs: int, steps: int, **values: object) -> list[float]:

@@ -17,6 +17,7 @@ from benchmarks import time_to_accuracy as tta
 from benchmarks.time_to_accuracy import main, row_of, views
 from resfast.config.recipes import RECIPES
 from resfast.config.schema import Config
+from resfast.config.validate import check
 from resfast.errors import ResfastError
 from resfast.inference.scoring import evaluate
 from resfast.runs import folder as records
@@ -24,7 +25,6 @@ from resfast.runs import plots, targets
 from resfast.train import command_line
 from resfast.training import loop as trainer
 from resfast.training import seeds as runs
-from resfast.training.resolve import check
 from tests.conftest import change
 
 

@@ -189,7 +189,7 @@ def test_tensorboard_events_are_written(tiny: Config):
 def test_a_missing_optional_logger_is_said_before_training(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("resfast.training.resolve.find_spec", lambda name: None)
+    monkeypatch.setattr("resfast.config.validate.find_spec", lambda name: None)
     with pytest.raises(ResfastError, match=r"pip install 'resfast\[wandb\]'"):
         train(change(tiny, wandb=True))
 
@@ -212,7 +212,7 @@ def test_wandb_gets_the_rows_and_the_summary(tiny: Config, monkeypatch: pytest.M
     module.__spec__ = types.SimpleNamespace()
     module.init = lambda **values: run
     monkeypatch.setitem(sys.modules, "wandb", module)
-    monkeypatch.setattr("resfast.training.resolve.find_spec", lambda name: object())
+    monkeypatch.setattr("resfast.config.validate.find_spec", lambda name: object())
     train(change(tiny, wandb=True))
     assert [step for step, _ in run.rows] == [1, 2, 3]
     assert run.summary["epochs"] == 3

@@ -23,6 +23,26 @@ from resfast.models.resnet import Activation, Block, Shortcut
 from resfast.models.speednet import FinalPool, Padding
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the error for a value out of range asks for, where the bounds alone do not say it."""
+
+    text: str
+
+
+# Ranges. resfast.config.validate checks them and words the error.
+NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
+PositiveInt = Annotated[int, pydantic.Field(ge=1)]
+NonNegative = Annotated[float, pydantic.Field(ge=0)]
+Positive = Annotated[float, pydantic.Field(gt=0)]
+AtLeastOne = Annotated[float, pydantic.Field(ge=1)]
+Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
+BelowOne = Annotated[float, pydantic.Field(ge=0, lt=1)]
+OpenFraction = Annotated[float, pydantic.Field(gt=0, lt=1)]
+Accuracy = Annotated[float, pydantic.Field(gt=0, le=1), Expected("an accuracy, 0.94 for 94 %")]
+
+
 def _written(
     metavar: str, parse: Callable[[str], Any], kind: type, show: Callable[[Any], str]
 ) -> tyro.constructors.PrimitiveConstructorSpec:
@@ -49,8 +69,8 @@ IntList = Annotated[
 ]
 """``2,1,1,1`` on the command line, a tuple of integers in Python."""
 
-Phases = tuple[tuple[int, float], ...]
-"""Values with the part of the training, 0 to 1, up to which each holds."""
+Phases = tuple[tuple[PositiveInt, PositiveFraction], ...]
+"""Values with the fraction of the training, 0 to 1, up to which each holds."""
 
 
 def _phases(text: str) -> Phases:
@@ -66,7 +86,14 @@ def phases_text(phases: Phases) -> str:
     return ",".join(f"{value}:{end:g}" for value, end in phases)
 
 
-PhaseList = Annotated[Phases, _written("N:PART,…", _phases, tuple, phases_text)]
+PhaseList = Annotated[
+    Phases,
+    _written("N:PART,…", _phases, tuple, phases_text),
+    Expected(
+        "VALUE:PART,… with whole values of at least 1 and rising parts of the training, above 0 "
+        "and at most 1"
+    ),
+]
 """``24:0.5,28:0.8`` on the command line, ``((24, 0.5), (28, 0.8))`` in Python."""
 
 
@@ -80,7 +107,7 @@ def _augment(text: str) -> Augment:
 AugmentOption = Annotated[Augment, _written("POLICY", _augment, Augment, str)]
 """``standard,mixup=0.2`` on the command line, an ``Augment`` in Python."""
 
-_STRICT = pydantic.ConfigDict(extra="forbid")
+_STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -139,7 +166,7 @@ class ModelConfig:
     """Speednet: weight of a batch in the running statistics of batch norms."""
     norm_eps: float | None = None
     """Speednet: added to the variance in batch norms."""
-    param_budget: int = 0
+    param_budget: NonNegativeInt = 0
     """Refuse a network with more parameters than this (0: no budget)."""
 
 
@@ -158,9 +185,9 @@ class DataConfig:
     """Height and width that folder and digits images are resized to, in pixels."""
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
-    val_fraction: float = 0.0
+    val_fraction: BelowOne = 0.0
     """Part of the training set held out for validation, best weights and early stopping."""
-    hold_out: int = 0
+    hold_out: NonNegativeInt = 0
     """Training images held out for the same, instead of a part: the last of each class, as many of
     each, whatever the seed (0: none)."""
     sizes: PhaseList = ()
@@ -168,9 +195,9 @@ class DataConfig:
     training; 24:0.5,28:0.8 is 24 in the first half, 28 up to 80 % and then the images' own."""
     resize_by: Literal["resize", "crop"] = "resize"
     """How augmented images get a size of --sizes: antialiased bilinear, or a random crop."""
-    filter_start: float = 1.0
+    filter_start: Fraction = 1.0
     """Part of the training from which epochs leave out the images with the lowest loss."""
-    filter_keep: float = 1.0
+    filter_keep: PositiveFraction = 1.0
     """Part of the images that those epochs keep (1: all)."""
     augment: AugmentOption = POLICIES["light"]
     """Augmentation: a policy (none, light, standard, strong, report-001), values of its own such
@@ -178,7 +205,7 @@ class DataConfig:
     loader: Literal["auto", "resident", "dali"] = "auto"
     """Where batches come from: the whole set decoded on the device, a DALI pipeline that decodes
     as it goes, or auto: resident where the set fits half of the free memory."""
-    prefetch: int = 2
+    prefetch: PositiveInt = 2
     """DALI: batches prepared ahead."""
 
 
@@ -188,45 +215,45 @@ class OptimConfig:
 
     __pydantic_config__ = _STRICT
 
-    epochs: int | float | None = None
+    epochs: PositiveInt | AtLeastOne | None = None
     """Passes over the training set, of which the last may be cut short, as in 5.5 (None: 70, or 14
     for a data set below 10,000 images)."""
-    batch_size: int | None = None
+    batch_size: PositiveInt | None = None
     """Images a step (None: 128, or 64 for a data set below 10,000 images)."""
     batch_sizes: PhaseList = ()
     """Batch sizes before that one, each up to a part of the training, as in 256:0.3,512:0.7."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Parts that a batch goes through the network in, one after the other, their gradients added:
     less memory; batch norm then sees a part at a time."""
     optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
     """Optimizer; sgd is Nesterov's; muon orthogonalises the updates of convolution filters and
     leaves all else to sgd."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Peak learning rate, of convolution filters where others are given; an adapted batch size
     scales all of them."""
-    head_lr: float | None = None
+    head_lr: Positive | None = None
     """Peak learning rate of dense layers' weights (None: --lr)."""
-    bias_lr: float | None = None
+    bias_lr: Positive | None = None
     """Peak learning rate of norm parameters and biases (None: --lr)."""
-    momentum: float = 0.9
+    momentum: BelowOne = 0.9
     """Momentum of sgd and muon, beta1 of adam and adamw."""
-    sgd_momentum: float | None = None
+    sgd_momentum: BelowOne | None = None
     """Muon: momentum of what is left to sgd (None: --momentum)."""
-    weight_decay: float = 5e-4
+    weight_decay: NonNegative = 5e-4
     """Weight decay: L2 for sgd and adam, decoupled for adamw and muon's filters. Per step it takes
     learning rate times this off a weight."""
-    head_weight_decay: float | None = None
+    head_weight_decay: NonNegative | None = None
     """Weight decay of dense layers' weights (None: --weight-decay)."""
-    bias_weight_decay: float | None = None
+    bias_weight_decay: NonNegative | None = None
     """Weight decay of norm parameters and biases (None: 0, or --weight-decay with
     --decay-norm-bias)."""
     decay_norm_bias: bool = False
     """Decay norm parameters and biases too."""
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: PositiveInt = 5
     """Muon: iterations of the orthogonalisation."""
     normalize_filters: bool = False
     """Muon: before each step scale every convolution's weight to the norm sqrt(filters)."""
-    whitening_bias_epochs: float = 0.0
+    whitening_bias_epochs: NonNegative = 0.0
     """Epochs in which the bias of a whitening first layer is trained, its learning rate falling
     from --bias-lr to 0 (0: never)."""
     schedule: Literal["onecycle", "cosine", "linear", "plateau", "multistep", "constant"] = (
@@ -237,33 +264,33 @@ class OptimConfig:
     """Shape of the one-cycle's two legs."""
     cycle_momentum: bool = False
     """One-cycle: move momentum from 0.95 to 0.85 and back, against the learning rate."""
-    warmup: float = 0.3
+    warmup: Fraction = 0.3
     """Part of the training spent raising the learning rate, from 0 to 1."""
-    start_factor: float = 0.04
+    start_factor: PositiveFraction = 0.04
     """First learning rate as a part of the peak."""
-    end_factor: float = 1e-4
+    end_factor: Fraction = 1e-4
     """Last learning rate of one-cycle, cosine, linear and plateau as a part of the peak."""
     milestones: IntList = ()
     """Multistep: epochs at which the learning rate is multiplied by --gamma."""
-    gamma: float = 0.1
+    gamma: OpenFraction = 0.1
     """Factor of multistep and plateau."""
-    patience: int = 5
+    patience: NonNegativeInt = 5
     """Plateau: epochs without a better accuracy before the learning rate falls."""
-    clip_value: float = 0.0
+    clip_value: NonNegative = 0.0
     """Clip each gradient to this absolute value (0: off)."""
-    clip_norm: float = 0.0
+    clip_norm: NonNegative = 0.0
     """Clip the norm of all gradients to this (0: off)."""
-    label_smoothing: float = 0.0
+    label_smoothing: BelowOne = 0.0
     """Probability mass spread over all classes."""
-    ema: float = 0.0
+    ema: BelowOne = 0.0
     """Decay per step of an exponential moving average of the weights, which is then what is
     evaluated and saved (0: off)."""
-    lookahead: int = 0
+    lookahead: NonNegativeInt = 0
     """Steps after which slow weights move towards the trained ones, which then go on from there;
     the slow ones are evaluated and saved (0: off)."""
-    lookahead_decay: float = 0.95
+    lookahead_decay: BelowOne = 0.95
     """Lookahead: what the slow weights keep a step at the end of the training."""
-    lookahead_power: float = 3.0
+    lookahead_power: NonNegative = 3.0
     """Lookahead: at a part t of the training they keep t to this power of that (0: all of it)."""
 
 
@@ -276,10 +303,10 @@ class EvalConfig:
     tta: Literal["none", "flip", "shift", "multi-crop"] = "shift"
     """Test-time augmentation of the final evaluation: mean of the image and its mirror, with
     'shift' also both translated by 1 pixel along one diagonal, with 'multi-crop' along both."""
-    tta_select: float = 1.0
+    tta_select: PositiveFraction = 1.0
     """Part of the images that get the translated views: those with the least confident prediction
     under the image and its mirror (1: all)."""
-    tta_mirror: float = 1.0
+    tta_mirror: PositiveFraction = 1.0
     """Part of the images that get the mirrored view, of which are those that get the translated
     ones: those with the least confident prediction by themselves (1: all)."""
     score_test: bool = True
@@ -288,14 +315,14 @@ class EvalConfig:
     fuse: bool = False
     """Evaluate a fused copy of the network (resfast.fuse) in the compute dtype. Its making counts
     as evaluation, the timing of its kernels before the training as compilation."""
-    eval_every: int = 1
+    eval_every: NonNegativeInt = 1
     """Epochs between evaluations (0: only after the last)."""
-    eval_batch_size: int = 1000
+    eval_batch_size: PositiveInt = 1000
     """Images a step in evaluation."""
-    target: float | None = None
+    target: Accuracy | None = None
     """Stop once this accuracy is reached (0.94 for 94 %); with --runs what the mean is tested
     against; with --max-seconds and no recipe what a known recipe is looked for by."""
-    early_stop: int = 0
+    early_stop: NonNegativeInt = 0
     """Stop after this many evaluations without a better accuracy (0: off)."""
 
 
@@ -316,7 +343,7 @@ class RuntimeConfig:
     """Capture the training step as one CUDA graph; auto: where device and options allow it."""
     tf32: bool = True
     """Let fp32 matrix products and convolutions use TF32 on CUDA."""
-    threads: int = 0
+    threads: NonNegativeInt = 0
     """CPU threads (0: torch's default)."""
     winograd_tile: Literal[2, 3, 4] = 2
     """Bf16 training on the CPU: side of the largest tiles in which 3x3 convolutions compute their
@@ -324,7 +351,7 @@ class RuntimeConfig:
     ones are taken for image sizes that they fit better."""
     tune_allocator: bool = True
     """Keep freed memory in the process instead of returning it to the kernel every step."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of weights, order, augmentation, dropout and the held-out part."""
 
 
@@ -338,12 +365,12 @@ class RunConfig:
     """Name of the run's folder (None: recipe, model, data, seed and time)."""
     out: Path = Path("runs")
     """Folder that holds the runs."""
-    runs: int = 1
+    runs: PositiveInt = 1
     """Trainings with the seeds --seed, --seed + 1, …, each in a folder of its own below the run's,
     and statistics of them."""
-    max_seconds: float | None = None
+    max_seconds: Positive | None = None
     """Stop after this many seconds of training, saved; compiling and loading do not count."""
-    save_seconds: float = 15.0
+    save_seconds: NonNegative = 15.0
     """Least time between two checkpoints, in seconds; the last epoch always saves."""
     tensorboard: bool = False
     """Write TensorBoard events to the run's folder."""

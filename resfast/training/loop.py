@@ -22,7 +22,8 @@ from resfast import __version__, atomic, runtime
 from resfast.config.compare import differences
 from resfast.config.files import load
 from resfast.config.network import network
-from resfast.config.schema import Config, phases_text
+from resfast.config.schema import Config
+from resfast.config.validate import check, check_budget, check_network, size_refused
 from resfast.data import batches as feed
 from resfast.data.augment import generator, smaller
 from resfast.data.dataset import Dataset, Stream
@@ -41,7 +42,7 @@ from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.training.display import Display
 from resfast.training.plan import Batch, epoch_order, make_plan, weighted_mean
-from resfast.training.resolve import check, resolve
+from resfast.training.resolve import resolve
 from resfast.training.step import TrainStep
 from resfast.training.step_metrics import Marks
 
@@ -170,6 +171,7 @@ def train(
             f"--runs {config.run.runs} is more than one training; call resfast.train for several"
         )
     if shared.data is None:
+        check_network(config)
         shared.data = open_data(
             config.data.data,
             data_dir=config.data.data_dir,
@@ -259,12 +261,8 @@ class _Run:
 
         torch.manual_seed(config.runtime.seed)
         model = build_model(network(config.model), len(data.classes), data.image_size)
-        budget, self.params = config.model.param_budget, count_parameters(model)
-        if budget and self.params > budget:
-            raise ResfastError(
-                f"model {config.model.model} has {self.params:,} parameters, above the budget of "
-                f"{budget:,}; choose a smaller model (--list) or --param-budget 0 for none"
-            )
+        self.params = count_parameters(model)
+        check_budget(config.model, self.params)
         if config.model.zero_init_residual:
             model.zero_init_residual()
         self.macs = count_macs(model, data.image_size)
@@ -758,10 +756,7 @@ class _Run:
         try:
             return {pixels: count_macs(model, pixels) for pixels, _ in sizes}
         except RuntimeError as error:
-            raise ResfastError(
-                f"--sizes {phases_text(sizes)}: the network cannot take that size "
-                f"({next(iter(str(error).splitlines()), error)}); choose larger ones"
-            ) from None
+            raise size_refused(sizes, error) from None
 
     def _whiten(self, model: nn.Module) -> float:
         """Computes the frozen first layer of a network that has one; the seconds it took."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from resfast.config.schema import Config, Phases, phases_text
+from resfast.config.schema import Config, Phases
+from resfast.config.validate import check_sizes
 from resfast.data.augment import order
 from resfast.errors import ResfastError
 
@@ -166,12 +167,7 @@ def make_plan(config: Config, images: int, image_size: int) -> Plan:
                 f"{'--batch-sizes' if size != optim.batch_size else '--batch-size'} between 1 and "
                 f"{images}"
             )
-    for size, _ in data.sizes:
-        if size > image_size:
-            raise ResfastError(
-                f"--sizes {phases_text(data.sizes)} has {size} pixels, more than the images' "
-                f"{image_size}: choose sizes up to {image_size}"
-            )
+    check_sizes(data.sizes, image_size)
     first_filtered = max(1, math.ceil(round(data.filter_start * epochs, 9)))
     kept_late = round(data.filter_keep * images)
     result: list[Epoch] = []
@@ -224,21 +220,6 @@ def _batches(
 def _at(phases: Phases, place: float, after: int) -> int:
     """The value of phases at a part of the training, ``after`` behind the last."""
     return next((value for value, end in phases if place < end - 1e-9), after)
-
-
-def check_phases(phases: Phases, option: str) -> None:
-    """Checks that phases are positive values up to rising parts of the training.
-
-    Raises:
-        ResfastError: they are not.
-    """
-    ends = [end for _, end in phases]
-    rising = all(before < after for before, after in pairwise([0.0, *ends]))
-    if not (rising and all(end <= 1 for end in ends) and all(value >= 1 for value, _ in phases)):
-        raise ResfastError(
-            f"--{option} {phases_text(phases)} is out of range: expected VALUE:PART,… with whole "
-            "values of at least 1 and rising parts of the training, above 0 and at most 1"
-        )
 
 
 def epoch_order(kept: int, losses: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:

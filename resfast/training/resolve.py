@@ -1,20 +1,16 @@
-"""Turns the open values of a configuration into definite ones, and checks all of them."""
+"""Replaces the undecided values of a configuration by those for the data set and machine."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from importlib.util import find_spec
 
 import torch
 
 from resfast import runtime
-from resfast.config.network import network
 from resfast.config.schema import Config, OptimConfig
 from resfast.data.batches import choose_loader
 from resfast.data.dataset import Dataset, Stream
 from resfast.errors import ResfastError
-from resfast.training.plan import check_phases
 from resfast.training.step import why_not_captured
 
 SMALL_DATA_IMAGES = 10_000
@@ -24,111 +20,6 @@ BATCH_SIZE, SMALL_DATA_BATCH_SIZE = 128, 64
 COMPILE_WORTH_IMAGES = 100_000
 """Under ``compile=auto`` a CPU run that sees fewer images than this is over before compiling
 has paid for itself."""
-
-
-def check(config: Config) -> None:
-    """Checks every value that can be checked without data or device.
-
-    Raises:
-        ResfastError: the first bad value, what was expected and what to do.
-    """
-    optim, evaluation, data = config.optim, config.evaluation, config.data
-
-    def need(ok: bool, option: str, value: object, expected: str) -> None:
-        if not ok:
-            raise ResfastError(f"--{option} {value} is out of range: expected {expected}")
-
-    def at_least(option: str, value: float | None, least: float) -> None:
-        if value is not None:
-            ok = math.isfinite(value) and value >= least
-            need(ok, option, value, f"a number of at least {least}")
-
-    at_least("epochs", optim.epochs, 1)
-    at_least("batch-size", optim.batch_size, 1)
-    at_least("accumulate", optim.accumulate, 1)
-    at_least("weight-decay", optim.weight_decay, 0)
-    at_least("head-weight-decay", optim.head_weight_decay, 0)
-    at_least("bias-weight-decay", optim.bias_weight_decay, 0)
-    at_least("newton-schulz-steps", optim.newton_schulz_steps, 1)
-    at_least("whitening-bias-epochs", optim.whitening_bias_epochs, 0)
-    at_least("lookahead", optim.lookahead, 0)
-    at_least("lookahead-power", optim.lookahead_power, 0)
-    at_least("clip-value", optim.clip_value, 0)
-    at_least("clip-norm", optim.clip_norm, 0)
-    at_least("patience", optim.patience, 0)
-    at_least("eval-every", evaluation.eval_every, 0)
-    at_least("eval-batch-size", evaluation.eval_batch_size, 1)
-    at_least("early-stop", evaluation.early_stop, 0)
-    at_least("prefetch", data.prefetch, 1)
-    at_least("save-seconds", config.run.save_seconds, 0)
-    at_least("runs", config.run.runs, 1)
-    if config.run.max_seconds is not None:
-        seconds = config.run.max_seconds
-        need(0 < seconds < math.inf, "max-seconds", seconds, "a positive number of seconds")
-    at_least("threads", config.runtime.threads, 0)
-    at_least("seed", config.runtime.seed, 0)
-    at_least("param-budget", config.model.param_budget, 0)
-    for option in ("lr", "head_lr", "bias_lr"):
-        value = getattr(optim, option)
-        ok = value is None or 0 < value < math.inf
-        need(ok, option.replace("_", "-"), value, "a positive number")
-    for option in ("momentum", "sgd_momentum", "label_smoothing", "ema", "lookahead_decay"):
-        value = getattr(optim, option)
-        ok = value is None or 0 <= value < 1
-        need(ok, option.replace("_", "-"), value, "at least 0 and below 1")
-    need(0 <= optim.warmup <= 1, "warmup", optim.warmup, "a part of the training, 0 to 1")
-    need(0 < optim.start_factor <= 1, "start-factor", optim.start_factor, "above 0, at most 1")
-    if optim.schedule == "linear":
-        need(0 <= optim.end_factor <= 1, "end-factor", optim.end_factor, "at least 0, at most 1")
-    else:
-        need(0 < optim.end_factor <= 1, "end-factor", optim.end_factor, "above 0, at most 1")
-    need(0 < optim.gamma < 1, "gamma", optim.gamma, "between 0 and 1")
-    need(0 <= data.val_fraction < 1, "val-fraction", data.val_fraction, "at least 0 and below 1")
-    at_least("hold-out", data.hold_out, 0)
-    if not (evaluation.score_test or data.hold_out or data.val_fraction):
-        raise ResfastError(
-            "--no-score-test leaves nothing to score: hold out images with --hold-out or "
-            "--val-fraction"
-        )
-    for option in ("tta_select", "tta_mirror"):
-        part = getattr(evaluation, option)
-        expected = "a part of the images, above 0, at most 1"
-        need(0 < part <= 1, option.replace("_", "-"), part, expected)
-    check_phases(data.sizes, "sizes")
-    check_phases(optim.batch_sizes, "batch-sizes")
-    need(0 <= data.filter_start <= 1, "filter-start", data.filter_start, "a part, 0 to 1")
-    need(0 < data.filter_keep <= 1, "filter-keep", data.filter_keep, "above 0, at most 1")
-    if optim.clip_value and optim.clip_norm:
-        raise ResfastError("--clip-value and --clip-norm are both set; choose one")
-    if optim.ema and optim.lookahead:
-        raise ResfastError("--ema and --lookahead are both set; choose one")
-    if optim.optimizer != "muon":
-        for option, unset in (("normalize_filters", False), ("sgd_momentum", None)):
-            if getattr(optim, option) != unset:
-                raise ResfastError(
-                    f"--{option.replace('_', '-')} is of muon, and the optimizer is "
-                    f"{optim.optimizer}; leave it out or choose --optimizer muon"
-                )
-    if optim.schedule == "multistep" and not optim.milestones:
-        raise ResfastError("--schedule multistep needs --milestones, for example 30,60")
-    milestones = ",".join(map(str, optim.milestones))
-    rising = list(optim.milestones) == sorted({m for m in optim.milestones if m >= 1})
-    need(rising, "milestones", milestones, "rising epochs of at least 1")
-    if optim.schedule == "multistep" and config.optim.epochs is not None:
-        need(
-            optim.milestones[-1] < config.optim.epochs,
-            "milestones",
-            milestones,
-            f"epochs before the last of {config.optim.epochs}",
-        )
-    if evaluation.target is not None:
-        need(0 < evaluation.target <= 1, "target", evaluation.target, "an accuracy, 0.94 for 94 %")
-    for option in ("tensorboard", "wandb"):
-        if getattr(config.run, option) and find_spec(option) is None:
-            raise ResfastError(
-                f"--{option} needs the package {option}; pip install 'resfast[{option}]'"
-            )
-    network(config.model)
 
 
 def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[Config, list[str]]:

@@ -15,13 +15,13 @@ from resfast import atomic
 from resfast.config.compare import differences
 from resfast.config.files import load
 from resfast.config.schema import Config
+from resfast.config.validate import check
 from resfast.errors import ResfastError
 from resfast.runs import folder as records
 from resfast.runs.statistics import CONFIDENCE, Statistics, p_value, statistics
 from resfast.training import loop as trainer
 from resfast.training.display import Display
 from resfast.training.loop import Interrupted, Result, Shared
-from resfast.training.resolve import check
 
 SECONDS = ("timed", "whitening", "train", "final_eval", "eval", "compile", "total")
 """Kinds of seconds of a run; its summary has them as ``<kind>_seconds``."""

@@ -1,0 +1,255 @@
+"""Checks a configuration as far as is possible without data and device.
+
+The range of a single option is declared on its field in :mod:`resfast.config.schema`; the rules
+between options are the functions below. What depends on the data set or the machine is checked in
+:mod:`resfast.training.resolve`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, get_args, get_type_hints
+
+import pydantic
+import torch
+
+from resfast.config.network import network
+from resfast.config.schema import (
+    Config,
+    Expected,
+    ModelConfig,
+    PhaseList,
+    Phases,
+    PositiveFraction,
+    phases_text,
+)
+from resfast.errors import ResfastError
+from resfast.models.presets import build_model
+from resfast.models.resnet import count_parameters
+
+_ADAPTER = pydantic.TypeAdapter(Config)
+_RANGE_ERRORS = {
+    "finite_number",
+    "greater_than",
+    "greater_than_equal",
+    "int_from_float",
+    "less_than",
+    "less_than_equal",
+}
+_CLASSES = {"auto": 10, "cifar10": 10, "cifar100": 100, "digits": 10}
+"""Classes of the data sets that have a name; ``auto`` is CIFAR-10 or digits."""
+_FEWEST_CLASSES = 2
+_CIFAR_PIXELS = 32
+
+
+def check(config: Config) -> None:
+    """Checks every value that can be checked without data, device or a built network.
+
+    Raises:
+        ResfastError: the first bad value, what was expected and what to do.
+    """
+    check_fields(config)
+    _check_scoring(config)
+    _check_phases(config.data.sizes, "sizes")
+    _check_phases(config.optim.batch_sizes, "batch-sizes")
+    _check_optimizer(config)
+    _check_schedule(config)
+    _check_loggers(config)
+    network(config.model)
+
+
+def check_fields(config: Config) -> None:
+    """Checks each value by itself against the type and range of its field.
+
+    Raises:
+        ResfastError: the first bad value, and what was expected.
+    """
+    try:
+        _ADAPTER.validate_python(asdict(config))
+    except pydantic.ValidationError as error:
+        raise ResfastError(_sentence(config, error)) from None
+
+
+def _sentence(config: Config, error: pydantic.ValidationError) -> str:
+    """What is wrong with the first bad field."""
+    found = error.errors()
+    group, *path = found[0]["loc"]
+    if not path or not isinstance(path[0], str):
+        return f"{group}: {found[0]['msg']}"
+    name = path[0]
+    option, value = "--" + name.replace("_", "-"), getattr(getattr(config, group), name)
+    same = {e["type"] for e in found if e["loc"][:2] == (group, name)}
+    if same <= _RANGE_ERRORS:
+        hint = _hints(type(getattr(config, group)))[name]
+        shown = phases_text(value) if name in ("sizes", "batch_sizes") else value
+        return _out_of_range(option, shown, expectation(hint))
+    return f"{option} {value!r} is invalid: {found[0]['msg']}"
+
+
+def _out_of_range(option: str, value: object, expected: str) -> str:
+    return f"{option} {value} is out of range: expected {expected}"
+
+
+@cache
+def _hints(group: type) -> dict[str, Any]:
+    return get_type_hints(group, include_extras=True)
+
+
+def expectation(hint: Any) -> str:
+    """The range that a field's type declares, in words."""
+    bounds: dict[str, float] = {}
+    for part in _metadata(hint):
+        if isinstance(part, Expected):
+            return part.text
+        for constraint in getattr(part, "metadata", ()):
+            for bound in ("ge", "gt", "le", "lt"):
+                value = getattr(constraint, bound, None)
+                if value is not None:
+                    bounds.setdefault(bound, value)
+    match bounds:
+        case {"ge": low, "lt": high}:
+            return f"at least {low} and below {high}"
+        case {"ge": low, "le": high}:
+            return f"at least {low}, at most {high}"
+        case {"gt": low, "le": high}:
+            return f"above {low}, at most {high}"
+        case {"gt": low, "lt": high}:
+            return f"between {low} and {high}"
+        case {"ge": low}:
+            return f"a number of at least {low}"
+        case {"gt": 0}:
+            return "a positive number"
+    return "a finite number"
+
+
+def _metadata(hint: Any) -> Iterator[Any]:
+    """The metadata of ``Annotated`` on a type and on the members of a union."""
+    yield from getattr(hint, "__metadata__", ())
+    for member in get_args(hint):
+        yield from getattr(member, "__metadata__", ())
+
+
+def _check_phases(phases: Phases, option: str) -> None:
+    if not all(before < after for before, after in pairwise(end for _, end in phases)):
+        raise ResfastError(
+            _out_of_range(f"--{option}", phases_text(phases), expectation(PhaseList))
+        )
+
+
+def _check_scoring(config: Config) -> None:
+    data = config.data
+    if not (config.evaluation.score_test or data.hold_out or data.val_fraction):
+        raise ResfastError(
+            "--no-score-test leaves nothing to score: hold out images with --hold-out or "
+            "--val-fraction"
+        )
+
+
+def _check_optimizer(config: Config) -> None:
+    optim = config.optim
+    for first, second in (("clip_value", "clip_norm"), ("ema", "lookahead")):
+        if getattr(optim, first) and getattr(optim, second):
+            options = " and ".join("--" + name.replace("_", "-") for name in (first, second))
+            raise ResfastError(f"{options} are both set; choose one")
+    if optim.optimizer == "muon":
+        return
+    for name, unset in (("normalize_filters", False), ("sgd_momentum", None)):
+        if getattr(optim, name) != unset:
+            raise ResfastError(
+                f"--{name.replace('_', '-')} is of muon, and the optimizer is "
+                f"{optim.optimizer}; leave it out or choose --optimizer muon"
+            )
+
+
+def _check_schedule(config: Config) -> None:
+    optim = config.optim
+    if optim.schedule != "linear" and optim.end_factor == 0:
+        expected = expectation(PositiveFraction)
+        raise ResfastError(_out_of_range("--end-factor", optim.end_factor, expected))
+    milestones = ",".join(map(str, optim.milestones))
+    if optim.schedule == "multistep" and not optim.milestones:
+        raise ResfastError("--schedule multistep needs --milestones, for example 30,60")
+    if list(optim.milestones) != sorted({m for m in optim.milestones if m >= 1}):
+        raise ResfastError(_out_of_range("--milestones", milestones, "rising epochs of at least 1"))
+    epochs = optim.epochs
+    if optim.schedule == "multistep" and epochs is not None and optim.milestones[-1] >= epochs:
+        expected = f"epochs before the last of {epochs}"
+        raise ResfastError(_out_of_range("--milestones", milestones, expected))
+
+
+def _check_loggers(config: Config) -> None:
+    for name in ("tensorboard", "wandb"):
+        if getattr(config.run, name) and find_spec(name) is None:
+            raise ResfastError(f"--{name} needs the package {name}; pip install 'resfast[{name}]'")
+
+
+def check_network(config: Config) -> None:
+    """Builds the network to check its parameter count and the image sizes that it can take.
+
+    The number of classes of a folder or of shards is not known before it is opened. Parameters are
+    then counted for two classes, the fewest possible; the training counts them again.
+
+    Raises:
+        ResfastError: a network above the budget, or an image size that does not fit the images or
+            the network.
+    """
+    data = config.data
+    image_size = data.image_size
+    if data.data in ("cifar10", "cifar100"):
+        image_size = _CIFAR_PIXELS
+    elif data.data == "auto":
+        image_size = max(image_size, _CIFAR_PIXELS)  # of either data set; the training checks again
+    check_sizes(data.sizes, image_size)
+    # Not on the meta device, whose first use imports for seconds.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        classes = _CLASSES.get(data.data, _FEWEST_CLASSES)
+        model = build_model(network(config.model), classes, image_size).eval()
+        check_budget(config.model, count_parameters(model))
+        for size, _ in data.sizes:
+            try:
+                model(torch.zeros(1, 3, size, size))
+            except RuntimeError as error:
+                raise size_refused(data.sizes, error) from None
+
+
+def check_sizes(sizes: Phases, image_size: int) -> None:
+    """Checks that no phase of ``--sizes`` is larger than the images.
+
+    Args:
+        sizes: the phases.
+        image_size: height and width of the images, in pixels.
+
+    Raises:
+        ResfastError: one is.
+    """
+    for size, _ in sizes:
+        if size > image_size:
+            raise ResfastError(
+                f"--sizes {phases_text(sizes)} has {size} pixels, more than the images' "
+                f"{image_size}: choose sizes up to {image_size}"
+            )
+
+
+def size_refused(sizes: Phases, error: RuntimeError) -> ResfastError:
+    """The error for a phase of ``--sizes`` that the network cannot take."""
+    return ResfastError(
+        f"--sizes {phases_text(sizes)}: the network cannot take that size "
+        f"({next(iter(str(error).splitlines()), error)}); choose larger ones"
+    )
+
+
+def check_budget(config: ModelConfig, parameters: int) -> None:
+    """Checks a parameter count against ``--param-budget``.
+
+    Raises:
+        ResfastError: the network has more parameters than the budget.
+    """
+    if config.param_budget and parameters > config.param_budget:
+        raise ResfastError(
+            f"model {config.model} has {parameters:,} parameters, above the budget of "
+            f"{config.param_budget:,}; choose a smaller model (--list) or --param-budget 0 for none"
+        )
