@@ -220,7 +220,9 @@ def _note_changed_data(
 ) -> None:
     summary = run.summary or {}
     digest = summary.get("data_digest")
-    if summary.get("data") == dataset.name and digest not in (None, dataset.digest):
+    # The summary may say a relative path, and the configuration the absolute one.
+    own = {summary.get("data"), run.config.data.data}
+    if dataset.name in own and digest not in (None, dataset.digest):
         report(f"data {dataset.name} has changed since {run.path} was trained on it")
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from resfast import runtime
+from resfast.config.paths import absolute_paths
 from resfast.config.schema import Config, OptimConfig
 from resfast.data.batches import choose_loader
 from resfast.data.dataset import Dataset, Stream
@@ -31,7 +32,8 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
         train_images: images trained on, the held-out part taken off.
 
     Returns:
-        The configuration, and a sentence for each value that was adapted.
+        The configuration, with absolute paths so that the run can be used from any folder, and a
+        sentence for each value that was adapted.
 
     Raises:
         ResfastError: a value that does not fit the data or the machine.
@@ -88,21 +90,19 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
                     f"--{option} needs --loader resident: DALI is told its batches ahead; hold "
                     "the set in memory, or leave the option out"
                 )
-    return (
-        replace(
-            config,
-            optim=optim,
-            data=replace(config.data, data=data.name, image_size=data.image_size, loader=loader),
-            runtime=replace(
-                config.runtime,
-                device=str(device),
-                precision=precision,
-                compile=compile,
-                cuda_graph=cuda_graph,
-            ),
+    resolved = replace(
+        config,
+        optim=optim,
+        data=replace(config.data, data=data.name, image_size=data.image_size, loader=loader),
+        runtime=replace(
+            config.runtime,
+            device=str(device),
+            precision=precision,
+            compile=compile,
+            cuda_graph=cuda_graph,
         ),
-        notes,
     )
+    return absolute_paths(resolved), notes
 
 
 def _scaled(lr: float, batch: int, power: float) -> float:

@@ -14,6 +14,7 @@ import torch
 from resfast import atomic
 from resfast.config.compare import differences
 from resfast.config.files import load
+from resfast.config.paths import absolute_paths
 from resfast.config.schema import Config
 from resfast.config.validate import check
 from resfast.errors import ResfastError
@@ -94,7 +95,7 @@ class _Runs:
                 summary = json.loads((path / records.SUMMARY).read_bytes())
                 self.before_seconds = summary["total_seconds"]
         self.config, self.path = config, path
-        records.write_config(path, config)
+        records.write_config(path, absolute_paths(config))
         first = config.runtime.seed
         self.seeds = range(first, first + config.run.runs)
         self.finished: list[dict[str, Any]] = []
