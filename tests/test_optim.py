@@ -136,6 +136,23 @@ def test_plateau_falls_after_patience_is_over(warmup: float):
     assert seen[8] == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("every", "falls"), [(1, [6, 12]), (2, [6, 12]), (4, [8, 16])])
+def test_the_patience_of_plateau_counts_epochs_however_often_it_is_evaluated(
+    every: int, falls: list[int]
+):
+    config = OptimConfig(lr=0.4, schedule="plateau", patience=5, gamma=0.5, warmup=0.0)
+    schedule = Schedule(build_optimizer(nn.Linear(2, 2), config), config, 40, 5)
+    schedule.evaluated(0.9)
+    fell = []
+    for epoch in range(every, 17, every):
+        before = schedule.lr
+        schedule.evaluated(0.5, every)
+        fell += [epoch] if schedule.lr < before else []
+    assert fell == falls
+    schedule.evaluated(0.95, every)
+    assert schedule.plateau.num_bad_epochs == 0
+
+
 @pytest.mark.parametrize(
     "schedule", ["onecycle", "cosine", "linear", "plateau", "multistep", "constant"]
 )

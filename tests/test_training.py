@@ -21,6 +21,7 @@ from resfast.data.resident import resident_batches
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.inference.scoring import evaluate, predict
 from resfast.models.resnet import ResNet
+from resfast.optim.optimizers import Schedule
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.train import main
@@ -572,3 +573,13 @@ def test_an_epoch_on_cuda_never_waits_for_the_device(policy: str):
             step(*batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("every", "told"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (0, [5])])
+def test_the_plateau_is_told_the_epochs_since_the_last_evaluation(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, every: int, told: list[int]
+):
+    seen = []
+    monkeypatch.setattr(Schedule, "evaluated", lambda self, accuracy, epochs: seen.append(epochs))
+    resfast.train(change(tiny, epochs=5, schedule="plateau", eval_every=every))
+    assert seen == told

@@ -240,9 +240,15 @@ class Schedule:
         if self.steers_groups:
             self.rewrite()
 
-    def evaluated(self, accuracy: float) -> None:
-        """Tells the plateau schedule an accuracy."""
+    def evaluated(self, accuracy: float, epochs: int = 1) -> None:
+        """Tells the plateau schedule an accuracy.
+
+        Args:
+            accuracy: of the evaluation.
+            epochs: epochs since the last evaluation. The patience counts all of them.
+        """
         if self.plateau is not None:
+            self.plateau.num_bad_epochs += epochs - 1  # a better accuracy sets it to 0
             self.plateau.step(accuracy)
 
     @property

@@ -648,6 +648,11 @@ class _Run:
         every = self.config.evaluation.eval_every
         return self._is_last(epoch) or bool(every and (epoch + 1) % every == 0)
 
+    def _epochs_since_evaluation(self, epoch: int) -> int:
+        """Epochs from the last regular evaluation before ``epoch`` to its end."""
+        every = self.config.evaluation.eval_every
+        return epoch % every + 1 if every else epoch + 1
+
     def _is_last(self, epoch: int) -> bool:
         return epoch + 1 == len(self.plan.epochs)
 
@@ -671,7 +676,7 @@ class _Run:
             score = self._evaluate(self.val, tta)
             result, eval_seconds = score.plain, score.seconds
             self.final = score if tta == asked else None
-            self.schedule.evaluated(result.accuracy)
+            self.schedule.evaluated(result.accuracy, self._epochs_since_evaluation(epoch))
             self._keep_best(result.accuracy, epoch)
         self._record(replace(this, lr=self.schedule.lr), result, eval_seconds)
 
