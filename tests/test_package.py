@@ -207,7 +207,8 @@ def test_wheel_builds_without_compiler_and_holds_the_package_alone(tmp_path):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(f"resfast-{resfast.__version__}.dist-info/METADATA").decode()
     modules = {str(p.relative_to(ROOT).as_posix()) for p in (ROOT / "resfast").rglob("*.py")}
-    assert names == modules | {"resfast/py.typed", "resfast/runs/targets.json"}
+    recipes = {f"resfast/config/recipes/{name}.toml" for name in resfast.RECIPES}
+    assert names == modules | recipes | {"resfast/py.typed", "resfast/runs/targets.json"}
     assert "Requires-Python: >=3.11" in metadata
     assert "License-File: LICENSE" in metadata
 

@@ -32,11 +32,15 @@ def from_json(text: str, source: str) -> Config:
     try:
         return _ADAPTER.validate_json(_upgrade(text))
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
         raise ResfastError(
-            f"{source}: {where}: {first['msg']}; expected a config.json written by resfast.train"
+            f"{source}: {describe(error)}; expected a config.json written by resfast.train"
         ) from None
+
+
+def describe(error: pydantic.ValidationError) -> str:
+    """The first bad field and what is wrong with it."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
 
 
 def _upgrade(text: str) -> str:
