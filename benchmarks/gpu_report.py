@@ -49,8 +49,10 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.report import cuda_versions, hardware, installed, slug
-from resfast import atomic, doctor, runtime
+from resfast import atomic, runtime
 from resfast.cli import common as entry
+from resfast.cli.doctor.line import Line, Options
+from resfast.cli.doctor.main import probe
 from resfast.errors import ResfastError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,7 +204,7 @@ def _sanitizer() -> str | None:
 
 def _read_doctor(output: str) -> dict[str, Any]:
     found = json.loads(output)
-    lines = [doctor.Line(**line) for line in found["lines"]]
+    lines = [Line(**line) for line in found["lines"]]
     problems = ", ".join(line.name for line in lines if line.state == "problem")
     return {**found, "said": f"problems: {problems}" if problems else "no problem"}
 
@@ -452,7 +454,7 @@ def page(record: Mapping[str, Any], tables: str) -> str:
         lines += ["", "## Failed tests", "", *failures]
     for step in record["steps"]:
         if "lines" in step["result"]:
-            found = [str(doctor.Line(**line)) for line in step["result"]["lines"]]
+            found = [str(Line(**line)) for line in step["result"]["lines"]]
             lines += ["", "## Doctor", "", "~~~~", *found, "~~~~"]
     if tables:
         lines += ["", tables.strip()]
@@ -520,7 +522,7 @@ def options_of(args: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--minutes {options.minutes} is out of range: expected 0.1 to 1440")
     if options.epochs is not None and options.epochs < 1:
         parser.error(f"--epochs {options.epochs} is out of range: expected at least 1")
-    for line in doctor.probe("data", doctor.Options(options.data, str(options.data_dir))):
+    for line in probe("data", Options(options.data, str(options.data_dir))):
         if line.state == "problem":
             raise ResfastError(f"--data {options.data}: {line.text} {line.todo}".rstrip())
     if options.peers:

@@ -36,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from benchmarks.report import slug
 from resfast import atomic, runtime
 from resfast.cli import common as entry
+from resfast.cli.train import command_line
 from resfast.config.compare import differences
 from resfast.config.files import load
 from resfast.config.recipes import RECIPES
@@ -45,7 +46,6 @@ from resfast.errors import ResfastError, nearest
 from resfast.runs import folder as records
 from resfast.runs import plots, targets
 from resfast.runs.statistics import statistics
-from resfast.train import command_line
 from resfast.training import seeds as runs
 
 ROOT = Path(__file__).resolve().parents[1]

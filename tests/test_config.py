@@ -12,6 +12,7 @@ from typing import get_type_hints
 import pytest
 import torch
 
+from resfast.cli.train import command_line, main
 from resfast.config import compare, files
 from resfast.config.network import network
 from resfast.config.recipes import RECIPES, SUMMARIES
@@ -28,7 +29,6 @@ from resfast.config.validate import check, check_network, expectation
 from resfast.errors import ResfastError
 from resfast.models.presets import PRESETS, build_model, create_model
 from resfast.models.resnet import count_parameters
-from resfast.train import command_line, main
 from tests.conftest import change
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from resfast import runtime
+from resfast.cli.train import command_line
 from resfast.config import files
 from resfast.config.schema import Config, DataConfig, OptimConfig, phases_text
 from resfast.config.validate import check
@@ -23,7 +24,6 @@ from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.optim.optimizers import Schedule, build_optimizer
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
-from resfast.train import command_line
 from resfast.training import loop as trainer
 from resfast.training.loop import Interrupted, train
 from resfast.training.plan import Batch, Plan, epoch_order, make_plan, weighted_mean

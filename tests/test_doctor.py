@@ -15,8 +15,11 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from resfast import doctor
-from resfast.doctor import Line, Options, covers, examine, probe
+from resfast.cli.doctor import environment, kernels
+from resfast.cli.doctor import main as doctor
+from resfast.cli.doctor.kernels import covers
+from resfast.cli.doctor.line import Line, Options, dotted
+from resfast.cli.doctor.main import examine, probe
 from resfast.ops import extension
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,13 +113,13 @@ def test_needed_packages_are_those_that_the_package_declares():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {Requirement(line).name for line in project["dependencies"]}
     elsewhere = {"torch", "triton", "nvidia-dali-cuda130"}  # have lines of their own
-    assert set(doctor.REQUIRED.values()) == declared - elsewhere
-    assert project["requires-python"] == f">={doctor._dotted(doctor.PYTHON)}"
-    assert f"torch>={doctor._dotted(doctor.TORCH)}" in project["dependencies"]
+    assert set(environment.REQUIRED.values()) == declared - elsewhere
+    assert project["requires-python"] == f">={dotted(environment.PYTHON)}"
+    assert f"torch>={dotted(environment.TORCH)}" in project["dependencies"]
 
 
 def test_absent_packages_are_named_with_the_command_that_installs_them(monkeypatch):
-    monkeypatch.setattr(doctor, "_installed", lambda name: name not in ("PIL", "tyro", "onnx"))
+    monkeypatch.setattr(environment, "installed", lambda name: name not in ("PIL", "tyro", "onnx"))
     line = the_line("packages")
     assert (line.state, line.todo) == ("problem", "pip install pillow tyro")
     line = the_line("optional")
@@ -186,7 +189,7 @@ class Gpu:
     ],
 )
 def test_cuda_kernels_must_be_built_for_the_device(record, state, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
+    monkeypatch.setattr(kernels, "PACKAGE", tmp_path)
     monkeypatch.setattr(torch, "cuda", Gpu((9, 0)))
     monkeypatch.setattr(extension, "CUDA_MISSING", None)
     if record is not None:
@@ -273,7 +276,7 @@ def test_a_gpu_that_torch_does_not_see_is_a_problem(said, visible, cuda, state, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", no_driver)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(doctor, "_said", lambda *command: said)
+    monkeypatch.setattr(environment, "output_of", lambda *command: said)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -293,7 +296,7 @@ def test_triton_compiles_a_kernel_without_a_gpu(monkeypatch, tmp_path):
 
 
 def test_without_triton_only_a_gpu_misses_it(monkeypatch):
-    monkeypatch.setattr(doctor, "_installed", lambda name: name != "triton")
+    monkeypatch.setattr(kernels, "installed", lambda name: name != "triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert the_line("Triton").state == "missing"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -319,7 +322,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     def refuse(**arguments: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(environment.tempfile, "TemporaryFile", refuse)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     line = the_line("cache")
     assert line.state == "missing"
@@ -360,7 +363,7 @@ def test_the_line_of_nvcc_is_what_the_build_finds(
     )
     real = ROOT / "csrc" / "cuda" / "build.py"
     assert all(f"def {name}(" in real.read_text(encoding="utf-8") for name in found)
-    monkeypatch.setattr(doctor, "PACKAGE", tmp_path / "resfast")
+    monkeypatch.setattr(kernels, "PACKAGE", tmp_path / "resfast")
     line = the_line("nvcc")
     assert line.state == state
     assert said in line.text
@@ -369,7 +372,7 @@ def test_the_line_of_nvcc_is_what_the_build_finds(
 
 
 def test_more_threads_than_cores_are_remarked_on(monkeypatch):
-    monkeypatch.setattr(doctor, "_cores", lambda: 2)
+    monkeypatch.setattr(environment, "cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     line = the_line("threads")
     assert line.text == "torch uses 8 of 2 cores"

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 import resfast
-from resfast import export, runtime
+from resfast import runtime
+from resfast.cli.export import main
 from resfast.config.network import network
 from resfast.config.schema import Config, DataConfig, ModelConfig, RuntimeConfig
 from resfast.errors import ResfastError
+from resfast.inference import export as exporting
+from resfast.inference.export import export
 from resfast.inference.fuse.blocks import group_blocks
 from resfast.models.presets import build_model
 from resfast.ops.basic_block.op import BasicBlock
@@ -107,7 +110,7 @@ def in_plain_torch(folder: Path, code: str, images: Tensor) -> list[Tensor]:
     return torch.load(folder / "out.pt")
 
 
-def loaded(made: export.Exported):
+def loaded(made: exporting.Exported):
     """The file as a function, by means of its format's own library alone."""
     if made.metadata["format"] == "torch-export":
         return torch.export.load(made.path).module()
@@ -305,14 +308,14 @@ def test_blocks_that_were_grouped_are_plain_convolutions_again(tmp_path, monkeyp
         assert any(isinstance(module, BasicBlock) for module in fused.modules())
         return fused
 
-    monkeypatch.setattr(export, "fuse", grouped)
+    monkeypatch.setattr(exporting, "fuse", grouped)
     program = torch.export.load(export(run, dtype="bfloat16").path)
     calls = Counter(str(n.target) for n in program.graph.nodes if n.op == "call_function")
     assert calls["aten.conv2d.default"] == 6
 
 
 def test_an_operator_of_resfast_in_the_graph_is_refused(trained, monkeypatch):
-    monkeypatch.setattr(export, "ConvBiasAct", type(None))  # nothing is one: all are left
+    monkeypatch.setattr(exporting, "ConvBiasAct", type(None))  # nothing is one: all are left
     with pytest.raises(ResfastError, match=r"resfast\.conv2d_bias_act\.default is left"):
         export(trained)
 
@@ -320,7 +323,7 @@ def test_an_operator_of_resfast_in_the_graph_is_refused(trained, monkeypatch):
 def test_the_command_writes_into_the_run_and_says_how_close_it_came(run, tmp_path, capsys):
     copied = shutil.copytree(run, tmp_path / "run")
     shutil.copy(copied / records.WEIGHTS, copied / records.BEST)
-    assert export.main([str(copied), "--format", "torch-export"]) == 0
+    assert main([str(copied), "--format", "torch-export"]) == 0
     path = copied / "export" / "model.pt2"
     out = capsys.readouterr().out
     assert f"{path}: torch-export, float32, " in out
@@ -330,10 +333,10 @@ def test_the_command_writes_into_the_run_and_says_how_close_it_came(run, tmp_pat
     assert [p.name for p in path.parent.iterdir()] == ["model.pt2"]
 
     weights = ["--weights", "best", "--no-normalize"]
-    assert export.main([str(copied), "--format", "torch-export", *weights]) == 0
-    extra = {export.METADATA: ""}
+    assert main([str(copied), "--format", "torch-export", *weights]) == 0
+    extra = {exporting.METADATA: ""}
     torch.export.load(path, extra_files=extra)
-    said = json.loads(extra[export.METADATA])
+    said = json.loads(extra[exporting.METADATA])
     assert said["weights"] == "best.safetensors"
     assert said["input"].startswith("images: float32")
     assert "test_accuracy" not in said  # it is that of the final weights
@@ -365,8 +368,8 @@ def test_a_file_names_no_path_of_the_machine(format, trained, tmp_path):
 def test_a_file_that_differs_from_the_run_is_not_left(format, trained, tmp_path, monkeypatch):
     output = tmp_path / f"net{suffix(format)}"
     output.write_text("old")
-    forward = export._Conv.forward
-    monkeypatch.setattr(export._Conv, "forward", lambda self, x, residual=None: forward(self, x))
+    forward = exporting._Conv.forward
+    monkeypatch.setattr(exporting._Conv, "forward", lambda self, x, residual=None: forward(self, x))
     with pytest.raises(ResfastError, match=r"was not written: its logits differ .* allowed 1e-03"):
         export(trained, format, output=output)
     assert output.read_text() == "old"
@@ -407,7 +410,7 @@ def test_bad_values_are_refused_with_what_to_do(format, options, said, run, tmp_
 
 
 def test_a_missing_run_is_one_sentence_and_code_2(run, capsys):
-    assert export.main([str(run.parent / "tinny"), "--format", "onnx"]) == 2
+    assert main([str(run.parent / "tinny"), "--format", "onnx"]) == 2
     err = capsys.readouterr().err.strip()
     assert "there is no run" in err
     assert "did you mean 'tiny'?" in err

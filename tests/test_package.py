@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import resfast
+from resfast.cli import main as console
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -109,11 +110,13 @@ def test_entry_point_is_function_and_module_in_either_import_order(name, tmp_pat
     check = f"""
 import types
 assert isinstance(resfast.{name}, types.ModuleType)
-assert callable(resfast.{name}) and callable(resfast.{name}.main)
+assert callable(resfast.{name})
 """
     code = f"import resfast\n{check}\nimport resfast.{name}\n{check}"
     run_python(code, tmp_path)
-    run_python(f"import resfast.{name}\n{check}\nfrom resfast import {name}\n{name}.main", tmp_path)
+    run_python(
+        f"import resfast.{name}\n{check}\nfrom resfast import {name}\n{name}.__call__", tmp_path
+    )
 
 
 def test_train_called_is_the_training_function():
@@ -140,6 +143,46 @@ def test_console_scripts_exist():
     for target in PROJECT["scripts"].values():
         module, _, function = target.partition(":")
         assert callable(getattr(import_module(module), function))
+
+
+def test_help_and_version_of_the_console_script_do_not_load_torch(tmp_path):
+    code = """
+import sys
+from resfast.cli.main import main
+assert main(["--help"]) == 0 and main(["--version"]) == 0
+assert not {"torch", "numpy", "tyro"} & set(sys.modules)
+"""
+    shown = run_python(code, tmp_path).stdout
+    for name in ("train", "evaluate", "predict", "export", "data", "doctor"):
+        assert f"\n  {name} " in shown
+    assert shown.endswith(f"\nresfast {resfast.__version__}\n")
+
+
+def test_an_unknown_command_is_one_sentence_with_the_nearest(capsys):
+    assert console.main(["evalute", "runs/x"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("resfast: error: unknown command 'evalute', expected one of train, ")
+    assert said.endswith("; did you mean 'evaluate'?\n")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "data", "doctor"])
+def test_the_console_script_and_python_m_are_the_same_command(name, tmp_path):
+    code = f"""
+import sys
+from resfast.cli.main import main
+sys.argv = ["resfast", "{name}", "--help"]
+main()
+"""
+    by_script = run_python(code, tmp_path).stdout
+    by_module = subprocess.run(
+        [sys.executable, "-m", f"resfast.{name}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert by_script == by_module
+    assert "usage:" in by_script
 
 
 def test_version_has_one_home():

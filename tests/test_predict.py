@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import resfast
-from resfast import evaluate, predict
+from resfast.cli import evaluate, predict
 from resfast.config.schema import (
     Config,
     DataConfig,
@@ -31,8 +31,10 @@ from resfast.config.schema import (
 )
 from resfast.data.augment import Augment
 from resfast.data.sources import load_dataset
+from resfast.data.unlabelled import open_images
 from resfast.errors import ResfastError
 from resfast.inference import load as inference
+from resfast.inference.evaluate import _numbering
 from resfast.runs.checkpoint import load_weights, save_weights
 
 SIZE = 16
@@ -344,8 +346,8 @@ def test_evaluate_scores_other_data_resized_and_in_the_run_s_order(run, tmp_path
 def test_labels_follow_the_names_of_the_run_s_classes(trained, tree):
     data = load_dataset(f"folder:{tree}", data_dir=tree.parent / "data", image_size=SIZE)
     turned = dataclasses.replace(data, classes=("red", "blue", "green"))
-    assert evaluate._numbering(trained, turned).tolist() == [2, 0, 1]
-    assert evaluate._numbering(trained, data) is None
+    assert _numbering(trained, turned).tolist() == [2, 0, 1]
+    assert _numbering(trained, data) is None
 
 
 def test_evaluate_from_python_writes_only_where_it_is_told(trained, run, tmp_path):
@@ -559,7 +561,7 @@ def test_a_npy_becomes_a_csv_of_row_numbers(run, here, layout, capsys):
 def test_pickles_of_every_protocol_are_read(here, layout, protocol):
     content = {b"data": layouts()[layout], "ids": np.arange(10, 16), b"names": [b"a", np.int64(3)]}
     (here / "x.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-    source = predict.open_images([here / "x.pkl"])
+    source = open_images([here / "x.pkl"])
     assert list(source.ids) == [str(i) for i in range(10, 16)]
     np.testing.assert_array_equal(source.array, pixels())
 
@@ -576,8 +578,8 @@ def test_pickles_of_numpy_1_and_python_2_are_read(here):
         b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T\x00\x0c\x00\x00" + raw + b"tbu."
     )
     (here / "test_batch").write_bytes(python2)
-    np.testing.assert_array_equal(predict.open_images([here / "numpy1.pkl"]).array, pixels())
-    planes = predict.open_images([here / "test_batch"]).array.transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(open_images([here / "numpy1.pkl"]).array, pixels())
+    planes = open_images([here / "test_batch"]).array.transpose(0, 3, 1, 2)
     assert planes.reshape(-1).tobytes() == raw
 
 
@@ -594,7 +596,7 @@ def test_a_pickle_becomes_a_csv_with_its_ids(run, here, ids):
 
 def test_a_bare_array_in_a_pickle_is_read(here):
     (here / "x.pickle").write_bytes(pickle.dumps(pixels()))
-    np.testing.assert_array_equal(predict.open_images([here / "x.pickle"]).array, pixels())
+    np.testing.assert_array_equal(open_images([here / "x.pickle"]).array, pixels())
 
 
 class Malicious:
@@ -627,16 +629,16 @@ def test_pickles_cannot_forge_objects_in_arrays(here):
         for protocol in (2, 5):
             (here / "x.pkl").write_bytes(pickle.dumps(array, protocol=protocol))
             with pytest.raises(ResfastError, match="was refused"):
-                predict.open_images([here / "x.pkl"])
+                open_images([here / "x.pkl"])
     # Attributes set on what a pickle can name must not stick.
     (here / "x.pkl").write_bytes(
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nN}U\x08__code__K\x01s\x86b."
     )
     with pytest.raises(ResfastError, match="not a readable pickle"):
-        predict.open_images([here / "x.pkl"])
+        open_images([here / "x.pkl"])
     (here / "x.pkl").write_bytes(pickle.dumps(Counter("abc")))
     with pytest.raises(ResfastError, match=r"it asks for collections\.Counter"):
-        predict.open_images([here / "x.pkl"])
+        open_images([here / "x.pkl"])
 
 
 @pytest.mark.parametrize(
@@ -658,7 +660,7 @@ def test_wrong_arrays_are_one_sentence(run, here, array, match, capsys):
     (here / "x.pkl").write_bytes(pickle.dumps(array))
     for name in ("x.npy", "x.pkl"):
         with pytest.raises(ResfastError, match=match):
-            predict.open_images([Path(name)])
+            open_images([Path(name)])
         assert name in fails(capsys, predict.main, run, name)
 
 
@@ -668,12 +670,12 @@ def test_damaged_array_files_are_one_sentence(here):
     for content in (b"", b"abc", whole[:100], whole[:-10]):
         (here / "x.npy").write_bytes(content)
         with pytest.raises(ResfastError, match=r"x\.npy is not a readable \.npy"):
-            predict.open_images([Path("x.npy")])
+            open_images([Path("x.npy")])
     whole = pickle.dumps({"data": pixels()})
     for content in (b"", b"abc", whole[:40], whole[:-10], b"\x80\xff", b"c", b"("):
         (here / "x.pkl").write_bytes(content)
         with pytest.raises(ResfastError, match=r"x\.pkl is not a readable pickle"):
-            predict.open_images([Path("x.pkl")])
+            open_images([Path("x.pkl")])
     for content, match in (
         ({"images": pixels()}, "a dict of 'images'"),
         ({}, "a dict of nothing"),
@@ -685,7 +687,7 @@ def test_damaged_array_files_are_one_sentence(here):
     ):
         (here / "x.pkl").write_bytes(pickle.dumps(content))
         with pytest.raises(ResfastError, match=match):
-            predict.open_images([Path("x.pkl")])
+            open_images([Path("x.pkl")])
 
 
 def test_a_folder_and_an_array_of_the_same_images_agree(run, here):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resfast.data import __main__ as command
+from resfast.cli import data as command
 from resfast.data import preview
 from resfast.data.augment import POLICIES, Augment, sample, sample_mix, statistics
 from resfast.data.dataset import Dataset
@@ -234,7 +234,7 @@ def test_the_command_packs_an_image_folder(
 
 def test_the_module_is_a_command_and_importing_it_does_not_draw():
     code = (
-        "import sys, resfast.data.__main__ as m; "
+        "import sys, resfast.cli.data as m; "
         "print('PIL' in sys.modules, 'matplotlib' in sys.modules)"
     )
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

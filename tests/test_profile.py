@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from resfast.cli.train import main
 from resfast.config.network import network
 from resfast.config.schema import Config
 from resfast.errors import ResfastError
 from resfast.models.presets import build_model
 from resfast.models.summary import count_macs
-from resfast.train import main
 from resfast.training import loop as trainer
 from resfast.training import profiling
 from resfast.training.profiling import matmul_flops, profile

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import resfast
+from resfast.cli.train import main
 from resfast.config import files
 from resfast.config.schema import Config
 from resfast.errors import ResfastError
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.runs.statistics import p_value, statistics
-from resfast.train import main
 from resfast.training import loop as trainer
 from resfast.training import seeds as runs
 from resfast.training.step import TrainStep
@@ -249,7 +249,7 @@ def test_evaluation_only_at_the_end_leaves_the_result_as_it_is(tiny: Config):
 
 
 def test_a_command_counts_from_the_start_of_its_process():
-    from resfast.train import _process_seconds
+    from resfast.cli.train import _process_seconds
 
     if not os.path.exists("/proc/self/stat"):
         pytest.skip("only Linux tells")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resfast
+from resfast.cli.train import main
 from resfast.config import files
 from resfast.config.network import network
 from resfast.config.schema import Config, ModelConfig
@@ -21,7 +22,6 @@ from resfast.models.resnet import ResNetSpec, count_parameters
 from resfast.models.speednet import SpeedNet, SpeedNetSpec
 from resfast.models.summary import count_macs, layer_table
 from resfast.ops.norm_act import op as norm_act
-from resfast.train import main
 from resfast.training.loop import train
 from tests.conftest import change
 from tests.test_export import FORMATS, loaded, make_run, pixels, relative_error

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from resfast.cli.train import command_line, main
 from resfast.config.recipes import RECIPES
 from resfast.errors import ResfastError
 from resfast.runs import targets
 from resfast.runs.targets import Row, data_name, pick, read, to_json
-from resfast.train import command_line, main
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks import time_to_accuracy as tta
 from benchmarks.time_to_accuracy import main, row_of, views
+from resfast.cli.train import command_line
 from resfast.config.recipes import RECIPES
 from resfast.config.schema import Config
 from resfast.config.validate import check
@@ -22,7 +23,6 @@ from resfast.errors import ResfastError
 from resfast.inference.scoring import evaluate
 from resfast.runs import folder as records
 from resfast.runs import plots, targets
-from resfast.train import command_line
 from resfast.training import loop as trainer
 from resfast.training import seeds as runs
 from tests.conftest import change

@@ -14,6 +14,7 @@ from torch import nn
 
 import resfast
 from resfast import atomic
+from resfast.cli.train import main
 from resfast.config import files
 from resfast.config.network import network
 from resfast.config.schema import Config, OptimConfig
@@ -24,7 +25,6 @@ from resfast.models.resnet import ResNet
 from resfast.optim.optimizers import Schedule
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
-from resfast.train import main
 from resfast.training.loop import train
 from resfast.training.step import TrainStep
 from tests.conftest import TINY_OPTIONS, change, workers_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import logging
 import os
@@ -65,11 +66,24 @@ def run(main: Callable[[], int | None]) -> int:
         return 141
 
 
-def make_callable(module: str, function: Callable[..., Any]) -> None:
-    """Lets ``resfast.train`` be both a module (``python -m resfast.train``) and a function."""
+def make_callable(module: str, home: str, name: str) -> None:
+    """Lets ``resfast.train`` be both a module (``python -m resfast.train``) and a function.
+
+    Python binds a submodule as an attribute of its package on import, so the two share a name.
+    What type checkers see of it is in ``resfast/__init__.py``.
+
+    Args:
+        module: name of the module to call.
+        home: module that holds the function; imported on the first call, since it is slow.
+        name: of the function.
+    """
 
     class CallableModule(types.ModuleType):
+        @property
+        def __wrapped__(self) -> Callable[..., Any]:
+            return getattr(importlib.import_module(home), name)
+
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            return function(*args, **kwargs)
+            return self.__wrapped__(*args, **kwargs)
 
     sys.modules[module].__class__ = CallableModule

@@ -1,0 +1,111 @@
+"""``resfast data``: a picture of what augmentation does, and image folders as shards."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from resfast import atomic
+from resfast.cli import common as entry
+from resfast.data.augment import POLICIES, parse_augment
+from resfast.data.dataset import print_to_stderr
+from resfast.data.sources import load_dataset
+from resfast.errors import ResfastError
+
+PROG = "python -m resfast.data"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Shows what augmentation does to a data set, or packs an image folder into tar shards.
+
+    Exit codes: 0 done, 2 bad input.
+    """
+
+    preview: Path | None = None
+    """PNG to write: a contact sheet of training images plain and under each policy."""
+    shards: Path | None = None
+    """Folder to write WebDataset tar shards of --data folder:PATH to."""
+    data: str = "auto"
+    """cifar10, cifar100, digits, folder:PATH (an image folder or a tar of one), or auto: CIFAR-10
+    if it is on disk or can be fetched, otherwise digits."""
+    data_dir: Path = Path("data")
+    """Where data sets are looked for, downloaded to and cached."""
+    image_size: int = 32
+    """Height and width that folder and digits images are resized to, in pixels."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+    augment: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Policy to show, as train's --augment takes it; once for each (none given: every named
+    one)."""
+    images: int = 10
+    """Images in a row of the contact sheet."""
+    seed: int = 0
+    """Seed of the choice of images and of the augmentation."""
+    epochs: tuple[int, ...] = (0, 1)
+    """Epochs shown, a row of each policy for each."""
+    images_per_shard: int = 10_000
+    """Images in a shard; the last has what is left."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+
+    def command() -> None:
+        options = entry.parse(Options, args, PROG)
+        if options.preview is None and options.shards is None:
+            raise ResfastError(
+                "nothing to do: expected --preview PNG for a contact sheet of the augmentations, "
+                "or --shards FOLDER --data folder:PATH to pack an image folder"
+            )
+        if options.preview is not None:
+            _preview(options, options.preview.expanduser())
+        if options.shards is not None:
+            _shards(options, options.shards.expanduser())
+
+    return entry.run(command)
+
+
+def _preview(options: Options, path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise ResfastError(f"--preview {path}: expected a name that ends in .png")
+    policies = {text: parse_augment(text) for text in options.augment} or {
+        name: policy for name, policy in POLICIES.items() if name != "none"
+    }
+    from resfast.data.preview import contact_sheet  # matplotlib and Pillow are slow to import
+
+    dataset = load_dataset(
+        options.data,
+        data_dir=options.data_dir,
+        image_size=options.image_size,
+        skip_corrupt=options.skip_corrupt,
+    )
+    sheet = contact_sheet(
+        dataset, policies, images=options.images, seed=options.seed, epochs=options.epochs
+    )
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    atomic.make_folder(path.parent, "--preview")
+    atomic.save(path, buffer.getvalue())
+    print(path)
+
+
+def _shards(options: Options, destination: Path) -> None:
+    kind, _, location = options.data.partition(":")
+    if kind != "folder" or not location:
+        raise ResfastError(
+            f"--shards packs an image folder, not --data {options.data}: write --data folder:PATH"
+        )
+    from resfast.data.shards import write_shards
+
+    write_shards(
+        Path(location).expanduser(),
+        destination,
+        images_per_shard=options.images_per_shard,
+        report=print_to_stderr,
+    )
+    print(destination)

@@ -1,0 +1,108 @@
+"""``resfast evaluate RUN``: scores a run and prints a table of its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from resfast.cli import common as entry
+from resfast.inference import load as inference
+from resfast.inference.evaluate import CONFUSION, RESULT, Result, evaluate
+from resfast.inference.load import Which
+from resfast.inference.scoring import TTA
+from resfast.runtime import Precision
+
+PROG = "python -m resfast.evaluate"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Scores a trained network on the test images of a data set.
+
+    Writes evaluation.json and evaluation-confusion.png. Exit codes: 0 scored, 2 bad input.
+    """
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """Folder of the run, runs/NAME, or a .safetensors file of one."""
+    data: str | None = None
+    """Another data set with the same classes (cifar10, cifar100, digits, folder:PATH,
+    shards:PATH), resized to the run's image size. None: the run's own."""
+    data_dir: Path | None = None
+    """Where data sets are looked for, downloaded to and cached (None: the run's own)."""
+    tta: Literal["auto"] | TTA = "auto"
+    """Test-time augmentation scored beside the plain images (auto: the run's own)."""
+    weights: Which = "final"
+    """Weights of the last epoch, or of the best evaluation."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: CUDA if there is one."""
+    precision: Precision = "auto"
+    """Compute dtype; auto: the run's own, or on another kind of device the hardware's choice."""
+    batch_size: int | None = None
+    """Images a step (None: the run's own)."""
+    skip_corrupt: bool = False
+    """Leave out images that cannot be decoded instead of stopping."""
+    out: Path | None = None
+    """Folder for the two files (None: the run's)."""
+
+
+def table(result: Result) -> str:
+    """The classes line by line: images, how many were right, and what they are taken for most."""
+    width = max(len("class"), *(len(name) for name in result.classes))
+    lines = [f"{'class':<{width}}  {'images':>7}  {'correct':>7}  {'accuracy':>8}  mistaken for"]
+    for index, name in enumerate(result.classes):
+        row = result.confusion[index]
+        images, correct = int(row.sum()), int(row[index])
+        accuracy = f"{correct / images:>8.2%}" if images else f"{'-':>8}"
+        line = f"{name:<{width}}  {images:>7,}  {correct:>7,}  {accuracy}"
+        others = row.clone()
+        others[index] = 0
+        if int(others.sum()):
+            worst = int(others.argmax())
+            line += f"  {result.classes[worst]} ({int(others[worst]) / images:.1%})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+
+    def command() -> None:
+        options = entry.parse(Options, args, PROG)
+        run = inference.load(
+            options.run,
+            weights=options.weights,
+            device=options.device,
+            precision=options.precision,
+        )
+        inference.prepare(run)
+        out = run.path if options.out is None else options.out.expanduser()
+        result = evaluate(
+            run,
+            options.data,
+            data_dir=options.data_dir,
+            tta=options.tta,
+            batch_size=options.batch_size,
+            skip_corrupt=options.skip_corrupt,
+            out=out,
+        )
+        record = result.record
+        print(
+            f"{run.file} on the {record['test_images']:,} test images of {record['data']} "
+            f"({record['device']}, {record['precision']}, {record['eval_seconds']:.1f} s)\n"
+        )
+        print(f"{table(result)}\n")
+        print(f"test accuracy {result.accuracy:.2%}, loss {result.loss:.4f}")
+        if result.tta != "none":
+            print(
+                f"with test-time augmentation ({result.tta}) {result.with_tta.accuracy:.2%}, "
+                f"loss {result.with_tta.loss:.4f}"
+            )
+        print(out / RESULT)
+        if (out / CONFUSION).is_file():
+            print(out / CONFUSION)
+
+    return entry.run(command)

@@ -1,0 +1,73 @@
+"""``resfast export RUN --format …``: writes a trained network as a file for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from resfast.cli import common as entry
+from resfast.inference import load as inference
+from resfast.inference.export import Dtype, Format, export
+from resfast.inference.load import Which
+
+PROG = "python -m resfast.export"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Writes a trained network as a file that runs without resfast.
+
+    torch-export: a .pt2 for torch.export.load. onnx: an .onnx for ONNX Runtime and others. aoti: a
+    .pt2 compiled by AOTInductor for processors like this one. What was written is loaded again and
+    compared with the run. Exit codes: 0 written, 2 bad input or logits that differ.
+    """
+
+    run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
+    """Folder of the run, runs/NAME, or a .safetensors file of one."""
+    format: Format
+    """Kind of file."""
+    output: Path | None = None
+    """File to write or replace (None: export/model.pt2, model.onnx or model-aoti.pt2 in the run's
+    folder)."""
+    dtype: Dtype = "float32"
+    """What it computes in; onnx: float32 or float16."""
+    batch: int | None = None
+    """The one batch size that it takes (None: any)."""
+    normalize: bool = True
+    """Take raw pixels, uint8 [N, H, W, 3], and normalize them inside; otherwise take normalized
+    images, float32 [N, 3, H, W]."""
+    opset: int | None = None
+    """Opset of onnx, 18 to 25 (None: the exporter's own)."""
+    weights: Which = "final"
+    """Weights of the last epoch, or of the best evaluation."""
+    device: str = "cpu"
+    """Where torch-export and aoti files are to run: cpu, cuda, cuda:N, or auto: CUDA if there is
+    one."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+
+    def command() -> None:
+        options = entry.parse(Options, args, PROG)
+        run = inference.load(
+            options.run, weights=options.weights, device=options.device, precision="fp32"
+        )
+        inference.prepare(run)
+        print(
+            export(
+                run,
+                options.format,
+                output=options.output,
+                dtype=options.dtype,
+                batch=options.batch,
+                normalize=options.normalize,
+                opset=options.opset,
+            )
+        )
+
+    return entry.run(command)

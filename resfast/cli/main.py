@@ -1,0 +1,69 @@
+"""``resfast COMMAND ARGS…``: the console script, which hands over to one of the commands.
+
+Only the chosen command is imported, so that ``resfast --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from resfast import __version__
+from resfast.cli.common import escape_unencodable
+from resfast.errors import nearest
+
+COMMANDS = {
+    "train": ("resfast.cli.train", "train a network"),
+    "evaluate": ("resfast.cli.evaluate", "score a run on the test images of a data set"),
+    "predict": ("resfast.cli.predict", "classify images with a run"),
+    "export": ("resfast.cli.export", "write a run as a file that runs without resfast"),
+    "data": ("resfast.cli.data", "preview augmentations, or pack an image folder as shards"),
+    "doctor": ("resfast.cli.doctor.main", "check what of this machine resfast can use"),
+}
+"""Module and summary of each command."""
+
+
+def usage() -> str:
+    """The commands, a line each."""
+    lines = [f"  {name:<9} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: resfast COMMAND ARGS…",
+            "",
+            *lines,
+            "",
+            "resfast COMMAND --help lists the options of a command; resfast --version prints the "
+            "version.",
+        ]
+    )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code of the command, 2 where there is no such one."""
+    escape_unencodable()
+    arguments = list(sys.argv[1:] if args is None else args)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if name == "--version":
+        print(f"resfast {__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(
+            f"resfast: error: unknown command {name!r}, expected one of {', '.join(COMMANDS)}"
+            f"{nearest(name, COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    command = importlib.import_module(COMMANDS[name][0]).main
+    if args is not None:
+        return command(arguments[1:])
+    # As if by python -m: training counts its seconds from the start of a process of its own.
+    sys.argv = [f"resfast {name}", *arguments[1:]]
+    return command()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

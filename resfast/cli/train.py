@@ -1,0 +1,176 @@
+"""``resfast train``: trains a network, prints recipes and layer tables, or profiles a step."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from resfast.cli import common as entry
+from resfast.config.files import load
+from resfast.config.network import network
+from resfast.config.recipes import RECIPES, SUMMARIES, recipe
+from resfast.config.schema import Config
+from resfast.errors import ResfastError
+
+PROG = "python -m resfast.train"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Options that decide where the values of the others come from, or what to do instead."""
+
+    recipe: str | None = None
+    """Named set of values that the other options override (None: default; --list shows them)."""
+    config: Path | None = None
+    """Start from a saved configuration, runs/NAME/config.json."""
+    resume: Path | None = None
+    """Go on with an interrupted run, runs/NAME."""
+    list: bool = False
+    """Print the recipes and models with their parameter counts, and stop."""
+    summary: bool = False
+    """Print the network layer by layer, and stop."""
+    profile: Path | None = None
+    """Train for a few steps only, write a Chrome trace of them to this file, print the operators
+    that took most and how the step compares with a matrix product, and stop."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Trains a CIFAR-scale ResNet and leaves weights, metrics and plots in runs/NAME.
+
+    Exit codes: 0 trained, 2 bad input, 3 the loss is not finite, 130 interrupted and saved.
+    """
+
+    start: Annotated[Start, tyro.conf.arg(name="")] = field(default_factory=Start)
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def command_line(args: Sequence[str]) -> tuple[Start, Config]:
+    """The options of a command line, in two passes: first where the defaults come from, then all.
+
+    Raises:
+        ResfastError: an unknown recipe, an unreadable configuration, or two sources of defaults.
+        SystemExit: help was asked for, or an option is unknown or malformed (code 2).
+    """
+    start, _ = tyro.cli(
+        Start,
+        args=list(args),
+        prog=PROG,
+        add_help=False,
+        return_unknown_args=True,
+        console_outputs="--help" not in args and "-h" not in args,
+    )
+    given = [name for name in ("recipe", "config", "resume") if getattr(start, name) is not None]
+    if len(given) > 1:
+        raise ResfastError(
+            f"--{given[0]} and --{given[1]} both say where to start from; choose one"
+        )
+    if start.resume is not None:
+        default = load(start.resume / "config.json")
+    elif start.config is not None:
+        default = load(start.config)
+        default = replace(default, run=replace(default.run, name=None))
+    else:
+        default = recipe(start.recipe or "default")
+    config = entry.parse(Command, args, PROG, Command(start, default)).config
+    if not given and config.evaluation.target is not None and config.run.max_seconds is not None:
+        default = recipe(_picked(config))
+        config = entry.parse(Command, args, PROG, Command(start, default)).config
+    return start, config
+
+
+def _picked(config: Config) -> str:
+    """Name of the recipe for a target and a limit of seconds; says which and why."""
+    from resfast import runtime
+    from resfast.runs.targets import pick
+
+    row, reason = pick(
+        config.evaluation.target,
+        config.run.max_seconds,
+        device=runtime.resolve_device(config.runtime.device),
+        data=config.data.data,
+        threads=config.runtime.threads,
+    )
+    print(reason)
+    return row.recipe
+
+
+def print_list() -> None:
+    """Prints recipes and models."""
+    import torch
+
+    from resfast.models.presets import PRESETS, build_model, create_model
+    from resfast.models.resnet import count_parameters
+    from resfast.runs.targets import TABLE, read
+
+    with torch.device("meta"):  # shapes alone: nothing is initialised
+        counts = {name: count_parameters(create_model(name)) for name in PRESETS}
+        trained = {
+            name: count_parameters(build_model(network(config.model)))
+            for name, config in RECIPES.items()
+        }
+    print("recipes (--recipe NAME)")
+    for name, config in RECIPES.items():
+        print(f"  {name:<20} {config.model.model:<20} {trained[name]:>11,}  {SUMMARIES[name]}")
+    measured = read(TABLE)
+    if measured:
+        print("\nmeasured (--target 0.94 --max-seconds 300 picks among these)")
+    for row in measured:
+        print(f"  {row}")
+    print("\nmodels (--model NAME), parameters for 10 classes")
+    for name, spec in PRESETS.items():
+        print(f"  {name:<20} {counts[name]:>11,}  {spec}")
+    print("  resnet               of your own: --blocks 2,1,1,1 --channels 64,128,256,512 …")
+    print("  speednet             of your own: --convolutions 2,2,2 --channels 64,256,256 …")
+
+
+def print_summary(config: Config) -> None:
+    """Prints the layer table of the network that ``config`` describes, for 10 classes."""
+    from resfast.models.presets import build_model
+    from resfast.models.summary import layer_table
+
+    size = config.data.image_size
+    print(layer_table(build_model(network(config.model), image_size=size), size))
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    started = time.perf_counter() - (_process_seconds() if args is None else 0.0)
+    arguments = list(sys.argv[1:] if args is None else args)
+
+    def command() -> None:
+        start, config = command_line(arguments)
+        if start.list:
+            print_list()
+            return
+        if start.summary:
+            print_summary(config)
+            return
+        if start.profile is not None:
+            from resfast.training.profiling import profile
+
+            print(profile(config, start.profile))
+            return
+        from resfast.training.seeds import headline, train
+
+        result = train(config, resume=start.resume, started=started)
+        print(f"{headline(result.summary)}\n{result.path}")
+
+    return entry.run(command)
+
+
+def _process_seconds() -> float:
+    """Seconds since this process began; 0 where only the clock of the process itself knows."""
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])  # proc(5): field 22
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # not Linux
+        return 0.0
