@@ -179,6 +179,38 @@ def test_a_malformed_option_exits_with_2(options: str, capsys: pytest.CaptureFix
     assert options.split()[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "choices"),
+    [
+        ("block", ("None", "basic", "bottleneck")),
+        ("shortcut", ("None", "conv1", "conv3", "pool")),
+        ("activation", ("None", "relu", "leaky_relu", "silu", "gelu")),
+        ("final-pool", ("None", "max", "avg", "both")),
+        ("whitening-padding", ("None", "valid", "same")),
+        ("residual", ("None", "True", "False")),
+        ("optimizer", ("sgd", "adam", "adamw", "muon")),
+    ],
+)
+def test_choices_are_listed_in_the_order_of_the_help(
+    option: str,
+    choices: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        command_line([f"--{option}", "nonsense"])
+    error = re.sub(r"[│\s]+", " ", capsys.readouterr().err)
+    assert ", ".join(map(repr, choices)) in error
+
+
+def test_optional_choices_are_read():
+    line = "--block bottleneck --shortcut None --residual False --whitening True --dirac-init None"
+    model = command_line(line.split())[1].model
+    assert (model.block, model.shortcut) == ("bottleneck", None)
+    assert (model.residual, model.whitening, model.dirac_init) == (False, True, None)
+
+
 def test_help_shows_every_option_with_explanation_and_default():
     run = subprocess.run(
         [sys.executable, "-m", "resfast.train", "--help"],

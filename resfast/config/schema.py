@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import tyro
@@ -56,6 +56,23 @@ def _written(
     )
 
 
+def _choice(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec:
+    """An option that is None or one of the values of ``kind``, a Literal or bool.
+
+    tyro keeps the choices of ``Literal[...] | None`` in a set, so its own messages list them in an
+    order that changes from run to run.
+    """
+    values = {str(value): value for value in (get_args(kind) or (True, False))}
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{None,{','.join(values)}}}",
+        instance_from_str=lambda argument: values.get(argument[0]),
+        is_instance=lambda value: value is None or value in values.values(),
+        str_from_instance=lambda value: [str(value)],
+        choices=("None", *values),
+    )
+
+
 def _int_list(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part != "")
@@ -68,6 +85,8 @@ IntList = Annotated[
     _written("N,N,…", _int_list, tuple, lambda values: ",".join(map(str, values))),
 ]
 """``2,1,1,1`` on the command line, a tuple of integers in Python."""
+
+OptionalBool = Annotated[bool | None, _choice(bool)]
 
 Phases = tuple[tuple[PositiveInt, PositiveFraction], ...]
 """Values with the fraction of the training, 0 to 1, up to which each holds."""
@@ -129,11 +148,11 @@ class ModelConfig:
     """Stride of each stage (1, then 2 for each later one; in a speednet 2 is a max pool)."""
     stem: int | None = None
     """Channels of the first convolution."""
-    block: Block | None = None
+    block: Annotated[Block | None, _choice(Block)] = None
     """Residual block: two 3x3 convolutions, or 1x1, 3x3 and 1x1."""
-    shortcut: Shortcut | None = None
+    shortcut: Annotated[Shortcut | None, _choice(Shortcut)] = None
     """Where the shape changes: 1x1 or 3x3 convolution, or average pool + zero channels."""
-    activation: Activation | None = None
+    activation: Annotated[Activation | None, _choice(Activation)] = None
     """Activation after each norm and dense layer."""
     head: IntList = ()
     """Sizes of dense layers before the logits."""
@@ -141,22 +160,22 @@ class ModelConfig:
     """Probability of dropping a feature before each dense layer."""
     zero_init_residual: bool = False
     """Start the last norm of each block at zero."""
-    dirac_init: bool | None = None
+    dirac_init: OptionalBool = None
     """Start convolutions as the identity on their first channels."""
-    freeze_norm_scale: bool | None = None
+    freeze_norm_scale: OptionalBool = None
     """Leave the scale of batch norms at 1 instead of training it."""
-    residual: bool | None = None
+    residual: OptionalBool = None
     """Speednet: identity shortcut around all but the first convolution of a stage of three up."""
-    whitening: bool | None = None
+    whitening: OptionalBool = None
     """Speednet: first convolution frozen, its filters computed from training images so that what
     they put out is uncorrelated; otherwise learned, with a batch norm."""
     whitening_kernel: int | None = None
     """Speednet: height and width of the first convolution, in pixels."""
-    whitening_padding: Padding | None = None
+    whitening_padding: Annotated[Padding | None, _choice(Padding)] = None
     """Speednet: zeros around the image before the first convolution."""
     whitening_width: int | None = None
     """Speednet: eigenvectors kept in the first convolution, each as two filters (0: all)."""
-    final_pool: FinalPool | None = None
+    final_pool: Annotated[FinalPool | None, _choice(FinalPool)] = None
     """Speednet: maximum or average of each channel before the logits."""
     logit_scale: float | None = None
     """Speednet: factor of the logits."""
