@@ -14,14 +14,15 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from resfast.data import augment as module
 from resfast.data.augment import (
     POLICIES,
     Augment,
     affine_maps,
     check_augment,
     generator,
+    image_statistics,
     mixed_labels,
+    mixing,
     needs_statistics,
     order,
     parse_augment,
@@ -489,7 +490,7 @@ def test_lambda_of_mixup_is_from_the_beta_distribution(alpha: float):
 @pytest.mark.parametrize("alpha", [1e-6, 0.05, 0.2, 1.0, 5.0, 1e6])
 def test_the_table_of_quantiles_follows_the_beta_distribution(alpha: float):
     chance = (torch.arange(2**20, dtype=torch.float32) + 0.5) / 2**20
-    drawn = module._beta(chance, alpha)
+    drawn = mixing._beta(chance, alpha)
     assert drawn.min() >= 0
     assert drawn.max() <= 1
     # Within one step of the table, in probability.
@@ -751,7 +752,7 @@ def test_contrast_of_one_channel_is_torchvisions():
 def test_statistics_are_least_greatest_and_mean(
     chunk: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(image_statistics, "_CHUNK_BYTES", chunk)
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     pixels = images.flatten(1, 2).double()
     result = statistics(images)

@@ -1,0 +1,132 @@
+"""Random parameters of MixUp and CutMix, and the labels of mixed images."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from resfast.data.augment.geometry import boxes
+from resfast.data.augment.policy import Augment
+from resfast.data.augment.streams import MIX, PARTNER, below
+from resfast.ops.augment.op import MixParams
+from resfast.ops.philox.op import philox, uniform
+
+_QUANTILES = 4096
+
+
+def sample_mix(
+    augment: Augment,
+    indices: Tensor,
+    *,
+    count: int,
+    size: tuple[int, int],
+    seed: int,
+    epoch: int,
+) -> MixParams | None:
+    """Draws what the images of one batch are mixed with, without waiting for the device.
+
+    The partner of an image is any image of the data set and a function of (seed, epoch, index).
+    The choice between MixUp and CutMix, lambda and the box hold for the batch and are a function
+    of (seed, epoch, first index of the batch).
+
+    Args:
+        augment: the policy.
+        indices: int64 ``[B]``, the batch's places in the data set.
+        count: images in the data set, below 2^31.
+        size: height and width of the images, in pixels.
+        seed: seed of the run.
+        epoch: epoch, from 0.
+
+    Returns:
+        One row per entry of ``indices``, on its device; None where the policy mixes nothing.
+
+    Raises:
+        TypeError: ``indices`` is not int64.
+        ValueError: ``count`` or epoch is out of range.
+    """
+    batch = len(indices)
+    if not augment.mixes:
+        return None
+    partner = _partners(indices, count=count, seed=seed, epoch=epoch)
+    weight, box = _mixings(augment, indices[:1], size=size, seed=seed, epoch=epoch)
+    return MixParams(partner, weight.expand(batch).contiguous(), box.expand(batch, 4).contiguous())
+
+
+def sample_mixes(
+    augment: Augment, indices: Tensor, *, size: tuple[int, int], seed: int, epoch: int
+) -> MixParams | None:
+    """:func:`sample_mix` for all batches of an epoch at once; ``indices`` are those of all images.
+
+    Returns:
+        One row per image of the data set: its partner, and the weight and box of a batch that
+        begins with it, for :meth:`~resfast.ops.augment.op.MixParams.of_batch`.
+    """
+    if not augment.mixes:
+        return None
+    return MixParams(
+        _partners(indices, count=len(indices), seed=seed, epoch=epoch),
+        *_mixings(augment, indices, size=size, seed=seed, epoch=epoch),
+    )
+
+
+def mixed_labels(labels: Tensor, partner_labels: Tensor, own_part: Tensor, classes: int) -> Tensor:
+    """Labels of mixed images: the part of each class, float32 ``[B, classes]``.
+
+    Args:
+        labels: int64 ``[B]``, of the own images.
+        partner_labels: int64 ``[B]``, of those they are mixed with.
+        own_part: float32 ``[B]``, :meth:`~resfast.ops.augment.op.MixParams.own_part`.
+        classes: number of classes.
+    """
+    numbers = torch.arange(classes, device=labels.device)
+    own_part = own_part[:, None]
+    own, partner = labels[:, None] == numbers, partner_labels[:, None] == numbers
+    return own * own_part + partner * (1 - own_part)
+
+
+def _partners(indices: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:
+    """The image that each is mixed with, int64 ``[B]``."""
+    if not 1 <= count < 2**31:
+        raise ValueError(f"count {count} is out of range; expected 1 to 2^31 - 1")
+    return below(philox(indices, seed=seed, epoch=epoch, stream=PARTNER)[0], count)
+
+
+def _mixings(
+    augment: Augment, firsts: Tensor, *, size: tuple[int, int], seed: int, epoch: int
+) -> tuple[Tensor, Tensor]:
+    """Weight ``[F]`` and box ``[F, 4]`` of the batches that begin with the images ``firsts``."""
+    drawn = philox(firsts, seed=seed, epoch=epoch, stream=MIX)
+    chance = uniform(drawn[1])
+    weight = torch.ones_like(chance)
+    box = torch.zeros((len(chance), 4), dtype=torch.int32, device=firsts.device)
+    if augment.cutmix:
+        side = (1 - _beta(chance, augment.cutmix)).sqrt()
+        height, width = ((side * pixels).round().to(torch.int64) for pixels in size)
+        box = boxes(drawn[2], drawn[3], height, width, size)
+    if augment.mixup:
+        weight = _beta(chance, augment.mixup)
+    if augment.mixup and augment.cutmix:
+        cuts = drawn[0] < 2**31
+        weight = torch.where(cuts, 1.0, weight)
+        box = torch.where(cuts[:, None], box, 0)
+    return weight, box
+
+
+def _beta(chance: Tensor, alpha: float) -> Tensor:
+    """Draws from Beta(alpha, alpha): its quantiles at ``chance``, float32 in [0, 1)."""
+    table = _beta_quantiles(alpha, chance.device)
+    position = chance * _QUANTILES
+    index = position.long()
+    low = table[index]
+    return low + (table[index + 1] - low) * (position - index)
+
+
+@cache
+def _beta_quantiles(alpha: float, device: torch.device) -> Tensor:
+    """Quantiles of Beta(alpha, alpha) at steps of 1 / 4096, float32 ``[4097]``."""
+    from scipy.special import betaincinv
+
+    steps = torch.arange(_QUANTILES + 1, dtype=torch.float64) / _QUANTILES
+    return torch.from_numpy(betaincinv(alpha, alpha, steps.numpy())).float().to(device)

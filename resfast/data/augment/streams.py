@@ -1,0 +1,46 @@
+"""The streams of random words that augmentation draws from, and the order of an epoch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resfast.ops.philox.op import philox
+
+# Streams of Philox, with what its four words decide. A stream is drawn only where it is used, and
+# no draw looks at another's: changing one augmentation leaves the others' draws as they are.
+SHIFT = 1  # rows, columns
+FLIP = 2  # mirrored or not
+ROTATE = 3  # angle
+RESIZE = 4  # area, ratio, top, left
+CUTOUT = 5  # centre's row, column
+JITTER = 6  # brightness, contrast, saturation
+CHANCE = 7  # auto-contrast, grey
+MIX = 8  # MixUp or CutMix, lambda, centre's row, column
+PARTNER = 9  # second image
+ORDER = 10  # key of the shuffle, two words
+CROP = 11  # top, left of the window that a smaller batch shows
+WINDOW_STREAM = 32  # random-resized crop by DALI, of images at their full size: as RESIZE
+
+
+def generator(seed: int, *stream: int) -> torch.Generator:
+    """A CPU generator that depends on ``seed`` and the numbers of ``stream`` alone."""
+    value = seed & 0xFFFFFFFFFFFFFFFF
+    for number in stream:  # splitmix64 over the numbers
+        value = (value + 0x9E3779B97F4A7C15 * (number + 1)) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        value ^= value >> 31
+    return torch.Generator().manual_seed(value & 0x7FFFFFFFFFFFFFFF)
+
+
+def order(count: int, *, seed: int, epoch: int, device: torch.device | str) -> Tensor:
+    """The order of an epoch: a random permutation, int64 ``[count]``, the same on every device."""
+    indices = torch.arange(count, device=device)
+    words = philox(indices, seed=seed, epoch=epoch, stream=ORDER)
+    return torch.argsort((words[0] << 30) | (words[1] >> 2), stable=True)
+
+
+def below(words: Tensor, bound: int) -> Tensor:
+    """int64 in 0 … bound - 1, uniform: floor(u * bound) for u = words / 2^32, exactly."""
+    return (words * bound) >> 32
