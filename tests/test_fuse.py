@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import resfast
 from resfast.errors import ResfastError
 from resfast.inference import fuse as fusion
+from resfast.inference.fuse.rewrite import Rewriter
+from resfast.inference.fuse.trace import from_export
 from resfast.layers import ConvBNAddReLU, ConvBNReLU, FusedBasicBlock, FusedBottleneck
 from resfast.models.presets import PRESETS
 from resfast.models.resnet import ResNet, ResNetSpec
@@ -547,8 +549,8 @@ def test_export_fuses_a_whole_network_like_fx():
     torch.manual_seed(0)
     model = trained_like(tv.resnet18(num_classes=10))
     x = images(2, 3, 64, 64)
-    exported = fusion._from_export(torch.export.export(model, (x,)).run_decompositions({}).module())
-    report = fusion._Rewriter(exported, torch.float32, (x,), "torch.export").run()
+    exported = from_export(torch.export.export(model, (x,)).run_decompositions({}).module())
+    report = Rewriter(exported, torch.float32, (x,), "torch.export").run()
     assert counts(report) == counts(resfast.fuse(model).report) == (20, 20, 8, 17)
 
 

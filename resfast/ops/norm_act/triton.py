@@ -15,6 +15,9 @@ values are needed, and leave memory idle.
 Variances of parts are put together as by Chan, Golub and LeVeque, "Updating formulae and a
 pairwise algorithm for computing sample variances", 1979; the error function is formula 7.1.26 of
 Abramowitz and Stegun, "Handbook of Mathematical Functions", to 1.5e-7.
+
+Long because the four kernels and their launchers share one layout of the rows and one set of
+inlined device functions, and a change of it is a change of all of them.
 """
 
 from __future__ import annotations

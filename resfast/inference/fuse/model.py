@@ -1,0 +1,164 @@
+"""The fused network as a module, replayed as a CUDA graph where that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from resfast.errors import ResfastError
+from resfast.inference.fuse.report import FusionReport
+
+
+class FusedModel(nn.Module):
+    """A network that :func:`fuse` made: for inference only.
+
+    Takes what the original takes: floating-point tensors are brought to :attr:`dtype` and, if they
+    are images, to ``channels_last``, once. What comes out in floating point is float32. Copies,
+    pickles, ``torch.compile`` and ``torch.export`` work as for any module.
+
+    Attributes:
+        network: the rewritten graph.
+        dtype: what it computes in.
+        report: what was fused and what was left.
+        cuda_graph: whether each shape of input is captured as a CUDA graph by its first call and
+            replayed by later ones. They keep their memory; call it from one stream at a time.
+    """
+
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        dtype: torch.dtype,
+        report: FusionReport,
+        cuda_graph: bool,
+        shapes: tuple[tuple[int | None, ...], ...] | None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = dtype
+        self.report = report
+        self.cuda_graph = cuda_graph
+        self._shapes = shapes
+        self._captured: dict[Any, _Captured] = {}
+        self._pool: Any = None
+        super().train(False)
+
+    def train(self, mode: bool = True) -> FusedModel:
+        """Does nothing for ``mode=False``.
+
+        Raises:
+            ResfastError: ``mode=True``.
+        """
+        if mode:
+            raise ResfastError(
+                "a fused network cannot be trained: its batch norms are folded into the weights; "
+                "train the original and fuse it again"
+            )
+        return self
+
+    def forward(self, x: Any, *others: Any) -> Any:
+        inputs = (x, *others)
+        if self._shapes is not None:
+            self._check_shapes(inputs)
+        if self.cuda_graph and not torch.compiler.is_compiling():
+            return self._replay(inputs)
+        return self._run(*map(self._converted, inputs))
+
+    def _run(self, *inputs: Any) -> Any:
+        kind = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return _floats(self.network(*inputs))
+        return _floats(self.network(*inputs))
+
+    def _converted(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        if x.ndim == 4:
+            return x.to(dtype=self.dtype, memory_format=torch.channels_last)
+        return x.to(self.dtype)
+
+    def _check_shapes(self, inputs: tuple[Any, ...]) -> None:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        for index, (x, shape) in enumerate(zip(tensors, self._shapes, strict=False)):
+            if len(x.shape) != len(shape) or any(
+                want is not None and have != want for have, want in zip(x.shape, shape, strict=True)
+            ):
+                wanted = ", ".join("any" if size is None else str(size) for size in shape)
+                raise ResfastError(
+                    f"input {index} is {list(x.shape)}; this network was traced by torch.export "
+                    f"for [{wanted}]; fuse it again with an example of the other shape"
+                )
+
+    def _replay(self, inputs: tuple[Any, ...]) -> Any:
+        if not all(isinstance(x, Tensor) and x.is_cuda for x in inputs):
+            raise ResfastError(
+                "cuda_graph=True needs every input to be a CUDA tensor; move the inputs to the "
+                "network's device, or fuse with cuda_graph=False"
+            )
+        key = tuple((tuple(x.shape), x.dtype, x.device) for x in inputs)
+        captured = self._captured.get(key)
+        if captured is None:
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            # Static tensors must not be inference tensors: those cannot be written to outside.
+            with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(inputs[0].device):
+                captured = _Captured(self._run, [*map(self._converted, inputs)], self._pool)
+            self._captured[key] = captured
+        return captured.replay(inputs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> FusedModel:
+        self._captured = {}
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._captured = {}
+        return super().load_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_captured": {}, "_pool": None}
+
+    def extra_repr(self) -> str:
+        return str(self.report)
+
+
+class _Captured:
+    """One CUDA graph: its inputs, its outputs."""
+
+    def __init__(self, run: Callable[..., Any], inputs: list[Tensor], pool: Any) -> None:
+        self.inputs = [torch.empty_like(x).copy_(x) for x in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate, and kernels are chosen, beforehand
+            for _ in range(3):
+                run(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.output = run(*self.inputs)
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Any:
+        for static, x in zip(self.inputs, inputs, strict=True):
+            static.copy_(x)
+        self.graph.replay()
+        return map_tensors(lambda x: x.clone(), self.output)
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """``value`` with the function applied to every tensor in it."""
+    match value:
+        case Tensor():
+            return function(value)
+        case tuple() if hasattr(value, "_fields"):
+            return type(value)(*(map_tensors(function, item) for item in value))
+        case list() | tuple():
+            return type(value)(map_tensors(function, item) for item in value)
+        case dict():
+            return type(value)((name, map_tensors(function, item)) for name, item in value.items())
+    return value
+
+
+def _floats(value: Any) -> Any:
+    return map_tensors(lambda x: x.float() if x.is_floating_point() else x, value)

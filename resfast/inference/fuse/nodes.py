@@ -1,0 +1,84 @@
+"""The operations that fusion knows, and small questions about the nodes of a graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+aten = torch.ops.aten
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FLOATS = (*DTYPES, torch.float64)
+RELUS = (F.relu, torch.relu, aten.relu.default, "relu")
+SILUS = (F.silu, aten.silu.default)
+GELUS = (F.gelu, aten.gelu.default)
+LEAKY = (F.leaky_relu, aten.leaky_relu.default)
+ADDS = (operator.add, torch.add, aten.add.Tensor, "add")
+CONVS = (F.conv2d, torch.conv2d, aten.conv2d.default)
+NORMS = (F.batch_norm, aten.batch_norm.default)
+LINEARS = (F.linear, aten.linear.default)
+MAX_POOLS = (F.max_pool2d, torch.max_pool2d, aten.max_pool2d.default)
+SCALINGS = (operator.mul, torch.mul, aten.mul.Tensor, aten.mul.Scalar, "mul")
+IN_PLACE = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "pow")
+}
+STATEFUL = (operator.setitem, operator.iand, operator.ior, operator.ixor, operator.imatmul)
+VIEWS = {
+    *("view", "reshape", "flatten", "transpose", "permute", "t", "squeeze", "unsqueeze", "expand"),
+    *("narrow", "select", "chunk", "split", "unbind", "getitem", "contiguous", "to", "type"),
+    *("detach", "unflatten", "view_as", "reshape_as", "expand_as", "float", "half", "bfloat16"),
+    *("Flatten", "Unflatten", "movedim", "swapaxes", "getattr", "T", "mT", "diagonal", "unfold"),
+}
+FOREIGN = {
+    *("gelu", "leaky_relu", "relu6", "elu", "selu", "celu", "mish", "hardswish", "hardtanh"),
+    *("sigmoid", "tanh", "hardsigmoid", "softplus", "prelu", "rrelu", "logsigmoid", "clamp"),
+}
+"""Activations that the fused kernel does not have."""
+CASTS = {"float", "double", "half", "bfloat16"}
+
+
+class UntraceableError(Exception):
+    """The graph cannot say what this network does."""
+
+
+def kind_of(node: fx.Node, network: fx.GraphModule) -> str:
+    """The name of what a node calls."""
+    if node.op == "call_module":
+        return type(network.get_submodule(node.target)).__name__
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def arguments(node: fx.Node, names: str) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return dict(zip(names.split(), node.args, strict=False)) | dict(node.kwargs)
+
+
+def leaky(slope: Any) -> dict[str, Any] | None:
+    known = isinstance(slope, int | float)
+    return {"activation": "leaky_relu", "negative_slope": float(slope)} if known else None
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def only_scaled(node: fx.Node) -> fx.Node | None:
+    """The only reader of a value, past multiplications by a number."""
+    user = only_user(node)
+    while user is not None and user.target in SCALINGS and user.all_input_nodes == [node]:
+        node, user = user, only_user(user)
+    return user
+
+
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    match value:
+        case list() | tuple():
+            return type(value)(map_leaves(function, item) for item in value)
+        case dict():
+            return {name: map_leaves(function, item) for name, item in value.items()}
+    return function(value)

@@ -1,0 +1,235 @@
+"""What a node of a traced graph is: a convolution, a batch norm, an activation, a residual."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
+
+from resfast.inference.fuse.nodes import (
+    ADDS,
+    CONVS,
+    FOREIGN,
+    GELUS,
+    LEAKY,
+    MAX_POOLS,
+    NORMS,
+    RELUS,
+    SILUS,
+    arguments,
+    kind_of,
+    leaky,
+)
+from resfast.layers import fused
+from resfast.ops.conv.reference import NEGATIVE_SLOPE
+
+GUESSED_SIZE = 224
+"""Height and width, in pixels, of the images that shapes are worked out for without an example."""
+_SHAPE_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+class Shapes(fx.Interpreter):
+    """The shape of every value of a graph up to the last addition, as far as it can be known."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        nodes = list(network.graph.nodes)
+        added = [index for index, node in enumerate(nodes) if node.target in ADDS]
+        self.wanted = set(nodes[: added[-1] + 1]) if added else set()
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self.wanted:
+            return None
+        try:
+            value = super().run_node(n)
+        except _SHAPE_ERRORS:  # of an unknown input, or the guessed image does not fit
+            return None
+        if isinstance(value, Tensor):
+            n.meta["shape"] = tuple(value.shape)
+        return value
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if fused.is_norm(self.fetch_attr(target)) and len(args) == 1:
+            return args[0]  # of the same shape, and slow to work out
+        return super().call_module(target, args, kwargs)
+
+
+class Patterns:
+    """Recognizes the operations of a graph.
+
+    Attributes:
+        network: the traced network, in eval mode.
+        graph: its graph.
+        left: name of each operation that is not fused, and why.
+    """
+
+    def __init__(self, network: fx.GraphModule, example: tuple[Tensor, ...] | None) -> None:
+        self.network = network.eval()
+        self.graph = network.graph
+        self.left: list[tuple[str, str]] = []
+        self._find_shapes(example)
+
+    def _find_shapes(self, example: tuple[Tensor, ...] | None) -> None:
+        device = device_of(self.network)
+        if example is not None:
+            inputs = [(x.shape, x.dtype) for x in example]
+        else:
+            needed = [n for n in self.graph.nodes if n.op == "placeholder" and not n.args]
+            convs = (self.conv(node) for node in self.graph.nodes)
+            first = next((conv for conv in convs if conv is not None), None)
+            if first is None or len(needed) != 1:
+                return
+            size = (2, first[0].in_channels, GUESSED_SIZE, GUESSED_SIZE)
+            inputs = [(size, first[0].weight.dtype)]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fakes = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs]
+            Shapes(self.network).run(*fakes, enable_io_processing=False)
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        return self.network.get_submodule(node.target) if node.op == "call_module" else None
+
+    def constant(self, value: Any) -> Tensor | None:
+        """The tensor that a node stands for, if it is a parameter or a buffer."""
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            found = operator.attrgetter(value.target)(self.network)
+            return found if isinstance(found, Tensor) else None
+        return None
+
+    def name(self, node: fx.Node) -> str:
+        """Where a node comes from: its module, or that of the first parameter it is given."""
+        if node.op == "call_module":
+            return node.target
+        owners = (n.target for n in node.all_input_nodes if n.op == "get_attr")
+        return next(owners, node.name).rpartition(".")[0] or node.name
+
+    def conv(self, node: fx.Node) -> tuple[nn.Conv2d, fx.Node] | None:
+        """The convolution that a node calls, as a module, and its input."""
+        module = self.module(node)
+        if module is not None:
+            plain = fused.is_conv(module) and len(node.args) == 1 and not node.kwargs
+            return (module, node.args[0]) if plain else None
+        if node.op != "call_function" or node.target not in CONVS:
+            return None
+        a = arguments(node, "input weight bias stride padding dilation groups")
+        weight, bias = self.constant(a["weight"]), self.constant(a.get("bias"))
+        if weight is None or (bias is None and a.get("bias") is not None):
+            return None
+        options = {
+            name: tuple(a[name]) if isinstance(a[name], list) else a[name]
+            for name in ("stride", "padding", "dilation", "groups")
+            if name in a
+        }
+        k, c, *size = weight.shape
+        channels = c * options.get("groups", 1)
+        conv = nn.Conv2d(channels, k, tuple(size), bias=bias is not None, device="meta", **options)
+        conv.weight = nn.Parameter(weight, requires_grad=False)
+        conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return conv, a["input"]
+
+    def norm(self, node: fx.Node, x: fx.Node) -> tuple[Tensor, Tensor] | None:
+        """Scale and shift of a batch norm of ``x``."""
+        if not node.args or node.args[0] is not x:
+            return None
+        module = self.module(node)
+        if module is not None:
+            if not fused.is_norm(module) or len(node.args) != 1 or node.kwargs:
+                return None
+            tensors = module.weight, module.bias, module.running_mean, module.running_var
+            return fused.norm_factors(*tensors, module.eps)
+        if node.op != "call_function" or node.target not in NORMS:
+            return None
+        stats, affine = "running_mean running_var", "weight bias"
+        first, second = (stats, affine) if node.target is F.batch_norm else (affine, stats)
+        a = arguments(node, f"input {first} {second} training momentum eps")
+        names = ("weight", "bias", "running_mean", "running_var")
+        tensors = [self.constant(a.get(name)) for name in names]
+        known = all(t is not None or a.get(n) is None for t, n in zip(tensors, names, strict=True))
+        if a.get("training", False) or not known or tensors[2] is None or tensors[3] is None:
+            return None
+        return fused.norm_factors(*tensors, a.get("eps", 1e-5))
+
+    def activation(self, node: fx.Node, x: fx.Node) -> dict[str, Any] | None:
+        """An activation of ``x`` as arguments of the kernel."""
+        if not node.args or node.args[0] is not x:
+            return None
+        module = self.module(node)
+        if module is not None:
+            if fused.hooked(module):
+                return None
+            match module:
+                case nn.ReLU():
+                    return {"activation": "relu"}
+                case nn.SiLU():
+                    return {"activation": "silu"}
+                case nn.GELU(approximate="none"):
+                    return {"activation": "gelu"}
+                case nn.LeakyReLU():
+                    return leaky(module.negative_slope)
+            return None
+        if node.op not in ("call_function", "call_method"):
+            return None
+        if node.target in RELUS:
+            return {"activation": "relu"}
+        if node.target in SILUS:
+            return {"activation": "silu"}
+        if node.target in GELUS:
+            a = arguments(node, "input approximate")
+            return {"activation": "gelu"} if a.get("approximate", "none") == "none" else None
+        if node.target in LEAKY:
+            a = arguments(node, "input negative_slope")
+            return leaky(a.get("negative_slope", NEGATIVE_SLOPE))
+        return None
+
+    def residual(self, node: fx.Node, x: fx.Node) -> fx.Node | None:
+        """What an addition adds to ``x``, if it is another value of the same shape."""
+        if node.op not in ("call_function", "call_method") or node.target not in ADDS:
+            return None
+        a = arguments(node, "input other alpha")
+        pair = [a.get("input"), a.get("other")]
+        if a.get("alpha", 1) != 1 or pair.count(x) != 1:
+            return None
+        other = pair[1 - pair.index(x)]
+        if not isinstance(other, fx.Node):
+            return None
+        known = x.meta.get("shape"), other.meta.get("shape")
+        if None in known:
+            self.left.append((node.name, "addition of unknown shapes; pass an example"))
+            return None
+        if known[0] != known[1]:
+            self.left.append((node.name, "addition that broadcasts"))
+            return None
+        return other
+
+    def is_max_pool(self, node: fx.Node) -> bool:
+        module = self.module(node)
+        if module is not None:
+            return type(module) is nn.MaxPool2d and not fused.hooked(module)
+        return node.op == "call_function" and node.target in MAX_POOLS
+
+    def rises(self, node: fx.Node, x: fx.Node) -> bool:
+        """Whether a node is a norm or an activation of ``x`` that keeps the order of numbers."""
+        if norm := self.norm(node, x):
+            return bool((norm[0] > 0).all())
+        found = self.activation(node, x) or {}
+        kind, slope = found.get("activation"), found.get("negative_slope", 0)
+        return kind == "relu" or (kind == "leaky_relu" and slope >= 0)
+
+    def foreign_activation(self, node: fx.Node, x: fx.Node) -> str | None:
+        """Why an activation of ``x`` is not part of the kernel, if it is one."""
+        module = self.module(node)
+        name = kind_of(node, self.network)
+        if module is not None:
+            is_one = type(module).__module__ == nn.ReLU.__module__
+        else:
+            is_one = node.op != "placeholder" and name.partition(".")[0] in FOREIGN
+        return f"{name}: no activation of the fused kernel" if is_one and x in node.args else None
