@@ -106,15 +106,15 @@ def change(config: Config, **values: object) -> Config:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Sends SIGINT to this process in a training's step of this number, counted over all epochs."""
-    from resfast.training import loop as trainer
+    from resfast.training.loss_watch import LossWatch
 
-    poll, calls = trainer._LossWatch.poll, 0
+    poll, calls = LossWatch.poll, 0
 
-    def stop_here(self: trainer._LossWatch, at: int):
+    def stop_here(self: LossWatch, at: int):
         nonlocal calls
         if calls == step:
             signal.raise_signal(signal.SIGINT)
         calls += 1
         return poll(self, at)
 
-    monkeypatch.setattr(trainer._LossWatch, "poll", stop_here)
+    monkeypatch.setattr(LossWatch, "poll", stop_here)

@@ -24,10 +24,15 @@ from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.optim.optimizers import Schedule, build_optimizer
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
+from resfast.training import evaluator
 from resfast.training import loop as trainer
+from resfast.training.display import Display
 from resfast.training.loop import Interrupted, train
 from resfast.training.plan import Batch, Plan, epoch_order, make_plan, weighted_mean
+from resfast.training.session import Session
+from resfast.training.state import TrainingState
 from resfast.training.step import TrainStep
+from resfast.training.warm_up import _warm_up_batches
 from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights
 
@@ -369,7 +374,7 @@ def test_memory_is_given_back_before_batches_of_another_shape_and_around_evaluat
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[str] = []
-    step, evaluate = TrainStep._step, trainer.evaluate_both
+    step, evaluate = TrainStep._step, evaluator.evaluate_both
 
     def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -379,7 +384,7 @@ def test_memory_is_given_back_before_batches_of_another_shape_and_around_evaluat
         return call
 
     monkeypatch.setattr(TrainStep, "_step", noted("", step))
-    monkeypatch.setattr(trainer, "evaluate_both", noted("eval", evaluate))
+    monkeypatch.setattr(evaluator, "evaluate_both", noted("eval", evaluate))
     monkeypatch.setattr(runtime, "release_memory", noted("free", lambda device: None))
     train(change(tiny, epochs=2, sizes=((12, 0.75),), eval_every=1))
     shown = " ".join(key for key, _ in itertools.groupby(seen))
@@ -413,7 +418,7 @@ def test_stopping_within_a_varying_run_changes_nothing(
 def test_later_epochs_train_on_the_images_with_the_highest_recorded_loss(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
-    from resfast.training import loop as trainer
+    from resfast.training import epoch as trainer
 
     given, made = [], trainer.epoch_order
 
@@ -437,10 +442,9 @@ def test_later_epochs_train_on_the_images_with_the_highest_recorded_loss(
 
 
 def test_recorded_losses_are_those_of_the_images(tiny: Config, monkeypatch: pytest.MonkeyPatch):
-    from resfast.training import loop as trainer
 
     expected, recorded = [], []
-    step, end = TrainStep._step, trainer._Run._end_epoch
+    step, end = TrainStep._step, trainer._end_epoch
 
     def watched_step(self: TrainStep, images: torch.Tensor, labels: torch.Tensor, *args: object):
         logits = copy.deepcopy(self.model)(images)
@@ -448,12 +452,12 @@ def test_recorded_losses_are_those_of_the_images(tiny: Config, monkeypatch: pyte
         expected.append(losses.detach())
         return step(self, images, labels, *args)
 
-    def watched_end(self: trainer._Run, *args: object) -> None:
-        recorded.append(self.marks.image_losses[self.order])
-        end(self, *args)
+    def watched_end(state: TrainingState, *args: Any) -> Any:
+        recorded.append(state.session.marks.image_losses[state.order])
+        return end(state, *args)
 
     monkeypatch.setattr(TrainStep, "_step", watched_step)
-    monkeypatch.setattr(trainer._Run, "_end_epoch", watched_end)
+    monkeypatch.setattr(trainer, "_end_epoch", watched_end)
     train(change(tiny, epochs=2, filter_start=0.5, filter_keep=0.5))
     torch.testing.assert_close(recorded[0], torch.cat(expected[:4]))
     torch.testing.assert_close(recorded[1], torch.cat(expected[4:]))
@@ -470,15 +474,15 @@ def test_a_streamed_run_follows_sizes_and_a_cut_epoch(tiny: Config):
 def test_weights_that_are_not_finite_after_the_last_epoch_are_said(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
-    from resfast.training import loop as trainer
 
-    end = trainer._Run._end_epoch
+    end = trainer._end_epoch
 
-    def spoil(self: trainer._Run, *args: object) -> None:
-        end(self, *args)
-        next(self.step.model.parameters()).data.fill_(math.nan)
+    def spoil(state: TrainingState, *args: Any) -> Any:
+        score = end(state, *args)
+        next(state.session.step.model.parameters()).data.fill_(math.nan)
+        return score
 
-    monkeypatch.setattr(trainer._Run, "_end_epoch", spoil)
+    monkeypatch.setattr(trainer, "_end_epoch", spoil)
     with pytest.raises(NonFiniteLossError, match=r"weights .* are not finite"):
         train(change(tiny, epochs=1))
 
@@ -501,7 +505,6 @@ def test_streams_refuse_what_they_cannot_do(tiny: Config):
 
 
 def test_every_shape_is_compiled_before_the_clock(tiny: Config, monkeypatch: pytest.MonkeyPatch):
-    from resfast.training import loop as trainer
     from resfast.training import resolve
 
     warmed, steps = [], []
@@ -511,12 +514,12 @@ def test_every_shape_is_compiled_before_the_clock(tiny: Config, monkeypatch: pyt
         steps.extend(options["steps"])
         return 0.5
 
-    def stop(self: trainer._Run, epoch: int) -> None:
+    def stop(*args: object) -> None:
         raise RuntimeError("the clock starts")
 
     monkeypatch.setattr(resolve, "_resolve_compile", lambda *args: ("on", None))
     monkeypatch.setattr(TrainStep, "warm_up", warm_up)
-    monkeypatch.setattr(trainer._Run, "_train_epoch", stop)
+    monkeypatch.setattr(trainer, "train_epoch", stop)
     with pytest.raises(RuntimeError, match="the clock starts"):
         train(change(tiny, **VARYING))
     made = make_plan(change(tiny, **VARYING), 48, 16)
@@ -526,18 +529,16 @@ def test_every_shape_is_compiled_before_the_clock(tiny: Config, monkeypatch: pyt
 
 
 def test_warming_up_the_loader_changes_nothing(tiny: Config, monkeypatch: pytest.MonkeyPatch):
-    from resfast.training import loop as trainer
 
     config = change(tiny, **VARYING, resize_by="crop")
     plain = train(config)
-    announce, made = trainer._Run._announce, []
+    made = []
 
-    def announce_and_warm_up(self: trainer._Run) -> None:
-        announce(self)
-        self._warm_up_loader()
-        made.append(self.seconds["compile"])
+    def warm_up(session: Session, display: Display) -> float:
+        made.append(_warm_up_batches(session))
+        return made[-1]
 
-    monkeypatch.setattr(trainer._Run, "_announce", announce_and_warm_up)
+    monkeypatch.setattr(trainer, "warm_up_training", warm_up)
     warmed = train(change(config, name="warmed"))
     assert made[0] > 0
     assert_same_weights(plain.path, warmed.path)

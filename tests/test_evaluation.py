@@ -206,7 +206,7 @@ def test_the_test_images_are_not_looked_at_where_they_are_not_to_be_scored(
         shown.append(sum(len(images) for images, _ in batches))
         return score(model, batches, **options)
 
-    monkeypatch.setattr("resfast.training.loop.evaluate_both", watched)
+    monkeypatch.setattr("resfast.training.evaluator.evaluate_both", watched)
     result = train(change(tiny, hold_out=12, epochs=2, score_test=False))
     assert set(shown) == {12}
     summary = json.loads((result.path / "summary.json").read_text())
@@ -226,7 +226,7 @@ def test_the_last_epoch_scores_each_set_once(tiny: Config, monkeypatch: pytest.M
         calls.append(options["tta"])
         return score(model, batches, **options)
 
-    monkeypatch.setattr("resfast.training.loop.evaluate_both", watched)
+    monkeypatch.setattr("resfast.training.evaluator.evaluate_both", watched)
     train(change(tiny, epochs=3))
     assert calls == ["none", "none", "flip"]
 

@@ -17,6 +17,7 @@ from resfast.models.presets import build_model
 from resfast.models.summary import count_macs
 from resfast.training import loop as trainer
 from resfast.training import profiling
+from resfast.training.loss_watch import LossWatch
 from resfast.training.profiling import matmul_flops, profile
 from tests.conftest import TINY_OPTIONS, change
 
@@ -88,13 +89,13 @@ def test_bad_profiles_are_named(tiny: Config, tmp_path: Path):
 def test_stopping_a_profile_names_no_run_to_go_on_with(
     tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    poll = trainer._LossWatch.poll
+    poll = LossWatch.poll
 
-    def stopping(self: trainer._LossWatch, step: int):
+    def stopping(self: LossWatch, step: int):
         signal.raise_signal(signal.SIGINT)
         return poll(self, step)
 
-    monkeypatch.setattr(trainer._LossWatch, "poll", stopping)
+    monkeypatch.setattr(LossWatch, "poll", stopping)
     with pytest.raises(KeyboardInterrupt) as stopped:
         profile(tiny, tmp_path / "trace.json")
     assert not isinstance(stopped.value, trainer.Interrupted)

@@ -20,6 +20,8 @@ from resfast.runs import folder as records
 from resfast.runs.statistics import p_value, statistics
 from resfast.training import loop as trainer
 from resfast.training import seeds as runs
+from resfast.training import stopping
+from resfast.training.evaluator import Evaluator
 from resfast.training.step import TrainStep
 from tests.conftest import TINY_OPTIONS, change, interrupt_at
 from tests.test_training import assert_same_weights
@@ -215,14 +217,14 @@ def test_timed_seconds_are_those_that_the_rule_counts(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
     evaluated = []
-    evaluate = trainer._Run._evaluate
+    evaluate = Evaluator.evaluate
 
-    def watching(self: trainer._Run, batches: object, tta: str):
-        score = evaluate(self, batches, tta)
+    def watching(self: Evaluator, tta: str, *batches: object):
+        score = evaluate(self, tta, *batches)
         evaluated.append((tta, score.seconds))
         return score
 
-    monkeypatch.setattr(trainer._Run, "_evaluate", watching)
+    monkeypatch.setattr(Evaluator, "evaluate", watching)
     summary = trainer.train(tiny).summary
     assert [tta for tta, _ in evaluated] == ["none", "none", "flip"]
     assert summary["final_eval_seconds"] == evaluated[-1][1]
@@ -262,16 +264,16 @@ def test_a_limit_of_seconds_stops_cleanly_and_more_of_them_go_on(
 ):
     tiny = change(tiny, dropout=0.1)
     whole = trainer.train(change(tiny, name="whole"))
-    real, done = trainer._Run._out_of_time, 0
+    real, done = stopping.out_of_time, 0
 
-    def out_of_time(self: trainer._Run, epoch_seconds: float) -> bool:
-        return real(self, 1e9 if done >= step else epoch_seconds)
+    def out_of_time(state: object, display: object, epoch_seconds: float) -> bool:
+        return real(state, display, 1e9 if done >= step else epoch_seconds)
 
     def after(number: int, images: torch.Tensor) -> None:
         nonlocal done
         done = number + 1
 
-    monkeypatch.setattr(trainer._Run, "_out_of_time", out_of_time)
+    monkeypatch.setattr(stopping, "out_of_time", out_of_time)
     stopped = trainer.train(change(tiny, max_seconds=1e6), after_step=after)
     monkeypatch.undo()
     assert stopped.summary["stopped"] == "max_seconds"

@@ -453,17 +453,17 @@ def test_an_exported_network_gives_the_logits_of_the_run(format: str, variant: s
 
 def test_a_resumed_run_ends_with_the_same_bits(tiny_speednet: Config, monkeypatch):
     whole = train(tiny_speednet)
-    from resfast.training import loop as trainer
+    from resfast.training.state import TrainingState
 
-    saved = trainer._Run._save
+    saved = TrainingState.save
     stopped = change(tiny_speednet, name="stopped")
 
-    def stop(run, epoch: int, step: int) -> None:
-        saved(run, epoch, step)
+    def stop(state: TrainingState, epoch: int, step: int) -> None:
+        saved(state, epoch, step)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, "_save", stop)
+        patch.setattr(TrainingState, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             train(stopped)
     resumed = train(resume=stopped.run.out / "stopped")

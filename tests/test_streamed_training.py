@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -64,28 +65,19 @@ def test_a_streamed_folder_trains_to_the_same_weights_as_a_resident_one(tiny: Co
 def test_a_streamed_run_that_was_stopped_ends_with_the_same_weights(
     streamed: Config, monkeypatch: pytest.MonkeyPatch, step: int
 ):
-    from resfast.training import loop as trainer
+    from resfast.training.step import TrainStep
 
     streamed = change(streamed, augment=parse_augment("crop=1,flip=alternating,cutout=4,mixup=1"))
     whole = train(change(streamed, name="whole"))
-    original, calls = trainer.TrainStep.__call__, []
+    original, calls = TrainStep.__call__, []
 
     def stopping(self, images, labels):
         calls.append(0)
         if len(calls) == 2 + step:
-            runs[-1].stop_signal = 15
+            signal.raise_signal(signal.SIGTERM)
         return original(self, images, labels)
 
-    runs = []
-    init = trainer._Run.__init__
-
-    def remembering(self, *args):
-        runs.append(self)
-        init(self, *args)
-        self.stop_signal = None
-
-    monkeypatch.setattr(trainer._Run, "__init__", remembering)
-    monkeypatch.setattr(trainer.TrainStep, "__call__", stopping)
+    monkeypatch.setattr(TrainStep, "__call__", stopping)
     with pytest.raises(Interrupted) as stopped:
         train(change(streamed, name="stopped"))
     monkeypatch.undo()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,14 @@ from resfast.data.device_batches import Supply
 from resfast.data.resident import ResidentLoader
 from resfast.errors import NonFiniteLossError
 from resfast.runs import folder as records
+from resfast.training import epoch as epoch_module
 from resfast.training import loop as trainer
 from resfast.training import resolve
+from resfast.training.clock import Clock
 from resfast.training.loop import Shared, train
+from resfast.training.loss_watch import LossWatch
+from resfast.training.recorder import Recorder
+from resfast.training.state import TrainingState
 from resfast.training.step import _Graph
 from resfast.training.step_metrics import Marks
 from tests.conftest import change, interrupt_at
@@ -268,26 +274,25 @@ def test_a_captured_run_goes_on_where_it_was_stopped(
 def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lets runs go on without waiting, as on CUDA; how many epochs waited when one was recorded."""
     waiting: list[int] = []
-    stop, record = trainer._Clock.stop, trainer._Run._record
+    stop, record, decide = Clock.stop, Recorder.record, trainer._must_wait
 
-    def stopped(self: trainer._Clock):
+    def stopped(self: Clock):
         return stop(self)[0], lambda: False
 
-    def recorded(self: trainer._Run, *args: object) -> None:
-        waiting.append(len(self.ended))
+    def recorded(self: Recorder, *args: object) -> None:
+        waiting.append(len(self.pending))
         record(self, *args)
 
-    def waits(self: trainer._Run, epoch: int) -> bool:
-        self.device = torch.device("cuda")
+    def must_wait(state: TrainingState, *args: object) -> bool:
+        state.session.device = torch.device("cuda")
         try:
-            return decide(self, epoch)
+            return decide(state, *args)
         finally:
-            self.device = torch.device("cpu")
+            state.session.device = torch.device("cpu")
 
-    decide = trainer._Run._waits
-    monkeypatch.setattr(trainer._Run, "_waits", waits)
-    monkeypatch.setattr(trainer._Clock, "stop", stopped)
-    monkeypatch.setattr(trainer._Run, "_record", recorded)
+    monkeypatch.setattr(trainer, "_must_wait", must_wait)
+    monkeypatch.setattr(Clock, "stop", stopped)
+    monkeypatch.setattr(Recorder, "record", recorded)
     return waiting
 
 
@@ -350,10 +355,10 @@ def test_losses_are_copied_before_the_clock_is_read(tiny: Config, monkeypatch: p
 
         return run
 
-    for owner, name in ((trainer, "_on_host"), (trainer._Clock, "stop")):
+    for owner, name in ((epoch_module, "copy_to_host"), (Clock, "stop")):
         monkeypatch.setattr(owner, name, logged(getattr(owner, name)))
     train(change(tiny, epochs=2))
-    assert log == ["_on_host", "_on_host", "stop"] * 2
+    assert log == ["copy_to_host", "copy_to_host", "stop"] * 2
 
 
 def test_a_loss_that_becomes_nan_names_its_own_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch):
@@ -365,7 +370,7 @@ def test_a_loss_that_becomes_nan_names_its_own_epoch(tiny: Config, monkeypatch: 
         add(self, loss * math.nan if len(calls) == 6 else loss, *rest)
 
     monkeypatch.setattr(Marks, "add", spoil)
-    monkeypatch.setattr(trainer._LossWatch, "poll", lambda self, step: (math.nan, 0, 0))
+    monkeypatch.setattr(LossWatch, "poll", lambda self, step: (math.nan, 0, 0))
     with pytest.raises(NonFiniteLossError, match="the loss is nan at epoch 2, step 2 of 4"):
         train(change(tiny, eval_every=0, save_seconds=600))
 
@@ -378,21 +383,24 @@ def test_no_step_of_a_run_waits_for_the_device(
     config = change(tiny, **RUN, resize_by=by, device="cuda", precision="bf16", cuda_graph="on")
     config = change(config, epochs=6, eval_every=0, save_seconds=600, compile="on")
     expected = train(change(config, name="expected"))
-    train_epoch, end_epoch = trainer._Run._train_epoch, trainer._Run._end_epoch
 
-    def strict(method: Callable[[trainer._Run, int], None]) -> Callable[[trainer._Run, int], None]:
-        def run(self: trainer._Run, epoch: int) -> None:
-            never = method is train_epoch or not self._waits(epoch)
+    def strict(part: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            never = True
+            if part is end_epoch:
+                state, _, signals, trained = args
+                never = not trainer._must_wait(state, signals, trained.epoch)
             torch.cuda.set_sync_debug_mode("error" if never else "default")
             try:
-                method(self, epoch)
+                return part(*args)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
 
         return run
 
-    monkeypatch.setattr(trainer._Run, "_train_epoch", strict(train_epoch))
-    monkeypatch.setattr(trainer._Run, "_end_epoch", strict(end_epoch))
+    end_epoch = trainer._end_epoch
+    monkeypatch.setattr(trainer, "train_epoch", strict(trainer.train_epoch))
+    monkeypatch.setattr(trainer, "_end_epoch", strict(end_epoch))
     result = train(config)
     assert [row["epoch"] for row in rows(result.path)] == [1, 2, 3, 4, 5, 6]
     assert result.summary["train_seconds"] > 0

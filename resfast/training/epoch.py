@@ -1,0 +1,140 @@
+"""Trains one epoch, step by step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from resfast.data.augment import smaller
+from resfast.training import stopping
+from resfast.training.clock import Clock, copy_to_host
+from resfast.training.display import Display
+from resfast.training.loss_watch import LossWatch, first_non_finite
+from resfast.training.plan import epoch_order
+from resfast.training.recorder import Recorder, TrainedEpoch
+from resfast.training.session import Session
+from resfast.training.signals import Interrupted, StopSignals
+from resfast.training.state import TrainingState
+
+
+def train_epoch(
+    session: Session,
+    state: TrainingState,
+    recorder: Recorder,
+    signals: StopSignals,
+    display: Display,
+    after_step: Callable[[int, Tensor], None] | None,
+) -> TrainedEpoch:
+    """Trains the state's epoch from its first step to its end, or to the limit of time.
+
+    Where the limit cuts it short, ``state.stopped`` and ``state.first_step`` are set.
+
+    Args:
+        session: the training.
+        state: how far it has come.
+        recorder: has the epochs before it.
+        signals: that ask to save and stop after a step.
+        display: is shown each step.
+        after_step: called after each step with its number (from 0, over the whole run) and its
+            images.
+
+    Raises:
+        NonFiniteLossError: the loss is infinite or NaN.
+        Interrupted: a signal came; the run was saved.
+    """
+    epoch, plan = state.epoch, session.plan.epochs[state.epoch]
+    schedule, marks = session.schedule, session.marks
+    state.begin_epoch(epoch)
+    watch = LossWatch(marks.losses, marks.correct)
+    session.step.model.train()
+    before, clock = state.epoch_seconds, Clock(session.device)
+    if not state.first_step:
+        _choose_images(session, state)
+    trained, lr = state.first_step, schedule.lr
+    for step, images in enumerate(_steps(session, state), state.first_step):
+        trained, lr = step + 1, schedule.lr
+        loss, correct, known_steps = watch.poll(step)
+        if known_steps and not math.isfinite(loss):
+            recorder.settle()
+            bad = first_non_finite(marks.losses[:trained])
+            raise state.non_finite(f"the loss is {loss}", epoch, bad)
+        schedule.step(plan.first_step + step)
+        state.epoch_seconds = before + clock.so_far()
+        display.step(
+            plan.first_step + trained,
+            epoch,
+            loss,
+            correct / plan.images_in(known_steps) if known_steps else math.nan,
+            lr,
+            plan.images_in(trained) / state.epoch_seconds,
+        )
+        if after_step is not None:
+            after_step(plan.first_step + step, images)
+        if signals.received is not None:
+            state.epoch_seconds = before + clock.stop()[0]()
+            stop_if_asked(state, recorder, signals, trained)
+        if trained < len(plan.batches) and stopping.out_of_time(
+            state, display, state.epoch_seconds
+        ):
+            state.first_step = trained
+            break
+    losses, correct_in_all = copy_to_host(marks.losses[:trained]), copy_to_host(marks.correct)
+    seconds, done = clock.stop()  # after the copies, which have arrived once it was read
+    return TrainedEpoch(
+        epoch, trained, lr, losses, correct_in_all, lambda: before + seconds(), done
+    )
+
+
+def stop_if_asked(
+    state: TrainingState, recorder: Recorder, signals: StopSignals, step: int
+) -> None:
+    """Saves and stops before batch ``step`` of the state's epoch, if a signal came.
+
+    Raises:
+        Interrupted: it did.
+    """
+    if signals.received is not None:
+        recorder.settle()
+        state.save(state.epoch, step)
+        raise Interrupted(state.path, signals.received)
+
+
+def _choose_images(session: Session, state: TrainingState) -> None:
+    """Chooses the images of the epoch, and their order, where that depends on their losses."""
+    if session.marks.image_losses is not None:
+        state.order = epoch_order(
+            session.plan.epochs[state.epoch].kept,
+            session.marks.image_losses,
+            count=session.loader.count,
+            seed=session.config.runtime.seed,
+            epoch=state.epoch,
+        )
+
+
+def _steps(session: Session, state: TrainingState) -> Iterator[Tensor]:
+    """Trains the rest of the epoch; yields the images of each step after it."""
+    epoch, first_step = state.epoch, state.first_step
+    plan, config, step, marks = (
+        session.plan.epochs[epoch],
+        session.config,
+        session.step,
+        session.marks,
+    )
+    batches = plan.batches[first_step:]
+    marks.begin(first_step)
+    if session.supply is not None:
+        session.supply.begin(epoch, order=state.order, first=plan.images_in(first_step))
+        for batch in batches:
+            session.make_room(batch)
+            yield step.take(session.supply, marks, batch.images, batch.pixels)
+        return
+    made = session.loader.epoch(epoch, first_step)
+    place = {"seed": config.runtime.seed, "epoch": epoch}
+    for batch, (images, labels) in zip(batches, made, strict=False):
+        session.make_room(batch)
+        by = config.data.resize_by
+        images = smaller(images, batch.pixels, by=by, first=batch.first, **place)
+        marks.add(*step(images, labels), None, None)
+        yield images

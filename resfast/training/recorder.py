@@ -1,0 +1,121 @@
+"""Rows of metrics.jsonl: epochs are recorded at once, or when the device is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast.inference.scoring import Evaluation
+from resfast.runs import folder as records
+from resfast.training.display import Display
+from resfast.training.loss_watch import first_non_finite
+from resfast.training.plan import weighted_mean
+from resfast.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class TrainedEpoch:
+    """An epoch, or the first part of one, that may not be recorded yet.
+
+    Attributes:
+        epoch: its number, from 0.
+        steps: steps trained, of all or fewer.
+        lr: learning rate of the last of them.
+        losses: of the steps, float32; like ``correct`` only to be read after ``seconds``.
+        correct: correct predictions, int64 0-d.
+        seconds: what it took; waits for the device.
+        done: whether that would not wait.
+    """
+
+    epoch: int
+    steps: int
+    lr: float
+    losses: Tensor
+    correct: Tensor
+    seconds: Callable[[], float]
+    done: Callable[[], bool]
+
+
+class Recorder:
+    """Writes a row for each trained epoch, and passes it to the display and the loggers.
+
+    Args:
+        state: gets the rows as its history.
+        display: shows them.
+        loggers: TensorBoard and Weights & Biases.
+
+    Attributes:
+        pending: epochs that wait to be recorded.
+    """
+
+    def __init__(self, state: TrainingState, display: Display, loggers: records.Loggers) -> None:
+        self.state, self.display, self.loggers = state, display, loggers
+        self.pending: list[TrainedEpoch] = []
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Records the pending epochs, all or those that the device is done with."""
+        while self.pending and (wait or self.pending[0].done()):
+            self.check(self.pending[0])
+            self.record(self.pending.pop(0))
+
+    def check(self, trained: TrainedEpoch) -> None:
+        """Waits for the end of an epoch.
+
+        Raises:
+            NonFiniteLossError: a loss is not finite.
+        """
+        trained.seconds()
+        if not bool(torch.isfinite(trained.losses).all()):
+            bad = first_non_finite(trained.losses)
+            loss = float(trained.losses[bad])
+            raise self.state.non_finite(f"the loss is {loss}", trained.epoch, bad)
+
+    def record(
+        self, trained: TrainedEpoch, result: Evaluation | None = None, eval_seconds: float = 0.0
+    ) -> None:
+        """Adds the row of a whole epoch, with its evaluation if there was one."""
+        state, plan = self.state, self.state.session.plan
+        row = self._row(trained, result, eval_seconds)
+        state.train_seconds += row["train_seconds"]
+        state.history.append(row)
+        records.write_metrics(state.path, state.history)
+        self.loggers.log(row)
+        seen = plan.epochs[trained.epoch].first_image + plan.epochs[trained.epoch].images
+        spent = state.train_seconds + state.evaluator.seconds
+        self.display.epoch(row, spent * (plan.images - seen) / seen)
+
+    def partial(
+        self, trained: TrainedEpoch, result: Evaluation, eval_seconds: float
+    ) -> list[dict[str, Any]]:
+        """Writes the row of an epoch that the limit of time cut short.
+
+        The state's history stays without it: a resumed run records the whole epoch in its place.
+
+        Returns:
+            The history with that row.
+        """
+        history = [*self.state.history, self._row(trained, result, eval_seconds)]
+        records.write_metrics(self.state.path, history)
+        return history
+
+    def _row(
+        self, trained: TrainedEpoch, result: Evaluation | None, eval_seconds: float
+    ) -> dict[str, Any]:
+        plan, seconds = self.state.session.plan.epochs[trained.epoch], trained.seconds()
+        images = plan.images_in(trained.steps)
+        return {
+            "epoch": trained.epoch + 1,
+            "lr": trained.lr,
+            "train_loss": weighted_mean(trained.losses, plan.batches[: trained.steps]),
+            "train_accuracy": int(trained.correct) / images,
+            "eval_set": self.state.evaluator.evaluated_on,
+            "eval_loss": result and result.loss,
+            "eval_accuracy": result and result.accuracy,
+            "images_per_second": images / seconds,
+            "train_seconds": seconds,
+            "eval_seconds": eval_seconds,
+        }

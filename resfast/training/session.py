@@ -1,0 +1,298 @@
+"""What a training is made of before its first step: data, network, plan and step.
+
+Built once by :func:`open_session`; nothing here knows how far a run has come.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resfast import runtime
+from resfast.config.network import network
+from resfast.config.schema import Config
+from resfast.config.validate import check_budget, size_refused
+from resfast.data import batches as feed
+from resfast.data.augment import generator
+from resfast.data.dataset import Dataset, Stream
+from resfast.data.device_batches import Supply
+from resfast.layers import whitening
+from resfast.layers.conv import set_winograd_tile
+from resfast.models.presets import build_model
+from resfast.models.resnet import count_parameters
+from resfast.models.summary import count_macs
+from resfast.optim.optimizers import Schedule, build_optimizer
+from resfast.training.display import Display
+from resfast.training.plan import Batch, Plan, make_plan
+from resfast.training.resolve import resolve
+from resfast.training.step import TrainStep
+from resfast.training.step_metrics import Marks
+
+_DROPOUT_STREAM = 4
+
+
+@dataclass
+class Shared:
+    """What trainings that differ only in their seed reuse from each other.
+
+    Attributes:
+        data: the data set, once it was opened.
+        step: the training step, once it was compiled.
+        supply: what makes its batches, where the data set lives on the device.
+        marks: what its steps leave behind.
+    """
+
+    data: Dataset | Stream | None = None
+    step: TrainStep | None = None
+    supply: Supply | None = None
+    marks: Marks | None = None
+
+
+@dataclass
+class Session:
+    """The parts of one training.
+
+    Attributes:
+        config: resolved, without open values.
+        data: the data set.
+        device: where it is trained.
+        dtype: compute dtype.
+        train_source: training images without those held out.
+        val_source: held-out images, or None.
+        test_source: test images.
+        mean: float32 ``[C]`` in units of pixel / 255.
+        std: float32 ``[C]`` in the same units.
+        loader: training batches.
+        plan: all steps of the run.
+        parameters: of the network.
+        macs: multiply-accumulates of an image at the data set's size.
+        macs_by_pixels: the same at every size that is trained at.
+        step: the training step.
+        supply: makes batches on the device, for a resident loader.
+        marks: losses and correct predictions of an epoch's steps.
+        compiled: whether the step was compiled by an earlier training.
+        whitening_seconds: that the frozen first layer took.
+        batch_shape: images and pixels of the latest batch; None before the next one makes room.
+    """
+
+    config: Config
+    data: Dataset | Stream
+    device: torch.device
+    dtype: torch.dtype
+    train_source: feed.Source
+    val_source: feed.Source | None
+    test_source: feed.Source
+    mean: Tensor
+    std: Tensor
+    loader: Any
+    plan: Plan
+    parameters: int
+    macs: int
+    macs_by_pixels: dict[int, int]
+    step: TrainStep
+    supply: Supply | None
+    marks: Marks
+    compiled: bool
+    whitening_seconds: float
+    batch_shape: tuple[int, int] | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        """Learning rates of the step."""
+        assert self.step.schedule is not None
+        return self.step.schedule
+
+    def batches(
+        self, source: feed.Source, dtype: torch.dtype | None = None
+    ) -> feed.EvaluationBatches:
+        """All images of a source once, normalized for the network."""
+        return _evaluation_batches(
+            self.config, self.data, source, self.mean, self.std, self.device, dtype or self.dtype
+        )
+
+    def make_room(self, batch: Batch) -> None:
+        """Before batches of another shape: memory in pieces of the old one's sizes is no use."""
+        if self.batch_shape != (batch.images, batch.pixels):
+            self.batch_shape = batch.images, batch.pixels
+            runtime.release_memory(self.device)
+
+    def seed_epoch(self, epoch: int) -> None:
+        """Seeds dropout for an epoch that starts at its first step."""
+        stream = generator(self.config.runtime.seed, _DROPOUT_STREAM, epoch)
+        torch.manual_seed(stream.initial_seed())
+
+
+def open_session(
+    config: Config, shared: Shared, display: Display, *, resumed: bool = False
+) -> Session:
+    """Builds the parts of a training.
+
+    Args:
+        config: what to train; its open values are resolved here.
+        shared: holds the opened data set; its compiled step is used, or set by the first training.
+        display: is told what was adapted.
+        resumed: whether a saved state follows, which has the whitening filters.
+
+    Raises:
+        ResfastError: values that do not fit the data, the machine or each other.
+    """
+    data = shared.data
+    assert data is not None
+    train_source, val_source, test_source = feed.split_sources(
+        data, config.data.val_fraction, config.runtime.seed, config.data.hold_out
+    )
+    config, notes = resolve(config, data, feed.count(train_source))
+    for note in notes if shared.step is None else ():
+        display.say(note)
+    device = torch.device(config.runtime.device)
+    dtype = runtime.DTYPES[config.runtime.precision]
+    runtime.prepare(
+        device,
+        threads=config.runtime.threads,
+        tf32=config.runtime.tf32,
+        tuned_allocator=config.runtime.tune_allocator,
+    )
+    pipeline = _pipeline(config)
+    mean, std = feed.mean_std(train_source, data.image_size, device=device, **pipeline)
+    loader = feed.train_loader(
+        train_source,
+        mean,
+        std,
+        loader=config.data.loader,
+        image_size=data.image_size,
+        batch_size=config.optim.batch_size,
+        augment=config.data.augment,
+        classes=len(data.classes),
+        seed=config.runtime.seed,
+        device=device,
+        dtype=dtype,
+        **pipeline,
+    )
+    plan = make_plan(config, loader.count, data.image_size)
+
+    torch.manual_seed(config.runtime.seed)
+    model = build_model(network(config.model), len(data.classes), data.image_size)
+    parameters = count_parameters(model)
+    check_budget(config.model, parameters)
+    if config.model.zero_init_residual:
+        model.zero_init_residual()
+    macs = count_macs(model, data.image_size)
+    macs_by_pixels = {data.image_size: macs} | _macs_of_sizes(model, config)
+    model = model.to(device, memory_format=torch.channels_last)
+    set_winograd_tile(model, config.runtime.winograd_tile)
+    whitening_seconds = 0.0
+    if not resumed and whitening.needed(model):
+        whitening_seconds = _whiten(model, config, data, train_source, mean, std, device)
+    compiled = shared.step is not None
+    if shared.step is None:
+        filters = any(epoch.kept < loader.count for epoch in plan.epochs)
+        shared.step = _build_step(model, config, plan, len(loader), device, dtype, filters)
+        shared.marks = Marks(plan.most_steps, loader.count if filters else 0, device)
+        if config.data.loader == "resident":
+            shared.supply = Supply(loader, resize_by=config.data.resize_by)
+    else:
+        assert shared.marks is not None
+        shared.step.reset(model.state_dict())
+        shared.marks.reset()
+        if shared.supply is not None:
+            shared.supply.loader.take_over(loader)
+            loader = shared.supply.loader
+    assert shared.marks is not None
+    return Session(
+        config, data, device, dtype, train_source, val_source, test_source, mean, std, loader, plan,
+        parameters, macs, macs_by_pixels, shared.step, shared.supply, shared.marks, compiled,
+        whitening_seconds,
+    )  # fmt: skip
+
+
+def _pipeline(config: Config) -> dict[str, int]:
+    return {"prefetch": config.data.prefetch, "threads": config.runtime.threads}
+
+
+def _build_step(
+    model: nn.Module,
+    config: Config,
+    plan: Plan,
+    batches: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    image_losses: bool,
+) -> TrainStep:
+    optimizer = build_optimizer(model, config.optim)
+    schedule = Schedule(optimizer, config.optim, config.optim.epochs, batches, plan.progress())
+    return TrainStep(
+        model,
+        optimizer,
+        config.optim,
+        device=device,
+        dtype=dtype,
+        compile=config.runtime.compile != "off",
+        schedule=schedule,
+        captured=config.runtime.cuda_graph != "off",
+        image_losses=image_losses,
+    )
+
+
+def _macs_of_sizes(model: nn.Module, config: Config) -> dict[int, int]:
+    """Multiply-accumulates of an image at each size of ``--sizes``."""
+    sizes = config.data.sizes
+    try:
+        return {pixels: count_macs(model, pixels) for pixels, _ in sizes}
+    except RuntimeError as error:
+        raise size_refused(sizes, error) from None
+
+
+def _whiten(
+    model: nn.Module,
+    config: Config,
+    data: Dataset | Stream,
+    source: feed.Source,
+    mean: Tensor,
+    std: Tensor,
+    device: torch.device,
+) -> float:
+    """Computes the frozen first layer; returns the seconds it took."""
+
+    def batches(source: feed.Source) -> feed.EvaluationBatches:
+        return _evaluation_batches(config, data, source, mean, std, device, torch.float32)
+
+    blank = blank_source(min(config.evaluation.eval_batch_size, whitening.IMAGES), data.image_size)
+    # Loads libraries and compiles kernels, which does not count.
+    whitening.prepare_model(copy.deepcopy(model), batches(blank))
+    start = time.perf_counter()
+    whitening.prepare_model(model, batches(feed.spread(source, whitening.IMAGES)))
+    runtime.synchronize(device)
+    return time.perf_counter() - start
+
+
+def blank_source(count: int, pixels: int) -> feed.Resident:
+    """Dummy images and labels as a data set has them."""
+    images = torch.zeros(count, pixels, pixels, 3, dtype=torch.uint8)
+    return images, torch.zeros(count).long()
+
+
+def _evaluation_batches(
+    config: Config,
+    data: Dataset | Stream,
+    source: feed.Source,
+    mean: Tensor,
+    std: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> feed.EvaluationBatches:
+    return feed.EvaluationBatches(
+        source,
+        mean,
+        std,
+        image_size=data.image_size,
+        batch_size=config.evaluation.eval_batch_size,
+        device=device,
+        dtype=dtype,
+        classes=len(data.classes),
+        **_pipeline(config),
+    )

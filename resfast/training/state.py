@@ -1,0 +1,198 @@
+"""How far a training has come: counters, best accuracy, seconds, and its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resfast import runtime
+from resfast.errors import NonFiniteLossError, ResfastError
+from resfast.runs import checkpoint
+from resfast.runs import folder as records
+from resfast.training.evaluator import Evaluator
+from resfast.training.session import Session
+
+
+class TrainingState:
+    """What changes from epoch to epoch, and what a checkpoint holds.
+
+    Args:
+        session: the training.
+        evaluator: whose seconds are saved with it.
+        path: folder of the run.
+        started: ``time.perf_counter()`` when the command began.
+
+    Attributes:
+        epoch: the epoch to train next, from 0.
+        first_step: its first step; above 0 within an epoch that was interrupted.
+        order: int64, images of the current epoch where it depends on their losses, or None.
+        history: a row for each recorded epoch, as in metrics.jsonl.
+        best: best accuracy so far, below 0 before the first.
+        best_epoch: epochs trained when it was reached.
+        evaluations_since_best: evaluations after it.
+        epoch_seconds: of training in the current epoch.
+        train_seconds: of training in the recorded epochs.
+        compile_seconds: of compiling and warm-up.
+        whitening_seconds: of the frozen first layer.
+        stopped: why training ended before its last epoch, or None.
+    """
+
+    def __init__(self, session: Session, evaluator: Evaluator, path: Path, started: float) -> None:
+        self.session, self.evaluator, self.path = session, evaluator, path
+        self.epoch, self.first_step = 0, 0
+        self.order: Tensor | None = None
+        self.history: list[dict[str, Any]] = []
+        self.best, self.best_epoch, self.evaluations_since_best = -1.0, 0, 0
+        self.epoch_seconds = self.train_seconds = self.compile_seconds = 0.0
+        self.whitening_seconds = session.whitening_seconds
+        self.stopped: str | None = None
+        self._started, self._seconds_before = started, 0.0
+        self._peak_before = 0
+        self._saved_at, self._saved_epoch = time.monotonic(), None
+        self._generators: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall clock of all sessions of the run together."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    @property
+    def peak_memory(self) -> int:
+        """Most bytes that any session of the run used."""
+        return max(self._peak_before, runtime.peak_memory(self.session.device))
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds of training, those of a cut epoch included."""
+        return self.train_seconds + (self.epoch_seconds if self.first_step else 0.0)
+
+    def save_due(self) -> bool:
+        """Whether ``--save-seconds`` have passed since the last checkpoint."""
+        seconds = time.monotonic() - self._saved_at
+        return seconds >= self.session.config.run.save_seconds
+
+    def save(self, epoch: int, step: int) -> None:
+        """Saves the state from which batch ``step`` of ``epoch`` follows.
+
+        Raises:
+            NonFiniteLossError: weights are not finite; the checkpoint before stays.
+            ResfastError: the checkpoint cannot be written.
+        """
+        session = self.session
+        for name, value in session.step.model.state_dict().items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise self.non_finite(f"weights {name} are not finite", epoch, step)
+        marks, on_cuda = session.marks, session.device.type == "cuda"
+        seconds = {
+            "whitening": self.whitening_seconds,
+            "train": self.train_seconds,
+            "compile": self.compile_seconds,
+            "eval": self.evaluator.seconds,
+            "total": self.total_seconds,
+        }
+        state = {
+            "data": session.data.digest,
+            "epoch": epoch,
+            "step": step,
+            "training": session.step.state_dict(),
+            "schedule": session.schedule.state_dict(),
+            "losses": marks.losses.cpu(),
+            "correct": marks.correct.cpu(),
+            "image_losses": None if marks.image_losses is None else marks.image_losses.cpu(),
+            "order": None if self.order is None or not step else self.order.cpu(),
+            "epoch_seconds": self.epoch_seconds,
+            "history": json.dumps(self.history),
+            "best": [self.best, self.best_epoch, self.evaluations_since_best],
+            "seconds": seconds,
+            "peak_memory": self.peak_memory,
+            "loader": session.loader.state_dict(),
+            "generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(session.device) if on_cuda else None,
+        }
+        checkpoint.save_state(self.path / records.CHECKPOINT, state)
+        self._saved_at, self._saved_epoch = time.monotonic(), epoch
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`save` wrote.
+
+        Raises:
+            ResfastError: the data set is not the one that the run was trained on.
+        """
+        session, marks = self.session, self.session.marks
+        if state["data"] != session.data.digest:
+            raise ResfastError(
+                f"cannot resume {self.path}: data {session.data.name} is not what it was trained "
+                "on (its content changed); restore it or start a new run"
+            )
+        self.epoch, self.first_step = state["epoch"], state["step"]
+        session.step.load_state_dict(state["training"])
+        session.schedule.load_state_dict(state["schedule"])
+        session.loader.load_state_dict(state["loader"])
+        marks.losses.copy_(state["losses"])
+        marks.correct.copy_(state["correct"])
+        if marks.image_losses is not None:
+            marks.image_losses.copy_(state["image_losses"])
+            self.order = None if state["order"] is None else state["order"].to(session.device)
+        self.epoch_seconds = state["epoch_seconds"]
+        self.history = json.loads(state["history"])
+        self.best, self.best_epoch, self.evaluations_since_best = state["best"]
+        seconds = state["seconds"]
+        # A version before whitening, or before fused evaluation, saved fewer of them.
+        self.whitening_seconds = seconds.get("whitening", self.whitening_seconds)
+        self.train_seconds, self.compile_seconds = seconds["train"], seconds["compile"]
+        self.evaluator.seconds, self._seconds_before = seconds["eval"], seconds["total"]
+        self._peak_before = state.get("peak_memory", 0)  # older checkpoints do not have it
+        self._generators = state["generator"], state["cuda_generator"]
+        self._saved_epoch = self.epoch
+        records.write_metrics(self.path, self.history)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Sets the generators: of a fresh epoch by its seed, within a restored one as saved."""
+        if not self.first_step:
+            self.epoch_seconds = 0.0
+            self.session.seed_epoch(epoch)
+            return
+        assert self._generators is not None  # only a restored run begins within an epoch
+        torch.set_rng_state(self._generators[0])
+        if self._generators[1] is not None:
+            torch.cuda.set_rng_state(self._generators[1], self.session.device)
+
+    def evaluated(self, accuracy: float, epoch: int) -> None:
+        """Keeps the weights of the best evaluation."""
+        if accuracy <= self.best:
+            self.evaluations_since_best += 1
+            return
+        self.best, self.best_epoch, self.evaluations_since_best = accuracy, epoch + 1, 0
+        self.save_weights(records.BEST)
+
+    def save_weights(self, name: str) -> None:
+        """Writes the weights that are evaluated to a file of the run."""
+        session = self.session
+        checkpoint.save_weights(
+            self.path / name,
+            session.step.evaluated_model,
+            session.config,
+            session.data.classes,
+            session.mean,
+            session.std,
+        )
+
+    def non_finite(self, what: str, epoch: int, step: int) -> NonFiniteLossError:
+        """The error for a loss or weights that are not finite at a step of an epoch."""
+        epochs = self.session.plan.epochs
+        good = (
+            "no checkpoint was saved before"
+            if self._saved_epoch is None
+            else f"the last good checkpoint is {self.path / records.CHECKPOINT} "
+            f"(after {self._saved_epoch} epochs)"
+        )
+        steps = len(epochs[min(epoch, len(epochs) - 1)].batches)
+        return NonFiniteLossError(
+            f"{what} at epoch {epoch + 1}, step {step + 1} of {steps}, learning rate "
+            f"{self.session.schedule.lr:g}; {good}; try a lower --lr or --clip-norm 1"
+        )

@@ -1,0 +1,57 @@
+"""Compiles and loads what a training needs, on dummy data, before its clock starts."""
+
+from __future__ import annotations
+
+import time
+
+import torch.nn.functional as F
+
+from resfast import runtime
+from resfast.training.display import Display
+from resfast.training.evaluator import blank_batch
+from resfast.training.session import Session
+
+
+def warm_up_training(session: Session, display: Display) -> float:
+    """Makes one batch of each shape where kernels get compiled, and compiles the step.
+
+    Returns:
+        Seconds it took; 0 where an earlier training did it.
+    """
+    if session.compiled:
+        return 0.0
+    seconds = _warm_up_batches(session) if session.device.type == "cuda" else 0.0
+    return seconds + _compile(session, display)
+
+
+def _warm_up_batches(session: Session) -> float:
+    if session.supply is None:
+        return 0.0
+    start = time.perf_counter()
+    for images, pixels in session.plan.shapes():
+        session.supply.begin(0)
+        session.supply.take(images, pixels)
+    runtime.synchronize(session.device)
+    return time.perf_counter() - start
+
+
+def _compile(session: Session, display: Display) -> float:
+    config = session.config
+    asked = {config.runtime.compile, config.runtime.cuda_graph}
+    if asked == {"off"}:
+        return 0.0
+    display.say("compiling the training step (up to a minute the first time) …")
+    session.step.model.train()
+    seconds = 0.0
+    source = None if session.supply is None else (session.supply, session.marks)
+    for size, pixels in session.plan.shapes():
+        images, labels = blank_batch(session, size, pixels)
+        if config.data.augment.mixes:
+            labels = F.one_hot(labels, len(session.data.classes)).float()
+        steps = session.plan.steps_of(size, pixels)
+        seconds += session.step.warm_up(
+            images, labels, fall_back="on" not in asked, source=source, steps=steps
+        )
+        runtime.release_memory(session.device)
+    display.say(f"compiled in {seconds:.1f} s")
+    return seconds
