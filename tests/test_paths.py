@@ -11,12 +11,12 @@ import pytest
 
 import resfast
 from resfast import evaluate
+from resfast.cli.train import main
 from resfast.config.compare import differences
 from resfast.config.files import load
 from resfast.config.paths import absolute_data, absolute_paths
 from resfast.config.schema import Config
 from resfast.runs import folder as records
-from resfast.train import main
 from tests.conftest import change
 
 
@@ -100,3 +100,24 @@ def test_a_run_saved_with_a_relative_path_is_still_read(relative: Config, work: 
     assert "data" not in differences(old, change(relative, data=f"folder:{work}/photos"))
     assert resfast.train(resume=path).summary["data"] == "folder:photos"
     assert load(path / records.CONFIG).data.data == f"folder:{work}/photos"
+
+
+def test_a_run_whose_names_are_not_utf_8_is_read_again(
+    tiny: Config, image_tree: Path, tmp_path: Path
+):
+    name = "$1 caf\udce9 $2"
+    try:
+        tree = Path(shutil.copytree(image_tree, tmp_path / name))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    for split in ("train", "test"):
+        first = min((tree / split).iterdir())
+        first.rename(first.with_name(name))
+    config = change(tiny, data=f"folder:{tree}", name=name, epochs=1, out=tmp_path / name)
+    first = resfast.train(config)
+    assert (first.path / records.CONFUSION).exists()
+    saved = load(first.path / records.CONFIG)
+    assert (saved.data.data, saved.run) == (config.data.data, config.run)
+    assert evaluate(first.path).accuracy == first.summary["test_accuracy"]
+    assert name in resfast.load(first.path).classes
+    assert resfast.train(resume=first.path).summary["data_digest"] == first.summary["data_digest"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pydantic
 
@@ -30,7 +31,7 @@ def from_json(text: str, source: str) -> Config:
         ResfastError: not JSON, an unknown field, or a value of the wrong type.
     """
     try:
-        return _ADAPTER.validate_json(_upgrade(text))
+        return _with_surrogates(_ADAPTER.validate_json(_without_surrogates(_upgrade(text))))
     except pydantic.ValidationError as error:
         raise ResfastError(
             f"{source}: {describe(error)}; expected a config.json written by resfast.train"
@@ -41,6 +42,32 @@ def describe(error: pydantic.ValidationError) -> str:
     """The first bad field and what is wrong with it."""
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+
+
+# Bytes of a file name that are not UTF-8 are lone surrogates in Python, U+DC80 to U+DCFF. JSON can
+# hold them and pydantic refuses them, so that they pass it as characters of private use.
+_PRIVATE = {code: 0x10F000 + code - 0xDC80 for code in range(0xDC80, 0xDD00)}
+_SURROGATES = {private: code for code, private in _PRIVATE.items()}
+
+
+def _without_surrogates(text: str) -> str:
+    if "\\udc" not in text:
+        return text
+    return json.dumps(json.loads(text), ensure_ascii=False).translate(_PRIVATE)
+
+
+def _with_surrogates(config: Config) -> Config:
+    def restored(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.translate(_SURROGATES)
+        return Path(str(value).translate(_SURROGATES)) if isinstance(value, Path) else value
+
+    groups = {}
+    for name in ("data", "run"):  # the groups that hold paths and names
+        group = getattr(config, name)
+        values = {field.name: restored(getattr(group, field.name)) for field in fields(group)}
+        groups[name] = replace(group, **values)
+    return replace(config, **groups)
 
 
 def _upgrade(text: str) -> str:
