@@ -12,7 +12,26 @@ The names here load what they need on first use, so that importing the package i
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what the names are to editors and type checkers
+    from resfast.config.recipes import RECIPES as RECIPES
+    from resfast.config.recipes import recipe as recipe
+    from resfast.config.schema import Config as Config
+    from resfast.data.dataset import Dataset as Dataset
+    from resfast.data.sources import load_dataset as load_dataset
+    from resfast.errors import ResfastError as ResfastError
+    from resfast.inference.evaluate import evaluate as evaluate
+    from resfast.inference.export import export as export
+    from resfast.inference.fuse import fuse as fuse
+    from resfast.inference.load import load as load
+    from resfast.inference.predict import predict as predict
+    from resfast.models.presets import create_model as create_model
+    from resfast.models.resnet import ResNet as ResNet
+    from resfast.models.resnet import ResNetSpec as ResNetSpec
+    from resfast.models.speednet import SpeedNet as SpeedNet
+    from resfast.models.speednet import SpeedNetSpec as SpeedNetSpec
+    from resfast.training.seeds import train as train
 
 __version__ = "0.1.0"
 
@@ -35,13 +54,15 @@ _HOME = {
 __all__ = ["__version__", "evaluate", "export", "predict", "train", *sorted(_HOME)]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("train", "evaluate", "predict", "export"):
-        # Entry points: modules that can be called (see resfast.cli.common.make_callable).
-        return importlib.import_module(f"resfast.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'resfast' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        if name in ("train", "evaluate", "predict", "export"):
+            # Entry points: modules that can be called (see resfast.cli.common.make_callable).
+            return importlib.import_module(f"resfast.{name}")
+        if name in _HOME:
+            return getattr(importlib.import_module(_HOME[name]), name)
+        raise AttributeError(f"module 'resfast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

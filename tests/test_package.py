@@ -124,6 +124,65 @@ def test_train_called_is_the_training_function():
         resfast.train()
 
 
+# Each line is right, unless it says that it is wrong.
+TYPED_CALLS = """
+import resfast
+import resfast.train
+import resfast.export
+from resfast import evaluate, predict
+
+path = resfast.train(resfast.recipe("default"), resume=None).path
+run = resfast.load(path)
+resfast.train("default")  # wrong
+resfast.train(resfast.Config(), epochs=3)  # wrong
+accuracy: float = evaluate(path, "digits", tta="flip").accuracy
+evaluate(run, tta="both")  # wrong
+resfast.evaluate(run, batchsize=3)  # wrong
+label: str = predict(run, ["a.png"], top=1)[0][0][0]
+predict(run, ["a.png"], top="1")  # wrong
+resfast.predict(run, ["a.png"], topk=1)  # wrong
+size: int = resfast.export(run, "onnx", batch=1).images
+resfast.export(run, "tflite")  # wrong
+resfast.export(run, output=3)  # wrong
+resfast.create_model("resnet-2111", classes="ten")  # wrong
+resfast.trian(resfast.Config())  # wrong
+"""
+
+
+def test_type_checkers_know_what_the_package_offers(tmp_path):
+    pytest.importorskip("mypy")
+    (tmp_path / "calls.py").write_text(TYPED_CALLS, encoding="utf-8")
+    options = ["--config-file", str(ROOT / "pyproject.toml"), "--follow-imports", "silent"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "--cache-dir", str(tmp_path), "calls.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    wrong = {
+        int(line) for line in re.findall(r"^calls\.py:(\d+): error", done.stdout, re.MULTILINE)
+    }
+    lines = TYPED_CALLS.splitlines()
+    expected = {number for number, line in enumerate(lines, 1) if line.endswith("# wrong")}
+    assert wrong == expected, done.stdout + done.stderr
+
+
+def test_type_checkers_and_python_find_a_name_in_the_same_module():
+    tree = ast.parse((ROOT / "resfast" / "__init__.py").read_text(encoding="utf-8"))
+    (checked,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and not node.orelse and isinstance(node.test, ast.Name)
+    )
+    typed = {alias.asname: node.module for node in checked.body for alias in node.names}
+    assert set(typed) == set(resfast.__all__) - {"__version__"}
+    for name, module in typed.items():
+        found = getattr(resfast, name)
+        found = getattr(found, "__wrapped__", found)
+        assert found is getattr(import_module(module), name), name
+
+
 def test_public_names_resolve():
     assert len(resfast.__all__) == len(set(resfast.__all__))
     for name in resfast.__all__:
