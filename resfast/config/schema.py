@@ -1,9 +1,9 @@
-"""The configuration of a run: one dataclass, the whole truth of it.
+"""The configuration of a run: one dataclass with every option, its range and its description.
 
-The command line is generated from it, a recipe is a value of it, and a run saves it as JSON that
-can start the same run again. Groups are nested dataclasses; every field has its unit in its
-description. ``None`` stands for "decided from the model, the data or the machine"; what a run saves
-is :func:`resolved <resfast.training.resolve.resolve>`, without such a ``None``.
+The command line is generated from it, a recipe is an instance of it, and a run saves it as JSON
+that can start the same run again. Groups are nested dataclasses. ``None`` means "decided from the
+model, the data or the machine"; before a run saves it,
+:func:`resfast.training.resolve.resolve` replaces what depends on data and machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from resfast.models.speednet import FinalPool, Padding
 
 @dataclass(frozen=True)
 class Expected:
-    """What the error for a value out of range asks for, where the bounds alone do not say it."""
+    """What the error for a value out of range says is expected, where bounds alone are unclear."""
 
     text: str
 
@@ -46,7 +46,7 @@ Accuracy = Annotated[float, pydantic.Field(gt=0, le=1), Expected("an accuracy, 0
 def _written(
     metavar: str, parse: Callable[[str], Any], kind: type, show: Callable[[Any], str]
 ) -> tyro.constructors.PrimitiveConstructorSpec:
-    """An option of one argument that ``parse`` reads, with a ValueError, and ``show`` writes."""
+    """An option with one argument that ``parse`` reads (or a ValueError) and ``show`` prints."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -101,7 +101,7 @@ def _phases(text: str) -> Phases:
 
 
 def phases_text(phases: Phases) -> str:
-    """Phases as the command line has them."""
+    """Phases in the notation of the command line."""
     return ",".join(f"{value}:{end:g}" for value, end in phases)
 
 
@@ -131,7 +131,7 @@ _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. A value left at None or empty is the preset's."""
+    """The network. A value that is None or empty is taken from the preset."""
 
     __pydantic_config__ = _STRICT
 
@@ -145,13 +145,15 @@ class ModelConfig:
     channels: IntList = ()
     """Channels of each stage."""
     strides: IntList = ()
-    """Stride of each stage (1, then 2 for each later one; in a speednet 2 is a max pool)."""
+    """Stride of each stage (empty: 1 for the first, 2 for the others; in a speednet, 2 is a max
+    pool)."""
     stem: int | None = None
     """Channels of the first convolution."""
     block: Annotated[Block | None, _choice(Block)] = None
-    """Residual block: two 3x3 convolutions, or 1x1, 3x3 and 1x1."""
+    """Residual block: two 3x3 convolutions (basic), or 1x1, 3x3 and 1x1 (bottleneck)."""
     shortcut: Annotated[Shortcut | None, _choice(Shortcut)] = None
-    """Where the shape changes: 1x1 or 3x3 convolution, or average pool + zero channels."""
+    """Shortcut where the shape changes: a 1x1 or 3x3 convolution, or average pooling with zeros for
+    the new channels."""
     activation: Annotated[Activation | None, _choice(Activation)] = None
     """Activation after each norm and dense layer."""
     head: IntList = ()
@@ -165,33 +167,34 @@ class ModelConfig:
     freeze_norm_scale: OptionalBool = None
     """Leave the scale of batch norms at 1 instead of training it."""
     residual: OptionalBool = None
-    """Speednet: identity shortcut around all but the first convolution of a stage of three up."""
+    """Speednet: identity shortcut around all but the first convolution of stages with three or
+    more."""
     whitening: OptionalBool = None
-    """Speednet: first convolution frozen, its filters computed from training images so that what
-    they put out is uncorrelated; otherwise learned, with a batch norm."""
+    """Speednet: freeze the first convolution, with filters computed from training images so that
+    its outputs are uncorrelated; otherwise it is learned and followed by a batch norm."""
     whitening_kernel: int | None = None
     """Speednet: height and width of the first convolution, in pixels."""
     whitening_padding: Annotated[Padding | None, _choice(Padding)] = None
-    """Speednet: zeros around the image before the first convolution."""
+    """Speednet: zero padding of the first convolution."""
     whitening_width: int | None = None
     """Speednet: eigenvectors kept in the first convolution, each as two filters (0: all)."""
     final_pool: Annotated[FinalPool | None, _choice(FinalPool)] = None
-    """Speednet: maximum or average of each channel before the logits."""
+    """Speednet: global max or average pooling before the logits, or both."""
     logit_scale: float | None = None
-    """Speednet: factor of the logits."""
+    """Speednet: factor that the logits are multiplied by."""
     head_std: float | None = None
-    """Speednet: standard deviation of the first weight of the last layer (0: torch's own)."""
+    """Speednet: standard deviation of the last layer's initial weights (0: torch's default)."""
     norm_momentum: float | None = None
-    """Speednet: weight of a batch in the running statistics of batch norms."""
+    """Speednet: weight of the current batch in the running statistics of batch norms."""
     norm_eps: float | None = None
-    """Speednet: added to the variance in batch norms."""
+    """Speednet: epsilon of batch norms, added to the variance."""
     param_budget: NonNegativeInt = 0
     """Refuse a network with more parameters than this (0: no budget)."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Images, and how they are augmented."""
+    """Images and their augmentation."""
 
     __pydantic_config__ = _STRICT
 
@@ -205,27 +208,31 @@ class DataConfig:
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
     val_fraction: BelowOne = 0.0
-    """Part of the training set held out for validation, best weights and early stopping."""
+    """Fraction of the training set held out for validation, best weights and early stopping."""
     hold_out: NonNegativeInt = 0
-    """Training images held out for the same, instead of a part: the last of each class, as many of
-    each, whatever the seed (0: none)."""
+    """Training images to hold out, as a number instead of a fraction: the last ones of each class,
+    equally many per class, whatever the seed (0: none)."""
     sizes: PhaseList = ()
-    """Progressive image size: heights and widths to train at, in pixels, each up to a part of the
-    training; 24:0.5,28:0.8 is 24 in the first half, 28 up to 80 % and then the images' own."""
+    """Progressive image sizes: heights and widths in pixels, each used up to a fraction of the
+    training. 24:0.5,28:0.8 trains at 24 in the first half, at 28 up to 80 % and at full size after
+    that."""
     resize_by: Literal["resize", "crop"] = "resize"
-    """How augmented images get a size of --sizes: antialiased bilinear, or a random crop."""
+    """How augmented images are brought to a size of --sizes: antialiased bilinear resizing, or a
+    random crop."""
     filter_start: Fraction = 1.0
-    """Part of the training from which epochs leave out the images with the lowest loss."""
+    """Fraction of the training after which epochs leave out the images with the lowest loss."""
     filter_keep: PositiveFraction = 1.0
-    """Part of the images that those epochs keep (1: all)."""
+    """Fraction of the images that those epochs keep (1: all)."""
     augment: AugmentOption = POLICIES["light"]
-    """Augmentation: a policy (none, light, standard, strong, report-001), values of its own such
-    as crop=4,flip=alternating,cutout=8,mixup=0.2, or a policy and values that override its."""
+    """Augmentation: a policy (none, light, standard, strong, report-001), values such as
+    crop=4,flip=alternating,cutout=8,mixup=0.2, or a policy followed by values that override its
+    own."""
     loader: Literal["auto", "resident", "dali"] = "auto"
-    """Where batches come from: the whole set decoded on the device, a DALI pipeline that decodes
-    as it goes, or auto: resident where the set fits half of the free memory."""
+    """Where batches come from: the data set decoded on the device (resident), a DALI pipeline
+    that decodes during training (dali), or auto: resident where the set fits in half of the free
+    memory."""
     prefetch: PositiveInt = 2
-    """DALI: batches prepared ahead."""
+    """DALI: batches prepared in advance."""
 
 
 @dataclass(frozen=True)
@@ -235,64 +242,66 @@ class OptimConfig:
     __pydantic_config__ = _STRICT
 
     epochs: PositiveInt | AtLeastOne | None = None
-    """Passes over the training set, of which the last may be cut short, as in 5.5 (None: 70, or 14
-    for a data set below 10,000 images)."""
+    """Passes over the training set; with a fraction, as in 5.5, the last one is cut short (None:
+    70, or 14 for a data set below 10,000 images)."""
     batch_size: PositiveInt | None = None
-    """Images a step (None: 128, or 64 for a data set below 10,000 images)."""
+    """Images per step (None: 128, or 64 for a data set below 10,000 images)."""
     batch_sizes: PhaseList = ()
-    """Batch sizes before that one, each up to a part of the training, as in 256:0.3,512:0.7."""
+    """Batch sizes used before --batch-size, each up to a fraction of the training, as in
+    256:0.3,512:0.7."""
     accumulate: PositiveInt = 1
-    """Parts that a batch goes through the network in, one after the other, their gradients added:
-    less memory; batch norm then sees a part at a time."""
+    """Parts that a batch is split into to save memory; their gradients are added. Batch norm sees
+    one part at a time."""
     optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
-    """Optimizer; sgd is Nesterov's; muon orthogonalises the updates of convolution filters and
-    leaves all else to sgd."""
+    """Optimizer; sgd uses Nesterov momentum; muon orthogonalises the updates of convolution filters
+    and trains everything else with sgd."""
     lr: Positive = 0.1
-    """Peak learning rate, of convolution filters where others are given; an adapted batch size
-    scales all of them."""
+    """Peak learning rate, of the convolution filters where --head-lr or --bias-lr is given. An
+    adapted batch size scales all learning rates."""
     head_lr: Positive | None = None
-    """Peak learning rate of dense layers' weights (None: --lr)."""
+    """Peak learning rate of the weights of dense layers (None: --lr)."""
     bias_lr: Positive | None = None
     """Peak learning rate of norm parameters and biases (None: --lr)."""
     momentum: BelowOne = 0.9
     """Momentum of sgd and muon, beta1 of adam and adamw."""
     sgd_momentum: BelowOne | None = None
-    """Muon: momentum of what is left to sgd (None: --momentum)."""
+    """Muon: momentum of the parameters trained with sgd (None: --momentum)."""
     weight_decay: NonNegative = 5e-4
-    """Weight decay: L2 for sgd and adam, decoupled for adamw and muon's filters. Per step it takes
-    learning rate times this off a weight."""
+    """Weight decay: L2 for sgd and adam, decoupled for adamw and muon's filters. Each step
+    subtracts this times the learning rate times the weight."""
     head_weight_decay: NonNegative | None = None
-    """Weight decay of dense layers' weights (None: --weight-decay)."""
+    """Weight decay of the weights of dense layers (None: --weight-decay)."""
     bias_weight_decay: NonNegative | None = None
     """Weight decay of norm parameters and biases (None: 0, or --weight-decay with
     --decay-norm-bias)."""
     decay_norm_bias: bool = False
     """Decay norm parameters and biases too."""
     newton_schulz_steps: PositiveInt = 5
-    """Muon: iterations of the orthogonalisation."""
+    """Muon: Newton-Schulz iterations of the orthogonalisation."""
     normalize_filters: bool = False
-    """Muon: before each step scale every convolution's weight to the norm sqrt(filters)."""
+    """Muon: before each step, rescale the weight of every convolution to the norm sqrt(filters)."""
     whitening_bias_epochs: NonNegative = 0.0
-    """Epochs in which the bias of a whitening first layer is trained, its learning rate falling
+    """Epochs in which the bias of a whitening first layer is trained, while its learning rate falls
     from --bias-lr to 0 (0: never)."""
     schedule: Literal["onecycle", "cosine", "linear", "plateau", "multistep", "constant"] = (
         "onecycle"
     )
-    """Learning rate over time; all but plateau step once a batch."""
+    """Learning rate schedule; all but plateau change the rate every batch."""
     anneal: Literal["cos", "linear"] = "cos"
-    """Shape of the one-cycle's two legs."""
+    """Shape of the rise and the fall of one-cycle."""
     cycle_momentum: bool = False
-    """One-cycle: move momentum from 0.95 to 0.85 and back, against the learning rate."""
+    """One-cycle: lower momentum from 0.95 to 0.85 while the learning rate rises, then raise it
+    again."""
     warmup: Fraction = 0.3
-    """Part of the training spent raising the learning rate, from 0 to 1."""
+    """Fraction of the training in which the learning rate rises."""
     start_factor: PositiveFraction = 0.04
-    """First learning rate as a part of the peak."""
+    """Initial learning rate as a fraction of the peak."""
     end_factor: Fraction = 1e-4
-    """Last learning rate of one-cycle, cosine, linear and plateau as a part of the peak."""
+    """Final learning rate of onecycle, cosine, linear and plateau as a fraction of the peak."""
     milestones: IntList = ()
     """Multistep: epochs at which the learning rate is multiplied by --gamma."""
     gamma: OpenFraction = 0.1
-    """Factor of multistep and plateau."""
+    """Factor that multistep and plateau multiply the learning rate by."""
     patience: NonNegativeInt = 5
     """Plateau: epochs without a better accuracy before the learning rate falls."""
     clip_value: NonNegative = 0.0
@@ -300,17 +309,18 @@ class OptimConfig:
     clip_norm: NonNegative = 0.0
     """Clip the norm of all gradients to this (0: off)."""
     label_smoothing: BelowOne = 0.0
-    """Probability mass spread over all classes."""
+    """Probability mass spread evenly over all classes."""
     ema: BelowOne = 0.0
-    """Decay per step of an exponential moving average of the weights, which is then what is
-    evaluated and saved (0: off)."""
+    """Decay per step of an exponential moving average of the weights, which is then evaluated and
+    saved (0: off)."""
     lookahead: NonNegativeInt = 0
-    """Steps after which slow weights move towards the trained ones, which then go on from there;
-    the slow ones are evaluated and saved (0: off)."""
+    """Steps between moves of the slow weights towards the trained ones. Training then continues
+    from the slow weights, which are evaluated and saved (0: off)."""
     lookahead_decay: BelowOne = 0.95
-    """Lookahead: what the slow weights keep a step at the end of the training."""
+    """Lookahead: fraction of the slow weights kept per step at the end of the training."""
     lookahead_power: NonNegative = 3.0
-    """Lookahead: at a part t of the training they keep t to this power of that (0: all of it)."""
+    """Lookahead: at a fraction t of the training, what the slow weights keep is multiplied by t to
+    this power (0: constant)."""
 
 
 @dataclass(frozen=True)
@@ -320,27 +330,28 @@ class EvalConfig:
     __pydantic_config__ = _STRICT
 
     tta: Literal["none", "flip", "shift", "multi-crop"] = "shift"
-    """Test-time augmentation of the final evaluation: mean of the image and its mirror, with
-    'shift' also both translated by 1 pixel along one diagonal, with 'multi-crop' along both."""
+    """Test-time augmentation of the final evaluation: mean over the image and its mirror image;
+    'shift' adds both translated by 1 pixel along one diagonal, 'multi-crop' along both
+    diagonals."""
     tta_select: PositiveFraction = 1.0
-    """Part of the images that get the translated views: those with the least confident prediction
-    under the image and its mirror (1: all)."""
+    """Fraction of the images that get the translated views: those with the least confident
+    prediction from the image and its mirror image (1: all)."""
     tta_mirror: PositiveFraction = 1.0
-    """Part of the images that get the mirrored view, of which are those that get the translated
-    ones: those with the least confident prediction by themselves (1: all)."""
+    """Fraction of the images that get the mirrored view, which includes those that get the
+    translated ones: those with the least confident prediction from the image alone (1: all)."""
     score_test: bool = True
-    """Score the test images; without, choices are made on a held-out part and the test images are
-    not looked at."""
+    """Score the test images. Without, choices are made on held-out images and the test images are
+    not used."""
     fuse: bool = False
-    """Evaluate a fused copy of the network (resfast.fuse) in the compute dtype. Its making counts
-    as evaluation, the timing of its kernels before the training as compilation."""
+    """Evaluate a fused copy of the network (resfast.fuse) in the compute dtype. Fusing counts as
+    evaluation time, and timing its kernels before the training as compilation time."""
     eval_every: NonNegativeInt = 1
     """Epochs between evaluations (0: only after the last)."""
     eval_batch_size: PositiveInt = 1000
-    """Images a step in evaluation."""
+    """Images per evaluation step."""
     target: Accuracy | None = None
-    """Stop once this accuracy is reached (0.94 for 94 %); with --runs what the mean is tested
-    against; with --max-seconds and no recipe what a known recipe is looked for by."""
+    """Stop once this accuracy is reached (0.94 for 94 %). With --runs the mean is tested against
+    it; with --max-seconds and no recipe it selects a measured recipe."""
     early_stop: NonNegativeInt = 0
     """Stop after this many evaluations without a better accuracy (0: off)."""
 
@@ -365,18 +376,20 @@ class RuntimeConfig:
     threads: NonNegativeInt = 0
     """CPU threads (0: torch's default)."""
     winograd_tile: Literal[2, 3, 4] = 2
-    """Bf16 training on the CPU: side of the largest tiles in which 3x3 convolutions compute their
-    results; 4 takes about half as many multiplications and rounds off 3 times as much. Smaller
-    ones are taken for image sizes that they fit better."""
+    """Bf16 training on the CPU: output size of the largest Winograd tiles of 3x3 convolutions; 4
+    takes about half as many multiplications, with 3 times the rounding error. Smaller tiles are
+    used for image sizes that they fit better."""
     tune_allocator: bool = True
-    """Keep freed memory in the process instead of returning it to the kernel every step."""
+    """Keep freed memory in the process instead of returning it to the operating system every
+    step."""
     seed: NonNegativeInt = 0
-    """Seed of weights, order, augmentation, dropout and the held-out part."""
+    """Seed of the weights, the order of the images, augmentation, dropout and the held-out
+    images."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What the run leaves behind. Does not change its result."""
+    """What the run writes. Does not change its result."""
 
     __pydantic_config__ = _STRICT
 
@@ -385,12 +398,12 @@ class RunConfig:
     out: Path = Path("runs")
     """Folder that holds the runs."""
     runs: PositiveInt = 1
-    """Trainings with the seeds --seed, --seed + 1, …, each in a folder of its own below the run's,
-    and statistics of them."""
+    """Number of trainings, with the seeds --seed, --seed + 1, …, each in its own folder inside the
+    run's, and statistics over them."""
     max_seconds: Positive | None = None
-    """Stop after this many seconds of training, saved; compiling and loading do not count."""
+    """Stop and save after this many seconds of training; compiling and loading do not count."""
     save_seconds: NonNegative = 15.0
-    """Least time between two checkpoints, in seconds; the last epoch always saves."""
+    """Minimum time between two checkpoints, in seconds; the last epoch is always saved."""
     tensorboard: bool = False
     """Write TensorBoard events to the run's folder."""
     wandb: bool = False
@@ -404,7 +417,7 @@ class Config:
     __pydantic_config__ = _STRICT
 
     recipe: tyro.conf.Suppress[str] = "default"
-    """Named set of values that the run started from (a record: the values stand below)."""
+    """Recipe that the run started from (a record; the values are below)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
