@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import resfast
-from resfast.cli import evaluate
+from resfast import evaluate
 from resfast.cli.train import main
 from resfast.config.compare import differences
 from resfast.config.files import load
