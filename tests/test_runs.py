@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -279,6 +280,14 @@ def test_a_limit_of_seconds_stops_cleanly_and_more_of_them_go_on(
     assert stopped.summary["stopped"] == "max_seconds"
     assert stopped.summary["epochs"] == step // 4
     assert stopped.summary["best_accuracy"] >= 0
+    cut = _rows(stopped.path)
+    assert len(cut) == math.ceil(step / 4)
+    if step % 4:  # the epoch that was cut short has a row of its own
+        assert (cut[-1]["epoch"], cut[-1]["eval_set"]) == (step // 4 + 1, "test")
+        assert cut[-1]["eval_accuracy"] == stopped.summary["test_accuracy"]
+        assert cut[-1]["train_accuracy"] * 12 * (step % 4) == pytest.approx(
+            round(cut[-1]["train_accuracy"] * 12 * (step % 4))
+        )
     assert (stopped.path / records.BEST).exists()
     state = checkpoint.load_state(stopped.path / records.CHECKPOINT)
     assert (state["epoch"], state["step"]) == divmod(step, 4)
@@ -286,6 +295,23 @@ def test_a_limit_of_seconds_stops_cleanly_and_more_of_them_go_on(
     more = trainer.train(change(saved, max_seconds=2e6), resume=stopped.path)
     assert more.summary["stopped"] is None
     assert_same_weights(more.path, whole.path)
+    timed = {"train_seconds", "eval_seconds", "images_per_second"}
+    untimed = [
+        [{name: value for name, value in row.items() if name not in timed} for row in _rows(path)]
+        for path in (more.path, whole.path)
+    ]
+    assert untimed[0] == untimed[1]
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / records.METRICS).read_text().splitlines()]
+
+
+def test_the_learning_rate_of_a_row_is_that_of_its_last_step(tiny: Config):
+    result = trainer.train(change(tiny, schedule="linear", warmup=0.0, end_factor=0.0))
+    # 12 steps fall from 0.05 to 0; the epochs end after 4, 8 and 12 of them.
+    expected = [0.05 * (1 - step / 12) for step in (3, 7, 11)]
+    assert [row["lr"] for row in _rows(result.path)] == pytest.approx(expected)
 
 
 def test_a_limit_that_is_over_at_once_still_gives_a_whole_result(tiny: Config):

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from resfast.config.schema import Config, OptimConfig
+from resfast.cuda_graph import CudaGraph
 from resfast.optim.averaging import Average, ema_weight, lookahead_weight
 from resfast.optim.optimizers import Schedule, build_optimizer
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.training.loop import Interrupted, train
-from resfast.training.step import TrainStep, _Graph, why_not_captured
+from resfast.training.step import TrainStep, _capturable, why_not_captured
 from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights
 
@@ -323,7 +324,7 @@ def test_every_kind_of_step_is_captured_ahead(monkeypatch: pytest.MonkeyPatch):
     def late(*_: object, **__: object) -> None:
         raise AssertionError("captured during the training")
 
-    monkeypatch.setattr(_Graph, "__init__", late)
+    monkeypatch.setattr(CudaGraph, "__init__", late)
     for number in range(STEPS):
         step(*batch(number, size=8 + 2 * (number % 2)))
 
@@ -376,17 +377,17 @@ def test_a_capture_comes_after_steps_on_its_own_stream(monkeypatch: pytest.Monke
         log.append("capturable step" if group["capturable"] else "step")
         return images.sum(), labels.sum()
 
-    graph = _Graph.__new__(_Graph)
+    graph = CudaGraph.__new__(CudaGraph)
     graph.inputs, graph.graph = [torch.zeros(2), torch.zeros(2)], None
-    graph._capture(step, optimizer, (1, 2))
+    graph._capture(step, (1, 2), _capturable(optimizer))
     before = ["wait", "side stream begins", "step", "step", "step", "side stream ends", "wait"]
     assert log[:7] == before
     assert log[7:] == ["capture begins", "capturable step", "capture ends"]
     assert not group["capturable"]
     log.clear()
-    out = graph.run(torch.ones(2), torch.full((2,), 3.0))
+    out = graph.replay(torch.ones(2), torch.full((2,), 3.0))
     assert log == ["replay"]
-    assert out is graph.out
+    assert out is graph.outputs
     assert [value.tolist() for value in graph.inputs] == [[1.0, 1.0], [3.0, 3.0]]
 
 
@@ -444,7 +445,7 @@ def test_a_failing_capture_falls_back_and_says_so(
         raise RuntimeError("no graph today")
 
     step = make_step(True)
-    monkeypatch.setattr(_Graph, "__init__", broken)
+    monkeypatch.setattr(CudaGraph, "__init__", broken)
     with pytest.raises(RuntimeError, match="no graph today"):
         step.warm_up(*batch(0), fall_back=False)
     with caplog.at_level(logging.WARNING, "resfast"):
@@ -537,9 +538,11 @@ def test_a_captured_run_ends_like_a_plain_one(
     )
     plain = train(change(tiny, name="plain"))
     monkeypatch.setattr("resfast.training.resolve._resolve_cuda_graph", lambda *_: ("auto", None))
-    captured: list[_Graph] = []
-    call = _Graph.run
-    monkeypatch.setattr(_Graph, "run", lambda self, *a: captured.append(self) or call(self, *a))
+    captured: list[CudaGraph] = []
+    call = CudaGraph.replay
+    monkeypatch.setattr(
+        CudaGraph, "replay", lambda self, *a: captured.append(self) or call(self, *a)
+    )
 
     def stop_here(number: int, _: Tensor) -> None:
         if number == stop:

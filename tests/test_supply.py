@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resfast.config.schema import Config
+from resfast.cuda_graph import CudaGraph
 from resfast.data.augment import POLICIES, Augment, parse_augment, smaller
 from resfast.data.device_batches import Supply
 from resfast.data.resident import ResidentLoader
@@ -28,7 +29,6 @@ from resfast.training.loop import Shared, train
 from resfast.training.loss_watch import LossWatch
 from resfast.training.recorder import Recorder
 from resfast.training.state import TrainingState
-from resfast.training.step import _Graph
 from resfast.training.step_metrics import Marks
 from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights, weights
@@ -250,7 +250,7 @@ def test_a_second_seed_uses_the_graphs_of_the_first(
     def late(*_: object, **__: object) -> None:
         raise AssertionError("captured again")
 
-    monkeypatch.setattr(_Graph, "__init__", late)
+    monkeypatch.setattr(CudaGraph, "__init__", late)
     second = train(change(other, name="second"), shared=shared)
     assert_same_weights(alone.path, second.path)
 

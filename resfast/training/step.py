@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from resfast import runtime
 from resfast.config.schema import OptimConfig
+from resfast.cuda_graph import CudaGraph
 from resfast.data.device_batches import Supply
 from resfast.layers.norm import set_in_graph
 from resfast.optim.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
@@ -94,7 +95,7 @@ class TrainStep:
             torch._dynamo.config.recompile_limit = limit
             self._loss = torch.compile(self._forward, dynamic=False)
         self._table = _Table(self) if captured else None
-        self._graphs: dict[Any, _Graph] = {}
+        self._graphs: dict[Any, CudaGraph] = {}
         self._source_tensors: list[Tensor] = []
         self._graph_memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -132,7 +133,7 @@ class TrainStep:
         if self._table is None:
             out = self._step(images, labels, kind.moves_average, weight)
         else:
-            out = self._graph(images, labels, kind).run(images, labels)
+            out = self._graph(images, labels, kind).replay(images, labels)
         self.steps += 1
         loss, correct, *rest = out
         if rest:
@@ -155,7 +156,7 @@ class TrainStep:
         if self._table is None:
             batch = self._step_on(supply, marks, images, pixels, kind.moves_average, weight)
         else:
-            (batch,) = self._own_graph(supply, marks, images, pixels, kind).run()
+            (batch,) = self._own_graph(supply, marks, images, pixels, kind).replay()
         self.steps += 1
         return batch
 
@@ -316,7 +317,7 @@ class TrainStep:
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
-    def _graph(self, images: Tensor, labels: Tensor, kind: _Kind) -> _Graph:
+    def _graph(self, images: Tensor, labels: Tensor, kind: _Kind) -> CudaGraph:
         def step(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
             self._table.advance()
             return self._step(images, labels, kind.moves_average, self._table.average_weight)
@@ -326,7 +327,7 @@ class TrainStep:
 
     def _own_graph(
         self, supply: Supply, marks: Marks, images: int, pixels: int, kind: _Kind
-    ) -> _Graph:
+    ) -> CudaGraph:
         def step() -> tuple[Tensor, ...]:
             self._table.advance()
             weight = self._table.average_weight
@@ -337,11 +338,15 @@ class TrainStep:
 
     def _captured(
         self, key: Any, step: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]
-    ) -> _Graph:
+    ) -> CudaGraph:
         if key not in self._graphs:
             with self._everything_kept(), _keep_generators(self.device):
-                self._graphs[key] = _Graph(
-                    step, inputs, optimizer=self.optimizer, memory=self._graph_memory
+                self._graphs[key] = CudaGraph(
+                    step,
+                    inputs,
+                    device=self.device,
+                    pool=self._graph_memory,
+                    capturing=_capturable(self.optimizer),
                 )
         return self._graphs[key]
 
@@ -486,68 +491,6 @@ class _Table:
         """Part of a captured step: takes up the next row."""
         torch.index_select(self.rows, 0, self.next, out=self.row[None])
         self.next += 1
-
-
-class _Graph:
-    """A function of tensors that runs as one CUDA graph, on buffers of its own.
-
-    Args:
-        step: what to capture; it may change anything that keeps its address.
-        inputs: its arguments, of the shapes, dtypes and layouts to come.
-        optimizer: what ``step`` calls; its state comes into being here.
-        memory: pool that graphs may share of which no two run at a time.
-    """
-
-    WARM_UP_STEPS = 3
-
-    def __init__(
-        self,
-        step: Callable[..., tuple[Tensor, ...]],
-        inputs: list[Tensor],
-        *,
-        optimizer: torch.optim.Optimizer,
-        memory: tuple[int, int] | None,
-    ) -> None:
-        self.inputs = [value.clone() for value in inputs]
-        self.graph: torch.cuda.CUDAGraph | None = None
-        device = optimizer.param_groups[0]["params"][0].device
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._capture(step, optimizer, memory)
-        else:
-            self.call = step
-            self.out = step(*self.inputs)
-
-    def _capture(
-        self,
-        step: Callable[..., tuple[Tensor, ...]],
-        optimizer: torch.optim.Optimizer,
-        memory: tuple[int, int] | None,
-    ) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.WARM_UP_STEPS):
-                step(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # thread_local: the threads of a data loader may go on meanwhile.
-        capture = torch.cuda.graph(
-            self.graph, pool=memory, stream=stream, capture_error_mode="thread_local"
-        )
-        with _capturable(optimizer), capture:
-            self.out = step(*self.inputs)
-
-    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The result for some inputs, valid until the next call."""
-        for place, value in zip(self.inputs, inputs, strict=True):
-            place.copy_(value)
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            for place, value in zip(self.out, self.call(*self.inputs), strict=True):
-                place.copy_(value)
-        return self.out
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from resfast.cuda_graph import CudaGraph
 from resfast.errors import ResfastError
 from resfast.inference.fuse.report import FusionReport
 
@@ -41,7 +42,7 @@ class FusedModel(nn.Module):
         self.report = report
         self.cuda_graph = cuda_graph
         self._shapes = shapes
-        self._captured: dict[Any, _Captured] = {}
+        self._captured: dict[Any, CudaGraph] = {}
         self._pool: Any = None
         super().train(False)
 
@@ -104,10 +105,11 @@ class FusedModel(nn.Module):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             # Static tensors must not be inference tensors: those cannot be written to outside.
-            with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(inputs[0].device):
-                captured = _Captured(self._run, [*map(self._converted, inputs)], self._pool)
+            converted = [*map(self._converted, inputs)]
+            with torch.inference_mode(False), torch.no_grad():
+                captured = CudaGraph(self._run, converted, device=inputs[0].device, pool=self._pool)
             self._captured[key] = captured
-        return captured.replay(inputs)
+        return map_tensors(lambda x: x.clone(), captured.replay(*inputs))
 
     def _apply(self, *args: Any, **kwargs: Any) -> FusedModel:
         self._captured = {}
@@ -122,28 +124,6 @@ class FusedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.report)
-
-
-class _Captured:
-    """One CUDA graph: its inputs, its outputs."""
-
-    def __init__(self, run: Callable[..., Any], inputs: list[Tensor], pool: Any) -> None:
-        self.inputs = [torch.empty_like(x).copy_(x) for x in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate, and kernels are chosen, beforehand
-            for _ in range(3):
-                run(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.output = run(*self.inputs)
-
-    def replay(self, inputs: tuple[Tensor, ...]) -> Any:
-        for static, x in zip(self.inputs, inputs, strict=True):
-            static.copy_(x)
-        self.graph.replay()
-        return map_tensors(lambda x: x.clone(), self.output)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
