@@ -26,6 +26,9 @@ DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
 }
 
+MIN_COMPUTE_CAPABILITY = (8, 0)
+"""Of the GPUs that our kernels run on; ``csrc/cuda/build.py`` has it too, as ``OLDEST``."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
@@ -67,12 +70,17 @@ def cpu_has_bf16() -> bool:
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if flags:
         return bool(flags.get("amx_bf16") or flags.get("avx512_bf16") or flags.get("bf16"))
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            text = file.read()
-    except OSError:
-        return False
+    text = cpu_info()
     return "amx_bf16" in text or "avx512_bf16" in text
+
+
+def cpu_info() -> str:
+    """What Linux says of the processors, one paragraph each, or "" on another system."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 def tune_allocator() -> bool:
@@ -203,15 +211,8 @@ def describe(device: torch.device) -> str:
     """Name of the processor, for the records of a run."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = "CPU"
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    name = line.partition(":")[2].strip()
-                    break
-    except OSError:
-        pass
+    names = (line for line in cpu_info().splitlines() if line.startswith("model name"))
+    name = next(names, ":CPU").partition(":")[2].strip()
     return f"{name}, {torch.get_num_threads()} threads"
 
 

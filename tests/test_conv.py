@@ -126,7 +126,7 @@ def exact(arguments: dict[str, Any]) -> Tensor:
     stride, padding = (conv._pair(rest[name]) for name in ("stride", "padding"))
     return conv_reference.conv2d_bias_act(
         *(None if t is None else t.double() for t in tensors), stride, padding,
-        rest["activation"], rest.get("negative_slope", conv_reference.NEGATIVE_SLOPE),
+        rest["activation"], rest.get("negative_slope", conv_reference.TORCH_NEGATIVE_SLOPE),
     )  # fmt: skip
 
 

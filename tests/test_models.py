@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from resfast.errors import ResfastError
+from resfast.layers.activation import ACTIVATIONS
 from resfast.layers.shortcut import PoolPadShortcut
 from resfast.models.presets import PRESETS, create_model, preset
-from resfast.models.resnet import ACTIVATIONS, ResNet, ResNetSpec, count_parameters
+from resfast.models.resnet import ResNet, ResNetSpec, count_parameters
 from resfast.models.summary import count_macs, layer_table
 
 PARAMETERS = {

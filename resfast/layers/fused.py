@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from resfast.layers.conv import Conv2d
-from resfast.ops.conv.reference import ACTIVATIONS, NEGATIVE_SLOPE
+from resfast.ops.conv.reference import ACTIVATIONS, TORCH_NEGATIVE_SLOPE
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -200,7 +200,7 @@ class _FusedLayer(nn.Module):
         x: Tensor,
         residual: Tensor | None = None,
         activation: str = "none",
-        negative_slope: float = NEGATIVE_SLOPE,
+        negative_slope: float = TORCH_NEGATIVE_SLOPE,
     ) -> Tensor:
         """``activation(norm(conv(x)) + residual)``."""
         dtype = self._dtype(x)
@@ -280,7 +280,7 @@ class ConvBNReLU(_FusedLayer):
         padding: int | None = None,
         *,
         activation: str = "relu",
-        negative_slope: float = NEGATIVE_SLOPE,
+        negative_slope: float = TORCH_NEGATIVE_SLOPE,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:

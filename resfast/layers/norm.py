@@ -13,12 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
+from resfast.layers.activation import NETWORK_NEGATIVE_SLOPE, name_and_slope
 from resfast.ops.conv.reference import ACTIVATIONS
 
 LEAST_CHANNELS = 16
 """From which on half of a vector is used."""
-NEGATIVE_SLOPE = 0.1
-"""Of leaky ReLU."""
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` that knows how its training steps run.
+
+    Attributes:
+        in_graph: whether they are captured as a CUDA graph, see :func:`set_in_graph`.
+    """
+
+    in_graph = False
 
 
 def norm_act(
@@ -56,23 +65,18 @@ def norm_act(
     if residual is not None:
         out = out + residual
     if isinstance(activation, str):
-        return ACTIVATIONS[activation](out, NEGATIVE_SLOPE)
+        return ACTIVATIONS[activation](out, NETWORK_NEGATIVE_SLOPE)
     return activation(out)
 
 
 def _known(activation: str | nn.Module) -> tuple[str, float] | None:
     """Name and slope, or None for a module that is none of the five, or has hooks."""
     if isinstance(activation, str):
-        return activation, NEGATIVE_SLOPE
+        return activation, NETWORK_NEGATIVE_SLOPE
     if activation._forward_hooks or activation._forward_pre_hooks:
         return None
-    kind = type(activation)
-    if kind is nn.LeakyReLU:
-        return None if activation.negative_slope < 0 else ("leaky_relu", activation.negative_slope)
-    if kind is nn.GELU:
-        return None if activation.approximate != "none" else ("gelu", 0.0)
-    names = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
-    return (names[kind], 0.0) if kind in names else None
+    found = name_and_slope(activation)
+    return None if found is None or found[1] < 0 else found
 
 
 def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
@@ -96,7 +100,7 @@ def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
 
     on_cuda = x.device.type == "cuda"
     return (
-        (getattr(bn, "in_graph", False) if on_cuda else kernel.available(x.device))
+        (isinstance(bn, BatchNorm2d) and bn.in_graph if on_cuda else kernel.available(x.device))
         and x.dim() == 4
         and x.shape[1] == bn.num_features >= LEAST_CHANNELS
         and _count(x, pool) > 1
@@ -138,7 +142,7 @@ def _fused(
 
 
 def set_in_graph(model: nn.Module, in_graph: bool) -> None:
-    """Says of all batch norms whether their training steps on CUDA are captured as a graph.
+    """Says of every :class:`BatchNorm2d` whether its training steps are captured as a CUDA graph.
 
     Only then, and where the device has the kernels, are they the operator there.
     """
@@ -147,5 +151,5 @@ def set_in_graph(model: nn.Module, in_graph: bool) -> None:
     device = next((tensor.device for tensor in model.buffers()), None)
     in_graph = in_graph and device is not None and kernel.available(device)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, BatchNorm2d):
             module.in_graph = in_graph

@@ -8,7 +8,6 @@ Residual Learning for Image Recognition", arXiv:1512.03385, with the 3x3 stem us
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,20 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
+from resfast.layers.activation import ACTIVATIONS
 from resfast.layers.conv import Conv2d
-from resfast.layers.norm import NEGATIVE_SLOPE, norm_act
+from resfast.layers.norm import BatchNorm2d, norm_act
 from resfast.layers.shortcut import PoolPadShortcut
 
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["conv1", "conv3", "pool"]
 Activation = Literal["relu", "leaky_relu", "silu", "gelu"]
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: nn.ReLU(inplace=True),
-    "leaky_relu": lambda: nn.LeakyReLU(NEGATIVE_SLOPE, inplace=True),
-    "silu": lambda: nn.SiLU(inplace=True),
-    "gelu": nn.GELU,
-}
 BOTTLENECK_EXPANSION = 4
 
 
@@ -120,7 +114,7 @@ def _shortcut(spec: ResNetSpec, in_channels: int, out_channels: int, stride: int
     return ConvNorm(
         OrderedDict(
             conv=Conv2d(in_channels, out_channels, kernel_size, stride),
-            bn=nn.BatchNorm2d(out_channels),
+            bn=BatchNorm2d(out_channels),
         )
     )
 
@@ -138,9 +132,9 @@ class BasicBlock(nn.Module):
     def __init__(self, spec: ResNetSpec, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = Conv2d(in_channels, channels, 3, stride)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = Conv2d(channels, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.shortcut = _shortcut(spec, in_channels, channels, stride)
         self.activation = ACTIVATIONS[spec.activation]()
 
@@ -161,11 +155,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_channels = channels * BOTTLENECK_EXPANSION
         self.conv1 = Conv2d(in_channels, channels, 1)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = Conv2d(channels, channels, 3, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.conv3 = Conv2d(channels, out_channels, 1)
-        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.bn3 = BatchNorm2d(out_channels)
         self.shortcut = _shortcut(spec, in_channels, out_channels, stride)
         self.activation = ACTIVATIONS[spec.activation]()
 
@@ -208,7 +202,7 @@ class ResNet(nn.Module):
         self.stem = ConvNorm(
             OrderedDict(
                 conv=Conv2d(3, spec.stem, 3),
-                bn=nn.BatchNorm2d(spec.stem),
+                bn=BatchNorm2d(spec.stem),
                 activation=ACTIVATIONS[spec.activation](),
             )
         )

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
+from resfast.layers.activation import ACTIVATIONS, NETWORK_NEGATIVE_SLOPE
 from resfast.layers.conv import Conv2d
-from resfast.layers.norm import NEGATIVE_SLOPE, norm_act
+from resfast.layers.norm import BatchNorm2d, norm_act
 from resfast.models.resnet import (
-    ACTIVATIONS,
     Activation,
     as_text,
     dirac_init,
@@ -181,7 +181,7 @@ class SpeedStage(nn.Module):
         widths = [in_channels] + [channels] * convolutions
         self.convs = nn.ModuleList(Conv2d(cin, cout, 3) for cin, cout in pairwise(widths))
         self.norms = nn.ModuleList(
-            nn.BatchNorm2d(channels, eps=spec.norm_eps, momentum=spec.norm_momentum)
+            BatchNorm2d(channels, eps=spec.norm_eps, momentum=spec.norm_momentum)
             for _ in range(convolutions)
         )
         self.activation = ACTIVATIONS[spec.activation]()
@@ -231,7 +231,7 @@ class SpeedNet(nn.Module):
             nn.init.zeros_(first.bias)
             self.activation = ACTIVATIONS[spec.activation]()
         else:
-            norm = nn.BatchNorm2d(spec.stem, eps=spec.norm_eps, momentum=spec.norm_momentum)
+            norm = BatchNorm2d(spec.stem, eps=spec.norm_eps, momentum=spec.norm_momentum)
             self.stem = nn.Sequential(
                 OrderedDict(conv=first, bn=norm, activation=ACTIVATIONS[spec.activation]())
             )
@@ -268,7 +268,7 @@ class SpeedNet(nn.Module):
                     before=before,
                     behind=behind,
                     activation=activation,
-                    negative_slope=NEGATIVE_SLOPE,
+                    negative_slope=NETWORK_NEGATIVE_SLOPE,
                 )
         if self.more_zeros:
             x = F.pad(x, (0, self.more_zeros, 0, self.more_zeros))

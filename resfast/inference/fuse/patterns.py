@@ -25,7 +25,8 @@ from resfast.inference.fuse.nodes import (
     leaky,
 )
 from resfast.layers import fused
-from resfast.ops.conv.reference import NEGATIVE_SLOPE
+from resfast.layers.activation import name_and_slope
+from resfast.ops.conv.reference import TORCH_NEGATIVE_SLOPE
 
 GUESSED_SIZE = 224
 """Height and width, in pixels, of the images that shapes are worked out for without an example."""
@@ -166,16 +167,10 @@ class Patterns:
         if module is not None:
             if fused.hooked(module):
                 return None
-            match module:
-                case nn.ReLU():
-                    return {"activation": "relu"}
-                case nn.SiLU():
-                    return {"activation": "silu"}
-                case nn.GELU(approximate="none"):
-                    return {"activation": "gelu"}
-                case nn.LeakyReLU():
-                    return leaky(module.negative_slope)
-            return None
+            name, slope = name_and_slope(module) or ("none", 0.0)
+            if name == "leaky_relu":
+                return leaky(slope)
+            return None if name == "none" else {"activation": name}
         if node.op not in ("call_function", "call_method"):
             return None
         if node.target in RELUS:
@@ -187,7 +182,7 @@ class Patterns:
             return {"activation": "gelu"} if a.get("approximate", "none") == "none" else None
         if node.target in LEAKY:
             a = arguments(node, "input negative_slope")
-            return leaky(a.get("negative_slope", NEGATIVE_SLOPE))
+            return leaky(a.get("negative_slope", TORCH_NEGATIVE_SLOPE))
         return None
 
     def residual(self, node: fx.Node, x: fx.Node) -> fx.Node | None:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resfast import runtime
 from resfast.ops.conv import choice as conv_choice
 from resfast.ops.conv import cuda as conv_cuda
 from resfast.ops.conv import op as conv
 from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.op import ConvBiasAct
-from resfast.ops.conv.reference import NEGATIVE_SLOPE, new_map
+from resfast.ops.conv.reference import TORCH_NEGATIVE_SLOPE, new_map
 
 ACTIVATIONS = ("relu", "leaky_relu")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -49,7 +50,7 @@ def basic_block(
     bias2: Tensor | None,
     *,
     activation: conv.Activation = "relu",
-    negative_slope: float = NEGATIVE_SLOPE,
+    negative_slope: float = TORCH_NEGATIVE_SLOPE,
 ) -> Tensor:
     """Two 3x3 convolutions with an identity shortcut around them.
 
@@ -82,7 +83,7 @@ def check_arguments(
     weight2: Tensor,
     bias2: Tensor | None,
     activation: str,
-    negative_slope: float = NEGATIVE_SLOPE,
+    negative_slope: float = TORCH_NEGATIVE_SLOPE,
 ) -> None:
     """Says what is wrong with the operator's arguments.
 
@@ -137,7 +138,7 @@ def _cuda(
     weight2: Tensor,
     bias2: Tensor | None,
     activation: str,
-    negative_slope: float = NEGATIVE_SLOPE,
+    negative_slope: float = TORCH_NEGATIVE_SLOPE,
 ) -> Tensor:
     args = (x, weight1, bias1, weight2, bias2, activation, negative_slope)
     check_arguments(*args)
@@ -248,7 +249,7 @@ def plan(
     weight2: Tensor,
     bias2: Tensor | None,
     activation: str,
-    negative_slope: float = NEGATIVE_SLOPE,
+    negative_slope: float = TORCH_NEGATIVE_SLOPE,
 ) -> tuple[int, int] | None:
     """Tile and cluster of the kernel for CUDA arguments like these; None for two convolutions.
 
@@ -275,7 +276,7 @@ def _ways(x: Tensor) -> dict[str, tuple[int, int]]:
     if x.dtype not in DTYPES or x.numel() == 0 or x.shape[1] % MULTIPLE:
         return {}
     built = hasattr(torch.ops.resfast, "basic_block_cuda")
-    if not built or torch.cuda.get_device_capability(x.device) < conv_cuda.OLDEST:
+    if not built or torch.cuda.get_device_capability(x.device) < runtime.MIN_COMPUTE_CAPABILITY:
         return {}
     flat = torch.ops.resfast.basic_block_cuda_candidates(x)
     pairs = list(zip(flat[::2], flat[1::2], strict=True))[:MEASURED]

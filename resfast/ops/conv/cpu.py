@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resfast import runtime
 from resfast.ops.conv import choice as conv_choice
 from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.choice import Plan, Run
@@ -55,7 +56,7 @@ def conv2d_bias_act(
     stride: list[int],
     padding: list[int],
     activation: str,
-    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
+    negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
 ) -> Tensor:
     """The operator, for a weight that is not known to stay the same: oneDNN."""
     run = _onednn(x, weight, bias, stride, padding, activation, negative_slope, 2, None)
@@ -304,10 +305,8 @@ def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[st
 @functools.cache
 def _machine() -> str:
     name = platform.processor()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            lines = [line for line in file if line.startswith(("model name", "model\t", "cpu fam"))]
+    if text := runtime.cpu_info():
+        kept = ("model name", "model\t", "cpu fam")
+        lines = [line for line in text.splitlines() if line.startswith(kept)]
         name = " ".join(dict.fromkeys(line.partition(":")[2].strip() for line in lines))
-    except OSError:
-        pass  # not Linux
     return f"{name}|{conv_choice.versions()}"

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resfast import runtime
 from resfast.ops.conv import choice as conv_choice
 from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.choice import Call, Plan, Times
@@ -44,8 +45,6 @@ ROWS = 4
 """Of the first and of the last images, on which a result is checked."""
 MAX_ERROR, MAX_ERROR_FLOAT32 = 0.02, 1e-4
 """Of a way, root mean square relative to that of the result; the second without TF32."""
-OLDEST = (8, 0)
-"""Compute capability that our kernels need."""
 
 Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[int], list[int], str, float]
 """Those of the operator."""
@@ -112,7 +111,7 @@ def machine(device: torch.device) -> str:
 
 
 def _with_slope(*args: Any) -> Arguments:
-    return args if len(args) == 8 else (*args, conv_reference.NEGATIVE_SLOPE)
+    return args if len(args) == 8 else (*args, conv_reference.TORCH_NEGATIVE_SLOPE)
 
 
 # -- the ways --------------------------------------------------------------------------------------
@@ -124,7 +123,7 @@ def _ways(args: Arguments) -> dict[str, Way]:
     geometry = stride, padding
     capability = _capability(x.device)
     found = []
-    has_ours = _built("conv2d_cuda") and capability >= OLDEST
+    has_ours = _built("conv2d_cuda") and capability >= runtime.MIN_COMPUTE_CAPABILITY
     if has_ours:
         kernel = torch.ops.resfast.conv2d_cuda.default
         flat = _offers("conv2d_cuda_candidates", x, weight, *geometry, _processors(x.device))

@@ -44,7 +44,7 @@ def conv2d_bias_act(
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 0,
     activation: Activation = "none",
-    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
+    negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
 ) -> Tensor:
     """A convolution with its epilogue in one call; groups and dilation are 1.
 
@@ -85,7 +85,7 @@ def check_arguments(
     stride: list[int],
     padding: list[int],
     activation: str,
-    negative_slope: float = conv_reference.NEGATIVE_SLOPE,
+    negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
 ) -> None:
     """Says what is wrong with the operator's arguments.
 
@@ -219,7 +219,7 @@ class ConvBiasAct(nn.Module):
         stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] = 0,
         activation: Activation = "none",
-        negative_slope: float = conv_reference.NEGATIVE_SLOPE,
+        negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
     ) -> None:
         super().__init__()
         if weight.ndim != 4:

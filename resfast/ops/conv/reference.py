@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEGATIVE_SLOPE = 0.01
-"""Of leaky ReLU where none is given, as in ``torch.nn.LeakyReLU``."""
+TORCH_NEGATIVE_SLOPE = 0.01
+"""Slope of leaky ReLU that the operators take by default, as ``torch.nn.LeakyReLU`` does."""
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "none": lambda x, negative_slope: x,
     "relu": lambda x, negative_slope: F.relu(x),
@@ -45,7 +45,7 @@ def conv2d_bias_act(
     stride: list[int],
     padding: list[int],
     activation: str,
-    negative_slope: float = NEGATIVE_SLOPE,
+    negative_slope: float = TORCH_NEGATIVE_SLOPE,
 ) -> Tensor:
     """All in float32 (float64 for float64), rounded once to x's dtype; ``channels_last``."""
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -153,7 +153,7 @@ def _convolve(
         packed = ops.conv_train_pack(wide, stride, transposed, tile)
     outputs, channels = weight.shape[:2][::-1] if transposed else weight.shape[:2]
     geometry = [outputs, channels, 3, 3, stride, stride, padding, padding]
-    return kernel(x, packed, None, None, geometry, 0, conv_reference.NEGATIVE_SLOPE, *tiles)
+    return kernel(x, packed, None, None, geometry, 0, conv_reference.TORCH_NEGATIVE_SLOPE, *tiles)
 
 
 @torch.library.impl("resfast::conv2d_train", "cpu")

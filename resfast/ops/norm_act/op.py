@@ -34,8 +34,6 @@ AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_for
 """Whether the CPU's kernels are built and this processor has AVX512-BF16."""
 TRITON = runtime.has_triton()
 """Whether there is what those for CUDA are written in."""
-OLDEST = 8
-"""Compute capability that they need, its first digit."""
 
 torch.library.define(
     "resfast::batch_norm_act",
@@ -56,7 +54,7 @@ def available(device: torch.device) -> bool:
         return (
             TRITON
             and torch.cuda.is_available()
-            and torch.cuda.get_device_properties(device).major >= OLDEST
+            and torch.cuda.get_device_properties(device).major >= runtime.MIN_COMPUTE_CAPABILITY[0]
         )
     return device.type == "cpu" and AVAILABLE
 
