@@ -49,12 +49,13 @@ gpu-report: $(INSTALLED) ## Build, test, time and train here, and write it down;
 doctor: $(INSTALLED) ## Say what is there, what is missing and what to do; ARGS="--data folder:…"
 	$(BIN)/python -m resfast.doctor $(ARGS)
 
-lint: $(BIN)/ruff ## Check style and formatting
+lint: $(BIN)/ruff $(BIN)/mypy ## Check style, formatting and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 clean: ## Remove build products and caches; .venv, data and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -f resfast/_C.*.so resfast/_CUDA.so resfast/_CUDA.json $(INSTALLED)
 	find resfast tests benchmarks build_backend -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -69,9 +70,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(KERNELS) $(BIN)/python
 	  'resfast is installed without its CUDA kernels, and slower: $(BIN)/python -m pip install -v --no-build-isolation -e . says why'
 	@touch $@
 
-# Linting needs ruff alone, not the gigabytes of torch.
-$(BIN)/ruff: constraints.txt $(BIN)/python
-	$(PIP) install -c constraints.txt ruff
+# Linting needs these two alone, not the gigabytes of torch: see [tool.mypy] in pyproject.toml.
+$(BIN)/ruff $(BIN)/mypy: constraints.txt $(BIN)/python
+	$(PIP) install -c constraints.txt $(@F)
 	@touch $@
 
 $(BIN)/python:

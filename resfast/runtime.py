@@ -168,8 +168,9 @@ class Branches:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for stream in self._used:
-            self._main.wait_stream(stream)
+        if self._main is not None:
+            for stream in self._used:
+                self._main.wait_stream(stream)
 
     @contextlib.contextmanager
     def branch(self) -> Iterator[None]:

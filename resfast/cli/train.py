@@ -80,20 +80,21 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
     else:
         default = recipe(start.recipe or "default")
     config = entry.parse(Command, args, PROG, Command(start, default)).config
-    if not given and config.evaluation.target is not None and config.run.max_seconds is not None:
-        default = recipe(_picked(config))
+    target, seconds = config.evaluation.target, config.run.max_seconds
+    if not given and target is not None and seconds is not None:
+        default = recipe(_picked(config, target, seconds))
         config = entry.parse(Command, args, PROG, Command(start, default)).config
     return start, config
 
 
-def _picked(config: Config) -> str:
+def _picked(config: Config, target: float, max_seconds: float) -> str:
     """Name of the recipe for a target and a limit of seconds; says which and why."""
     from resfast import runtime
     from resfast.runs.targets import pick
 
     row, reason = pick(
-        config.evaluation.target,
-        config.run.max_seconds,
+        target,
+        max_seconds,
         device=runtime.resolve_device(config.runtime.device),
         data=config.data.data,
         threads=config.runtime.threads,

@@ -131,8 +131,10 @@ def evaluate(
     tta_mirror: float = 1.0,
 ) -> Evaluation:
     """Scores a network; arguments as of :func:`evaluate_both`."""
-    options = {"tta": tta, "tta_select": tta_select, "tta_mirror": tta_mirror}
-    return evaluate_both(model, batches, dtype=dtype, **options)[1]
+    _, augmented = evaluate_both(
+        model, batches, dtype=dtype, tta=tta, tta_select=tta_select, tta_mirror=tta_mirror
+    )
+    return augmented
 
 
 def evaluate_both(

@@ -46,14 +46,14 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         else:
             group = "head" if apart and parameter.ndim < 4 else "filters"
         members[group].append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": members[name], "name": name} | values[name] for name in members if members[name]
     ]
     if config.optimizer == "muon":
         others = config.momentum if config.sgd_momentum is None else config.sgd_momentum
-        for group in groups:
-            group["muon"] = group["name"] == "filters"
-            group["momentum"] = config.momentum if group["muon"] else others
+        for options in groups:
+            options["muon"] = options["name"] == "filters"
+            options["momentum"] = config.momentum if options["muon"] else others
     return groups
 
 

@@ -28,7 +28,7 @@ from resfast.errors import ResfastError
 FORMAT = 1
 
 
-def _write(path: Path, data: bytes, what: str) -> None:
+def _write(path: Path, data: bytes | memoryview, what: str) -> None:
     try:
         atomic.write_bytes(path, data)
     except OSError as error:

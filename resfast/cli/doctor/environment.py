@@ -122,7 +122,7 @@ def probe_cpu(options: Options) -> Iterator[Line]:
 
     from resfast import runtime
 
-    flags = getattr(torch.cpu, "get_capabilities", dict)()
+    flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     names = {"avx2": "AVX2", "avx512_f": "AVX-512", "avx512_bf16": "AVX512-BF16", "amx_bf16": "AMX"}
     has = [name for flag, name in names.items() if flags.get(flag)]
     onednn = torch.backends.mkldnn.is_available()

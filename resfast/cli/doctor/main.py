@@ -50,7 +50,7 @@ PROBES: dict[str, Callable[[Options], Iterator[Line]]] = {
 
 def probe(name: str, options: Options) -> list[Line]:
     """The lines of one probe; its failure is one of them."""
-    lines = []
+    lines: list[Line] = []
     try:
         lines.extend(PROBES[name](options))
     except Exception as error:  # noqa: BLE001  # one probe must not end the others
