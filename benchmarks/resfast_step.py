@@ -15,7 +15,8 @@ from resfast.data.device_batches import Supply
 from resfast.data.resident import ResidentLoader
 from resfast.layers.conv import set_winograd_tile
 from resfast.models.presets import build_model
-from resfast.optim.optimizers import Schedule, build_optimizer
+from resfast.optim.optimizers import build_optimizer
+from resfast.optim.schedules import Schedule
 from resfast.training.step import TrainStep, why_not_captured
 from resfast.training.step_metrics import Marks
 

@@ -21,7 +21,8 @@ from resfast.config.schema import Config, DataConfig, OptimConfig, phases_text
 from resfast.config.validate import check
 from resfast.data.augment import Augment, order, smaller
 from resfast.errors import NonFiniteLossError, ResfastError
-from resfast.optim.optimizers import Schedule, build_optimizer
+from resfast.optim.optimizers import build_optimizer
+from resfast.optim.schedules import Schedule
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.training import evaluator

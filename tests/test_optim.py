@@ -12,7 +12,8 @@ from resfast.config.schema import Config, OptimConfig, RuntimeConfig
 from resfast.config.validate import check
 from resfast.errors import ResfastError
 from resfast.optim.muon import Muon
-from resfast.optim.optimizers import Schedule, build_optimizer, parameter_groups
+from resfast.optim.optimizers import build_optimizer, parameter_groups
+from resfast.optim.schedules import Schedule
 from resfast.training.resolve import resolve
 
 

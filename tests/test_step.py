@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from resfast.config.schema import Config, OptimConfig
 from resfast.cuda_graph import CudaGraph
 from resfast.optim.averaging import Average, ema_weight, lookahead_weight
-from resfast.optim.optimizers import Schedule, build_optimizer
+from resfast.optim.optimizers import build_optimizer
+from resfast.optim.schedules import Schedule
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.training.loop import Interrupted, train

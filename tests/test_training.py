@@ -22,7 +22,7 @@ from resfast.data.resident import resident_batches
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.inference.scoring import evaluate, predict
 from resfast.models.resnet import ResNet
-from resfast.optim.optimizers import Schedule
+from resfast.optim.schedules import Schedule
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.training.loop import train

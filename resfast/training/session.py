@@ -26,7 +26,8 @@ from resfast.layers.conv import set_winograd_tile
 from resfast.models.presets import build_model
 from resfast.models.resnet import count_parameters
 from resfast.models.summary import count_macs
-from resfast.optim.optimizers import Schedule, build_optimizer
+from resfast.optim.optimizers import build_optimizer
+from resfast.optim.schedules import Schedule
 from resfast.training.display import Display
 from resfast.training.plan import Batch, Plan, make_plan
 from resfast.training.resolve import resolve

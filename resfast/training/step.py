@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast import runtime
@@ -26,7 +25,10 @@ from resfast.cuda_graph import CudaGraph
 from resfast.data.device_batches import Supply
 from resfast.layers.norm import set_in_graph
 from resfast.optim.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
-from resfast.optim.optimizers import WHITENING_BIAS, Schedule
+from resfast.optim.optimizers import WHITENING_BIAS
+from resfast.optim.rate_table import RateTable
+from resfast.optim.schedules import Schedule
+from resfast.training.losses import LOSSES
 from resfast.training.step_metrics import Marks
 
 logger = logging.getLogger("resfast")
@@ -94,7 +96,7 @@ class TrainStep:
             limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
             torch._dynamo.config.recompile_limit = limit
             self._loss = torch.compile(self._forward, dynamic=False)
-        self._table = _Table(self) if captured else None
+        self._table = self._rate_table() if captured else None
         self._graphs: dict[Any, CudaGraph] = {}
         self._source_tensors: list[Tensor] = []
         self._graph_memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -110,7 +112,7 @@ class TrainStep:
         logits = logits.float()
         reduction = "none" if self._keep_image_losses else "mean"
         smoothing = self.config.label_smoothing
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction=reduction)
+        loss = LOSSES["cross_entropy"](logits, labels, smoothing, reduction)
         main = labels if labels.ndim == 1 else labels.argmax(1)
         correct = (logits.detach().argmax(1) == main).sum()
         if self._keep_image_losses:
@@ -235,6 +237,11 @@ class TrainStep:
         if self.config.lookahead:
             return lookahead_weight(self.config, step + 1, self.schedule.total)
         return 0.0
+
+    def _rate_table(self) -> RateTable:
+        assert self.schedule is not None
+        weights = [self._average_weight(step) for step in range(self.schedule.total)]
+        return RateTable(self.schedule, self.optimizer, weights, self.device)
 
     def _train_whitening_bias(self, trained: bool) -> None:
         if self._whitening_bias is not None and self._whitening_bias.requires_grad != trained:
@@ -427,7 +434,7 @@ class TrainStep:
             self.steps = int(state["ema"]["n_averaged"])
         self._graphs.clear()  # the optimizer's state has moved
         if self._table is not None:
-            self._table.take_over()
+            self._table.steer()
 
 
 def why_not_captured(config: OptimConfig, dtype: torch.dtype) -> str | None:
@@ -447,50 +454,6 @@ class _Kind:
 
     whitening_bias: bool
     moves_average: bool
-
-
-class _Table:
-    """Learning rates and the average's weight of every step, on the device.
-
-    Attributes:
-        average_weight: of the step at hand, float32 0-d.
-        tensors: all of what changes.
-    """
-
-    def __init__(self, step: TrainStep) -> None:
-        self.schedule, self.optimizer = step.schedule, step.optimizer
-        weights = [step._average_weight(s) for s in range(self.schedule.total)]
-        table = torch.cat([self.schedule.table(), torch.tensor(weights)[:, None]], 1)
-        self.rows = table.to(step.device)
-        self.row = torch.zeros_like(self.rows[0])
-        self.next = torch.zeros(1, dtype=torch.int64, device=step.device)
-        self.tensors = [self.row, self.next]
-        self.average_weight = self.row[-1]
-        self._next_on_host = 0
-        self.take_over()
-
-    def take_over(self) -> None:
-        """Makes the optimizer read its learning rates from the device."""
-        self.schedule.steers_groups = False
-        for group, rate in zip(self.optimizer.param_groups, self.row, strict=False):
-            group["lr"] = rate
-
-    def give_back(self) -> None:
-        """Lets the schedule write learning rates as numbers again."""
-        self.schedule.steers_groups = True
-        self.schedule.rewrite()
-
-    def go_to(self, step: int) -> None:
-        """Sets which row is next, where it is not that one anyway."""
-        step = min(step, len(self.rows) - 1)
-        if step != self._next_on_host:
-            self.next.fill_(step)
-        self._next_on_host = step + 1
-
-    def advance(self) -> None:
-        """Part of a captured step: takes up the next row."""
-        torch.index_select(self.rows, 0, self.next, out=self.row[None])
-        self.next += 1
 
 
 @contextlib.contextmanager

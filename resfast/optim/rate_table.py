@@ -1,0 +1,64 @@
+"""Learning rates of a captured step: a CUDA graph reads them from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from resfast.optim.schedules import Schedule
+
+
+class RateTable:
+    """Learning rates and the average's weight of every step, on the device.
+
+    Args:
+        schedule: the learning rates.
+        optimizer: reads them from the device from now on.
+        average_weights: weight of the averaged network, for each step.
+        device: where.
+
+    Attributes:
+        average_weight: of the current step, float32 0-d.
+        tensors: all that changes from step to step.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        optimizer: torch.optim.Optimizer,
+        average_weights: Sequence[float],
+        device: torch.device,
+    ) -> None:
+        self.schedule, self.optimizer = schedule, optimizer
+        weights = torch.tensor(average_weights)[:, None]
+        self.rows = torch.cat([schedule.table(), weights], 1).to(device)
+        self.row = torch.zeros_like(self.rows[0])
+        self.next = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tensors = [self.row, self.next]
+        self.average_weight = self.row[-1]
+        self._next_on_host = 0
+        self.steer()
+
+    def steer(self) -> None:
+        """Makes the optimizer read its learning rates from the device."""
+        self.schedule.steers_groups = False
+        for group, rate in zip(self.optimizer.param_groups, self.row, strict=False):
+            group["lr"] = rate
+
+    def give_back(self) -> None:
+        """Lets the schedule write learning rates as numbers again."""
+        self.schedule.steers_groups = True
+        self.schedule.rewrite()
+
+    def go_to(self, step: int) -> None:
+        """Sets which row is next, where it is not that one anyway."""
+        step = min(step, len(self.rows) - 1)
+        if step != self._next_on_host:
+            self.next.fill_(step)
+        self._next_on_host = step + 1
+
+    def advance(self) -> None:
+        """Part of a captured step: reads the next row."""
+        torch.index_select(self.rows, 0, self.next, out=self.row[None])
+        self.next += 1
