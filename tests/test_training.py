@@ -583,3 +583,27 @@ def test_the_plateau_is_told_the_epochs_since_the_last_evaluation(
     monkeypatch.setattr(Schedule, "evaluated", lambda self, accuracy, epochs: seen.append(epochs))
     resfast.train(change(tiny, epochs=5, schedule="plateau", eval_every=every))
     assert seen == told
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "linear", "plateau"])
+def test_the_learning_rate_of_a_row_is_that_of_the_epoch_s_last_step(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, schedule: str
+):
+    rates = []
+    step = TrainStep.__call__
+    take = TrainStep.take
+
+    def stepped(self: TrainStep, *args: object):
+        rates.append(self.schedule.lr)
+        return step(self, *args)
+
+    def taken(self: TrainStep, *args: object):
+        rates.append(self.schedule.lr)
+        return take(self, *args)
+
+    monkeypatch.setattr(TrainStep, "__call__", stepped)
+    monkeypatch.setattr(TrainStep, "take", taken)
+    path = resfast.train(change(tiny, schedule=schedule, patience=0)).path
+    rows = [json.loads(line) for line in (path / records.METRICS).read_text().splitlines()]
+    assert len(rates) == 12
+    assert [row["lr"] for row in rows] == rates[3::4]

@@ -87,6 +87,18 @@ def train_epoch(
     )
 
 
+def restored_epoch(session: Session, state: TrainingState) -> TrainedEpoch:
+    """The first part of an epoch, of a run that was restored within it and trains no further."""
+    steps, marks, schedule = state.first_step, session.marks, session.schedule
+    lr = schedule.lr
+    if session.config.optim.schedule != "plateau":
+        lr = schedule.rates(session.plan.epochs[state.epoch].first_step + steps - 1)[0]
+    losses, correct = marks.losses[:steps].cpu(), marks.correct.cpu()
+    return TrainedEpoch(
+        state.epoch, steps, lr, losses, correct, lambda: state.epoch_seconds, lambda: True
+    )
+
+
 def stop_if_asked(
     state: TrainingState, recorder: Recorder, signals: StopSignals, step: int
 ) -> None:

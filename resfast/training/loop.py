@@ -25,7 +25,7 @@ from resfast.errors import ResfastError
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.training.display import Display
-from resfast.training.epoch import stop_if_asked, train_epoch
+from resfast.training.epoch import restored_epoch, stop_if_asked, train_epoch
 from resfast.training.evaluator import Evaluator, Score
 from resfast.training.finish import finish
 from resfast.training.recorder import Recorder, TrainedEpoch
@@ -151,8 +151,8 @@ def _train(
     if state.first_step:  # out of time within an epoch
         final = evaluator.evaluate(session.config.evaluation.tta)
         state.evaluated(final.plain.accuracy, state.epoch)
-        if trained is not None:
-            history = recorder.partial(trained, final.plain, final.seconds)
+        trained = trained or restored_epoch(session, state)
+        history = recorder.partial(trained, final.plain, final.seconds)
     summary = finish(session, state, final, history)
     loggers.close(summary)
     return Result(state.path, summary, session.step.evaluated_model.eval())
