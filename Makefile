@@ -17,7 +17,7 @@ CUDA := $(if $(filter 0,$(RESFAST_CUDA)),,$(filter 1,$(RESFAST_CUDA))$(shell com
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test bench bench-report gpu-report doctor lint clean
+.PHONY: help train test bench bench-report gpu-report doctor lint docs clean
 
 help: ## Show this list
 	@echo 'make TARGET [ARGS="options"] [PYTHON=python3.11]'
@@ -54,6 +54,9 @@ lint: $(BIN)/ruff $(BIN)/mypy ## Check style, formatting and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: $(BIN)/mkdocs ## Build the documentation as a site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 clean: ## Remove build products and caches; .venv, data and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -f resfast/_C.*.so resfast/_CUDA.so resfast/_CUDA.json $(INSTALLED)
@@ -73,6 +76,11 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(KERNELS) $(BIN)/python
 # Linting needs these two alone, not the gigabytes of torch: see [tool.mypy] in pyproject.toml.
 $(BIN)/ruff $(BIN)/mypy: constraints.txt $(BIN)/python
 	$(PIP) install -c constraints.txt $(@F)
+	@touch $@
+
+# So does the documentation, whose docstrings are read from the source.
+$(BIN)/mkdocs: constraints.txt $(BIN)/python
+	$(PIP) install -c constraints.txt 'mkdocs<2' mkdocs-material 'mkdocstrings[python]'
 	@touch $@
 
 $(BIN)/python:
