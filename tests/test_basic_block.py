@@ -468,7 +468,7 @@ def test_blocks_of_torchvision_are_found_and_survive_copies(tmp_path, monkeypatc
 def fuse_ungrouped(model: torch.nn.Module) -> FusedModel:
     """``resfast.fuse`` without the grouping."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fusion, "group_blocks", lambda network: 0, raising=False)
+        patch.setattr("resfast.inference.fuse.pipeline.group_blocks", lambda network: 0)
         return fusion.fuse(model)
 
 

@@ -455,7 +455,7 @@ def test_function_does_what_the_modules_do(device, activation, pool, monkeypatch
     torch.manual_seed(4)
     x = bf16(6, 32, 8, 6, shift=1.0)
     x, residual = x.to(device), bf16(*kernel.result_shape(x, pool)).to(device)
-    ours, theirs = (norm.BatchNorm2d(32, momentum=0.4, device=device) for _ in range(2))
+    ours, theirs = (nn.BatchNorm2d(32, momentum=0.4, device=device) for _ in range(2))
     nn.init.normal_(ours.weight)
     theirs.load_state_dict(ours.state_dict())
     norm.set_in_graph(ours, True)
@@ -477,7 +477,7 @@ def test_function_does_what_the_modules_do(device, activation, pool, monkeypatch
 
 @pytest.mark.gpu
 def test_steps_on_cuda_that_are_not_captured_run_as_modules(monkeypatch):
-    bn, x = norm.BatchNorm2d(32).cuda(), bf16(2, 32, 4, 4).cuda()
+    bn, x = nn.BatchNorm2d(32).cuda(), bf16(2, 32, 4, 4).cuda()
     assert calls_of(lambda: norm_act(x, bn, "relu"), monkeypatch) == 0
     norm.set_in_graph(bn, True)
     assert calls_of(lambda: norm_act(x, bn, "relu"), monkeypatch) == 1

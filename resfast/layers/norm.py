@@ -20,16 +20,6 @@ LEAST_CHANNELS = 16
 """From which on half of a vector is used."""
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` that knows how its training steps run.
-
-    Attributes:
-        in_graph: whether they are captured as a CUDA graph, see :func:`set_in_graph`.
-    """
-
-    in_graph = False
-
-
 def norm_act(
     x: Tensor,
     bn: nn.BatchNorm2d,
@@ -100,7 +90,7 @@ def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
 
     on_cuda = x.device.type == "cuda"
     return (
-        (isinstance(bn, BatchNorm2d) and bn.in_graph if on_cuda else kernel.available(x.device))
+        (getattr(bn, "in_graph", False) if on_cuda else kernel.available(x.device))
         and x.dim() == 4
         and x.shape[1] == bn.num_features >= LEAST_CHANNELS
         and _count(x, pool) > 1
@@ -142,7 +132,7 @@ def _fused(
 
 
 def set_in_graph(model: nn.Module, in_graph: bool) -> None:
-    """Says of every :class:`BatchNorm2d` whether its training steps are captured as a CUDA graph.
+    """Says of every batch norm whether its training steps are captured as a CUDA graph.
 
     Only then, and where the device has the kernels, are they the operator there.
     """
@@ -151,5 +141,5 @@ def set_in_graph(model: nn.Module, in_graph: bool) -> None:
     device = next((tensor.device for tensor in model.buffers()), None)
     in_graph = in_graph and device is not None and kernel.available(device)
     for module in model.modules():
-        if isinstance(module, BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):
             module.in_graph = in_graph

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resfast.errors import ResfastError
 from resfast.layers.activation import ACTIVATIONS
 from resfast.layers.conv import Conv2d
-from resfast.layers.norm import BatchNorm2d, norm_act
+from resfast.layers.norm import norm_act
 from resfast.layers.shortcut import PoolPadShortcut
 
 Block = Literal["basic", "bottleneck"]
@@ -114,7 +114,7 @@ def _shortcut(spec: ResNetSpec, in_channels: int, out_channels: int, stride: int
     return ConvNorm(
         OrderedDict(
             conv=Conv2d(in_channels, out_channels, kernel_size, stride),
-            bn=BatchNorm2d(out_channels),
+            bn=nn.BatchNorm2d(out_channels),
         )
     )
 
@@ -132,9 +132,9 @@ class BasicBlock(nn.Module):
     def __init__(self, spec: ResNetSpec, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = Conv2d(in_channels, channels, 3, stride)
-        self.bn1 = BatchNorm2d(channels)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = Conv2d(channels, channels, 3)
-        self.bn2 = BatchNorm2d(channels)
+        self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = _shortcut(spec, in_channels, channels, stride)
         self.activation = ACTIVATIONS[spec.activation]()
 
@@ -155,11 +155,11 @@ class Bottleneck(nn.Module):
         super().__init__()
         out_channels = channels * BOTTLENECK_EXPANSION
         self.conv1 = Conv2d(in_channels, channels, 1)
-        self.bn1 = BatchNorm2d(channels)
+        self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = Conv2d(channels, channels, 3, stride)
-        self.bn2 = BatchNorm2d(channels)
+        self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = Conv2d(channels, out_channels, 1)
-        self.bn3 = BatchNorm2d(out_channels)
+        self.bn3 = nn.BatchNorm2d(out_channels)
         self.shortcut = _shortcut(spec, in_channels, out_channels, stride)
         self.activation = ACTIVATIONS[spec.activation]()
 
@@ -202,7 +202,7 @@ class ResNet(nn.Module):
         self.stem = ConvNorm(
             OrderedDict(
                 conv=Conv2d(3, spec.stem, 3),
-                bn=BatchNorm2d(spec.stem),
+                bn=nn.BatchNorm2d(spec.stem),
                 activation=ACTIVATIONS[spec.activation](),
             )
         )

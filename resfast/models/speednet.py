@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from resfast.errors import ResfastError
 from resfast.layers.activation import ACTIVATIONS, NETWORK_NEGATIVE_SLOPE
 from resfast.layers.conv import Conv2d
-from resfast.layers.norm import BatchNorm2d, norm_act
+from resfast.layers.norm import norm_act
 from resfast.models.resnet import (
     Activation,
     as_text,
@@ -181,7 +181,7 @@ class SpeedStage(nn.Module):
         widths = [in_channels] + [channels] * convolutions
         self.convs = nn.ModuleList(Conv2d(cin, cout, 3) for cin, cout in pairwise(widths))
         self.norms = nn.ModuleList(
-            BatchNorm2d(channels, eps=spec.norm_eps, momentum=spec.norm_momentum)
+            nn.BatchNorm2d(channels, eps=spec.norm_eps, momentum=spec.norm_momentum)
             for _ in range(convolutions)
         )
         self.activation = ACTIVATIONS[spec.activation]()
@@ -231,7 +231,7 @@ class SpeedNet(nn.Module):
             nn.init.zeros_(first.bias)
             self.activation = ACTIVATIONS[spec.activation]()
         else:
-            norm = BatchNorm2d(spec.stem, eps=spec.norm_eps, momentum=spec.norm_momentum)
+            norm = nn.BatchNorm2d(spec.stem, eps=spec.norm_eps, momentum=spec.norm_momentum)
             self.stem = nn.Sequential(
                 OrderedDict(conv=first, bn=norm, activation=ACTIVATIONS[spec.activation]())
             )

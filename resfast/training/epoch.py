@@ -52,7 +52,7 @@ def train_epoch(
     before, clock = state.epoch_seconds, Clock(session.device)
     if not state.first_step:
         _choose_images(session, state)
-    trained, lr = state.first_step, schedule.lr
+    trained, lr = state.first_step, _last_rate(session, state)
     for step, images in enumerate(_steps(session, state), state.first_step):
         trained, lr = step + 1, schedule.lr
         loss, correct, known_steps = watch.poll(step)
@@ -89,14 +89,20 @@ def train_epoch(
 
 def restored_epoch(session: Session, state: TrainingState) -> TrainedEpoch:
     """The first part of an epoch, of a run that was restored within it and trains no further."""
-    steps, marks, schedule = state.first_step, session.marks, session.schedule
-    lr = schedule.lr
-    if session.config.optim.schedule != "plateau":
-        lr = schedule.rates(session.plan.epochs[state.epoch].first_step + steps - 1)[0]
+    steps, marks = state.first_step, session.marks
+    lr = _last_rate(session, state)
     losses, correct = marks.losses[:steps].cpu(), marks.correct.cpu()
     return TrainedEpoch(
         state.epoch, steps, lr, losses, correct, lambda: state.epoch_seconds, lambda: True
     )
+
+
+def _last_rate(session: Session, state: TrainingState) -> float:
+    """Learning rate of the epoch's latest step, or of its first where none was trained yet."""
+    schedule, steps = session.schedule, state.first_step
+    if not steps or session.config.optim.schedule == "plateau":
+        return schedule.lr
+    return schedule.rates(session.plan.epochs[state.epoch].first_step + steps - 1)[0]
 
 
 def stop_if_asked(
