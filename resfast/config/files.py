@@ -9,10 +9,8 @@ from typing import Any
 
 import pydantic
 
-from resfast.config.schema import Config
+from resfast.config.schema import ADAPTER, Config
 from resfast.errors import ResfastError
-
-_ADAPTER = pydantic.TypeAdapter(Config)
 
 
 def to_json(config: Config) -> str:
@@ -31,7 +29,7 @@ def from_json(text: str, source: str) -> Config:
         ResfastError: not JSON, an unknown field, or a value of the wrong type.
     """
     try:
-        return _with_surrogates(_ADAPTER.validate_json(_without_surrogates(_upgrade(text))))
+        return _with_surrogates(ADAPTER.validate_json(_without_surrogates(_upgrade(text))))
     except pydantic.ValidationError as error:
         raise ResfastError(
             f"{source}: {describe(error)}; expected a config.json written by resfast.train"

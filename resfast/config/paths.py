@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from resfast.config.schema import Config
-
-_KINDS = ("folder", "shards")
-"""Kinds of data that name a path: ``folder:PATH``, ``shards:PATH``."""
+from resfast.data.sources import SOURCES
 
 
 def absolute_data(data: str) -> str:
@@ -17,8 +15,8 @@ def absolute_data(data: str) -> str:
 
     Links and ``..`` are left as they are, since the folder may be meant by that name.
     """
-    kind, _, location = data.partition(":")
-    if kind not in _KINDS or not location:
+    kind, colon, location = data.partition(":")
+    if not (colon and location and kind + colon in SOURCES):
         return data
     return f"{kind}:{_absolute(location)}"
 

@@ -424,3 +424,7 @@ class Config:
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+ADAPTER = pydantic.TypeAdapter(Config)
+"""Validates configurations, wherever they come from."""

@@ -19,6 +19,7 @@ import torch
 
 from resfast.config.network import network
 from resfast.config.schema import (
+    ADAPTER,
     Config,
     Expected,
     ModelConfig,
@@ -31,7 +32,6 @@ from resfast.errors import ResfastError
 from resfast.models.presets import build_model
 from resfast.models.resnet import count_parameters
 
-_ADAPTER = pydantic.TypeAdapter(Config)
 _RANGE_ERRORS = {
     "finite_number",
     "greater_than",
@@ -69,7 +69,7 @@ def check_fields(config: Config) -> None:
         ResfastError: the first bad value, and what was expected.
     """
     try:
-        _ADAPTER.validate_python(asdict(config))
+        ADAPTER.validate_python(asdict(config))
     except pydantic.ValidationError as error:
         raise ResfastError(_sentence(config, error)) from None
 

@@ -182,22 +182,6 @@ class Schedule:
             self.rewrite()
 
 
-def _straight(peak: float, end: float, done: float) -> float:
-    return peak + (end - peak) * done
-
-
-def _half_cosine(peak: float, end: float, done: float) -> float:
-    return end + (peak - end) * (1 + math.cos(math.pi * done)) / 2
-
-
-CURVES: dict[str, Callable[[float, float, float], float]] = {
-    "cosine": _half_cosine,
-    "linear": _straight,
-}
-"""Value of ``--schedule`` to the learning rate after the warm-up: a function of the peak, the last
-rate and the part of the steps that is done. Those without an entry hold the peak."""
-
-
 def _linear(start: float, end: float, done: float) -> float:
     return (end - start) * done + start
 
@@ -207,3 +191,6 @@ def _cosine(start: float, end: float, done: float) -> float:
 
 
 _ANNEAL: dict[str, Callable[[float, float, float], float]] = {"cos": _cosine, "linear": _linear}
+CURVES = {"cosine": _cosine, "linear": _linear}
+"""Value of ``--schedule`` to the learning rate after the warm-up: a function of the peak, the last
+rate and the part of the steps that is done. Those without an entry hold the peak."""

@@ -14,11 +14,9 @@ from typing import Any
 import pydantic
 
 from resfast.config.files import describe
-from resfast.config.schema import Config
+from resfast.config.schema import ADAPTER, Config
 from resfast.data.augment import parse_augment
 from resfast.errors import ResfastError, nearest
-
-_ADAPTER = pydantic.TypeAdapter(Config)
 
 
 def read(path: Path) -> tuple[Config, str]:
@@ -39,7 +37,7 @@ def read(path: Path) -> tuple[Config, str]:
     if isinstance(data.get("augment"), str):
         data["augment"] = asdict(parse_augment(data["augment"]))
     try:
-        config = _ADAPTER.validate_python({"recipe": path.stem, **values})
+        config = ADAPTER.validate_python({"recipe": path.stem, **values})
     except pydantic.ValidationError as error:
         raise ResfastError(f"{path}: {describe(error)}; expected a recipe") from None
     for group in fields(Config):
