@@ -94,7 +94,7 @@ def test_directions_without_variance_repeat_those_with():
     ("x", "kernel", "width", "message"),
     [
         (torch.empty(0, 3, 8, 8), 2, 0, "there are none"),
-        (torch.zeros(2, 3, 8, 2), 3, 0, "images of 8x2 pixels have no patch of 3x3"),
+        (torch.zeros(2, 3, 8, 2), 3, 0, "images of 8x2 pixels are smaller than a patch of 3x3"),
         (torch.full((2, 3, 8, 8), torch.nan), 2, 0, "infinite or NaN"),
         (torch.zeros(2, 3, 8, 8), 2, 13, "width 13 is out of range: expected 1 to 12"),
     ],

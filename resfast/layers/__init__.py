@@ -1,4 +1,4 @@
-"""Layers to build networks of; those that run as one kernel are loaded on first use::
+"""Layers to build networks from; the fused ones are loaded on first use::
 
 from resfast.layers import ConvBNAddReLU, ConvBNReLU, FusedBasicBlock, FusedBottleneck
 """

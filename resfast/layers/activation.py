@@ -1,6 +1,6 @@
-"""The activations of the networks as modules, and what the fused operators call them.
+"""The activations of the networks as modules, and their names in the fused operators.
 
-Their functions are in resfast.ops.conv.reference.
+The functional versions are in resfast.ops.conv.reference.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import nn
 
 NETWORK_NEGATIVE_SLOPE = 0.1
-"""Slope of leaky ReLU in the networks; torch's own default is 0.01."""
+"""Negative slope of leaky ReLU in the networks; torch's default is 0.01."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": lambda: nn.SiLU(inplace=True),
     "gelu": nn.GELU,
 }
-"""Name to module, for the networks."""
+"""Module constructors of the networks, by name."""
 
 
 _NAMES = (
@@ -28,11 +28,14 @@ _NAMES = (
     (nn.SiLU, "silu"),
     (nn.GELU, "gelu"),
 )
-"""Module to the operators' name of it."""
+"""Module types and their names in the operators."""
 
 
 def name_and_slope(module: nn.Module) -> tuple[str, float] | None:
-    """What the operators call a module and its slope, or None if they do not have it."""
+    """A module's name in the operators and its negative slope, or None if they do not support it.
+
+    The slope is 0 for all but leaky ReLU.
+    """
     for kind, name in _NAMES:
         if isinstance(module, kind) and type(module).forward is kind.forward:
             if kind is nn.GELU and module.approximate != "none":

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 class Conv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` without bias and with "same" padding for odd kernels.
 
-    Where gradients are recorded under CPU autocast to bfloat16, 3x3 convolutions of enough channels
-    are :func:`resfast.ops.conv_train.op.conv2d`, and strided 1x1 convolutions are products with
-    the pixels that they read, whose gradients take a third to a tenth of the time of oneDNN's.
+    When gradients are recorded under CPU autocast to bfloat16, 3x3 convolutions with enough
+    channels run as :func:`resfast.ops.conv_train.op.conv2d`, and strided 1x1 convolutions as matrix
+    products over the pixels they read, whose gradients take a third to a tenth of oneDNN's time.
 
     Attributes:
-        tile: the largest tile that they may compute their results in, 2 to 4.
+        tile: largest side of a Winograd output tile, 2 to 4.
     """
 
     tile = 2
@@ -47,11 +47,11 @@ class Conv2d(nn.Conv2d):
 
 
 def set_winograd_tile(model: nn.Module, tile: int) -> None:
-    """Sets how large the tiles of 3x3 convolutions may be on a CPU: 2, or up to 4 for speed.
+    """Sets the largest Winograd output tile of 3x3 convolutions on a CPU: 2, or up to 4 for speed.
 
     Args:
-        model: with :class:`Conv2d`, or fused with :class:`resfast.ops.conv.op.ConvBiasAct`.
-        tile: side of the largest tiles.
+        model: a network of :class:`Conv2d`, or fused into :class:`resfast.ops.conv.op.ConvBiasAct`.
+        tile: side of the largest tile.
     """
     from resfast.ops.conv.op import ConvBiasAct
 

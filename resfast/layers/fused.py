@@ -1,19 +1,19 @@
-"""Convolution + batch norm (+ residual) + activation, as one kernel wherever no gradient is needed.
+"""Convolution + batch norm (+ residual) + activation, as one kernel when no gradient is needed.
 
-Each layer keeps the ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so that it trains, is
-initialised and is saved like any other. In eval mode without gradients (``torch.no_grad`` or
-``torch.inference_mode``) the batch norm is folded into the weights, which are rounded to the dtype
-of the call once, and :class:`resfast.ops.conv.op.ConvBiasAct` runs them. In training mode, with
-gradients enabled, or where a child is none that can be folded (hooks, a subclass with a forward of
-its own, groups, dilation, statistics that are not tracked), the children run as they are.
+Each layer keeps ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so it is initialised,
+trained and saved as usual. In eval mode without gradients (``torch.no_grad`` or
+``torch.inference_mode``) the batch norm is folded into the weights, which are rounded once to the
+dtype of the call, and :class:`resfast.ops.conv.op.ConvBiasAct` runs. In training mode, with
+gradients enabled, or when a child cannot be folded (hooks, a subclass with its own forward, groups,
+dilation, no running statistics), the children run unchanged.
 
-Folded weights are made again after any change of what they are made of: an in-place change or a
-replacement of a tensor, a move to another dtype or device, and every call of ``train()`` or
-``eval()``. Only writes that PyTorch itself cannot see (``parameter.data.copy_(...)``, a NumPy view)
-need a call of ``eval()`` after them. ``torch.compile`` and ``torch.export`` see the folding as part
-of the graph; ``torch.fx`` and :func:`resfast.fuse` see the children.
+Weights are folded again after any change to their inputs: an in-place change or replacement of a
+tensor, a move to another dtype or device, a call of ``train()`` or ``eval()``. Writes that PyTorch
+cannot detect (``parameter.data.copy_(...)``, a NumPy view) must be followed by ``eval()``.
+``torch.compile`` and ``torch.export`` capture the folding in the graph; ``torch.fx`` and
+:func:`resfast.fuse` see the children.
 
-Source of the folding: Jacob et al., arXiv:1712.05877, section 3.2.
+Folding: Jacob et al., arXiv:1712.05877, section 3.2.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a call of the module runs anything besides its ``forward``."""
+    """Whether the module has forward hooks."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether the module is a plain ``nn.Conv2d``: no other forward, no hooks."""
+    """Whether the module is a plain ``nn.Conv2d``: no forward of its own, no hooks."""
     return (
         isinstance(module, nn.Conv2d)
         and type(module).forward is nn.Conv2d.forward
@@ -46,7 +46,7 @@ def is_conv(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a batch norm over channels that uses its running statistics."""
+    """Whether the module is a plain 2d batch norm in eval mode with running statistics."""
     return (
         isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
         and type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
@@ -58,32 +58,32 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def conv_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
-    """Rows and columns of zeros on either side, or None where both sides differ."""
+    """Rows and columns of zeros on each side, or None if the padding is asymmetric."""
     if conv.padding == "valid":
         return (0, 0)
     if conv.padding == "same":
-        reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        return None if any(r % 2 for r in reach) else (reach[0] // 2, reach[1] // 2)
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(t % 2 for t in total) else (total[0] // 2, total[1] // 2)
     return (conv.padding[0], conv.padding[1])
 
 
 def why_not_fused(conv: nn.Conv2d) -> str | None:
-    """Why the fused kernel cannot do what a plain ``nn.Conv2d`` does, or None where it can."""
+    """Why the fused kernel cannot compute a plain ``nn.Conv2d``, or None if it can."""
     if conv.groups != 1:
-        return "groups; the fused kernel has one"
+        return f"{conv.groups} groups; the fused kernel supports 1"
     if tuple(conv.dilation) != (1, 1):
-        return f"dilation {tuple(conv.dilation)}; the fused kernel has 1"
+        return f"dilation {tuple(conv.dilation)}; the fused kernel supports 1"
     if conv.padding_mode != "zeros":
         return f"padding mode {conv.padding_mode!r}; the fused kernel pads with zeros"
     if conv_padding(conv) is None:
-        return "padding that is uneven ('same' with an even kernel)"
+        return "asymmetric padding ('same' with an even kernel)"
     return None
 
 
 def norm_factors(
     weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """An evaluating batch norm as ``scale * x + shift``: float64 ``[C]`` each."""
+    """Scale and shift of a batch norm in eval mode, ``scale * x + shift``: float64 ``[C]`` each."""
     scale = (var.double() + eps).rsqrt()
     if weight is not None:
         scale = scale * weight.double()
@@ -94,15 +94,15 @@ def norm_factors(
 def fold(
     weight: Tensor, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a convolution with a batch norm behind it.
+    """Weight and bias of a convolution with the batch norm after it folded in.
 
     Args:
         weight: ``[K, C, R, S]``.
         bias: ``[K]`` or None.
-        norm: scale and shift of :func:`norm_factors`, or None for no norm.
+        norm: scale and shift from :func:`norm_factors`, or None for no norm.
 
     Returns:
-        The weight in float64 (as given where ``norm`` is None) and the bias in float32.
+        The weight in float64 (unchanged if ``norm`` is None) and the bias in float32 or None.
     """
     if norm is None:
         return weight, None if bias is None else bias.float()
@@ -118,15 +118,15 @@ def _factors(norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor] | None:
 
 
 class _Folded:
-    """The packed weights of one convolution; none in a copy, which makes its own."""
+    """Cache of one convolution's packed weights; copies and pickles start empty."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self.made_of: tuple[Any, ...] | None = None
-        self.held: list[Tensor] = []
-        self.run: nn.Module | None = None
+        self.key: tuple[Any, ...] | None = None
+        self.sources: list[Tensor] = []
+        self.module: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Folded:
         return _Folded()
@@ -142,7 +142,7 @@ class _Folded:
         activation: str,
         negative_slope: float,
     ) -> nn.Module:
-        """The :class:`~resfast.ops.conv.op.ConvBiasAct` of these children as they are now."""
+        """The :class:`~resfast.ops.conv.op.ConvBiasAct` for the current values of the children."""
         from resfast.ops.conv.op import ConvBiasAct
 
         tensors = [conv.weight, conv.bias]
@@ -150,27 +150,27 @@ class _Folded:
             tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         tensors = [tensor for tensor in tensors if tensor is not None]
         eps = None if norm is None else norm.eps
-        stamps = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+        versions = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
         options = {
             "stride": tuple(conv.stride),
             "padding": conv_padding(conv),
             "activation": activation,
             "negative_slope": negative_slope,
         }
-        made_of = (dtype, norm is None, conv.bias is None, eps, *options.values(), *stamps)
-        if self.run is None or self.made_of != made_of:
-            # Inference tensors, if this runs under inference_mode, would be of no use outside it.
+        key = (dtype, norm is None, conv.bias is None, eps, *options.values(), *versions)
+        if self.module is None or self.key != key:
+            # Inference tensors created under inference_mode could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
                 weight, bias = fold(conv.weight, conv.bias, _factors(norm))
-                self.run = ConvBiasAct(weight.to(dtype), bias, **options)
-            self.made_of = made_of
-            # Their memory cannot be given to another tensor, whose address would look the same.
-            self.held = [tensor.detach() for tensor in tensors]
-        return self.run
+                self.module = ConvBiasAct(weight.to(dtype), bias, **options)
+            self.key = key
+            # Keeps the memory alive, so that no new tensor can have the same address.
+            self.sources = [tensor.detach() for tensor in tensors]
+        return self.module
 
 
 class _FusedLayer(nn.Module):
-    """What the layers share: when the children run as one kernel, and that kernel's weights."""
+    """Base of the fused layers: decides when to run one kernel and caches its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,10 +182,10 @@ class _FusedLayer(nn.Module):
         return super().train(mode)
 
     def _dtype(self, x: Tensor) -> torch.dtype | None:
-        """The dtype to run one kernel per convolution in; None to run the children."""
+        """Compute dtype of the fused kernel, or None to run the children."""
         if self.training or torch.is_grad_enabled():
             return None
-        # Neither the proxies of torch.fx nor tensors without memory have weights to be packed for.
+        # Weights cannot be packed for torch.fx proxies or fake tensors.
         if type(x) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
             return None
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -210,9 +210,9 @@ class _FusedLayer(nn.Module):
             epilogue = (activation, negative_slope)
             if torch.compiler.is_compiling():
                 return self._in_graph(conv, norm, x, residual, *epilogue)
-            if not conv.weight.is_inference():  # such tensors do not say when they change
-                run = self._folded.setdefault(name, _Folded()).get(conv, norm, dtype, *epilogue)
-                return run(x) if residual is None else run(x, residual)
+            if not conv.weight.is_inference():  # inference tensors have no version counter
+                module = self._folded.setdefault(name, _Folded()).get(conv, norm, dtype, *epilogue)
+                return module(x) if residual is None else module(x, residual)
         out = norm(conv(x))
         out = out if residual is None else out + residual
         return ACTIVATIONS[activation](out, negative_slope)
@@ -221,7 +221,7 @@ class _FusedLayer(nn.Module):
     def _foldable(conv: nn.Module, norm: nn.Module, x: Tensor) -> bool:
         if not is_conv(conv) or not is_norm(norm) or why_not_fused(conv) is not None:
             return False
-        # Where PyTorch would refuse dtype or device, its own error is to be seen.
+        # A dtype or device mismatch is left to PyTorch, which raises its own error.
         autocast = torch.is_autocast_enabled(x.device.type)
         return conv.weight.device == x.device and (autocast or conv.weight.dtype == x.dtype)
 
@@ -253,19 +253,19 @@ class ConvBNReLU(_FusedLayer):
     """Convolution, batch norm, activation.
 
     State dict: ``conv.weight``, ``bn.weight``, ``bn.bias``, ``bn.running_mean``,
-    ``bn.running_var``, ``bn.num_batches_tracked`` (those of timm's ``ConvNormAct``).
+    ``bn.running_var``, ``bn.num_batches_tracked``, as in timm's ``ConvNormAct``.
 
     Args:
         in_channels: C.
         out_channels: K.
         kernel_size: height and width of the kernel.
-        stride: rows and columns from one output to the next.
+        stride: vertical and horizontal stride.
         padding: zeros on each side; None for ``kernel_size // 2``.
         activation: ``relu``, ``leaky_relu``, ``silu``, ``gelu`` or ``none``.
-        negative_slope: of ``leaky_relu``.
+        negative_slope: slope of ``leaky_relu`` below 0.
 
     Shape: ``[N, C, H, W]`` to ``[N, K, H', W']``; ``H' = (H + 2 padding - kernel_size) // stride
-    + 1``. Fastest in ``channels_last`` memory, which is what comes out of the fused call.
+    + 1``. Fastest in ``channels_last`` memory, the format of the fused call's output.
 
     Raises:
         ValueError: an unknown activation.
@@ -314,7 +314,7 @@ class ConvBNAddReLU(ConvBNReLU):
 
 
 class _Block(_FusedLayer):
-    """What the residual blocks share: the last steps of construction, and the shortcut."""
+    """Base of the residual blocks: argument checks and the shortcut."""
 
     downsample: nn.Module | None
 
@@ -323,38 +323,38 @@ class _Block(_FusedLayer):
     ) -> None:
         if groups != 1 or dilation != 1:
             raise ValueError(
-                f"groups {groups} and dilation {dilation}: {type(self).__name__} has 1 of each; "
-                "use torchvision's block for others"
+                f"groups {groups} and dilation {dilation}: {type(self).__name__} supports only 1 "
+                "for both; use torchvision's block"
             )
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
 
     def _shortcut(self, x: Tensor) -> Tensor:
-        both = self.downsample
-        if both is None:
+        layers = self.downsample
+        if layers is None:
             return x
-        if type(both) is nn.Sequential and len(both) == 2 and not hooked(both):
-            return self._conv("downsample", both[0], both[1], x)
-        return both(x)
+        if type(layers) is nn.Sequential and len(layers) == 2 and not hooked(layers):
+            return self._conv("downsample", layers[0], layers[1], x)
+        return layers(x)
 
 
 class FusedBasicBlock(_Block):
-    """Two 3x3 convolutions and a shortcut, with torchvision ``BasicBlock``'s arguments and names.
+    """Two 3x3 convolutions and a shortcut, a drop-in for torchvision's ``BasicBlock``.
 
     ``torchvision.models.ResNet(FusedBasicBlock, [2, 2, 2, 2])`` is a resnet18. The state dict is
-    torchvision's: ``conv1``, ``bn1``, ``conv2``, ``bn2``, and ``downsample.0``, ``downsample.1``
-    where there is one.
+    torchvision's: ``conv1``, ``bn1``, ``conv2``, ``bn2``, and ``downsample.0`` and
+    ``downsample.1`` if the shortcut has them.
 
     Args:
         inplanes: channels of the input.
         planes: channels of the output.
-        stride: of the first convolution.
-        downsample: what the input passes through before it is added; an ``nn.Sequential`` of a
-            convolution and a batch norm is one kernel too. None adds the input itself.
-        groups: 1.
-        base_width: 64.
-        dilation: 1.
+        stride: stride of the first convolution.
+        downsample: applied to the input before the addition; an ``nn.Sequential`` of a convolution
+            and a batch norm also runs as one kernel. None for an identity shortcut.
+        groups: must be 1.
+        base_width: must be 64.
+        dilation: must be 1.
         norm_layer: called with the number of channels; None for ``nn.BatchNorm2d``.
 
     Shape: ``[N, inplanes, H, W]`` to ``[N, planes, ceil(H / stride), ceil(W / stride)]``.
@@ -392,7 +392,7 @@ class FusedBasicBlock(_Block):
 
 
 class FusedBottleneck(_Block):
-    """1x1, 3x3 (strided) and 1x1 convolutions and a shortcut: torchvision's ``Bottleneck``.
+    """1x1, 3x3 (strided) and 1x1 convolutions and a shortcut, as torchvision's ``Bottleneck``.
 
     ``torchvision.models.ResNet(FusedBottleneck, [3, 4, 6, 3])`` is a resnet50. The state dict is
     torchvision's: ``conv1`` to ``conv3``, ``bn1`` to ``bn3``, ``downsample.0``, ``downsample.1``.
@@ -400,11 +400,11 @@ class FusedBottleneck(_Block):
     Args:
         inplanes: channels of the input.
         planes: a quarter of the output's channels.
-        stride: of the 3x3 convolution.
+        stride: stride of the 3x3 convolution.
         downsample: as in :class:`FusedBasicBlock`.
-        groups: 1.
+        groups: must be 1.
         base_width: channels of the inner convolutions per 64 ``planes``.
-        dilation: 1.
+        dilation: must be 1.
         norm_layer: called with the number of channels; None for ``nn.BatchNorm2d``.
 
     Shape: ``[N, inplanes, H, W]`` to ``[N, 4 planes, ceil(H / stride), ceil(W / stride)]``.

@@ -1,9 +1,9 @@
-"""Batch norm followed by an activation, as the blocks of the networks need it.
+"""Batch norm with an optional max pool before it and a residual and activation after it.
 
-Where a training step runs in bfloat16 on a CPU with AVX512-BF16, or on CUDA in a graph, pooling,
-norm, addition and activation are one operator, :func:`resfast.ops.norm_act.op.batch_norm_act`;
-elsewhere, in eval mode and under tracers they are the modules, one after the other. Without a graph
-the device would wait for the host, which takes longer to call the operator than the modules.
+In bfloat16 training on a CPU with AVX512-BF16, or in a CUDA graph, pooling, norm, addition and
+activation are one operator, :func:`resfast.ops.norm_act.op.batch_norm_act`. Everywhere else, in
+eval mode and under tracers the modules run one by one. Outside a CUDA graph the operator is not
+used on CUDA: its launch overhead on the host exceeds that of the modules, and the GPU would wait.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from resfast.layers.activation import NETWORK_NEGATIVE_SLOPE, name_and_slope
 from resfast.ops.conv.reference import ACTIVATIONS
 
 LEAST_CHANNELS = 16
-"""From which on half of a vector is used."""
+"""With fewer channels less than half of a vector would be used."""
 
 
 def norm_act(
@@ -27,21 +27,21 @@ def norm_act(
     residual: Tensor | None = None,
     pool: bool = False,
 ) -> Tensor:
-    """``activation(bn(x) + residual)``, with a 2x2 max pooling of ``x`` before it where asked.
+    """``activation(bn(x) + residual)``, with ``x`` first max-pooled 2x2 if ``pool``.
 
     Args:
         x: ``[N, C, H, W]``.
         bn: the norm, with its parameters and running statistics.
         activation: a module, or ``none``, ``relu``, ``leaky_relu`` (slope 0.1), ``silu`` or
-            ``gelu`` (of erf).
-        residual: of the shape of the result; added before the activation.
-        pool: whether the norm is of ``max_pool2d(x, 2)``.
+            ``gelu`` (exact).
+        residual: added before the activation; of the shape of the result.
+        pool: whether to apply ``max_pool2d(x, 2)`` before the norm.
 
     Returns:
         ``[N, C, H, W]``, or ``[N, C, H // 2, W // 2]`` with ``pool``.
 
     Raises:
-        ResfastError: an activation that is none of these.
+        ResfastError: an unknown activation.
     """
     if isinstance(activation, str) and activation not in ACTIVATIONS:
         raise ResfastError(
@@ -60,7 +60,7 @@ def norm_act(
 
 
 def _known(activation: str | nn.Module) -> tuple[str, float] | None:
-    """Name and slope, or None for a module that is none of the five, or has hooks."""
+    """Name and slope, or None if the operator does not support the module or it has hooks."""
     if isinstance(activation, str):
         return activation, NETWORK_NEGATIVE_SLOPE
     if activation._forward_hooks or activation._forward_pre_hooks:
@@ -80,11 +80,11 @@ def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
         and not bn._forward_pre_hooks
     ):
         return False
-    # Tracers pass what is no tensor.
+    # Tracers pass proxies instead of tensors.
     if not (isinstance(x, Tensor) and x.dtype == torch.bfloat16):
         return False
-    wide = [t for t in (bn.weight, bn.bias, bn.running_mean) if t is not None]
-    if any(t.dtype != torch.float32 for t in wide):
+    tensors = [t for t in (bn.weight, bn.bias, bn.running_mean) if t is not None]
+    if any(t.dtype != torch.float32 for t in tensors):
         return False
     from resfast.ops.norm_act import op as kernel
 
@@ -98,7 +98,7 @@ def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
 
 
 def _count(x: Tensor, pool: bool) -> int:
-    """Values of a channel that are normalized."""
+    """Number of values per channel in the statistics."""
     n, _, h, w = x.shape
     return n * (h // 2) * (w // 2) if pool else n * h * w
 

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 class PoolPadShortcut(nn.Module):
     """Average-pools by ``stride`` and pads the new channels with zeros.
 
-    Source: option A of He et al., "Deep Residual Learning" (arXiv:1512.03385), with the
-    strided subsampling replaced by average pooling (He et al., arXiv:1812.01187, ResNet-D).
+    Option A of He et al., "Deep Residual Learning" (arXiv:1512.03385), with average pooling
+    instead of strided subsampling (He et al., arXiv:1812.01187, ResNet-D).
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output, at least ``in_channels``.
-        stride: pooling window and stride in pixels; a ragged border is pooled over what is there.
+        stride: pooling window and stride in pixels; partial windows at the border are averaged
+            over the pixels they have.
 
-    Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, ceil(H/stride), ceil(W/stride)]``,
-    dtype and memory format kept.
+    Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, ceil(H/stride), ceil(W/stride)]``, of
+    the same dtype and memory format.
 
     Raises:
         ValueError: ``out_channels`` is below ``in_channels``.

@@ -1,4 +1,4 @@
-"""Named networks. Parameter counts for 10 classes stand beside each and are asserted in a test."""
+"""Named networks. The comments give parameter counts for 10 classes, which a test asserts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from resfast.models.resnet import ResNet, ResNetSpec
 from resfast.models.speednet import SpeedNet, SpeedNetSpec
 
 Spec = ResNetSpec | SpeedNetSpec
-"""The shape of any network here."""
+"""The architecture of a network."""
 
 WIDE = (64, 128, 256, 512)
 HALF = (32, 64, 128, 256)
@@ -47,22 +47,22 @@ PRESETS: dict[str, Spec] = {
         (96, 256, 256), (3, 3, 3), residual=True, whitening_width=8, final_pool="both"
     ),
 }
-"""Preset name to shape."""
+"""Architectures by preset name."""
 
 DEFAULT_MODEL = "resnet-2111"
 
 
 def preset(name: str) -> Spec:
-    """The shape of a named preset.
+    """The architecture of a preset.
 
     Raises:
-        ResfastError: an unknown name, with the nearest known one.
+        ResfastError: an unknown name; the message suggests the nearest known one.
     """
     if name not in PRESETS:
         raise ResfastError(
             f"unknown model {name!r}{nearest(name, PRESETS)} "
-            f"(known: {', '.join(PRESETS)}; or 'resnet' with blocks and channels of your own, or "
-            "'speednet' with convolutions and channels)"
+            f"(known: {', '.join(PRESETS)}; or 'resnet' with your own blocks and channels, or "
+            "'speednet' with your own convolutions and channels)"
         )
     return PRESETS[name]
 
@@ -85,15 +85,15 @@ def create_model(name: str = DEFAULT_MODEL, *, classes: int = 10) -> nn.Module:
 
 
 def build_model(spec: Spec, classes: int = 10, image_size: int | None = None) -> nn.Module:
-    """A freshly initialised network of any shape here.
+    """A freshly initialised network.
 
     Args:
-        spec: its shape.
+        spec: the architecture.
         classes: number of logits.
-        image_size: height and width of the images that it must be able to take, in pixels.
+        image_size: height and width in pixels of images it must accept; None for no check.
 
     Returns:
-        As of :func:`create_model`.
+        As :func:`create_model`.
 
     Raises:
         ResfastError: fewer than two classes, or images too small for the network.
@@ -102,8 +102,8 @@ def build_model(spec: Spec, classes: int = 10, image_size: int | None = None) ->
         return ResNet(spec, classes)
     if image_size is not None and image_size < spec.least_image_size:
         raise ResfastError(
-            f"images of {image_size}x{image_size} pixels are too small for this network, whose "
-            f"pools need {spec.least_image_size}; choose a larger --image-size or fewer --strides "
+            f"images of {image_size}x{image_size} pixels are too small for this network, which "
+            f"needs at least {spec.least_image_size}; use a larger --image-size or fewer --strides "
             "of 2"
         )
     return SpeedNet(spec, classes)

@@ -1,8 +1,8 @@
 """One residual network for CIFAR-scale images, described by a :class:`ResNetSpec`.
 
-Shapes: images are ``[N, 3, H, W]``, logits ``[N, classes]``. A stage is a run of blocks with the
-same width; its first block applies the stage's stride. Source of the family: He et al., "Deep
-Residual Learning for Image Recognition", arXiv:1512.03385, with the 3x3 stem used on CIFAR.
+Shapes: images are ``[N, 3, H, W]``, logits ``[N, classes]``. A stage is a sequence of blocks of the
+same width; its first block applies the stage's stride. Source: He et al., "Deep Residual Learning
+for Image Recognition", arXiv:1512.03385, with the 3x3 stem used on CIFAR.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ BOTTLENECK_EXPANSION = 4
 
 @dataclass(frozen=True)
 class ResNetSpec:
-    """All that defines the shape of a :class:`ResNet`.
+    """The architecture of a :class:`ResNet`.
 
     Attributes:
-        blocks: residual blocks of each stage.
-        channels: width of each stage (a bottleneck stage puts out four times as many).
-        stem: channels of the first 3x3 convolution.
+        blocks: residual blocks per stage.
+        channels: width of each stage; a bottleneck stage has four times as many output channels.
+        stem: output channels of the first 3x3 convolution.
         strides: stride of each stage; empty for 1 in the first and 2 in the others.
         block: ``basic`` (two 3x3 convolutions) or ``bottleneck`` (1x1, 3x3, 1x1).
-        shortcut: where the shape changes: ``conv1`` or ``conv3`` (convolution of that kernel size
-            + batch norm), ``pool`` (average pooling and zero channels, no parameters).
+        shortcut: shortcut of blocks that change the shape: ``conv1`` or ``conv3`` (convolution of
+            that kernel size and batch norm), ``pool`` (average pooling and zero-padded channels, no
+            parameters).
         activation: ``relu``, ``leaky_relu`` (slope 0.1), ``silu`` or ``gelu``.
         head: sizes of dense layers between the pooled features and the logits.
         dropout: probability of dropping a feature before each dense layer.
-        freeze_norm_scale: whether the scale of batch norms stays 1 (Jordan, arXiv:2404.00498).
+        freeze_norm_scale: whether batch norm scales stay 1 (Jordan, arXiv:2404.00498).
         dirac_init: whether convolutions start as the identity on their first channels
             (:func:`dirac_init`).
 
     Raises:
-        ResfastError: lengths that differ, or a value out of range.
+        ResfastError: stages of different number, or a value out of range.
     """
 
     blocks: tuple[int, ...]
@@ -69,13 +70,13 @@ class ResNetSpec:
         if stages == 0 or len(self.channels) != stages or len(self.strides) != stages:
             raise ResfastError(
                 f"blocks {as_text(self.blocks)}, channels {as_text(self.channels)} and strides "
-                f"{as_text(self.strides)} must name the same number of stages, at least one"
+                f"{as_text(self.strides)} must have the same length, one value per stage"
             )
         for name in ("blocks", "channels", "strides", "head"):
             if any(value < 1 for value in getattr(self, name)):
                 raise ResfastError(f"{name} {as_text(getattr(self, name))} must all be at least 1")
         if self.stem < 1:
-            raise ResfastError(f"stem {self.stem} must be at least 1 channel")
+            raise ResfastError(f"stem {self.stem} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ResfastError(f"dropout {self.dropout} must be at least 0 and below 1")
         if self.activation not in ACTIVATIONS:
@@ -96,7 +97,7 @@ class ResNetSpec:
 
 
 def as_text(values: tuple[int, ...]) -> str:
-    """``2,1,1``, as on the command line."""
+    """Values as on the command line: ``2,1,1``."""
     return ",".join(map(str, values)) or "(none)"
 
 
@@ -107,7 +108,7 @@ def _shortcut(spec: ResNetSpec, in_channels: int, out_channels: int, stride: int
         if out_channels < in_channels:
             raise ResfastError(
                 f"shortcut 'pool' cannot narrow {in_channels} channels to {out_channels}; "
-                "use 'conv1' or 'conv3', or channels that do not shrink"
+                "use 'conv1' or 'conv3', or channels that do not decrease"
             )
         return PoolPadShortcut(in_channels, out_channels, stride)
     kernel_size = 3 if spec.shortcut == "conv3" else 1
@@ -120,7 +121,7 @@ def _shortcut(spec: ResNetSpec, in_channels: int, out_channels: int, stride: int
 
 
 class ConvNorm(nn.Sequential):
-    """``conv``, ``bn`` and, where there is one, ``activation``."""
+    """``conv``, ``bn`` and, optionally, ``activation``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return norm_act(self.conv(x), self.bn, getattr(self, "activation", "none"))
@@ -149,7 +150,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (strided) and 1x1 convolutions and a shortcut; puts out ``4 * channels``."""
+    """1x1, 3x3 (strided) and 1x1 convolutions and a shortcut, with ``4 * channels`` outputs."""
 
     def __init__(self, spec: ResNetSpec, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -184,13 +185,16 @@ class ResNet(nn.Module):
     """A residual network for small images.
 
     Args:
-        spec: its shape.
+        spec: the architecture.
         classes: number of logits.
 
-    Shape: float ``[N, 3, H, W]`` (fastest in ``channels_last``) to ``[N, classes]``; any H and W
-    whose last feature map is at least 1x1.
+    Shape: float ``[N, 3, H, W]`` (fastest in ``channels_last``) to ``[N, classes]``, for any H and
+    W that leave a last feature map of at least 1x1.
 
-    Convolutions start from He initialisation (fan-out, arXiv:1502.01852), norms from 1 and 0.
+    Convolutions use He initialisation (fan-out, arXiv:1502.01852); norms start at scale 1, bias 0.
+
+    Raises:
+        ResfastError: fewer than two classes.
     """
 
     def __init__(self, spec: ResNetSpec, classes: int = 10) -> None:
@@ -234,7 +238,7 @@ class ResNet(nn.Module):
             freeze_norm_scales(self)
 
     def zero_init_residual(self) -> None:
-        """Starts every residual branch at zero, so that blocks begin as their shortcut.
+        """Zeroes the last norm scale of every block, which then starts as its shortcut.
 
         Source: Goyal et al., "Accurate, Large Minibatch SGD", arXiv:1706.02677, section 5.1.
         """
@@ -251,11 +255,10 @@ def _dropout(spec: ResNetSpec) -> list[nn.Module]:
 
 
 def dirac_init(model: nn.Module) -> None:
-    """Makes the first filters of each convolution pass the channels of their input on unchanged.
+    """Sets the first filters of each convolution to the identity on its input channels.
 
-    As many filters as there are input channels, or all where those are more; the others, and all
-    other weights, stay as they are. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single
-    GPU", arXiv:2404.00498.
+    The number of these filters is the smaller of input and output channels; all other weights are
+    unchanged. Source: Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498.
     """
     with torch.no_grad():
         for module in model.modules():
@@ -264,7 +267,7 @@ def dirac_init(model: nn.Module) -> None:
 
 
 def freeze_norm_scales(model: nn.Module) -> None:
-    """Excludes the scale of every batch norm, which starts at 1, from training.
+    """Freezes the scale of every batch norm at its initial value, 1.
 
     Sources: Page, "How to Train Your ResNet 8: Bag of tricks" (myrtle.ai, 2019); Jordan, "94% on
     CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498.
@@ -275,5 +278,5 @@ def freeze_norm_scales(model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, frozen ones included."""
+    """Number of parameters, including frozen ones."""
     return sum(p.numel() for p in model.parameters())

@@ -1,10 +1,10 @@
 """Convolutional networks for training in seconds, described by a :class:`SpeedNetSpec`.
 
 Shapes: images are ``[N, 3, H, W]``, logits ``[N, classes]``. A first layer of frozen whitening
-filters, then stages of 3x3 convolutions, the first of each followed by a 2x2 max pool, then a
-global pool and a linear layer without bias. Sources of the family: Page, "How to Train Your
-ResNet" (myrtle.ai, 2018 to 2019); Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU",
-arXiv:2404.00498, whose airbench94 and airbench96 have such layers, wider.
+filters is followed by stages of 3x3 convolutions, the first of each with a 2x2 max pool, then a
+global pool and a linear layer without bias. Sources: Page, "How to Train Your ResNet" (myrtle.ai,
+2018 to 2019); Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv:2404.00498, whose
+airbench94 and airbench96 are built from the same layers.
 """
 
 from __future__ import annotations
@@ -38,38 +38,38 @@ IMAGE_CHANNELS = 3
 
 @dataclass(frozen=True)
 class SpeedNetSpec:
-    """All that defines a :class:`SpeedNet`.
+    """The architecture of a :class:`SpeedNet`.
 
     Attributes:
         channels: width of each stage.
-        convolutions: 3x3 convolutions of each stage.
-        strides: 2 for a 2x2 max pool behind the first convolution of a stage, 1 for none; empty
+        convolutions: 3x3 convolutions per stage.
+        strides: 2 for a 2x2 max pool after the first convolution of a stage, 1 for none; empty
             for 2 in all.
         residual: whether stages of at least three convolutions have an identity shortcut around
             all but the first (airbench96).
-        whitening: whether the first convolution is frozen, with a bias, and its weight is to be
-            computed from training images (:mod:`resfast.layers.whitening`); otherwise it is
-            learned, without bias, and a batch norm follows. It has the same shape either way.
-        whitening_kernel: its height and width in pixels.
-        whitening_padding: ``valid`` for none, or ``same`` for zeros around the image so that the
-            map has its size; an even kernel has one row and column more behind it than before.
-        whitening_width: eigenvectors kept, each as two filters of opposite signs; 0 for all
-            ``3 * whitening_kernel**2``.
+        whitening: whether the first convolution has a bias and frozen weights computed from
+            training images (:mod:`resfast.layers.whitening`); otherwise it is learned, without
+            bias, and followed by a batch norm. Its shape is the same in both cases.
+        whitening_kernel: height and width in pixels of the first convolution's kernel.
+        whitening_padding: ``valid`` for none, or ``same`` for zero padding that keeps the image
+            size; an even kernel gets one more row and column after the image than before it.
+        whitening_width: number of eigenvectors, each used as two filters of opposite sign; 0 for
+            all ``3 * whitening_kernel**2``.
         activation: ``gelu``, ``silu``, ``relu`` or ``leaky_relu`` (slope 0.1), after every norm and
-            the whitening.
+            after the whitening.
         final_pool: maximum (``max``) or average (``avg``) of each channel before the head, or
             ``both``, the maxima first.
-        logit_scale: what the logits are multiplied by.
+        logit_scale: factor applied to the logits.
         head_std: standard deviation that the head's initial weight is scaled to; 0 for PyTorch's
-            own, which is ``(3 * features) ** -0.5``.
-        norm_momentum: weight of a batch in the running statistics of batch norms.
+            default, ``(3 * features) ** -0.5``.
+        norm_momentum: momentum of the running statistics of batch norms.
         norm_eps: added to the variance in batch norms.
-        freeze_norm_scale: whether the scale of batch norms stays 1 (airbench94).
-        dirac_init: whether convolutions start as the identity on their first channels
-            (:func:`resfast.models.resnet.dirac_init`); the first layer does not.
+        freeze_norm_scale: whether batch norm scales stay 1 (airbench94).
+        dirac_init: whether convolutions other than the first start as the identity on their first
+            channels (:func:`resfast.models.resnet.dirac_init`).
 
     Raises:
-        ResfastError: lengths that differ, or a value out of range.
+        ResfastError: stages of different number, or a value out of range.
     """
 
     channels: tuple[int, ...]
@@ -96,26 +96,26 @@ class SpeedNetSpec:
         if stages == 0 or len(self.convolutions) != stages or len(self.strides) != stages:
             raise ResfastError(
                 f"channels {as_text(self.channels)}, convolutions {as_text(self.convolutions)} and "
-                f"strides {as_text(self.strides)} must name the same number of stages, at least one"
+                f"strides {as_text(self.strides)} must have the same length, one value per stage"
             )
         for name in ("channels", "convolutions"):
             if min(getattr(self, name)) < 1:
                 raise ResfastError(f"{name} {as_text(getattr(self, name))} must all be at least 1")
         if not set(self.strides) <= {1, 2}:
             raise ResfastError(
-                f"strides {as_text(self.strides)} must all be 2 (a max pool) or 1 (none) in a "
-                "speednet"
+                f"strides {as_text(self.strides)} of a speednet must all be 1 (no max pool) or 2 "
+                "(a max pool)"
             )
         if self.whitening_kernel < 1:
             raise ResfastError(
                 f"whitening_kernel {self.whitening_kernel} must be at least 1; to learn the first "
                 "convolution, set whitening to False"
             )
-        most = self.patch_size if self.whitening else None
-        if self.whitening_width < 0 or (most and self.whitening_width > most):
+        max_width = self.patch_size if self.whitening else None
+        if self.whitening_width < 0 or (max_width and self.whitening_width > max_width):
             raise ResfastError(
                 f"whitening_width {self.whitening_width} must be 1 to {self.patch_size}, the "
-                f"numbers in a patch of {self.whitening_kernel}x{self.whitening_kernel} pixels, or "
+                f"values in a patch of {self.whitening_kernel}x{self.whitening_kernel} pixels, or "
                 "0 for all of them"
             )
         for name, known in (
@@ -129,7 +129,7 @@ class SpeedNetSpec:
                 )
         for name, ok, expected in (
             ("logit_scale", 0 < self.logit_scale < float("inf"), "a positive number"),
-            ("head_std", 0 <= self.head_std < float("inf"), "a number of at least 0"),
+            ("head_std", 0 <= self.head_std < float("inf"), "finite and at least 0"),
             ("norm_momentum", 0 < self.norm_momentum <= 1, "above 0 and at most 1"),
             ("norm_eps", 0 < self.norm_eps < float("inf"), "a positive number"),
         ):
@@ -146,22 +146,22 @@ class SpeedNetSpec:
 
     @property
     def patch_size(self) -> int:
-        """Numbers in a patch of the first convolution, which is how many eigenvectors there are."""
+        """Values in an input patch of the first convolution, and so the number of eigenvectors."""
         return IMAGE_CHANNELS * self.whitening_kernel**2
 
     @property
     def stem(self) -> int:
-        """Filters of the first convolution."""
+        """Output channels of the first convolution."""
         return 2 * (self.whitening_width or self.patch_size)
 
     @property
     def least_image_size(self) -> int:
-        """Height and width in pixels of the smallest image that every pool has something of."""
+        """Height and width in pixels of the smallest image that leaves no pool's output empty."""
         return math.prod(self.strides) + self.whitening_kernel - 1 - sum(self.zeros)
 
     @property
     def zeros(self) -> tuple[int, int]:
-        """Rows and columns of zeros before and behind the image."""
+        """Rows and columns of zeros before and after the image."""
         if self.whitening_padding == "valid":
             return 0, 0
         return (self.whitening_kernel - 1) // 2, self.whitening_kernel // 2
@@ -170,8 +170,8 @@ class SpeedNetSpec:
 class SpeedStage(nn.Module):
     """Convolutions of one width: ``[N, Cin, H, W]`` to ``[N, C, H // stride, W // stride]``.
 
-    The first is followed by the max pool, then by its norm; the pool comes first because a quarter
-    of the map is left to normalize.
+    The max pool comes between the first convolution and its norm, so that the norm has a quarter of
+    the values to process.
     """
 
     def __init__(
@@ -201,15 +201,15 @@ class SpeedNet(nn.Module):
     """A network for small images that trains fast.
 
     Args:
-        spec: its shape and start.
+        spec: the architecture and initialisation.
         classes: number of logits.
 
     Shape: float ``[N, 3, H, W]`` (fastest in ``channels_last``) to ``[N, classes]``; any H and W of
     at least ``spec.least_image_size``.
 
-    Convolutions start from PyTorch's default initialisation, with the identity in it where
-    ``spec.dirac_init``. The whitening's filters are drawn likewise and frozen until
-    :func:`resfast.layers.whitening.prepare_model` replaces them; its bias starts at 0.
+    Convolutions use PyTorch's default initialisation, then the identity if ``spec.dirac_init``. The
+    whitening filters are frozen at random values until
+    :func:`resfast.layers.whitening.prepare_model` computes them; their bias starts at 0.
 
     Raises:
         ResfastError: fewer than two classes.
@@ -221,8 +221,8 @@ class SpeedNet(nn.Module):
             raise ResfastError(f"classes {classes} must be at least 2")
         self.spec = spec
         self.classes = classes
-        before, behind = spec.zeros
-        self.more_zeros = behind - before
+        before, after = spec.zeros
+        self.extra_padding = after - before
         kernel = spec.whitening_kernel
         first = nn.Conv2d(IMAGE_CHANNELS, spec.stem, kernel, padding=before, bias=spec.whitening)
         if spec.whitening:
@@ -258,7 +258,7 @@ class SpeedNet(nn.Module):
     def _first(self, x: Tensor) -> Tensor:
         """The first convolution and its activation."""
         if self.training and self.spec.whitening:
-            before, behind = self.spec.zeros
+            before, after = self.spec.zeros
             conv, activation = self.whitening, self.spec.activation
             if frozen_conv.applies(x, conv.weight, conv.bias):
                 return frozen_conv.frozen_conv_act(
@@ -266,12 +266,12 @@ class SpeedNet(nn.Module):
                     conv.weight,
                     conv.bias,
                     before=before,
-                    behind=behind,
+                    behind=after,
                     activation=activation,
                     negative_slope=NETWORK_NEGATIVE_SLOPE,
                 )
-        if self.more_zeros:
-            x = F.pad(x, (0, self.more_zeros, 0, self.more_zeros))
+        if self.extra_padding:
+            x = F.pad(x, (0, self.extra_padding, 0, self.extra_padding))
         if self.spec.whitening:
             return self.activation(self.whitening(x))
         return norm_act(self.stem.conv(x), self.stem.bn, self.stem.activation)
@@ -280,7 +280,8 @@ class SpeedNet(nn.Module):
         """The features of each image, ``[N, features]``."""
         if self.spec.final_pool == "avg":
             return x.mean((2, 3))
-        # Not amax: its compiled gradient finds no maximum if the map was rounded in between. Nor
-        # adaptive_max_pool2d, whose gradient on CUDA takes longer than a convolution's.
-        most = F.max_pool2d(x, x.shape[2:]).flatten(1)
-        return most if self.spec.final_pool == "max" else torch.cat([most, x.mean((2, 3))], 1)
+        # Not amax: its compiled gradient compares with the maximum and finds none if the map was
+        # rounded in between. Not adaptive_max_pool2d: its CUDA gradient is slower than a
+        # convolution's.
+        maxima = F.max_pool2d(x, x.shape[2:]).flatten(1)
+        return maxima if self.spec.final_pool == "max" else torch.cat([maxima, x.mean((2, 3))], 1)

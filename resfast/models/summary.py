@@ -10,10 +10,10 @@ from torch import nn
 
 
 def summarize(model: nn.Module, image_size: int = 32) -> torchinfo.ModelStatistics:
-    """The layers of a network for one RGB image: type, output shape, parameters, MACs.
+    """Type, output shape, parameters and MACs of each layer of a network, for one RGB image.
 
     Args:
-        model: any network that takes ``[N, 3, H, W]``; it is left as it was.
+        model: any network that takes ``[N, 3, H, W]``; it is not changed.
         image_size: H and W, in pixels.
 
     Returns:
@@ -39,5 +39,5 @@ def layer_table(model: nn.Module, image_size: int = 32) -> str:
 
 
 def count_macs(model: nn.Module, image_size: int = 32) -> int:
-    """Multiply-accumulates of one forward pass of one image."""
+    """Multiply-accumulate operations (MACs) of the forward pass of one image."""
     return int(summarize(model, image_size).total_mult_adds)

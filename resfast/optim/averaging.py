@@ -1,6 +1,6 @@
 """Averages of the weights over training: exponential moving average and Lookahead.
 
-A weight ``w`` below is how far an average moves towards the trained network in a step:
+An average moves towards the trained network by a weight w per step:
 ``average <- average + w (trained - average)``.
 """
 
@@ -16,40 +16,40 @@ from resfast.config.schema import OptimConfig
 
 
 def ema_weight(decay: float, updates: int) -> float:
-    """Weight of an exponential moving average after ``updates`` earlier ones.
+    """Weight of the next update of an exponential moving average, after ``updates`` earlier ones.
 
-    1 - min(decay, (1 + updates) / (10 + updates)), and 1 at the first: a short memory early on, so
-    that the average does not hold on to the random start (as TensorFlow's
+    1 - min(decay, (1 + updates) / (10 + updates)), and 1 for the first update. The memory is short
+    early on so that the average forgets the random initialisation (TensorFlow's
     ``ExponentialMovingAverage`` with ``num_updates``).
     """
     return 1 - min(decay, (1 + updates) / (10 + updates)) if updates else 1.0
 
 
 def lookahead_weight(config: OptimConfig, done: int, total: int) -> float:
-    """Weight of Lookahead's slow weights after ``done`` of ``total`` steps.
+    """How far Lookahead's slow weights move after ``done`` of ``total`` steps, 0 to 1.
 
-    1 - decay^k (done / total)^power, with k = ``lookahead`` steps between two moves: the slow
-    weights follow at once in the beginning and average strongly at the end (Jordan,
-    arXiv:2404.00498, section 3.4, with power 3 and decay 0.95). Power 0 is the constant
+    1 - decay^k (done / total)^power, with k = ``lookahead`` steps between two updates: the slow
+    weights copy the trained ones at first and average strongly at the end (Jordan,
+    arXiv:2404.00498, section 3.4, with power 3 and decay 0.95). Power 0 gives the constant
     weight 1 - decay^k of Zhang et al., arXiv:1907.08610.
     """
-    kept = config.lookahead_decay**config.lookahead
-    return 1 - kept * (done / total) ** config.lookahead_power
+    decay = config.lookahead_decay**config.lookahead
+    return 1 - decay * (done / total) ** config.lookahead_power
 
 
 def moves_lookahead(config: OptimConfig, done: int, total: int) -> bool:
-    """Whether the slow weights move after ``done`` of ``total`` steps: every ``lookahead`` steps,
-    and after the last."""
+    """Whether the slow weights are updated after ``done`` of ``total`` steps: every ``lookahead``
+    steps, and after the last."""
     return bool(config.lookahead) and (done % config.lookahead == 0 or done == total)
 
 
 class Average:
-    """A copy of a network whose parameters and buffers follow those of the trained one.
+    """A copy of a network whose parameters and buffers are averages of the trained ones.
 
-    Whole numbers, such as batch norm's count of batches, are copied.
+    Integer buffers, such as batch norm's ``num_batches_tracked``, are copied.
 
     Args:
-        model: the network that is trained.
+        model: the network being trained.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,11 +64,11 @@ class Average:
 
     @torch.no_grad()
     def move(self, weight: float | Tensor, *, write_back: bool = False) -> None:
-        """One step of the average, without waiting for the device.
+        """Updates the average without synchronizing with the device.
 
         Args:
             weight: 0 to 1, a number or a float32 0-d tensor on the device.
-            write_back: then set the trained network to the average, as Lookahead does.
+            write_back: whether to copy the average back to the trained network, as Lookahead does.
         """
         averages, trained = [], []
         for average, value in zip(_tensors(self.module), _tensors(self.model), strict=True):
@@ -94,7 +94,7 @@ class Average:
         return {"n_averaged": torch.tensor(updates), **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state of :meth:`state_dict`."""
+        """Restores a state returned by :meth:`state_dict`."""
         prefix = "module."
         self.module.load_state_dict(
             {name[len(prefix) :]: v for name, v in state.items() if name.startswith(prefix)}

@@ -1,8 +1,8 @@
-"""Muon: momentum whose update is orthogonalised, for convolution filters; SGD for all else.
+"""Muon: momentum with orthogonalised updates for convolution filters, SGD for everything else.
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024),
-https://kellerjordan.github.io/posts/muon/. ``torch.optim.Muon`` takes matrices only and one at a
-time. Shapes: K filters of ``[C, R, S]`` are a matrix of K rows and n = C * R * S columns.
+https://kellerjordan.github.io/posts/muon/. ``torch.optim.Muon`` takes only matrices, one at a
+time. Shapes: K filters ``[C, R, S]`` are a matrix of K rows and n = C * R * S columns.
 """
 
 from __future__ import annotations
@@ -20,42 +20,43 @@ from resfast import runtime
 from resfast.ops.muon import op as muon
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
-"""Of the quintic a x + b x^3 + c x^5, which brings singular values near 1 in a few iterations."""
+"""a, b, c of the quintic a x + b x^3 + c x^5, which moves singular values to about 1 in a few
+iterations."""
 _STEPS_PER_GRAM_MATRIX = 5
-"""Each iteration multiplies what float32 rounds off a gram matrix by up to a^2 = 12."""
+"""Each iteration amplifies the float32 rounding error of a Gram matrix by up to a^2 = 12."""
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearly orthogonal matrices with the singular vectors of the given ones, by Newton-Schulz.
+    """Nearly orthogonal matrices with the same singular vectors, by Newton-Schulz iteration.
 
-    Each iteration is X <- (a I + b X X^T + c (X X^T)^2) X, beginning at Frobenius norm 1; five of
-    them bring singular values above 0.002 of that to between 0.68 and 1.21. On CUDA all products
-    are of bfloat16. On the CPU the factors before X, which commute with X X^T, are multiplied with
-    each other first, in float32, and X comes in at the end: the same result with fewer operations
-    where a matrix is far from square. The products with X itself are of its dtype.
+    Each iteration is X <- (a I + b X X^T + c (X X^T)^2) X, starting from Frobenius norm 1; five
+    iterations move singular values above 0.002 of that norm to between 0.68 and 1.21. On CUDA all
+    products are in bfloat16. On the CPU the factors left of X, which commute with X X^T, are
+    multiplied together first, in float32, and applied to X at the end: the same result with fewer
+    operations for matrices far from square. Products with X itself are in the dtype of X.
 
     Args:
         matrices: float32 or bfloat16 ``[B, rows, columns]``.
         steps: iterations, at least 1.
 
     Returns:
-        ``[B, rows, columns]``, on the CPU of the dtype of ``matrices``, else bfloat16. A zero
-        matrix stays zero.
+        ``[B, rows, columns]``, in the dtype of ``matrices`` on the CPU and in bfloat16 elsewhere.
+        A zero matrix stays zero.
     """
     if matrices.device.type == "cpu":
         result = matrices
         for done in range(0, steps, _STEPS_PER_GRAM_MATRIX):
             count = min(steps - done, _STEPS_PER_GRAM_MATRIX)
-            result = _by_gram_matrix(result, count, normalize=not done)
+            result = _newton_schulz_by_gram_matrix(result, count, normalize=not done)
         return result
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     norm = x.float().norm(dim=(1, 2), keepdim=True).clamp(min=muon.LEAST_NORM)
-    x = _directly((x / norm).to(torch.bfloat16), steps)
+    x = _newton_schulz((x / norm).to(torch.bfloat16), steps)
     return x.mT if tall else x
 
 
-def _directly(x: Tensor, steps: int) -> Tensor:
+def _newton_schulz(x: Tensor, steps: int) -> Tensor:
     a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
@@ -64,7 +65,7 @@ def _directly(x: Tensor, steps: int) -> Tensor:
     return x
 
 
-def _by_gram_matrix(x: Tensor, steps: int, *, normalize: bool) -> Tensor:
+def _newton_schulz_by_gram_matrix(x: Tensor, steps: int, *, normalize: bool) -> Tensor:
     tall = x.shape[1] > x.shape[2]
     gram = (torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)).float()
     if muon.has_newton_schulz_product():
@@ -97,30 +98,29 @@ def _product(gram: Tensor, steps: int, normalize: bool) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum; in groups with ``muon=True`` its update is orthogonalised.
+    """Nesterov momentum; in groups with ``muon=True`` the update is orthogonalised.
 
-    For the filters of a convolution, as K rows: B <- momentum B + G, the update is
-    ``orthogonalize(G + momentum B)`` times sqrt(max(1, K / n)), and the weight loses lr times
-    weight_decay of itself and lr times the update. Other groups are ``torch.optim.SGD`` with
-    Nesterov momentum and L2 weight decay.
+    For the K filters of a convolution: B <- momentum B + G; U = sqrt(max(1, K / n))
+    ``orthogonalize(G + momentum B)``; W <- (1 - lr weight_decay) W - lr U. Other groups use SGD
+    with Nesterov momentum and L2 weight decay, as in ``torch.optim.SGD``.
 
-    Nothing waits for the device, and a learning rate may be a 0-d tensor on it: a step can be
-    captured as a CUDA graph once it has run eagerly.
+    A step does not synchronize with the device, and a learning rate may be a 0-d tensor on it, so
+    a step can be captured as a CUDA graph once it has run eagerly.
 
     Args:
-        groups: parameter groups, each with ``muon`` (bool) and those values below that differ.
+        groups: parameter groups, each with ``muon`` (bool) and any of the values below that differ.
         lr: learning rate, a number or a 0-d tensor.
         momentum: at least 0, below 1.
         weight_decay: see above.
         newton_schulz_steps: iterations of the orthogonalisation.
-        normalize_filters: before each step scale every weight of a ``muon`` group to the Frobenius
-            norm sqrt(K), each filter 1 on average (airbench94_muon).
-        product_dtype: on the CPU, of the products of an update with itself and at the end, float32
-            or bfloat16, which a processor may multiply twice as fast; None for what it does best.
+        normalize_filters: before each step, scale every weight of a ``muon`` group to Frobenius
+            norm sqrt(K), so that a filter's mean square norm is 1 (airbench94_muon).
+        product_dtype: on the CPU, dtype of the update's products, float32 or bfloat16, which some
+            processors multiply twice as fast; None for bfloat16 where the processor supports it.
 
     Raises:
-        ValueError: a ``product_dtype`` of neither kind, or a parameter of a ``muon`` group with
-            fewer than two dimensions.
+        ValueError: another ``product_dtype``, or a parameter with fewer than two dimensions in a
+            ``muon`` group.
     """
 
     def __init__(
@@ -152,16 +152,16 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if group["muon"] and parameter.ndim < 2:
                     raise ValueError(
-                        f"a parameter of shape {list(parameter.shape)} has no rows to "
-                        "orthogonalise; put it into a group without muon"
+                        f"a parameter of shape {list(parameter.shape)} cannot be orthogonalised: "
+                        "it has fewer than two dimensions; move it to a group with muon=False"
                     )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Moves the parameters that have a gradient.
+        """Updates the parameters that have a gradient.
 
         Args:
-            closure: computes loss and gradients first, as in ``torch.optim``.
+            closure: reevaluates the model and returns the loss, as in ``torch.optim``.
         """
         loss = None
         if closure is not None:
@@ -195,39 +195,43 @@ class Muon(torch.optim.Optimizer):
     def _step_muon(
         self, parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any]
     ) -> None:
-        alike: dict[tuple[_Way, torch.Size], list[int]] = defaultdict(list)
+        batches: dict[tuple[_Update, torch.Size], list[int]] = defaultdict(list)
         for index, (parameter, buffer) in enumerate(zip(parameters, buffers, strict=True)):
-            alike[_way(parameter, buffer), parameter.shape].append(index)
-        # The products of one shape leave most of a GPU idle.
+            batches[_choose_update(parameter, buffer), parameter.shape].append(index)
+        # The products of a single shape leave most of a GPU idle.
         with runtime.Branches(parameters[0].device) as branches:
-            for (way, _), indices in alike.items():
+            for (update, _), indices in batches.items():
                 with branches.branch():
-                    mine = [parameters[i] for i in indices], [buffers[i] for i in indices]
-                    way(*mine, group, self.product_dtype or _product_dtype())
+                    update(
+                        [parameters[i] for i in indices],
+                        [buffers[i] for i in indices],
+                        group,
+                        self.product_dtype or _product_dtype(),
+                    )
 
 
-_Way = Callable[[list[Tensor], list[Tensor], dict[str, Any], torch.dtype], None]
+_Update = Callable[[list[Tensor], list[Tensor], dict[str, Any], torch.dtype], None]
 
 
 def _product_dtype() -> torch.dtype:
     return torch.bfloat16 if runtime.cpu_has_bf16() else torch.float32
 
 
-def _way(parameter: Tensor, buffer: Tensor) -> _Way:
-    """What moves a parameter: the kernels for its device where it is dense, else operators."""
+def _choose_update(parameter: Tensor, buffer: Tensor) -> _Update:
+    """The kernels for the parameter's device if it is dense float32, else PyTorch operators."""
     dense = parameter.is_contiguous() or _in_memory_order(parameter).is_contiguous()
-    alike = all(
+    same_layout = all(
         tensor.dtype == torch.float32 and tensor.stride() == parameter.stride()
         for tensor in (parameter, buffer)
     )
-    if dense and alike and parameter.device.type == "cpu":
-        return _by_kernels
-    if dense and alike and parameter.device.type == "cuda" and runtime.has_triton():
-        return _by_triton
-    return _by_foreach
+    if dense and same_layout and parameter.device.type == "cpu":
+        return _update_cpu
+    if dense and same_layout and parameter.device.type == "cuda" and runtime.has_triton():
+        return _update_triton
+    return _update_foreach
 
 
-def _by_kernels(
+def _update_cpu(
     parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any], dtype: torch.dtype
 ) -> None:
     lr = float(group["lr"])
@@ -238,14 +242,14 @@ def _by_kernels(
         in_order = update if update.is_contiguous() else _in_memory_order(update)
         matrix = in_order.flatten(1)
         result = orthogonalize(matrix[None], group["newton_schulz_steps"])[0]
-        size = lr * math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1]))
-        moved = parameter if in_order is update else _in_memory_order(parameter)
+        scale = lr * math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1]))
+        filters = parameter if in_order is update else _in_memory_order(parameter)
         torch.ops.resfast.move_filters_(
-            moved, result.view_as(moved), size, keep, group["normalize_filters"]
+            filters, result.view_as(filters), scale, keep, group["normalize_filters"]
         )
 
 
-def _by_triton(
+def _update_triton(
     parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any], dtype: torch.dtype
 ) -> None:
     from resfast.ops.muon import triton as triton_muon
@@ -268,7 +272,7 @@ def _by_triton(
     )
 
 
-def _by_foreach(
+def _update_foreach(
     parameters: list[Tensor], buffers: list[Tensor], group: dict[str, Any], dtype: torch.dtype
 ) -> None:
     lr, momentum = group["lr"], group["momentum"]
@@ -288,13 +292,13 @@ def _by_foreach(
     matrices = stacked.flatten(2)
     result = orthogonalize(matrices, group["newton_schulz_steps"]).to(stacked.dtype)
     result = result * (lr * math.sqrt(max(1.0, matrices.shape[1] / matrices.shape[2])))
-    moved = [_in_memory_order(parameter) for parameter in parameters]
-    torch._foreach_sub_(moved, list(result.view_as(stacked)))
+    filters = [_in_memory_order(parameter) for parameter in parameters]
+    torch._foreach_sub_(filters, list(result.view_as(stacked)))
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """``[K, R, S, C]`` of a convolution's weight, contiguous where that is ``channels_last``.
+    """A convolution's weight as ``[K, R, S, C]``, contiguous if the weight is ``channels_last``.
 
-    The order of columns changes nothing in an orthogonalisation.
+    Orthogonalisation does not depend on the order of the columns.
     """
     return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor

@@ -13,24 +13,24 @@ from resfast.errors import ResfastError
 from resfast.optim.muon import Muon
 
 WHITENING_BIAS = "whitening.bias"
-"""Name of the parameter that ``whitening_bias_epochs`` is about."""
+"""Name of the parameter that is trained for ``whitening_bias_epochs``."""
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups of parameters that share learning rate, momentum and weight decay, without empty ones.
+    """The non-empty groups of parameters that share learning rate, momentum and weight decay.
 
-    In this order: convolution filters; weights of dense layers, together with the former where
-    nothing sets them apart; norm parameters and biases, which are not decayed by default (He et
-    al., "Bag of Tricks", arXiv:1812.01187, section 3.1); the bias of the whitening layer. Frozen
-    parameters are left out; a whitening bias that is never trained gets frozen.
+    In this order: convolution filters; weights of dense layers, in the first group if they have
+    the same values; norm parameters and biases, which are not decayed by default (He et al., "Bag
+    of Tricks", arXiv:1812.01187, section 3.1); the bias of the whitening layer. Frozen parameters
+    are left out. A whitening bias that is never trained is frozen here.
 
     Returns:
         Dictionaries with ``params``, ``lr``, ``weight_decay`` and ``name`` (``filters``, ``head``,
-        ``biases`` or ``whitening_bias``), and for muon ``muon`` and ``momentum``.
+        ``biases`` or ``whitening_bias``), and with Muon also ``muon`` and ``momentum``.
     """
     values = group_values(config)
     members: dict[str, list[nn.Parameter]] = {name: [] for name in values}
-    apart = config.optimizer == "muon" or values["head"] != values["filters"]
+    separate_head = config.optimizer == "muon" or values["head"] != values["filters"]
     for name, parameter in model.named_parameters():
         if name == WHITENING_BIAS:
             parameter.requires_grad_(parameter.requires_grad and config.whitening_bias_epochs > 0)
@@ -41,55 +41,55 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         elif parameter.ndim < 2:
             group = "biases"
         else:
-            group = "head" if apart and parameter.ndim < 4 else "filters"
+            group = "head" if separate_head and parameter.ndim < 4 else "filters"
         members[group].append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": members[name], "name": name} | values[name] for name in members if members[name]
     ]
     if config.optimizer == "muon":
-        others = config.momentum if config.sgd_momentum is None else config.sgd_momentum
+        sgd_momentum = config.momentum if config.sgd_momentum is None else config.sgd_momentum
         for options in groups:
             options["muon"] = options["name"] == "filters"
-            options["momentum"] = config.momentum if options["muon"] else others
+            options["momentum"] = config.momentum if options["muon"] else sgd_momentum
     return groups
 
 
 def group_values(config: OptimConfig) -> dict[str, dict[str, float]]:
     """Peak learning rate and weight decay of each group of :func:`parameter_groups`, by name."""
 
-    def given(value: float | None, otherwise: float) -> float:
-        return otherwise if value is None else value
+    def value_or(value: float | None, default: float) -> float:
+        return default if value is None else value
 
     bias_decay = config.weight_decay if config.decay_norm_bias else 0.0
     filters = {"lr": config.lr, "weight_decay": config.weight_decay}
     head = {
-        "lr": given(config.head_lr, config.lr),
-        "weight_decay": given(config.head_weight_decay, config.weight_decay),
+        "lr": value_or(config.head_lr, config.lr),
+        "weight_decay": value_or(config.head_weight_decay, config.weight_decay),
     }
     biases = {
-        "lr": given(config.bias_lr, config.lr),
-        "weight_decay": given(config.bias_weight_decay, bias_decay),
+        "lr": value_or(config.bias_lr, config.lr),
+        "weight_decay": value_or(config.bias_weight_decay, bias_decay),
     }
     return {"filters": filters, "head": head, "biases": biases, "whitening_bias": dict(biases)}
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer of a run: torch's fused implementations, or :class:`Muon`.
+    """The optimizer of a run: one of torch's fused implementations, or :class:`Muon`.
 
-    A whitening bias that is never trained gets frozen in ``model``.
+    Freezes a whitening bias that is never trained.
 
     Raises:
-        ResfastError: nothing in ``model`` can be trained, or the bias of a whitening layer is to
-            be and there is none.
+        ResfastError: ``model`` has no trainable parameter, or no whitening bias although
+            ``whitening_bias_epochs`` is set.
     """
     if config.whitening_bias_epochs and WHITENING_BIAS not in dict(model.named_parameters()):
         raise ResfastError(
-            f"--whitening-bias-epochs {config.whitening_bias_epochs:g} is of a whitening first "
-            "layer, which this model has not; leave it out or choose a model with one"
+            f"--whitening-bias-epochs {config.whitening_bias_epochs:g} needs a whitening first "
+            "layer, which this model does not have; omit the option or choose another model"
         )
     groups = parameter_groups(model, config)
     if not groups:
-        raise ResfastError("the model has no trainable parameter; at least one must not be frozen")
+        raise ResfastError("the model has no trainable parameters; unfreeze at least one")
     return OPTIMIZERS[config.optimizer](groups, config)
 
 
@@ -121,4 +121,4 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.
     "adamw": _adamw,
     "muon": _muon,
 }
-"""Value of ``--optimizer`` to what makes it from :func:`parameter_groups` and the configuration."""
+"""Constructors by value of ``--optimizer``, called with :func:`parameter_groups` and the config."""

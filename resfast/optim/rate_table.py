@@ -1,4 +1,4 @@
-"""Learning rates of a captured step: a CUDA graph reads them from the device."""
+"""Learning rates on the device, where a captured CUDA graph can read them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from resfast.optim.schedules import Schedule
 
 
 class RateTable:
-    """Learning rates and the average's weight of every step, on the device.
+    """Learning rates and averaging weight of every step, on the device.
 
     Args:
-        schedule: the learning rates.
-        optimizer: reads them from the device from now on.
-        average_weights: weight of the averaged network, for each step.
-        device: where.
+        schedule: computes the learning rates.
+        optimizer: reads its learning rates from the device from now on.
+        average_weights: weight of each step in the averaged network.
+        device: where the table is kept.
 
     Attributes:
-        average_weight: of the current step, float32 0-d.
-        tensors: all that changes from step to step.
+        average_weight: averaging weight of the current step, float32 0-d.
+        tensors: everything that changes from step to step.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class RateTable:
         self.schedule.rewrite()
 
     def go_to(self, step: int) -> None:
-        """Sets which row is next, where it is not that one anyway."""
+        """Sets the next row, without a copy to the device if it already is the next one."""
         step = min(step, len(self.rows) - 1)
         if step != self._next_on_host:
             self.next.fill_(step)
         self._next_on_host = step + 1
 
     def advance(self) -> None:
-        """Part of a captured step: reads the next row."""
+        """Reads the next row; part of a captured step."""
         torch.index_select(self.rows, 0, self.next, out=self.row[None])
         self.next += 1

@@ -1,4 +1,4 @@
-"""Learning rate schedules. A new curve from the peak to the end is one entry of ``CURVES``."""
+"""Learning rate schedules. A new decay curve is one entry of ``CURVES``."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ _BASE_MOMENTUM, _MAX_MOMENTUM = 0.85, 0.95
 
 
 class Schedule:
-    """Learning rate (and for one-cycle momentum) over a run.
+    """Learning rate (and momentum, for one-cycle) over a run.
 
-    A pure function of the step: all groups of the optimizer follow the same curve from their own
-    peak, but for the whitening bias, whose rate falls linearly from its peak to 0 over
-    ``whitening_bias_epochs`` (airbench94_muon). One-cycle: Smith & Topin, arXiv:1708.07120.
-    Warm-up: linear, for every schedule. Plateau goes on by accuracies once the warm-up is over.
+    A pure function of the step: every parameter group follows the same curve from its own peak,
+    except the whitening bias, whose rate falls linearly from its peak to 0 over
+    ``whitening_bias_epochs`` (airbench94_muon). The warm-up is linear, except that one-cycle
+    (Smith & Topin, arXiv:1708.07120) uses ``config.anneal`` both ways. After the warm-up,
+    ``plateau`` depends on the accuracies instead of the step.
 
     Args:
-        optimizer: the optimizer to steer.
-        config: which schedule.
+        optimizer: the optimizer whose learning rates are set.
+        config: selects the schedule.
         epochs: epochs of the run.
-        steps_per_epoch: batches in each.
-        progress: where steps are not all alike, for each step the part of the training that lies
-            before it, rising from 0 and below 1; then ``steps_per_epoch`` is not used.
+        steps_per_epoch: batches per epoch.
+        progress: if steps differ in size, the fraction of the training done before each step,
+            increasing from 0 and below 1; ``steps_per_epoch`` is then ignored.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Schedule:
         self.total = len(progress) if progress is not None else round(epochs * steps_per_epoch)
         self.progress = progress
         self.position = 0
-        """The step to come."""
+        """The next step."""
         self.steers_groups = True
         """Whether :meth:`step` writes the rates into the optimizer's groups."""
         values = group_values(config)
@@ -66,55 +67,55 @@ class Schedule:
 
     def _whitening_bias_steps(self) -> int:
         end = self.config.whitening_bias_epochs / self.epochs
-        return sum(self._place(step) < end * self.total - 1e-6 for step in range(self.total))
+        return sum(self._scaled_step(step) < end * self.total - 1e-6 for step in range(self.total))
 
     def rates(self, step: int) -> list[float]:
-        """The learning rate of each group in a step (from 0, over the whole run)."""
+        """The learning rate of each group in ``step``, counted from 0 over the whole run."""
         out = []
         steps = self.whitening_bias_steps
         for name, peak in zip(self.names, self.peaks, strict=True):
             if name == "whitening_bias":
                 out.append(peak * max(0.0, 1 - step / steps) if steps else 0.0)
             else:
-                out.append(self._rate(peak, self._place(step)))
+                out.append(self._rate(peak, self._scaled_step(step)))
         return out
 
     def table(self) -> Tensor:
         """:meth:`rates` of every step, float32 ``[total, groups]``."""
         return torch.tensor([self.rates(step) for step in range(self.total)])
 
-    def _place(self, step: int) -> float:
+    def _scaled_step(self, step: int) -> float:
         return step if self.progress is None else self.progress[step] * self.total
 
-    def _rate(self, peak: float, place: float) -> float:
+    def _rate(self, peak: float, position: float) -> float:
         config = self.config
         if config.schedule == "onecycle":
-            # In torch's own order of operations, so that the bits are those of OneCycleLR.
+            # The same order of operations as torch's OneCycleLR, for bit-identical rates.
             first = peak / (1 / config.start_factor)
             last = first / (config.start_factor / config.end_factor)
-            return self._one_cycle(place, first, peak, last)
-        if place < self.warmup:
-            done = place / self.warmup
+            return self._one_cycle(position, first, peak, last)
+        if position < self.warmup:
+            done = position / self.warmup
             return peak * (config.start_factor + (1 - config.start_factor) * done)
         if config.schedule == "multistep":
             for milestone in config.milestones:
-                if place >= milestone * self.total / self.epochs:
+                if position >= milestone * self.total / self.epochs:
                     peak *= config.gamma
             return peak
-        done = (place - self.warmup) / max(self.total - self.warmup, 1)
+        done = (position - self.warmup) / max(self.total - self.warmup, 1)
         curve = CURVES.get(config.schedule)
         return peak if curve is None else curve(peak, peak * config.end_factor, done)
 
-    def _one_cycle(self, place: float, first: float, peak: float, last: float) -> float:
+    def _one_cycle(self, position: float, first: float, peak: float, last: float) -> float:
         anneal = _ANNEAL[self.config.anneal]
         total = max(self.total, 2)
-        turn = self.config.warmup * total - 1
-        if turn > 0 and place <= turn:
-            return anneal(first, peak, place / turn)
-        return anneal(peak, last, (place - turn) / (total - 1 - turn))
+        peak_position = self.config.warmup * total - 1
+        if peak_position > 0 and position <= peak_position:
+            return anneal(first, peak, position / peak_position)
+        return anneal(peak, last, (position - peak_position) / (total - 1 - peak_position))
 
     def reset(self) -> None:
-        """Begins anew."""
+        """Restarts from the first step."""
         self.position = 0
         if self.plateau is not None:
             self.plateau._reset()
@@ -122,13 +123,13 @@ class Schedule:
             self.rewrite()
 
     def rewrite(self) -> None:
-        """Writes the values of the step to come into the optimizer's groups."""
+        """Writes the values of the next step into the optimizer's groups."""
         step = min(self.position, self.total - 1)
         for group, rate in zip(self.optimizer.param_groups, self.rates(step), strict=True):
             group["lr"] = rate
         if self.config.schedule == "onecycle" and self.config.cycle_momentum:
             ends = _MAX_MOMENTUM, _BASE_MOMENTUM, _MAX_MOMENTUM
-            momentum = self._one_cycle(self._place(step), *ends)
+            momentum = self._one_cycle(self._scaled_step(step), *ends)
             for group in self.optimizer.param_groups:
                 if "betas" in group:
                     group["betas"] = (momentum, *group["betas"][1:])
@@ -136,45 +137,45 @@ class Schedule:
                     group["momentum"] = momentum
 
     def step(self, step: int) -> None:
-        """Moves on after batch ``step`` (from 0, over the whole run)."""
+        """Advances to the step after ``step``, counted from 0 over the whole run."""
         if step + 1 >= self.total:
             return
         self.position = step + 1
         if self.plateau is not None and self.position > self.warmup:
-            return  # the warm-up is over: only the plateau moves the rate from here
+            return  # after the warm-up only ReduceLROnPlateau changes the rate
         if self.steers_groups:
             self.rewrite()
 
     def evaluated(self, accuracy: float, epochs: int = 1) -> None:
-        """Tells the plateau schedule an accuracy.
+        """Passes an accuracy to the plateau schedule; other schedules ignore it.
 
         Args:
-            accuracy: of the evaluation.
-            epochs: epochs since the last evaluation. The patience counts all of them.
+            accuracy: accuracy of the evaluation.
+            epochs: epochs since the last evaluation, all of which count towards the patience.
         """
         if self.plateau is not None:
-            self.plateau.num_bad_epochs += epochs - 1  # a better accuracy sets it to 0
+            self.plateau.num_bad_epochs += epochs - 1  # reset to 0 by a better accuracy
             self.plateau.step(accuracy)
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step, of the first group."""
+        """The first group's learning rate in the next step."""
         if self.plateau is not None:
             return float(self.optimizer.param_groups[0]["lr"])
         return self.rates(self.position)[0]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on (plain numbers and containers)."""
+        """The state needed to resume, in plain numbers and containers."""
         return {
             "position": self.position,
             "plateau": self.plateau.state_dict() if self.plateau else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state of :meth:`state_dict`, the optimizer's being loaded already."""
+        """Restores a state returned by :meth:`state_dict`; load the optimizer's state first."""
         if "position" in state:
             self.position = state["position"]
-        elif state["per_batch"] is not None:  # of version 0.1
+        elif state["per_batch"] is not None:  # a checkpoint of version 0.1
             self.position = state["per_batch"]["last_epoch"]
         if self.plateau is not None:
             self.plateau.load_state_dict(state["plateau"])
@@ -192,5 +193,5 @@ def _cosine(start: float, end: float, done: float) -> float:
 
 _ANNEAL: dict[str, Callable[[float, float, float], float]] = {"cos": _cosine, "linear": _linear}
 CURVES = {"cosine": _cosine, "linear": _linear}
-"""Value of ``--schedule`` to the learning rate after the warm-up: a function of the peak, the last
-rate and the part of the steps that is done. Those without an entry hold the peak."""
+"""Learning rate after the warm-up by value of ``--schedule``: a function of the peak, the final
+rate and the fraction of the steps done. Schedules without an entry hold the peak."""
