@@ -1,6 +1,6 @@
 """resfast: trains CIFAR-scale ResNets to a target accuracy as fast as the hardware allows.
 
-The names here load what they need on first use, so that importing the package is quick::
+The names here are loaded on first use, so that importing the package is quick::
 
     import resfast
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # what the names are to editors and type checkers
+if TYPE_CHECKING:  # for editors and type checkers
     from resfast.config.recipes import RECIPES as RECIPES
     from resfast.config.recipes import recipe as recipe
     from resfast.config.schema import Config as Config
@@ -54,11 +54,11 @@ _HOME = {
 __all__ = ["__version__", "evaluate", "export", "predict", "train", *sorted(_HOME)]
 
 
-if not TYPE_CHECKING:  # which would take any name for one of the package
+if not TYPE_CHECKING:  # type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         if name in ("train", "evaluate", "predict", "export"):
-            # Entry points: modules that can be called (see resfast.cli.common.make_callable).
+            # Entry points are callable modules (see resfast.cli.common.make_callable).
             return importlib.import_module(f"resfast.{name}")
         if name in _HOME:
             return getattr(importlib.import_module(_HOME[name]), name)

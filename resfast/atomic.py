@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Atomic file writes: a file has either its old or its new content, never a part of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SUFFIX = ".tmp"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the name of a temporary file to write; it becomes ``path`` when the block ends well.
+    """Yields a temporary path to write to, which replaces ``path`` if the block succeeds.
 
-    The temporary file lies in the same folder and is fsynced before ``os.replace``. On any error
-    it is removed, the old file stays and the error (``OSError`` of a full or read-only disk, or
-    whatever the block raised) propagates.
+    The temporary file is in the same folder and is fsynced before ``os.replace``. On any error
+    (``OSError`` of a full or read-only disk, or an exception of the block) it is removed, the old
+    file is kept and the error propagates.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}")
     try:
@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Write ``data`` to ``path`` atomically and durably; see :func:`replacing` for errors."""
+    """Writes ``data`` to ``path`` atomically and durably; see :func:`replacing` for errors."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
@@ -45,21 +45,25 @@ def save(path: Path, data: bytes | memoryview) -> None:
     """:func:`write_bytes` for entry points.
 
     Raises:
-        ResfastError: it could not be written, with what to do; the old file is intact.
+        ResfastError: the file cannot be written; the old file is intact.
     """
     try:
         write_bytes(path, data)
     except OSError as error:
         raise ResfastError(
-            f"cannot write {path}: {error.strerror}; free space or mend the permissions"
+            f"cannot write {path}: {error.strerror}; free disk space or fix the permissions"
         ) from None
 
 
 def make_folder(path: Path, option: str) -> Path:
-    """Makes a folder that a command's ``option`` named, and those above it.
+    """Creates a folder and its parents, and returns it.
+
+    Args:
+        path: the folder.
+        option: the command-line option that named it, for the error message.
 
     Raises:
-        ResfastError: it cannot be made.
+        ResfastError: the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -71,9 +75,9 @@ def make_folder(path: Path, option: str) -> Path:
 
 
 def remove_stale(folder: Path, older_than_s: float = 24 * 3600) -> None:
-    """Remove temporary files that a killed process left in ``folder`` more than a day ago."""
+    """Removes temporary files of killed processes from ``folder`` that are older than a day."""
     limit = time.time() - older_than_s
-    with contextlib.suppress(OSError):  # an unreadable folder has nothing to tidy
+    with contextlib.suppress(OSError):  # an unreadable folder is skipped
         for leftover in folder.glob(f".*{_SUFFIX}"):
             with contextlib.suppress(OSError):  # another process may have removed it
                 if leftover.stat().st_mtime < limit:
@@ -92,6 +96,6 @@ def _fsync_folder(folder: Path) -> None:
     try:
         _fsync(folder, os.O_RDONLY)
     except OSError as error:
-        # Some network file systems cannot sync a folder; the rename itself has happened.
+        # Some network file systems cannot sync a folder; the rename itself has succeeded.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise

@@ -1,7 +1,7 @@
-"""A function of tensors that is captured once and runs as one CUDA graph after that.
+"""A function of tensors that is captured once and then replayed as a CUDA graph.
 
-For training steps and fused networks alike; on the CPU the function is called each time, so that
-what surrounds it is the same on both.
+Used for training steps and fused networks. On the CPU the function is called each time, so that
+callers need not distinguish the two.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 
 
 class CudaGraph:
-    """A captured function, on input buffers of its own.
+    """A captured function with its own input buffers.
 
     Args:
-        function: what to capture; it may change anything that keeps its address.
-        inputs: its arguments, of the shapes, dtypes and layouts to come.
-        device: where it runs.
-        pool: memory pool that graphs may share of which no two run at a time.
-        capturing: entered around the capture itself.
+        function: what to capture; it may modify any tensor that keeps its address.
+        inputs: example arguments, of the shapes, dtypes and layouts of later calls.
+        device: where the function runs.
+        pool: memory pool to share with graphs that never run at the same time.
+        capturing: context manager entered around the capture itself.
 
     Attributes:
         inputs: buffers that the captured function reads.
-        outputs: what it returned, overwritten by each :meth:`replay`.
+        outputs: the function's results, overwritten by each :meth:`replay`.
     """
 
     WARM_UP_CALLS = 3
-    """Before the capture: libraries allocate, and kernels are chosen."""
+    """Calls before the capture, in which libraries allocate memory and choose kernels."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class CudaGraph:
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: the threads of a data loader may go on meanwhile.
+        # thread_local, because the threads of a data loader keep running.
         capture = torch.cuda.graph(
             self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
         )
@@ -71,7 +71,7 @@ class CudaGraph:
             self.outputs = function(*self.inputs)
 
     def replay(self, *inputs: Tensor) -> Any:
-        """The result for some inputs, valid until the next call."""
+        """Copies ``inputs`` to the buffers and runs; the result is valid until the next call."""
         for buffer, value in zip(self.inputs, inputs, strict=True):
             buffer.copy_(value)
         if self.graph is not None:

@@ -1,4 +1,4 @@
-"""``python -m resfast.doctor``: what of this machine resfast can use, a line each."""
+"""``python -m resfast.doctor``: reports what resfast can use on this machine."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Device, dtype, compiler and allocator: what the machine offers and how a run uses it."""
+"""Device, dtype, compiler, allocator and memory: what the machine has and how a run uses it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def resolve_device(name: str) -> torch.device:
     """``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        ResfastError: not such a name, or a device that is not there.
+        ResfastError: an unknown name, or a device that does not exist.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,8 +47,8 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
             raise ResfastError(
-                f"device {name!r} is not there ({count} CUDA devices found); choose --device cpu "
-                "or check the driver with nvidia-smi"
+                f"device {name!r} does not exist ({count} CUDA devices found); choose --device "
+                "cpu, or check the driver with nvidia-smi"
             )
     return torch.device(name)
 
@@ -56,7 +56,10 @@ def resolve_device(name: str) -> torch.device:
 def resolve_precision(
     precision: Precision, device: torch.device
 ) -> Literal["bf16", "fp16", "fp32"]:
-    """The compute dtype for ``auto``: bf16 where the hardware has it."""
+    """The compute dtype; for ``auto``, bf16 where the hardware supports it.
+
+    Otherwise ``auto`` is fp16 on CUDA and fp32 on the CPU.
+    """
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -66,7 +69,7 @@ def resolve_precision(
 
 @functools.cache
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 itself."""
+    """Whether the processor has instructions for bfloat16 products."""
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if flags:
         return bool(flags.get("amx_bf16") or flags.get("avx512_bf16") or flags.get("bf16"))
@@ -75,7 +78,7 @@ def cpu_has_bf16() -> bool:
 
 
 def cpu_info() -> str:
-    """What Linux says of the processors, one paragraph each, or "" on another system."""
+    """The content of ``/proc/cpuinfo``, or "" where it does not exist."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             return file.read()
@@ -84,10 +87,10 @@ def cpu_info() -> str:
 
 
 def tune_allocator() -> bool:
-    """Lets glibc keep freed memory instead of returning big blocks to the kernel.
+    """Makes glibc keep freed memory instead of returning large blocks to the kernel.
 
-    Otherwise each step faults all its activations in again, a large part of a CPU training step.
-    Affects the whole process, and only allocations from here on.
+    Otherwise every step takes page faults on all its activations, a large part of a CPU training
+    step. Affects later allocations of the whole process.
 
     Returns:
         Whether it took effect (glibc on Linux only).
@@ -102,9 +105,9 @@ def tune_allocator() -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Gives unused memory back to the kernel, which a tuned allocator never does itself.
+    """Returns unused memory to the kernel, which a tuned allocator never does by itself.
 
-    On the CPU, with glibc. What is used next is faulted in again, once.
+    Only on the CPU with glibc. Later allocations take page faults again, once.
     """
     if device.type == "cpu" and sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
@@ -112,7 +115,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def compiler_missing(device: torch.device) -> str | None:
-    """Why torch.compile cannot work on ``device``, or None where it can be expected to."""
+    """Why torch.compile cannot work on ``device``, or None if it should."""
     compiler = os.environ.get("CXX") or "g++"
     if not (shutil.which(compiler) or shutil.which("clang++")):
         return f"no C++ compiler ({compiler}, clang++) was found"
@@ -135,27 +138,27 @@ def prepare(device: torch.device, *, threads: int, tf32: bool, tuned_allocator: 
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
         return
-    # torch.compile for the CPU still looks for a CUDA toolchain, and says so if it is alone.
+    # torch.compile looks for a CUDA toolchain even on the CPU, and warns if it finds one but no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if tuned_allocator and not tune_allocator():
-        logger.warning("the allocator could not be tuned: this is not glibc")
+        logger.warning("the allocator was not tuned: the C library is not glibc")
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a CUDA device is done; on the CPU there is nothing to wait for."""
+    """Waits for a CUDA device to finish; does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Branches:
-    """Work of a CUDA graph whose parts do not depend on each other, side by side.
+    """Parallel branches of a CUDA graph, for work whose parts are independent.
 
-    Where no graph is being captured, the parts run one after the other. Within it every part is
-    captured under :meth:`branch`; what follows it waits for all of them. What they read must live
-    until then.
+    Each part runs under :meth:`branch`, on a stream of its own while a graph is captured and one
+    after the other otherwise. Work after the context waits for all of them. Tensors that the parts
+    read must stay alive until then.
 
     Args:
-        device: where.
+        device: where the work runs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -174,7 +177,7 @@ class Branches:
 
     @contextlib.contextmanager
     def branch(self) -> Iterator[None]:
-        """Within it is a part."""
+        """Context of one part."""
         if self._main is None:
             yield
             return
@@ -192,12 +195,15 @@ def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton, which our kernels for CUDA are partly written in, is installed."""
+    """Whether Triton, which some of the CUDA kernels are written in, is installed."""
     return find_spec("triton") is not None
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes used so far: by tensors on a CUDA device, else by the process in main memory."""
+    """Peak memory in bytes: of tensors on a CUDA device, else the process's resident set size.
+
+    0 where it is unknown.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -209,7 +215,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def describe(device: torch.device) -> str:
-    """Name of the processor, for the records of a run."""
+    """Name of the GPU, or of the CPU and its number of threads, for the records of a run."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = (line for line in cpu_info().splitlines() if line.startswith("model name"))
@@ -218,7 +224,7 @@ def describe(device: torch.device) -> str:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the host, or on ``device`` if it is a GPU with fewer."""
+    """Free memory in bytes: of the host, or of ``device`` if it is a GPU with less."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             values = {

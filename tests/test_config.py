@@ -148,7 +148,7 @@ def test_a_missing_configuration_is_an_error(tmp_path: Path):
         ("--data cifar11", "cifar11"),
         ("--data folder:nowhere", "nowhere"),
         ("--device tpu", "device 'tpu' is unknown"),
-        ("--device cuda:99", "is not there"),
+        ("--device cuda:99", "does not exist"),
         ("--name a/b", "must be a plain folder name"),
     ],
 )

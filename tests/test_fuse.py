@@ -422,7 +422,7 @@ def test_a_norm_behind_a_max_pool_is_folded_where_its_scales_are_positive(
     assert error(model, fused, x) < 1e-5
     assert counts(fused.report) == (1, int(folded), 0, int(folded))
     if not folded:
-        assert any("behind a max pool" in why for _, why in fused.report.left)
+        assert any("after a max pool" in why for _, why in fused.report.left)
 
 
 @pytest.mark.parametrize("activation", ["leaky_relu", "silu", "gelu"])
@@ -606,9 +606,9 @@ def test_report_is_text(model: nn.Module):
     said: list[str] = []
     fused = resfast.fuse(model, report=said.append)
     assert said == [str(fused.report)]
-    assert said[0].startswith("6 convolutions are one kernel each (2 with the addition of")
+    assert said[0].startswith("6 convolutions fused into one kernel each (2 with a residual")
     left = str(resfast.fuse(trained_like(CifarNet(PreActBlock))).report)
-    assert "left 3: batch norm that follows no convolution (layers.0.bn1, layers.1.bn1" in left
+    assert "3 not fused: batch norm that follows no convolution (layers.0.bn1, layers.1.bn1" in left
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -709,7 +709,7 @@ def test_network_in_training_mode_is_refused(model: nn.Module):
 def test_fused_network_is_not_fused_again(model: nn.Module):
     fused = resfast.fuse(model)
     for again in (fused, nn.Sequential(fused), fused.network):
-        with pytest.raises(ResfastError, match="is fused already"):
+        with pytest.raises(ResfastError, match="is already fused"):
             resfast.fuse(again.eval())
 
 
@@ -802,7 +802,7 @@ def test_cuda_speednet_keeps_its_numbers(padding: str):
 
 def ran_fused(layer: nn.Module) -> list[ConvBiasAct]:
     """The kernels that a layer holds."""
-    return [held.run for held in layer._folded.values() if held.run is not None]
+    return [cached.module for cached in layer._folded.values() if cached.module is not None]
 
 
 @pytest.mark.parametrize("name", sorted(LAYERS))

@@ -70,7 +70,7 @@ class ResNetSpec:
         if stages == 0 or len(self.channels) != stages or len(self.strides) != stages:
             raise ResfastError(
                 f"blocks {as_text(self.blocks)}, channels {as_text(self.channels)} and strides "
-                f"{as_text(self.strides)} must have the same length, one value per stage"
+                f"{as_text(self.strides)} must give the same number of stages, at least one"
             )
         for name in ("blocks", "channels", "strides", "head"):
             if any(value < 1 for value in getattr(self, name)):

@@ -96,7 +96,7 @@ class SpeedNetSpec:
         if stages == 0 or len(self.convolutions) != stages or len(self.strides) != stages:
             raise ResfastError(
                 f"channels {as_text(self.channels)}, convolutions {as_text(self.convolutions)} and "
-                f"strides {as_text(self.strides)} must have the same length, one value per stage"
+                f"strides {as_text(self.strides)} must give the same number of stages, at least one"
             )
         for name in ("channels", "convolutions"):
             if min(getattr(self, name)) < 1:

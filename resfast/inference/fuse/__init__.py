@@ -1,11 +1,11 @@
-"""A trained network as a chain of fused convolutions: :func:`fuse`.
+"""A trained network as a graph of fused convolutions: :func:`fuse`.
 
-The network is traced with ``torch.fx``, or with ``torch.export`` where Python's control flow looks
-at the data, and its in-place operations are made out of place, so that an operation can move to
-where its operands are ready. Every convolution then takes in what follows it and nobody else
-reads: the batch norm (folded into the weights, Jacob et al., arXiv:1712.05877, section 3.2), the
-addition of a residual and the activation. A max pool moves behind a norm and an activation that
-keep the order of numbers, so that these stand behind the convolution.
+The network is traced with ``torch.fx``, or with ``torch.export`` if its control flow depends on the
+data, and in-place operations are replaced by out-of-place ones, so that operations can be
+reordered. Each convolution is then fused with the operations after it, if nothing else reads the
+values in between: the batch norm (folded into the weights, Jacob et al., arXiv:1712.05877, section
+3.2), the addition of a residual and the activation. A max pool is moved after an increasing norm
+or activation, which then directly follows the convolution.
 """
 
 from resfast.inference.fuse.model import FusedModel

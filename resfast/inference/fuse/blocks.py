@@ -8,15 +8,14 @@ from resfast.ops.basic_block import op as basic_block
 
 
 def group_blocks(network: fx.GraphModule) -> int:
-    """Makes one :class:`~resfast.ops.basic_block.op.BasicBlock` of each residual basic block.
+    """Replaces each residual block by one :class:`~resfast.ops.basic_block.op.BasicBlock`.
 
-    That is a :class:`~resfast.ops.conv.op.ConvBiasAct` that only a second one reads, whose
-    residual is the input of the first, wherever ``basic_block.applies`` to the two. The block holds
-    the two modules themselves, beside the first of them, and computes what they compute.
+    A residual block is a :class:`~resfast.ops.conv.op.ConvBiasAct` read only by a second one whose
+    residual is the input of the first, if ``basic_block.applies`` to the pair. The new module holds
+    the two convolutions, has the same parent as the first, and computes the same result.
 
     Args:
-        network: a graph with fused convolutions, as :func:`resfast.fuse` makes it; rewritten in
-            place.
+        network: a graph of fused convolutions from :func:`resfast.fuse`; rewritten in place.
 
     Returns:
         The number of blocks.
@@ -49,14 +48,14 @@ def group_blocks(network: fx.GraphModule) -> int:
 
 
 def _call(node: object, network: fx.GraphModule, inputs: int) -> nn.Module | None:
-    """The module that a node calls with that many values."""
+    """The module that a node calls with ``inputs`` arguments, or None."""
     if not isinstance(node, fx.Node) or node.op != "call_module" or node.kwargs:
         return None
     return network.get_submodule(node.target) if len(node.args) == inputs else None
 
 
 def _free_name(network: fx.GraphModule, parent: str) -> str:
-    """Of a module in ``parent`` that is not there yet."""
+    """An unused name for a new submodule of ``parent``."""
     base = name = f"{parent}.basic_block".removeprefix(".")
     taken, count = {name for name, _ in network.named_modules()}, 1
     while name in taken:

@@ -1,4 +1,4 @@
-"""The fused network as a module, replayed as a CUDA graph where that was asked for."""
+"""The fused network as a module, optionally replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from resfast.inference.fuse.report import FusionReport
 
 
 class FusedModel(nn.Module):
-    """A network that :func:`fuse` made: for inference only.
+    """A network returned by :func:`fuse`, for inference only.
 
-    Takes what the original takes: floating-point tensors are brought to :attr:`dtype` and, if they
-    are images, to ``channels_last``, once. What comes out in floating point is float32. Copies,
-    pickles, ``torch.compile`` and ``torch.export`` work as for any module.
+    Takes the inputs of the original: floating-point tensors are converted to :attr:`dtype` and, if
+    4-dimensional, to ``channels_last``. Floating-point outputs are float32. It can be copied,
+    pickled, compiled with ``torch.compile`` and exported with ``torch.export``.
 
     Attributes:
         network: the rewritten graph.
-        dtype: what it computes in.
-        report: what was fused and what was left.
-        cuda_graph: whether each shape of input is captured as a CUDA graph by its first call and
-            replayed by later ones. They keep their memory; call it from one stream at a time.
+        dtype: dtype of the computation.
+        report: what was fused and what was not.
+        cuda_graph: whether the first call for each input shape captures a CUDA graph that later
+            calls replay. Graphs keep their memory; call the module from one stream at a time.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class FusedModel(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> FusedModel:
-        """Does nothing for ``mode=False``.
+        """Does nothing: the network is always in eval mode.
 
         Raises:
-            ResfastError: ``mode=True``.
+            ResfastError: ``mode`` is True.
         """
         if mode:
             raise ResfastError(
@@ -85,12 +85,13 @@ class FusedModel(nn.Module):
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         for index, (x, shape) in enumerate(zip(tensors, self._shapes, strict=False)):
             if len(x.shape) != len(shape) or any(
-                want is not None and have != want for have, want in zip(x.shape, shape, strict=True)
+                expected is not None and actual != expected
+                for actual, expected in zip(x.shape, shape, strict=True)
             ):
-                wanted = ", ".join("any" if size is None else str(size) for size in shape)
+                sizes = ", ".join("any" if size is None else str(size) for size in shape)
                 raise ResfastError(
-                    f"input {index} is {list(x.shape)}; this network was traced by torch.export "
-                    f"for [{wanted}]; fuse it again with an example of the other shape"
+                    f"input {index} has shape {list(x.shape)}, but the network was traced by "
+                    f"torch.export for [{sizes}]; fuse it again with an example of the new shape"
                 )
 
     def _replay(self, inputs: tuple[Any, ...]) -> Any:
@@ -104,7 +105,8 @@ class FusedModel(nn.Module):
         if captured is None:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            # Static tensors must not be inference tensors: those cannot be written to outside.
+            # Input buffers must not be inference tensors, which cannot be written outside
+            # inference_mode.
             converted = [*map(self._converted, inputs)]
             with torch.inference_mode(False), torch.no_grad():
                 captured = CudaGraph(self._run, converted, device=inputs[0].device, pool=self._pool)
@@ -127,7 +129,7 @@ class FusedModel(nn.Module):
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """``value`` with the function applied to every tensor in it."""
+    """Applies the function to every tensor in a nested structure of lists, tuples and dicts."""
     match value:
         case Tensor():
             return function(value)

@@ -1,4 +1,4 @@
-"""The operations that fusion knows, and small questions about the nodes of a graph."""
+"""The operations that fusion recognizes, and helpers that inspect the nodes of a graph."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ FOREIGN = {
     *("gelu", "leaky_relu", "relu6", "elu", "selu", "celu", "mish", "hardswish", "hardtanh"),
     *("sigmoid", "tanh", "hardsigmoid", "softplus", "prelu", "rrelu", "logsigmoid", "clamp"),
 }
-"""Activations that the fused kernel does not have."""
+"""Activations that the fused kernel does not support."""
 CASTS = {"float", "double", "half", "bfloat16"}
 
 
 class UntraceableError(Exception):
-    """The graph cannot say what this network does."""
+    """The network cannot be represented as a graph without in-place operations."""
 
 
 def kind_of(node: fx.Node, network: fx.GraphModule) -> str:
-    """The name of what a node calls."""
+    """The name of the module class, method or function that a node calls."""
     if node.op == "call_module":
         return type(network.get_submodule(node.target)).__name__
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -68,7 +68,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 
 def only_scaled(node: fx.Node) -> fx.Node | None:
-    """The only reader of a value, past multiplications by a number."""
+    """The only user of a value, after any multiplications by a number."""
     user = only_user(node)
     while user is not None and user.target in SCALINGS and user.all_input_nodes == [node]:
         node, user = user, only_user(user)

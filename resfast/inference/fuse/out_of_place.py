@@ -1,4 +1,4 @@
-"""In-place operations of a traced graph made out of place."""
+"""Replaces the in-place operations of a traced graph by out-of-place ones."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from resfast.layers import fused
 
 
 def make_out_of_place(network: fx.GraphModule) -> None:
-    """Removes what does nothing in eval mode and makes every in-place operation return a new value.
+    """Removes no-ops of eval mode and makes every in-place operation return a new value.
 
-    After an in-place operation all later readers of the old value read the new one.
+    Later users of the value that was changed use the new value instead.
 
     Raises:
-        UntraceableError: an in-place operation on a part of a value that is read elsewhere, or
-            one without an out-of-place counterpart.
+        UntraceableError: an in-place operation on a view of a value that is read later, or one
+            without an out-of-place counterpart.
     """
     graph = network.graph
     for node in list(graph.nodes):
-        if _does_nothing(node, network):
+        if _is_no_op(node, network):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif node.target is torch._assert:  # as a reader of the value it would keep it from fusing
+        elif node.target is torch._assert:  # its use of the value would prevent fusion
             graph.erase_node(node)
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -39,10 +39,10 @@ def make_out_of_place(network: fx.GraphModule) -> None:
         if not isinstance(old, fx.Node):
             continue
         if old.op == "get_attr":
-            raise UntraceableError(f"{node} changes {old.target}, a part of the network")
+            raise UntraceableError(f"{node} changes the network's {old.target} in place")
         for other in _same_memory(old, graph, network) - {old, node}:
             if any(order[user] > order[node] for user in other.users):
-                raise UntraceableError(f"{node} changes a part of {other} in place")
+                raise UntraceableError(f"{node} changes {other}, which shares memory, in place")
         old.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
     for module in network.modules():
         if getattr(module, "inplace", False) is True:
@@ -50,11 +50,11 @@ def make_out_of_place(network: fx.GraphModule) -> None:
     graph.eliminate_dead_code()
 
 
-def _does_nothing(node: fx.Node, network: fx.GraphModule) -> bool:
+def _is_no_op(node: fx.Node, network: fx.GraphModule) -> bool:
     if node.op == "call_module":
         module = network.get_submodule(node.target)
-        idle = isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
-        return idle and not fused.hooked(module) and not node.kwargs
+        no_op = isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
+        return no_op and not fused.hooked(module) and not node.kwargs
     dropouts = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout)
     if node.op == "call_function" and node.target in dropouts:
         default = node.target is not torch.dropout
@@ -64,7 +64,7 @@ def _does_nothing(node: fx.Node, network: fx.GraphModule) -> bool:
 
 
 def _to_out_of_place(node: fx.Node, network: fx.GraphModule) -> bool:
-    """Makes a node that changes its first argument return a new value; whether it was one."""
+    """Makes an in-place node return a new value; returns whether the node was in-place."""
     if node.op == "call_module":
         return getattr(network.get_submodule(node.target), "inplace", False) is True
     if node.op == "call_method":
@@ -105,7 +105,7 @@ def _to_out_of_place(node: fx.Node, network: fx.GraphModule) -> bool:
 
 
 def _same_memory(node: fx.Node, graph: fx.Graph, network: fx.GraphModule) -> set[fx.Node]:
-    """The values that may share memory with a value, as far as views go."""
+    """The values that may share memory with a value, because they are views of the same value."""
 
     def root(value: fx.Node) -> fx.Node:
         while (

@@ -1,4 +1,4 @@
-"""What a node of a traced graph is: a convolution, a batch norm, an activation, a residual."""
+"""Recognizes convolutions, batch norms, activations and residuals in a traced graph."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from resfast.layers.activation import name_and_slope
 from resfast.ops.conv.reference import TORCH_NEGATIVE_SLOPE
 
 GUESSED_SIZE = 224
-"""Height and width, in pixels, of the images that shapes are worked out for without an example."""
+"""Height and width, in pixels, of the images assumed for shape propagation without an example."""
 _SHAPE_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 
 
@@ -40,20 +40,20 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 class Shapes(fx.Interpreter):
-    """The shape of every value of a graph up to the last addition, as far as it can be known."""
+    """Propagates shapes through a graph up to its last addition, where they can be inferred."""
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
         nodes = list(network.graph.nodes)
-        added = [index for index, node in enumerate(nodes) if node.target in ADDS]
-        self.wanted = set(nodes[: added[-1] + 1]) if added else set()
+        additions = [index for index, node in enumerate(nodes) if node.target in ADDS]
+        self.needed = set(nodes[: additions[-1] + 1]) if additions else set()
 
     def run_node(self, n: fx.Node) -> Any:
-        if n not in self.wanted:
+        if n not in self.needed:
             return None
         try:
             value = super().run_node(n)
-        except _SHAPE_ERRORS:  # of an unknown input, or the guessed image does not fit
+        except _SHAPE_ERRORS:  # an input of unknown shape, or a wrong guess of the image size
             return None
         if isinstance(value, Tensor):
             n.meta["shape"] = tuple(value.shape)
@@ -61,7 +61,7 @@ class Shapes(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if fused.is_norm(self.fetch_attr(target)) and len(args) == 1:
-            return args[0]  # of the same shape, and slow to work out
+            return args[0]  # the same shape, which is slow to infer
         return super().call_module(target, args, kwargs)
 
 
@@ -71,7 +71,7 @@ class Patterns:
     Attributes:
         network: the traced network, in eval mode.
         graph: its graph.
-        left: name of each operation that is not fused, and why.
+        left: name of each operation that is not fused, and the reason.
     """
 
     def __init__(self, network: fx.GraphModule, example: tuple[Tensor, ...] | None) -> None:
@@ -100,21 +100,21 @@ class Patterns:
         return self.network.get_submodule(node.target) if node.op == "call_module" else None
 
     def constant(self, value: Any) -> Tensor | None:
-        """The tensor that a node stands for, if it is a parameter or a buffer."""
+        """The parameter or buffer that a node reads, or None."""
         if isinstance(value, fx.Node) and value.op == "get_attr":
             found = operator.attrgetter(value.target)(self.network)
             return found if isinstance(found, Tensor) else None
         return None
 
     def name(self, node: fx.Node) -> str:
-        """Where a node comes from: its module, or that of the first parameter it is given."""
+        """Name of the module a node calls, or of the module that owns its first parameter."""
         if node.op == "call_module":
             return node.target
         owners = (n.target for n in node.all_input_nodes if n.op == "get_attr")
         return next(owners, node.name).rpartition(".")[0] or node.name
 
     def conv(self, node: fx.Node) -> tuple[nn.Conv2d, fx.Node] | None:
-        """The convolution that a node calls, as a module, and its input."""
+        """The convolution that a node calls, as a module, and its input; None for other nodes."""
         module = self.module(node)
         if module is not None:
             plain = fused.is_conv(module) and len(node.args) == 1 and not node.kwargs
@@ -138,7 +138,7 @@ class Patterns:
         return conv, a["input"]
 
     def norm(self, node: fx.Node, x: fx.Node) -> tuple[Tensor, Tensor] | None:
-        """Scale and shift of a batch norm of ``x``."""
+        """Scale and shift if the node is a batch norm of ``x``, else None."""
         if not node.args or node.args[0] is not x:
             return None
         module = self.module(node)
@@ -160,7 +160,7 @@ class Patterns:
         return fused.norm_factors(*tensors, a.get("eps", 1e-5))
 
     def activation(self, node: fx.Node, x: fx.Node) -> dict[str, Any] | None:
-        """An activation of ``x`` as arguments of the kernel."""
+        """Arguments of the fused kernel if the node is an activation of ``x``, else None."""
         if not node.args or node.args[0] is not x:
             return None
         module = self.module(node)
@@ -186,7 +186,7 @@ class Patterns:
         return None
 
     def residual(self, node: fx.Node, x: fx.Node) -> fx.Node | None:
-        """What an addition adds to ``x``, if it is another value of the same shape."""
+        """The other operand if the node adds a value of the same shape to ``x``, else None."""
         if node.op not in ("call_function", "call_method") or node.target not in ADDS:
             return None
         a = arguments(node, "input other alpha")
@@ -198,7 +198,7 @@ class Patterns:
             return None
         known = x.meta.get("shape"), other.meta.get("shape")
         if None in known:
-            self.left.append((node.name, "addition of unknown shapes; pass an example"))
+            self.left.append((node.name, "addition of values of unknown shape; pass an example"))
             return None
         if known[0] != known[1]:
             self.left.append((node.name, "addition that broadcasts"))
@@ -211,8 +211,8 @@ class Patterns:
             return type(module) is nn.MaxPool2d and not fused.hooked(module)
         return node.op == "call_function" and node.target in MAX_POOLS
 
-    def rises(self, node: fx.Node, x: fx.Node) -> bool:
-        """Whether a node is a norm or an activation of ``x`` that keeps the order of numbers."""
+    def is_increasing(self, node: fx.Node, x: fx.Node) -> bool:
+        """Whether the node is a norm or an activation of ``x`` that never decreases."""
         if norm := self.norm(node, x):
             return bool((norm[0] > 0).all())
         found = self.activation(node, x) or {}
@@ -220,11 +220,12 @@ class Patterns:
         return kind == "relu" or (kind == "leaky_relu" and slope >= 0)
 
     def foreign_activation(self, node: fx.Node, x: fx.Node) -> str | None:
-        """Why an activation of ``x`` is not part of the kernel, if it is one."""
+        """The reason not to fuse, if the node is an activation of ``x`` the kernel lacks."""
         module = self.module(node)
         name = kind_of(node, self.network)
         if module is not None:
-            is_one = type(module).__module__ == nn.ReLU.__module__
+            known = type(module).__module__ == nn.ReLU.__module__
         else:
-            is_one = node.op != "placeholder" and name.partition(".")[0] in FOREIGN
-        return f"{name}: no activation of the fused kernel" if is_one and x in node.args else None
+            known = node.op != "placeholder" and name.partition(".")[0] in FOREIGN
+        reason = f"{name}: not supported by the fused kernel"
+        return reason if known and x in node.args else None

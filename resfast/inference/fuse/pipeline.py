@@ -28,30 +28,30 @@ def fuse(
     cuda_graph: bool = False,
     report: Callable[[str], object] | None = None,
 ) -> FusedModel:
-    """A network for inference, its convolutions fused with what follows them.
+    """A copy of a network for inference, with convolutions fused with the operations after them.
 
     Conv → batch norm → (+ residual) → activation becomes one
-    :class:`~resfast.ops.conv.op.ConvBiasAct`, for ReLU, leaky ReLU, SiLU and GELU (of erf). What
-    cannot be fused stays as it is, in ``dtype`` (batch norms, and a linear layer that ends the
-    network, in float32), and is named in the report. A convolution whose output something else
-    reads too keeps what follows it outside.
+    :class:`~resfast.ops.conv.op.ConvBiasAct`, for ReLU, leaky ReLU, SiLU and exact GELU. All other
+    operations are kept, in ``dtype`` (batch norms and a final linear layer in float32), and those
+    that could not be fused are named in the report. Operations after a convolution whose output has
+    other users are not fused into it.
 
     Args:
-        model: any network in eval mode: resfast's, torchvision's, timm's, your own. It is left
-            untouched and shares no memory with the result.
+        model: any network in eval mode: resfast's, torchvision's, timm's, your own. It is not
+            changed and shares no memory with the result.
         dtype: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``.
-        example: the network's positional inputs, on its device. Needed where ``torch.fx`` cannot
-            trace it (then only the batch size may differ later); otherwise it tells the shapes of
-            its maps, which are worked out for 224x224 images without it.
-        device: where to put the result; None for where the model is.
-        cuda_graph: capture and replay each shape of input, for latency at small batches.
-        report: called with the report's text, for example ``print``.
+        example: the network's positional inputs, on its device. Required if ``torch.fx`` cannot
+            trace the network (later inputs may then differ in batch size only); otherwise used to
+            infer shapes, which are inferred from 224x224 images without it.
+        device: device of the result; None for that of the model.
+        cuda_graph: capture and replay a CUDA graph per input shape, for latency at small batches.
+        report: called with the text of the report, for example ``print``.
 
     Returns:
-        The fused network. Its ``report`` says what was done.
+        The fused network. Its ``report`` lists what was fused and what was not.
 
     Raises:
-        ResfastError: the model is in training mode, quantised, without weights, fused already or
+        ResfastError: the model is in training mode, quantised, without weights, already fused or
             cannot be traced; another dtype; ``cuda_graph`` without a CUDA device.
     """
     model = _checked(model, dtype)
@@ -59,7 +59,7 @@ def fuse(
     where = torch.device(device) if device is not None else device_of(model)
     if cuda_graph and (where.type != "cuda" or not torch.cuda.is_available()):
         raise ResfastError(
-            f"cuda_graph=True needs a CUDA device, and the network would be on {where}; choose "
+            f"cuda_graph=True needs a CUDA device, but the network would be on {where}; pass "
             "device='cuda' on a machine with one, or cuda_graph=False"
         )
     with torch.inference_mode(False), torch.no_grad():
@@ -75,7 +75,7 @@ def fuse(
 
 
 def _checked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network itself, out of wrappers around it, after a look at whether it can be fused."""
+    """Unwraps the network and checks that it can be fused."""
     if not isinstance(model, nn.Module):
         hint = "; pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise ResfastError(f"cannot fuse a {type(model).__name__}; expected an nn.Module{hint}")
@@ -90,12 +90,12 @@ def _checked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for name, module in model.named_modules():
         what = f"{name or 'the network'} ({type(module).__name__})"
         if isinstance(module, FusedModel | ConvBiasAct):
-            raise ResfastError(f"{what} is fused already; fuse the network it was made from")
+            raise ResfastError(f"{what} is already fused; fuse the original network")
         if type(module).__module__.startswith(("torch.ao.", "torch.quantization", "torchao.")):
-            raise ResfastError(f"{what} is quantised; fuse the network before its quantisation")
+            raise ResfastError(f"{what} is quantised; fuse the network before quantising it")
         if module.training:
             raise ResfastError(
-                f"{what} is in training mode; call model.eval() first, since batch norms are "
+                f"{what} is in training mode; call model.eval() first, because batch norms are "
                 "folded with their running statistics"
             )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

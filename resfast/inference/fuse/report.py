@@ -1,4 +1,4 @@
-"""What :func:`resfast.fuse` did to a network, and why it left what it left."""
+"""What :func:`resfast.fuse` fused, what it did not, and why."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What :func:`fuse` did; ``str`` of it is the text.
+    """What :func:`fuse` did; ``str(report)`` is readable text.
 
     Attributes:
-        convolutions: convolutions that became one kernel each.
-        batch_norms: batch norms folded into a convolution, those of ``left`` ones among them.
-        residuals: additions of a residual that a convolution's kernel does.
-        activations: activations that a convolution's kernel does.
-        left: name of each convolution, batch norm, addition or activation that was left, and why.
+        convolutions: convolutions that run as one fused kernel each.
+        batch_norms: batch norms folded into a convolution, including convolutions in ``left``.
+        residuals: residual additions fused into a convolution.
+        activations: activations fused into a convolution.
+        left: name of each convolution, batch norm, addition or activation not fused, and the
+            reason.
         traced_by: ``torch.fx`` or ``torch.export``.
-        blocks: pairs of those convolutions that are a residual block, which a GPU can run as one
-            kernel (:class:`~resfast.ops.basic_block.op.BasicBlock`).
+        blocks: pairs of the fused convolutions that form a residual block, which a GPU can run as
+            one kernel (:class:`~resfast.ops.basic_block.op.BasicBlock`).
     """
 
     convolutions: int
@@ -30,16 +31,16 @@ class FusionReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.convolutions} convolutions are one kernel each ({self.residuals} with the "
-            f"addition of a residual, {self.activations} with an activation); {self.batch_norms} "
-            f"batch norms were folded; traced by {self.traced_by}"
+            f"{self.convolutions} convolutions fused into one kernel each ({self.residuals} with a "
+            f"residual, {self.activations} with an activation); {self.batch_norms} batch norms "
+            f"folded; traced by {self.traced_by}"
         ]
         if self.blocks:
-            lines.append(f"{self.blocks} pairs of them are a residual block")
+            lines.append(f"{self.blocks} pairs of them form residual blocks")
         reasons: dict[str, list[str]] = {}
-        for name, why in self.left:
-            reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
+        for name, reason in self.left:
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
             shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-            lines.append(f"left {len(names)}: {why} ({shown})")
+            lines.append(f"{len(names)} not fused: {reason} ({shown})")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Every convolution takes in what follows it: the rewriting of a traced graph."""
+"""Rewrites a traced graph: fuses each convolution with the operations after it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from resfast.ops.conv.op import ConvBiasAct
 
 @dataclass
 class Branch:
-    """A convolution and the batch norms behind it: ``nodes``, the last of them the value."""
+    """A convolution and the batch norms after it; the last of ``nodes`` is the branch's value."""
 
     name: str
     conv: nn.Conv2d
@@ -89,7 +89,7 @@ class Rewriter(Patterns):
         )
 
     def _cast(self, node: fx.Node) -> None:
-        """Makes casts to a floating dtype casts to the dtype of the network."""
+        """Turns casts to a floating-point dtype into casts to the dtype of the network."""
         if node.op == "call_method" and node.target in CASTS:
             node.target, node.args, node.kwargs = "to", (node.args[0], self.dtype), {}
         elif node.op.startswith("call_"):
@@ -101,9 +101,9 @@ class Rewriter(Patterns):
             node.kwargs = map_leaves(change, node.kwargs)
 
     def _delay_max_pool(self, conv: fx.Node) -> None:
-        """Moves a max pool of a convolution behind the norms and activations that it commutes with.
+        """Moves a convolution's max pool after the norms and activations it commutes with.
 
-        For an increasing function f, max(f(x)) = f(max(x)), also where results are rounded.
+        For a non-decreasing function f, max(f(x)) = f(max(x)), even with rounding.
         """
         found, pool = self.conv(conv), only_user(conv)
         if found is None or fused.why_not_fused(found[0]) or not pool:
@@ -111,7 +111,7 @@ class Rewriter(Patterns):
         if not self.is_max_pool(pool) or pool.args[0] is not conv:
             return
         x = conv
-        while (user := only_user(pool)) and self.rises(user, pool):
+        while (user := only_user(pool)) and self.is_increasing(user, pool):
             user.replace_all_uses_with(pool)
             user.replace_input_with(pool, x)
             pool.replace_input_with(x, user)
@@ -134,17 +134,18 @@ class Rewriter(Patterns):
         return fused.why_not_fused(branch.conv) is None
 
     def _fuse(self, branch: Branch, values: dict[fx.Node, Branch]) -> None:
-        """Replaces a branch, and the addition and activation behind it, by one kernel."""
+        """Replaces a branch, and the addition and activation after it, by one kernel."""
         self.counts["norm"] += len(branch.nodes) - 1
         value, residual, epilogue = branch.value, None, {}
         user = only_user(value)
         if user and (other := self.residual(user, value)):
-            rival = values.get(other)
-            # Of two branches only one can add the other: the one with more work to hide it behind.
+            other_branch = values.get(other)
+            # Only one of two branches can add the other's value: the one with more work, which
+            # hides the cost of reading it.
             if (
-                rival is None
+                other_branch is None
                 or only_user(other) is not user
-                or branch.weight.numel() >= rival.weight.numel()
+                or branch.weight.numel() >= other_branch.weight.numel()
             ):
                 residual, value = other, user
                 branch.nodes.append(user)
@@ -168,7 +169,7 @@ class Rewriter(Patterns):
         self._replace(branch, conv, (branch.x,) if residual is None else (branch.x, residual))
 
     def _keep(self, branch: Branch) -> None:
-        """Leaves a convolution to PyTorch, with its batch norm folded."""
+        """Keeps PyTorch's convolution, with its batch norm folded."""
         why = f"convolution with {fused.why_not_fused(branch.conv)}"
         norms = len(branch.nodes) - 1
         self.left.append((branch.name, f"{why} (its batch norm was folded)" if norms else why))
@@ -201,7 +202,7 @@ class Rewriter(Patterns):
         self.network.add_submodule(name, module)
 
     def _report_rest(self) -> None:
-        """Names convolutions and batch norms that no branch took in."""
+        """Reports convolutions and batch norms that are not part of a branch."""
         named = {name for name, _ in self.left}
         for node in self.graph.nodes:
             module = self.module(node)
@@ -210,7 +211,7 @@ class Rewriter(Patterns):
                 continue
             if isinstance(module, nn.modules.conv._ConvNd):
                 plain = isinstance(module, nn.Conv2d)
-                why = "with hooks or a call of its own" if plain else "that is not nn.Conv2d"
+                why = "with hooks or its own forward" if plain else "that is not nn.Conv2d"
                 self.left.append((name, f"convolution {why}"))
             elif node.target in CONVS:
                 self.left.append((name, "convolution whose weight is computed"))
@@ -218,19 +219,19 @@ class Rewriter(Patterns):
                 x = node.args[0] if node.args else None
                 conv = self.module(x) if isinstance(x, fx.Node) else None
                 if isinstance(conv, ConvBiasAct) and (conv.activation != "none" or x.args[1:]):
-                    conv = None  # what the norm follows is the activation or the addition
+                    conv = None  # the norm follows the activation or the addition
                 if isinstance(x, fx.Node) and self.is_max_pool(x):
-                    why = "behind a max pool (folded only if its scales are positive)"
+                    why = "after a max pool (folded only if its scales are positive)"
                 elif not isinstance(conv, ConvBiasAct | nn.Conv2d):
                     why = "that follows no convolution"
                 elif len(x.users) > 1:
-                    why = "behind a convolution whose output is used elsewhere too"
+                    why = "after a convolution whose output is also used elsewhere"
                 else:
-                    why = "that cannot be folded (no statistics, hooks or a forward of its own)"
+                    why = "that cannot be folded (no statistics, hooks or its own forward)"
                 self.left.append((name, f"batch norm {why}"))
 
     def _convert(self) -> None:
-        """Brings what was left to the dtype; batch norms and a last linear layer to float32."""
+        """Converts all else to the dtype, but batch norms and a final linear layer to float32."""
         output = next(node for node in self.graph.nodes if node.op == "output")
         exact: set[fx.Node] = set()
         for node in list(self.graph.nodes):

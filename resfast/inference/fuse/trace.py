@@ -14,25 +14,25 @@ from resfast.inference.fuse.out_of_place import make_out_of_place
 
 
 class _Tracer(fx.Tracer):
-    """Goes into every module but those with a forward of ``torch.nn``'s own."""
+    """Traces into every module except those whose forward is defined by ``torch.nn``."""
 
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
         home = getattr(type(m).forward, "__module__", "")
         return home.startswith("torch.nn") and not isinstance(m, nn.Sequential)
 
 
-def _traced(model: nn.Module, given: int) -> fx.Graph:
-    """The graph for so many inputs; arguments beyond them that have a default have that value."""
+def _traced(model: nn.Module, inputs: int) -> fx.Graph:
+    """The graph for the first ``inputs`` arguments; others with a default are fixed to it."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     defaults = {
         p.name: p.default
-        for p in parameters[given:]
+        for p in parameters[inputs:]
         if p.default is None or isinstance(p.default, bool | int | float | str)
     }
     graph = _Tracer().trace(model, concrete_args=defaults or None)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, parameter in zip(placeholders, parameters, strict=False):
-        if parameter.name in defaults:  # it may not be given: nothing reads it but an assertion
+        if parameter.name in defaults:  # only torch.fx's assertion on its value reads it
             for user in list(node.users):
                 for check in (*user.users, user):
                     graph.erase_node(check)
@@ -43,8 +43,15 @@ def _traced(model: nn.Module, given: int) -> fx.Graph:
 def trace(
     model: nn.Module, example: tuple[Tensor, ...] | None
 ) -> tuple[fx.GraphModule, tuple[tuple[int | None, ...], ...] | None, str]:
-    """The network as a graph without in-place operations, the input shapes it is bound to, and
-    by what it was traced."""
+    """Traces a network.
+
+    Returns:
+        The graph, without in-place operations; the input shapes it is specialized for, with None
+        for a dimension of any size, or None for no restriction; the name of the tracer.
+
+    Raises:
+        ResfastError: the network cannot be traced.
+    """
     try:
         network = fx.GraphModule(model, _traced(model, 1 if example is None else len(example)))
         make_out_of_place(network)
@@ -53,8 +60,8 @@ def trace(
         first = _sentence(error)
     if example is None:
         raise ResfastError(
-            f"torch.fx cannot trace {type(model).__name__} ({first}); pass example=(a batch of at "
-            "least 2 of its inputs), so that torch.export can"
+            f"torch.fx cannot trace {type(model).__name__} ({first}); pass example=, a batch of at "
+            "least 2 inputs, to trace it with torch.export"
         )
     dynamic = [{0: torch.export.Dim.DYNAMIC} if x.ndim and len(x) > 1 else {} for x in example]
     second = ""
@@ -72,7 +79,7 @@ def trace(
         return network, bound, "torch.export"
     raise ResfastError(
         f"neither torch.fx ({first}) nor torch.export ({second}) can trace {type(model).__name__}; "
-        "fuse the part of it that holds the convolutions"
+        "fuse only the submodule with the convolutions"
     )
 
 
@@ -88,7 +95,7 @@ def _by_name(model: nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
 
 
 def from_export(exported: fx.GraphModule) -> fx.GraphModule:
-    """An exported graph as an ordinary module, its batch norms as one call each."""
+    """An exported graph as an ordinary module, with one call per batch norm."""
     graph = exported.graph
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
