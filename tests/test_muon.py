@@ -377,7 +377,7 @@ def test_it_goes_on_from_its_state():
 
 
 def test_a_vector_is_refused_with_a_reason():
-    with pytest.raises(ValueError, match=r"shape \[4\] cannot be orthogonalised.*group with muon=False"):
+    with pytest.raises(ValueError, match=r"shape \[4\] cannot be orthogonalised.*muon=False"):
         Muon([{"params": [nn.Parameter(torch.zeros(4))], "muon": True}])
 
 

@@ -298,7 +298,9 @@ def test_a_whitening_bias_that_is_never_trained_is_frozen():
 
 
 def test_a_whitening_bias_that_is_not_there_cannot_be_trained():
-    with pytest.raises(ResfastError, match=r"--whitening-bias-epochs 2 .* omit the option or choose"):
+    with pytest.raises(
+        ResfastError, match=r"--whitening-bias-epochs 2 .* omit the option or choose"
+    ):
         build_optimizer(nn.Linear(2, 2), OptimConfig(whitening_bias_epochs=2.0))
 
 
