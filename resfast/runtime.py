@@ -138,7 +138,7 @@ def prepare(device: torch.device, *, threads: int, tf32: bool, tuned_allocator: 
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
         return
-    # torch.compile looks for a CUDA toolchain even on the CPU, and warns if it finds one but no GPU.
+    # Even on the CPU torch.compile looks for a CUDA toolchain and warns if it finds one but no GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if tuned_allocator and not tune_allocator():
         logger.warning("the allocator was not tuned: the C library is not glibc")
