@@ -135,7 +135,7 @@ def steps(options: argparse.Namespace, work: Path) -> list[Step]:
         ),
         Step("doctor", "doctor", [*python, "resfast.doctor", "--json", *data], read=_read_doctor),
     ]
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
         if "mark.gpu" in path.read_text(encoding="utf-8"):
             everything.append(_pytest("tests", path, work, "gpu", skip=no_gpu))
     kind, _, images = options.data.partition(":")
@@ -178,12 +178,14 @@ def steps(options: argparse.Namespace, work: Path) -> list[Step]:
 
 
 def _pytest(part: str, path: Path, work: Path, marked: str, *options: str, skip: str = "") -> Step:
-    """A run of the tests in one file that are ``marked`` so."""
-    results = work / f"{part}-{path.stem}.xml"
+    """A run of the tests of one file that carry the mark."""
+    folder = ROOT / part
+    name = (path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)).as_posix()
+    results = work / f"{part}-{name.removesuffix('.py').replace('/', '-')}.xml"
     command = [sys.executable, "-m", "pytest", os.path.relpath(path, ROOT), "-m", marked, *options]
     command += ["-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
     read = partial(_read_tests, results)
-    return Step(part, path.name, command, needs=["pytest"], skip=skip, read=read)
+    return Step(part, name, command, needs=["pytest"], skip=skip, read=read)
 
 
 def _sanitizer() -> str | None:

@@ -303,7 +303,7 @@ def test_on_a_gpu_everything_runs(tmp_path, monkeypatch):
     assert not any(step.skip for step in found)
     assert [step.name for step in found if step.part == "build"] == ["C++ kernels", "CUDA kernels"]
     tests = {step.name for step in found if step.part == "tests"}
-    assert {"test_kernels.py", "test_fuse.py", "test_training.py"} <= tests
+    assert {"ops/test_augment.py", "test_fuse.py", "test_training.py"} <= tests
     assert "test_config.py" not in tests
     first, *_ = benchmarks = [step for step in found if step.part == "benchmarks"]
     assert {step.env["RESFAST_BENCH_DATA"] for step in benchmarks} == {str(tmp_path)}

@@ -27,7 +27,7 @@ from resfast.ops import extension
 from resfast.ops.conv import op as conv
 from resfast.ops.conv import reference as conv_reference
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _SPEC = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")
 cuda_build = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(cuda_build)

@@ -44,15 +44,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh memory is NaN: an element that is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def error(got: Tensor, exact: Tensor) -> float:
     assert got.shape == exact.shape
     assert got.isfinite().all()

@@ -32,15 +32,6 @@ def way(request, monkeypatch):
     monkeypatch.setattr(conv_train, "MOST_EMPTY", float("inf"))
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh memory is NaN: an element that is not written shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def tensors(n: int, c: int, k: int, h: int, w: int) -> tuple[Tensor, Tensor]:
     x = torch.randn(n, c, h, w).to(torch.bfloat16, memory_format=LAST).requires_grad_()
     weight = torch.randn(k, c, 3, 3) / (9 * c) ** 0.5

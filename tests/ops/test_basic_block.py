@@ -29,7 +29,7 @@ from resfast.ops.basic_block import op as basic_block
 from resfast.ops.conv import choice as conv_choice
 from resfast.ops.conv import cuda as conv_cuda
 from resfast.ops.conv.op import ConvBiasAct
-from tests.test_conv_cuda_source import ROOT, cuda_build, host_program, raw
+from tests.ops.test_conv_cuda_source import ROOT, cuda_build, host_program, raw
 
 DTYPES = (torch.bfloat16, torch.float16)
 SM_80, SM_90 = 166912, 232448

@@ -16,7 +16,7 @@ import torch
 
 from resfast.ops.conv import cpu as conv_cpu
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").exists() or COMPILER is None, reason="no compiler"),

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from resfast.ops import extension
 from resfast.ops.conv import op as conv
 from resfast.ops.conv import reference as conv_reference
-from tests.test_conv_cuda_source import ACTIVATIONS, BAD, GOOD, ROOT, cuda_build
+from tests.ops.test_conv_cuda_source import ACTIVATIONS, BAD, GOOD, ROOT, cuda_build
 
 CONFIGS = 8
 CHANNELS_LAST = torch.channels_last
