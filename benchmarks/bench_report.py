@@ -1,11 +1,10 @@
-"""Results of the benchmarks as one file of rows, a page of tables, and plots.
+"""Turns benchmark results into a file of rows, a page of tables, and plots.
 
 ``python -m benchmarks.bench_report RESULT.json… [--out FOLDER] [--name NAME]``, or ``make
-bench-report``, which runs the benchmarks first. A result is what pytest-benchmark wrote
-(``--benchmark-json``), rows that this program wrote before, or the results of others: a list of
+bench-report``, which runs the benchmarks first. A result is the output of pytest-benchmark
+(``--benchmark-json``), rows that this program wrote, or others' results: a list of
 ``{"name", "source", "hardware", "case", "batch", "dtype", "images_per_second" | "seconds"}``, which
-appear in the same tables, marked as given. Of two measurements of the same thing the later file's
-counts.
+are marked as given in the tables. If two files have the same measurement, the later one is used.
 """
 
 from __future__ import annotations
@@ -39,14 +38,15 @@ FORMAT = "resfast-benchmarks-1"
 PLOTS = {
     "speedup": (
         "Speed-up",
-        "Speed relative to the baseline, which is 1, as the median over turns; lines go from the "
-        "slowest turn to the fastest.",
+        "Speed relative to the baseline, which is 1: the median over rounds, with a line from the "
+        "slowest round to the fastest.",
     ),
-    "roofline": ("Roofline", "Layers, and what matrix products and copies reach on this machine."),
+    "roofline": ("Roofline", "Layers, and the measured rates of matrix products and copies."),
 }
 ABOUT = (
-    "`eager, folded` has its batch norms folded into the convolutions, `compile` is torch.compile, "
-    "`compile max-autotune` the same with freezing in that mode (on CUDA with graphs)."
+    "`eager, folded` is eager PyTorch with batch norms folded into the convolutions, `compile` is "
+    "torch.compile, `compile max-autotune` is torch.compile in that mode with freezing (and CUDA "
+    "graphs on CUDA)."
 )
 Dtype = Literal["bf16", "fp16", "fp32"]
 _VERSIONS = ("resfast", "torch", "cuda", "cudnn", "triton", "python")
@@ -57,18 +57,19 @@ class Row(BaseModel):
 
     Attributes:
         kind: a whole network, one layer, a rate of the machine, or another benchmark.
-        case: what was run, such as ``resnet-2111``; of other benchmarks their group.
-        name: the way it was run.
+        case: what was run, such as ``resnet-2111``; for other benchmarks, their group.
+        name: the implementation that was timed.
         hardware: processor.
-        given: whether it is somebody else's figure, not measured by these benchmarks.
-        source: for given rows where they come from, otherwise the command.
-        seconds: of a call, the median of the rounds; of the machine's rates the shortest.
+        given: whether the figure is someone else's, not measured by these benchmarks.
+        source: origin of a given row; otherwise the command.
+        seconds: seconds per call, the median of the rounds; for rates of the machine, the minimum.
         iqr_seconds: interquartile range of the rounds.
-        flops, bytes: of a call, two operations a multiply-accumulate; one pass of a layer.
-        ratio: speed relative to ``baseline``, the median over turns; their extremes are
-            ``ratio_range``.
-        target, matmul_target: for ratio, and for the part of the rate of a matrix product.
-        figures: other numbers that the benchmark found.
+        flops, bytes: operations per call, two per multiply-accumulate; bytes moved by one pass of a
+            layer.
+        ratio: speed relative to ``baseline``, the median over rounds; ``ratio_range`` has the
+            extremes.
+        target, matmul_target: targets for ``ratio`` and the fraction of a matrix product's rate.
+        figures: other values reported by the benchmark.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -111,12 +112,12 @@ class Row(BaseModel):
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in the order they were read."""
+    """Rows in the order they were read, and the rates of the machines."""
 
     rows: tuple[Row, ...] = ()
 
     def best(self, case: str, hardware: str, dtype: str | None = None) -> float | None:
-        """Operations, or bytes, a second of a machine's ``matmul`` or ``copy``."""
+        """Operations or bytes per second of a machine's ``matmul`` or ``copy``, or None."""
         wanted = ("machine", case, hardware, dtype)
         for row in self.rows:
             if (row.kind, row.case, row.hardware, row.dtype) == wanted:
@@ -125,7 +126,7 @@ class Report:
 
 
 class _Given(BaseModel):
-    """A row of somebody else's results."""
+    """A row of someone else's results."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -141,7 +142,7 @@ class _Given(BaseModel):
     @model_validator(mode="after")
     def _one_speed(self) -> _Given:
         if (self.seconds is None) == (self.images_per_second is None):
-            raise ValueError("expected either images_per_second or seconds")
+            raise ValueError("expected exactly one of images_per_second and seconds")
         return self
 
     def row(self) -> Row:
@@ -159,7 +160,7 @@ class _Stats(BaseModel):
 
 
 class _Benchmark(BaseModel):
-    """What is of use in an entry of pytest-benchmark's file."""
+    """The fields read from an entry of pytest-benchmark's file."""
 
     name: str
     group: str | None = None
@@ -199,14 +200,13 @@ def load(paths: Sequence[Path]) -> Report:
     """Reads results.
 
     Args:
-        paths: files of pytest-benchmark, of :func:`write` or of others' results, in any mixture.
+        paths: files of pytest-benchmark, of :func:`write` or of others' results, in any mix.
 
     Returns:
-        All rows; those given by others have a ratio where the baseline was measured on hardware of
-        the same name.
+        All rows; given rows have a ratio if the baseline was measured on the same hardware.
 
     Raises:
-        ResfastError: a file that cannot be read or is none of these, with the row and the field.
+        ResfastError: a file that cannot be read or has another format; names the row and field.
     """
     rows: dict[tuple[Any, ...], Row] = {}
     for path in paths:
@@ -225,7 +225,7 @@ def _read(path: Path) -> list[Row]:
     except OSError as error:
         raise ResfastError(f"cannot read {path}: {error.strerror}; check the name") from None
     except ValueError as error:
-        raise ResfastError(f"{path} is not JSON: {error}; give a file of results") from None
+        raise ResfastError(f"{path} is not JSON: {error}; pass a file of results") from None
     match content:
         case {"benchmarks": list(rows)}:
             return [_row(path, i, _Benchmark, row, content) for i, row in enumerate(rows)]
@@ -234,7 +234,7 @@ def _read(path: Path) -> list[Row]:
         case list(rows):
             return [_row(path, i, _Given, row) for i, row in enumerate(rows)]
     raise ResfastError(
-        f"{path} has no results: expected pytest-benchmark's file, rows of benchmarks.bench_report "
+        f"{path} has no results: expected a file of pytest-benchmark or benchmarks.bench_report, "
         "or a list of rows"
     )
 
@@ -255,11 +255,11 @@ def _row(path: Path, index: int, kind: type[BaseModel], value: Any, *args: Any) 
 
 
 def tables(report: Report, plots: Mapping[str, str] | None = None) -> str:
-    """The rows in Markdown, headings from the second level on.
+    """The rows as Markdown tables, with headings from the second level.
 
     Args:
-        report: what to show.
-        plots: path, as the page is to link it, of each of :func:`save_plots`.
+        report: the rows.
+        plots: links to the plots of :func:`save_plots`, by kind.
     """
     plots = plots or {}
     rows = sorted(report.rows, key=lambda row: (row.case, row.batch or 0, row.dtype or ""))
@@ -357,7 +357,7 @@ def _number(value: float | None) -> str:
 
 
 def _matmul_part(report: Report, row: Row) -> float | None:
-    """Part of the rate of a matrix product on the same machine."""
+    """Fraction of the rate of a matrix product on the same machine, or None if unknown."""
     rate = report.best("matmul", row.hardware, row.dtype)
     return row.flops / row.seconds / rate if rate and row.flops else None
 
@@ -369,8 +369,8 @@ def save_plots(report: Report, folder: Path, name: str) -> dict[str, Path]:
     """Writes ``NAME-speedup.png`` and ``NAME-roofline.png`` into ``folder``.
 
     Returns:
-        Their paths by ``speedup`` and ``roofline``; none of one that would be empty or that
-        cannot be drawn, which is logged.
+        Paths by ``speedup`` and ``roofline``, without plots that would be empty or that failed,
+        which is logged.
     """
     from resfast.runs import plots
 
@@ -405,7 +405,7 @@ def _panels(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 
 
 def _speedup(report: Report) -> Any:
-    """Bars of each way to run a network, and of resfast alone for layers, by batch."""
+    """Bar chart of every implementation of a network, and of resfast for layers by batch size."""
     from matplotlib.figure import Figure
 
     from resfast.runs.plots import plain
@@ -419,22 +419,22 @@ def _speedup(report: Report) -> Any:
         figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True
     ):
         model = kind == "model"
-        bars: dict[str, dict[str, Row]] = {}  # by color, then by place
+        bars: dict[str, dict[str, Row]] = {}  # by color, then by position on the axis
         for row in rows:
             batch = f"batch {row.batch}"
             color, place = (
                 (_name(row), f"{row.case}\n{batch}, {row.dtype}") if model else (batch, row.case)
             )
             bars.setdefault(color, {})[place] = row
-        places = list(dict.fromkeys(place for mine in bars.values() for place in mine))
+        places = list(dict.fromkeys(place for group in bars.values() for place in group))
         width = 0.8 / max(len(bars), 4)
-        for i, (label, mine) in enumerate(bars.items()):
-            at = [places.index(place) + (i + 0.5 - len(bars) / 2) * width for place in mine]
+        for i, (label, group) in enumerate(bars.items()):
+            at = [places.index(place) + (i + 0.5 - len(bars) / 2) * width for place in group]
             color = COLORS.get(label, GIVEN_COLOR) if model else f"C{i}"
             axes.bar(
-                at, [row.ratio for row in mine.values()], width, color=color, label=plain(label)
+                at, [row.ratio for row in group.values()], width, color=color, label=plain(label)
             )
-            for x, row in zip(at, mine.values(), strict=True):
+            for x, row in zip(at, group.values(), strict=True):
                 if row.ratio_range:
                     axes.plot([x, x], row.ratio_range, color="black", linewidth=0.7)
         axes.axhline(1, color="black", linewidth=0.8)
@@ -449,7 +449,7 @@ def _speedup(report: Report) -> Any:
 
 
 def _roofline(report: Report) -> Any:
-    """Rate over operations per byte of every layer, below what the machine was measured to do."""
+    """Rate over arithmetic intensity of every layer, below the measured limits of the machine."""
     from matplotlib.figure import Figure
 
     from resfast.runs.plots import plain
@@ -463,10 +463,10 @@ def _roofline(report: Report) -> Any:
         figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True
     ):
         for name in dict.fromkeys(row.name for row in rows):
-            mine = [row for row in rows if row.name == name]
+            named = [row for row in rows if row.name == name]
             axes.scatter(
-                [row.flops / row.bytes for row in mine], [row.tflops for row in mine],
-                s=[6 + 6 * row.batch.bit_length() for row in mine], label=plain(name),
+                [row.flops / row.bytes for row in named], [row.tflops for row in named],
+                s=[6 + 6 * row.batch.bit_length() for row in named], label=plain(name),
                 color=COLORS.get(name, GIVEN_COLOR), alpha=0.8, linewidths=0,
             )  # fmt: skip
         peak, copy = report.best("matmul", hardware, dtype), report.best("copy", hardware)
@@ -495,16 +495,16 @@ def _finish(axes: Any) -> None:
 
 
 def write(report: Report, folder: Path, name: str) -> list[Path]:
-    """Writes ``NAME.json``, ``NAME.md`` and the plots into ``folder``, which it makes.
+    """Writes ``NAME.json``, ``NAME.md`` and the plots to ``folder``, which it creates.
 
     Returns:
-        What was written.
+        The paths written.
 
     Raises:
         ResfastError: there are no rows, or a file cannot be written.
     """
     if not report.rows:
-        raise ResfastError("the results have no rows: no benchmark ran; see what was skipped")
+        raise ResfastError("the results have no rows: no benchmark ran; check what was skipped")
     atomic.make_folder(folder, "--out")
     rows = [row.model_dump(mode="json", exclude_defaults=True) for row in report.rows]
     data, page = folder / f"{name}.json", folder / f"{name}.md"
@@ -521,7 +521,7 @@ def write(report: Report, folder: Path, name: str) -> list[Path]:
 
 
 def default_folder(report: Report) -> Path:
-    """``benchmarks/results/DATE-DEVICE``, of the newest row."""
+    """``benchmarks/results/DATE-DEVICE``, with the date of the newest row."""
     own = [row for row in report.rows if not row.given]
     date = max((row.date for row in own if row.date), default=f"{datetime.now(UTC):%Y-%m-%d}")
     gpus = [row.hardware for row in own if row.device == "cuda"]
@@ -530,14 +530,18 @@ def default_folder(report: Report) -> Path:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 written, 2 bad input."""
+    """Entry point. Exit codes: 0 success, 2 bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_report",
         description="Tables and plots of benchmark results.",
     )
-    parser.add_argument("results", nargs="+", type=Path, help="of pytest-benchmark, or given rows")
-    parser.add_argument("--out", type=Path, help="folder (benchmarks/results/DATE-DEVICE)")
-    parser.add_argument("--name", default="benchmarks", help="of the files, without suffix")
+    parser.add_argument(
+        "results", nargs="+", type=Path, help="JSON files of pytest-benchmark or of rows"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="output folder (default benchmarks/results/DATE-DEVICE)"
+    )
+    parser.add_argument("--name", default="benchmarks", help="name of the files, without suffix")
     options = parser.parse_args(args)
 
     def command() -> None:

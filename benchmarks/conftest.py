@@ -1,4 +1,4 @@
-"""Prints, below pytest-benchmark's table, what the benchmarks compare."""
+"""Prints the comparisons of the benchmarks below pytest-benchmark's table."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""What the inference benchmarks time: layers and networks, as each way to run them does it.
+"""The cases of the inference benchmarks: layers and networks, in several implementations.
 
 A case is a layer of ``resnet-2111`` or ``resnet18`` (convolution, batch norm, activation, with or
 without a residual) or a whole network, at one batch size, in one dtype, on one device. Its variants
-get the same ``channels_last`` inputs; their results are compared with those in float32 before they
-are timed, in turns, so that whatever else the machine does hits all of them alike.
+get the same ``channels_last`` inputs. Their results are compared with float32 before they are
+timed. Timed calls alternate, so that other load on the machine affects all variants equally.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ ROUND_SECONDS = {"cpu": 0.03, "cuda": 0.02}
 CASE_SECONDS = {"layer": 0.6, "model": 5.0}
 ROUNDS = (5, 15)
 MAX_ERROR = {"layer": 0.02, "model": 0.06}
-"""Root mean square of the difference from float32 over that of the result; a few roundings."""
+"""Relative RMS error against float32, which allows for a few roundings."""
 MAX_ERROR_FP32 = 1e-4
 MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 
 class BadOutputError(Exception):
-    """A variant does not compute what the others do."""
+    """A variant computes a wrong result."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Shape of a convolution and what follows it; the image is ``size`` x ``size`` pixels."""
+    """Shape of a convolution and its epilogue; the input is ``size`` x ``size`` pixels."""
 
     in_channels: int
     out_channels: int
@@ -85,7 +85,7 @@ def layers(spec: ResNetSpec, size: int = IMAGE_SIZE) -> tuple[Layer, ...]:
 
 
 class LayerModule(nn.Module):
-    """A :class:`Layer` as an ordinary script writes it."""
+    """A :class:`Layer` in ordinary PyTorch."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class LayerModule(nn.Module):
 
 
 class ResidualLayerModule(LayerModule):
-    """The same with the addition of a residual."""
+    """A :class:`Layer` with the addition of a residual."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         out = self.bn(self.conv(x)) + residual
@@ -110,7 +110,7 @@ class ResidualLayerModule(LayerModule):
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed; ``what`` is a layer or the name of a preset."""
+    """One benchmark case; ``what`` is a layer or the name of a preset."""
 
     what: Layer | str
     batch: int
@@ -133,19 +133,19 @@ class Case:
             return (EAGER, FOLDED, COMPILE, TUNED, OURS, *graph)
         if self.device == "cpu":
             return (EAGER, FOLDED, TUNED, OURS)
-        # Tuning on CUDA compiles each shape many times: the layers would take half an hour.
+        # max-autotune on CUDA compiles each shape many times: half an hour for all layers.
         tuned = (TUNED,) if os.environ.get("RESFAST_BENCH_ALL") == "1" else ()
         cudnn = (CUDNN,) if self.what.relu else ()
         return (EAGER, FOLDED, *tuned, *cudnn, OURS)
 
     @property
     def baseline(self) -> str:
-        """The variant that the others' speed is relative to: the best that users would pick."""
+        """The variant that speeds are relative to: the best alternative a user would choose."""
         return next(name for name in (TUNED, CUDNN, FOLDED) if name in self.variants)
 
     @property
     def target(self) -> float | None:
-        """Speed relative to the baseline that resfast is to reach."""
+        """Target for resfast's speed relative to the baseline, or None."""
         if self.what != MODELS[0] or self.dtype != "bf16":
             return None
         if self.device == "cpu":
@@ -154,7 +154,7 @@ class Case:
 
     @property
     def matmul_target(self) -> float | None:
-        """Part of the rate of a matrix product that resfast is to reach."""
+        """Target for resfast's fraction of the rate of a matrix product, or None."""
         layer = self.what
         if isinstance(layer, str) or self.device == "cpu" or self.batch != 512:
             return None
@@ -162,7 +162,7 @@ class Case:
 
 
 def cases(device: Literal["cpu", "cuda"]) -> tuple[Case, ...]:
-    """All cases of a device, those that decide first."""
+    """All cases of a device, the most important first."""
     batches = (1, 64, 512, 8) if device == "cpu" else (1, 512, 2048, 64, 8)
     shapes = dict.fromkeys(layer for name in MODELS for layer in layers(preset(name)))
     dtype = runtime.resolve_precision("auto", torch.device("cpu")) if device == "cpu" else "bf16"
@@ -179,7 +179,7 @@ def cases(device: Literal["cpu", "cuda"]) -> tuple[Case, ...]:
 def build(case: Case) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The case's module, in float32 and in eval mode, and its inputs in the dtype of the case.
 
-    The batch norms have weights, biases and statistics that folding must get right.
+    Batch norms have random weights, biases and statistics, so that wrong folding shows.
     """
     torch.manual_seed(0)
     if isinstance(case.what, str):
@@ -202,10 +202,10 @@ def build(case: Case) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def reference(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, int, int]:
-    """The result in float32; operations of a call; bytes of inputs, weights and result.
+    """The float32 result, the operations of a call, and the bytes of inputs, weights and result.
 
-    Operations are two for each multiply-accumulate of convolutions and linear layers. Bytes are
-    those that a single pass in the inputs' dtype has to move: of use for one layer only.
+    Operations count two per multiply-accumulate of convolutions and linear layers. Bytes are those
+    that one pass in the inputs' dtype must move, which is meaningful for a single layer only.
     """
     counter = FlopCounterMode(display=False)
     with counter:
@@ -216,17 +216,17 @@ def reference(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, in
 
 
 def fold(module: nn.Module) -> nn.Module:
-    """A copy with its batch norms folded by ``torch.fx``."""
+    """A copy with batch norms folded by ``torch.fx``."""
     return optimization.fuse(with_plain_convolutions(copy.deepcopy(module)))
 
 
 def variant(name: str, case: Case, module: nn.Module, inputs: tuple[Tensor, ...]) -> Callable:
-    """One way to run the case; what has to be compiled or captured is so when it returns."""
+    """One implementation of the case, already compiled or captured if it needs to be."""
     dtype = DTYPES[case.dtype]
     if name in (OURS, GRAPH):
         example = tuple(x[:1].float() for x in inputs)
         run = resfast.fuse(module, dtype, example=example, cuda_graph=name == GRAPH)
-        if case.kind == "layer":  # alone: a network's output becomes float32, a layer's does not
+        if case.kind == "layer":  # without the conversion of the network's output to float32
             (run,) = (part for part in run.modules() if isinstance(part, ConvBiasAct))
     else:
         plain = copy.deepcopy(module) if name in (EAGER, COMPILE, TUNED) else fold(module)
@@ -243,7 +243,7 @@ def variant(name: str, case: Case, module: nn.Module, inputs: tuple[Tensor, ...]
 
 
 def cudnn(conv: nn.Conv2d) -> Callable:
-    """cuDNN's own fused convolution, (residual,) ReLU."""
+    """cuDNN's fused convolution (+ residual) + ReLU."""
     rest = (conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def run(x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -255,7 +255,7 @@ def cudnn(conv: nn.Conv2d) -> Callable:
 
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of ``expected``; NaN for another shape."""
+    """RMS of the difference over RMS of ``expected``; NaN if the shapes differ."""
     if output.shape != expected.shape:
         return math.nan
     difference = output.float() - expected
@@ -265,12 +265,12 @@ def relative_error(output: Tensor, expected: Tensor) -> float:
 def take_turns(
     calls: Mapping[str, Callable[[], object]], device: str, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each, round by round: in each round all of them are timed once.
+    """Seconds per call of each, by round; every round times each of them once.
 
     Args:
-        calls: what to time, by name; each has been called before.
-        device: ``cpu`` or ``cuda``, which is waited for at the end of each time.
-        seconds: about how long all of it may take; at least 5 rounds, at most 15.
+        calls: functions to time, by name, each already called once.
+        device: ``cpu`` or ``cuda``, which is synchronized at the end of each measurement.
+        seconds: approximate total time, within 5 to 15 rounds.
     """
 
     once = {name: timed(call, 1, device) for name, call in calls.items()}
@@ -286,7 +286,7 @@ def take_turns(
 
 @dataclass
 class Measured:
-    """A case's times in seconds a call, turn by turn, by variant, and what else is known of it."""
+    """Results of a case by variant: seconds per call in each round, errors and failures."""
 
     case: Case
     flops: int
@@ -297,14 +297,14 @@ class Measured:
     failed: dict[str, Exception] = field(default_factory=dict)
 
     def ratios(self, name: str) -> list[float] | None:
-        """How many times as fast as the baseline, turn by turn."""
+        """Speed-up over the baseline in each round."""
         base, own = self.seconds.get(self.case.baseline), self.seconds.get(name)
         return base and own and [b / a for a, b in zip(own, base, strict=True)]
 
 
 @torch.no_grad()
 def measure(case: Case) -> Measured:
-    """Builds, checks and times all variants of a case; one that fails does not stop the others."""
+    """Builds, checks and times all variants of a case; one failure does not stop the others."""
     device = torch.device(case.device)
     runtime.prepare(device, threads=0, tf32=False, tuned_allocator=True)
     torch.compiler.reset()
@@ -323,8 +323,8 @@ def measure(case: Case) -> Measured:
             error = measured.errors[name] = relative_error(run(*inputs), expected)
             if not error <= limit:
                 raise BadOutputError(
-                    f"{case}: {name} differs from float32 by {error:.3g} of the result's size; "
-                    f"expected at most {limit}"
+                    f"{case}: {name} has a relative error of {error:.3g} against float32; expected "
+                    f"at most {limit}"
                 )
             runs[name] = functools.partial(run, *inputs)
         except (RuntimeError, TypeError, ValueError, ResfastError, BadOutputError) as error:

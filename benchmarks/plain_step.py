@@ -1,7 +1,7 @@
-"""A training step as an ordinary script writes it, in plain PyTorch: what resfast is timed against.
+"""The training step of an ordinary, well-written PyTorch script, which resfast is compared with.
 
-It has nothing against it: the same network, ``channels_last``, bf16 autocast and torch.compile, one
-batch made beforehand (so no augmentation), no averaged weights, no label smoothing, no schedule.
+It has every advantage: the same network, ``channels_last``, bf16 autocast and torch.compile, and a
+fixed batch (no augmentation), no averaged weights, no label smoothing and no schedule.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from resfast.ops.norm_act import op as norm_act
 
 
 def with_plain_convolutions(model: nn.Module) -> nn.Module:
-    """The same, its convolutions PyTorch's own and not of resfast's class."""
+    """The same model, with resfast's convolutions turned into ``nn.Conv2d``."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.__class__ = nn.Conv2d
@@ -28,20 +28,20 @@ def with_plain_convolutions(model: nn.Module) -> nn.Module:
 
 
 def build(device: torch.device, batch_size: int, recipe: str) -> Callable[[], None]:
-    """The script up to its training loop. For a process of its own.
+    """Sets up the script; run it in a process of its own, because it changes global settings.
 
     Args:
-        device: where it trains.
-        batch_size: images a step.
-        recipe: whose network it trains.
+        device: where to train.
+        batch_size: images per step.
+        recipe: the recipe whose network is trained.
 
     Returns:
-        A function that trains by one batch.
+        A function that trains on one batch.
     """
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    # Norms, activations and the whitening are PyTorch's, too.
+    # Use PyTorch's norms, activations and whitening convolution, too.
     norm_act.available = lambda device: False
     frozen_conv.AVAILABLE = False
     model = with_plain_convolutions(build_model(network(resfast.recipe(recipe).model), 10))

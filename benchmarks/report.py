@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine, and how it writes speeds."""
+"""Helpers of all benchmarks: description of the machine, timing, and formatting of results."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def cuda_versions() -> dict[str, Any]:
-    """Of CUDA and cuDNN that torch is built with; None where there are none."""
+    """Versions of CUDA and cuDNN that torch was built with; None without them."""
     return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
 
 
 def version(name: str) -> str | None:
-    """Version of an installed package, or None."""
+    """Version of a package, or None if it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -48,7 +48,7 @@ def installed(module: str) -> bool:
     """Whether ``module``, such as ``nvidia.dali``, can be imported."""
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of its parent
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
@@ -57,12 +57,12 @@ def rate(images_per_second: float) -> str:
 
 
 def slug(text: str) -> str:
-    """As part of a file's name: lower case, digits and hyphens."""
+    """``text`` as part of a file name: lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def timed(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Seconds of each of some calls in a row, until ``device`` is done with them."""
+    """Mean seconds per call over ``repeats`` calls, until ``device`` has finished them."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -72,5 +72,5 @@ def timed(call: Callable[[], object], repeats: int, device: str) -> float:
 
 
 def verdict(value: float, target: float) -> str:
-    """Whether a figure is as high as it was meant to be."""
+    """Whether a value reached its target, as text."""
     return "reached" if value >= target else f"missed by {target - value:.2f}"

@@ -1,4 +1,4 @@
-"""A training step of resfast as a run takes it: batch made and augmented, then trained on."""
+"""A training step of a resfast run, including the selection and augmentation of its batch."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ IMAGES, EPOCHS = 50_000, 70
 
 
 def build(device: torch.device, batch_size: int, recipe: str) -> Callable[[], None]:
-    """What a run of a recipe sets up before its first step of whole images.
+    """Sets up a run of a recipe at full image size.
 
     Args:
-        device: where it trains.
-        batch_size: images a step.
-        recipe: its name.
+        device: where to train.
+        batch_size: images per step.
+        recipe: name of the recipe.
 
     Returns:
-        A function that trains by one batch.
+        A function that trains on one batch.
     """
     config = resfast.recipe(recipe)
-    optim = replace(config.optim, whitening_bias_epochs=0.0)  # which is of a few first epochs
+    optim = replace(config.optim, whitening_bias_epochs=0.0)  # only used in the first epochs
     dtype = torch.bfloat16
     runtime.prepare(
         device,

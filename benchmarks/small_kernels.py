@@ -1,9 +1,9 @@
-"""Launches every CUDA kernel of ours on small maps, for compute-sanitizer to watch.
+"""Launches every CUDA kernel of the extension on small feature maps, for compute-sanitizer.
 
-``python -m benchmarks.small_kernels``, alone or under ``compute-sanitizer``; ``make gpu-report``
-does the latter. Each tile shape of each kernel runs once a problem, with and without a split
-reduction, on odd maps, odd channels and the stem among them, and what it returns must be near the
-reference. The exit code is 1 where something is not, 2 without a GPU or without the kernels.
+``python -m benchmarks.small_kernels``, alone or under ``compute-sanitizer``, as in ``make
+gpu-report``. Each tile shape of each kernel runs once per problem, with and without a split
+reduction; problems include odd map sizes, odd channel counts and the stem. Results must be close to
+the reference. The exit code is 1 if one is not, 2 without a GPU or without the kernels.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ TYPES = {
     "tf32": (torch.float32, True),
 }
 MAX_ERROR = 0.02
-"""Root mean square, relative to that of the result: some roundings to bfloat16."""
+"""Relative RMS error, which allows for a few roundings to bfloat16."""
 
 Launch = tuple[str, Callable[[], Tensor], Tensor]
-"""What is launched, the launch, and what it must return."""
+"""Description, launch, and expected result."""
 
 
 def launches(device: str, ops: Any) -> Iterator[Launch]:
-    """Every kernel on every problem that it takes; ``ops`` is ``torch.ops.resfast``."""
+    """Every kernel on every problem it supports; ``ops`` is ``torch.ops.resfast``."""
     generator = torch.Generator().manual_seed(0)
     acts = list(conv_reference.ACTIVATIONS)
 
@@ -52,23 +52,23 @@ def launches(device: str, ops: Any) -> Iterator[Launch]:
         values = torch.randn(shape, generator=generator).to(device, dtype)
         return values.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else values
 
-    multiprocessors = 132  # an H200's; more than these maps fill, so that reductions are split
+    multiprocessors = 132  # those of an H200: too many for these maps, so reductions are split
     for name, (dtype, tf32) in TYPES.items():
         for index, (shape, filters, side, stride, padding) in enumerate(PROBLEMS):
             x, bias = random(*shape, dtype=dtype), random(filters, dtype=torch.float32)
             weight = (
                 random(filters, shape[1], side, side, dtype=dtype) / (shape[1] * side**2) ** 0.5
             )
-            place, act = ([stride] * 2, [padding] * 2), (acts[index % len(acts)], 0.1)
-            plain = conv_reference.conv2d_bias_act(x, weight, None, None, *place, "none")
+            geometry, act = ([stride] * 2, [padding] * 2), (acts[index % len(acts)], 0.1)
+            plain = conv_reference.conv2d_bias_act(x, weight, None, None, *geometry, "none")
             residual = random(*plain.shape, dtype=dtype)
-            arguments = (x, weight, bias, residual, *place, *act)
+            arguments = (x, weight, bias, residual, *geometry, *act)
             exact = conv_reference.conv2d_bias_act(*arguments)
             what = f"{name} {list(shape)} to {filters}, {side}x{side}, stride {stride}"
-            flat = ops.conv2d_cuda_candidates(x, weight, *place, multiprocessors)
-            # Of each tile one without a split and one with.
-            ways = {(t, s > 1): (t, s) for t, s in zip(flat[::2], flat[1::2], strict=True)}
-            for tile, splits in ways.values():
+            flat = ops.conv2d_cuda_candidates(x, weight, *geometry, multiprocessors)
+            # One candidate with a split reduction and one without per tile.
+            chosen = {(t, s > 1): (t, s) for t, s in zip(flat[::2], flat[1::2], strict=True)}
+            for tile, splits in chosen.values():
                 yield (
                     f"conv2d_cuda {what}, tile {tile}, {splits} splits",
                     lambda a=(*arguments, tile, splits, tf32): ops.conv2d_cuda(*a),
@@ -76,7 +76,7 @@ def launches(device: str, ops: Any) -> Iterator[Launch]:
                 )
             if not hasattr(ops, "conv2d_hopper") or dtype == torch.float32:
                 continue
-            for config in ops.conv2d_hopper_configs(x, weight, *place):
+            for config in ops.conv2d_hopper_configs(x, weight, *geometry):
                 yield (
                     f"conv2d_hopper {what}, config {config}",
                     lambda a=(*arguments, config): ops.conv2d_hopper(*a),
@@ -105,10 +105,10 @@ def launches(device: str, ops: Any) -> Iterator[Launch]:
 
 
 def run(device: str, ops: Any) -> int:
-    """Launches all of them; prints what went wrong and how many there were.
+    """Launches all kernels and prints wrong results and the number of launches.
 
     Returns:
-        How many returned something else than the reference.
+        The number of launches whose result is wrong.
     """
     count = wrong = 0
     for name, launch, exact in launches(device, ops):
@@ -123,11 +123,11 @@ def run(device: str, ops: Any) -> int:
 
 
 def main() -> int:
-    """The command; returns its exit code."""
+    """Entry point; returns the exit code."""
 
     def command() -> int:
         if not torch.cuda.is_available():
-            raise ResfastError("there is no CUDA device to launch kernels on")
+            raise ResfastError("no CUDA device was found to launch the kernels on")
         if not hasattr(torch.ops.resfast, "conv2d_cuda"):
             raise ResfastError(
                 "the CUDA kernels are not built: python csrc/cuda/build.py resfast/_CUDA.so"

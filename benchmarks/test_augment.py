@@ -1,12 +1,12 @@
-"""Crop + flip + normalization of CIFAR-sized images: resfast's operator and what else does it.
+"""Crop + flip + normalization of CIFAR-sized images: resfast's operator against other libraries.
 
-Everything gets the same uint8 images ``[50000, 32, 32, 3]`` in memory, shuffles them, translates
-each by up to 4 pixels, mirrors half of them and normalizes, in batches of 512. The result is bf16,
-of DALI, which has none, fp32, in which it is faster than in fp16. Differences that stay: DALI pads
-with zeros; torchvision's v2 transforms draw one translation and one mirror for the whole batch.
+All get the same uint8 images ``[50000, 32, 32, 3]`` in memory, shuffle them, translate each by up
+to 4 pixels, flip half of them and normalize, in batches of 512. The result is bf16, except for
+DALI, which does not support it: fp32, in which it is faster than in fp16. Remaining differences:
+DALI pads with zeros; torchvision's v2 transforms use one translation and flip for a whole batch.
 
-The ratio to DALI is taken between rounds that take turns. On CUDA the operator's bandwidth (bytes
-read + written) is set against that of a device-to-device copy measured in the same run.
+The speed-up over DALI is measured in alternating rounds. On CUDA the operator's bandwidth (bytes
+read + written) is compared with that of a device-to-device copy measured in the same run.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ CPU_IMAGES_PER_SECOND, TIMES_DALI, PART_OF_COPY = 250_000, 3.0, 0.8
 pytestmark = pytest.mark.timeout(1200)
 
 Round = Callable[[], int]
-"""Makes some batches and returns how many images they held."""
+"""Makes a number of batches and returns the number of images in them."""
 
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    runtime.tune_allocator()  # as a training does
+    runtime.tune_allocator()  # as in training
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (COUNT, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator)
 
@@ -80,8 +80,8 @@ def plain_round(images: torch.Tensor) -> Round:
 
 
 def dali_round(images: torch.Tensor) -> Round:
-    """Arrays, sliced with zeros outside, then ``crop_mirror_normalize``: of the graphs tried (pad
-    and crop, fp16, draws made in Python) the fastest on the CPU."""
+    """Arrays, sliced with zero padding, then ``crop_mirror_normalize``: the fastest on the CPU of
+    the graphs tried (pad and crop, fp16, random parameters from Python)."""
     from nvidia.dali import fn, pipeline_def, types
 
     arrays = images.numpy()
@@ -146,7 +146,7 @@ def torchvision_v2_round(images: torch.Tensor) -> Round:
 
 
 class _Images(torch.utils.data.Dataset):
-    """Image by image, as CIFAR scripts do it."""
+    """Transforms images one by one, as CIFAR scripts do."""
 
     def __init__(self, images: torch.Tensor) -> None:
         from torchvision import transforms

@@ -1,12 +1,12 @@
-"""Inference: layers and whole networks, resfast's fused form against what else runs them.
+"""Inference: layers and whole networks, fused by resfast and in other implementations.
 
-``benchmarks/inference.py`` says what is timed. A case's variants are timed in turns, all together,
-before the first of its tests; each test then hands its own times to pytest-benchmark. Environment
-variables:
+``benchmarks/inference.py`` defines what is timed. All variants of a case are timed together, in
+alternation, in the first of its tests; each test then passes its own times to pytest-benchmark.
+Environment variables:
 
-- ``RESFAST_BENCH_MINUTES``: cases that would begin later than that after the first one are skipped
-  (default 5); those that decide come first.
-- ``RESFAST_BENCH_ALL=1``: on CUDA, layers are compiled with max-autotune too, which takes long.
+- ``RESFAST_BENCH_MINUTES``: cases that would start more than this many minutes after the first are
+  skipped (default 5); the most important cases come first.
+- ``RESFAST_BENCH_ALL=1``: on CUDA, also compile layers with max-autotune, which takes long.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 
 class RecordedTime:
-    """A clock for pytest-benchmark that shows times measured before."""
+    """A clock for pytest-benchmark that replays times measured earlier."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -64,7 +64,7 @@ def _marks(device: str) -> list[pytest.MarkDecorator]:
 @pytest.mark.parametrize("what", ["matmul-bf16", "matmul-fp32", "copy"])
 @pytest.mark.parametrize("device", [pytest.param(d, marks=_marks(d)) for d in ("cpu", "cuda")])
 def test_machine(what: str, device: str, benchmark, comparisons: list[str]) -> None:
-    """The rates that those of the layers are set against."""
+    """The rates that the layers are compared with."""
     _needs(device)
     runtime.prepare(torch.device(device), threads=0, tf32=False, tuned_allocator=True)
     name, _, dtype = what.partition("-")
@@ -100,8 +100,8 @@ def measure(case: Case) -> Measured:
     if not started:
         started.append(time.monotonic())
     if time.monotonic() - started[0] > 60 * MINUTES:
-        pytest.skip(f"the {MINUTES:g} minutes of RESFAST_BENCH_MINUTES are over")
-    gc.collect()  # networks of the case before are cycles
+        pytest.skip(f"RESFAST_BENCH_MINUTES ({MINUTES:g} minutes) have passed")
+    gc.collect()  # the networks of the previous case are in reference cycles
     return inference.measure(case)
 
 

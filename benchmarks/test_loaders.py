@@ -1,9 +1,9 @@
-"""How fast each loader delivers training batches, and what part of a training step that is.
+"""Throughput of each loader, and its time as a fraction of a training step.
 
 All deliver augmented (crop 4, flip) and normalized batches of 512 in bf16 on the device. Set
 ``RESFAST_BENCH_DATA`` to an image folder to time real images (its ``train/<class>/*`` files);
-without it, JPEGs of smooth random colours are written to a temporary folder. The decoded arrays are
-those of the same files.
+otherwise JPEGs of smooth random colours are written to a temporary folder. Loaders of arrays get
+the same images, decoded.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def dali_jpeg(data: Data, device: str) -> Iterator[torch.Tensor]:
 
 
 def torchvision_jpeg(data: Data, device: str) -> Iterator[torch.Tensor]:
-    """``ImageFolder`` under a DataLoader with two workers."""
+    """``ImageFolder`` in a DataLoader with two workers."""
     from torchvision import datasets, transforms
 
     transform = transforms.Compose(
@@ -170,12 +170,12 @@ def test_loader(name: str, device: str, data: Data, benchmark, comparisons: list
 def test_part_of_a_training_step(
     policy: str, device: str, data: Data, benchmark, comparisons: list[str]
 ) -> None:
-    """Seconds of making a batch beside those of the default recipe's compiled step."""
+    """Time to make a batch as a fraction of the default recipe's compiled step."""
     from benchmarks import resfast_step
 
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    step = resfast_step.build(torch.device(device), BATCH)
+    step = resfast_step.build(torch.device(device), BATCH, "default")
     loader = ResidentLoader(
         data.images, data.labels, MEAN, STD, batch_size=BATCH, augment=parse_augment(policy),
         classes=data.classes, device=device, dtype=torch.bfloat16,

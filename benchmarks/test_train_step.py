@@ -1,16 +1,16 @@
-"""Times one training step of a recipe, in bf16, against a plain PyTorch script's.
+"""Times a bf16 training step of a recipe against that of a plain PyTorch script.
 
-The recipes are ``default`` (resnet-2111, batch 512) and ``fast94`` (its speednet, batch 500, images
-of 32x32 pixels); the script trains the same network.
+The recipes are ``default`` (resnet-2111, batch size 512) and ``fast94`` (speednet-94, batch size
+500, images of 32x32 pixels); the script trains the same network.
 
-Both train in processes of their own, because the allocator's settings are a process's, and take
-turns, so that whatever else the machine does hits both alike: each timed step follows one of the
-other's. Run it with ``make bench``, on an otherwise idle machine. Environment variables:
+Each trains in its own process, because allocator settings are process-wide. Timed steps alternate
+between the two, so that other load on the machine affects both equally. Run it with ``make bench``
+on an otherwise idle machine. Environment variables:
 
-- ``RESFAST_BENCH_ROUNDS``: timed rounds of each row (default 10); the ratio is over twice as many.
-- ``RESFAST_BENCH_BATCH``: images a step instead of these.
+- ``RESFAST_BENCH_ROUNDS``: timed rounds per row (default 10); the speed-up is over twice as many.
+- ``RESFAST_BENCH_BATCH``: images per step, instead of the recipe's.
 
-A round is one step on the CPU, and on CUDA 20 steps, so that the device has a queue as in training.
+A round is one step on the CPU and 20 steps on CUDA, so that the device has a queue as in training.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from benchmarks.report import version
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = int(os.environ.get("RESFAST_BENCH_ROUNDS", "10"))
 BATCH_SIZES = {"default": 512, "fast94": 500}
-"""Of each recipe."""
+"""Images per step, by recipe."""
 STEPS = {"cpu": 1, "cuda": 20}
 
 pytestmark = pytest.mark.timeout(3600)
 
 
 class Worker:
-    """A process of ``benchmarks.worker``, compiled and warm."""
+    """A process running ``benchmarks.worker``, compiled and warmed up."""
 
     def __init__(self, module: str, pair: Pair) -> None:
         self.module = module
@@ -68,7 +68,7 @@ class Worker:
         return self._answer()
 
     def round(self) -> None:
-        """Trains by one round; ``seconds`` gets the time of a step that the process measured."""
+        """Trains for one round and appends the seconds per step, measured by the process."""
         self.seconds.append(float(self._ask(str(self.steps))) / self.steps)
 
     def info(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Worker:
 
 @dataclass
 class Pair:
-    """The two that take turns, and what became of them."""
+    """The two alternating workers and their comparison."""
 
     recipe: str
     device: str
@@ -94,7 +94,7 @@ class Pair:
         return f"{self.recipe}, {self.device}, batch {self.batch_size}, bf16"
 
     def comparison(self) -> tuple[float, str]:
-        """How much faster resfast is (median over the pairs of rounds), and a line saying so."""
+        """The speed-up of resfast (median over pairs of rounds), and a line of text with it."""
         ours, plain = (self.workers[name].seconds for name in ("resfast", "plain"))
         ratios = [b / a for a, b in zip(ours, plain, strict=True)]
         ratio = statistics.median(ratios)

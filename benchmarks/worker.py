@@ -1,8 +1,8 @@
-"""A process that trains by as many steps as it is asked for, and otherwise sleeps.
+"""A process that trains for a requested number of steps, and otherwise sleeps.
 
 ``python -m benchmarks.worker MODULE DEVICE BATCH_SIZE RECIPE`` calls ``benchmarks.MODULE.build``,
-says ``ready``, and then answers lines on standard input: a number of steps with the seconds they
-took, ``info`` with what it knows about itself, as JSON.
+prints ``ready``, and then answers lines on standard input: a number of steps with the seconds they
+took, ``info`` with a description of the process as JSON.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _info(device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    # What libraries print must not get between the answers.
+    # Keeps the output of libraries out of the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     name, device, batch_size = sys.argv[1], torch.device(sys.argv[2]), int(sys.argv[3])
