@@ -265,6 +265,11 @@ def test_a_model_above_the_budget_is_refused(capsys: pytest.CaptureFixture[str],
     [
         ("--model resnet18", "above the budget of 5,000,000"),
         ("--image-size 24 --sizes 28:0.5", "has 28 pixels, more than the images' 24"),
+        (
+            "--image-size 24 --sizes 28:0.5 --data cifar10",
+            "has 28 pixels, more than the images' 24",
+        ),
+        ("--image-size 24 --sizes 28:0.5 --data auto", "has 28 pixels, more than the images' 24"),
         ("--sizes 1:0.5 --model speednet-94", "--sizes 1:0.5: the network cannot take that size"),
         ("--image-size 4 --model speednet-94", "images of 4x4 pixels are too small"),
     ],
@@ -273,8 +278,15 @@ def test_the_network_is_checked_before_data_is_read(
     options: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     data = ["--data", f"folder:{tmp_path / 'missing'}", "--out", str(tmp_path / "runs")]
-    assert main([*options.split(), *data]) == 2
+    assert main([*data, *options.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", ["auto", "cifar10", "cifar100", "digits"])
+def test_images_may_be_larger_than_those_of_the_data_set(data: str):
+    config = RECIPES["fast94"]
+    sizes = dataclasses.replace(config.data, data=data, image_size=48, sizes=((40, 0.5),))
+    check_network(dataclasses.replace(config, data=sizes))
 
 
 def test_checking_the_network_draws_no_random_numbers():

@@ -103,7 +103,7 @@ def test_without_torch_every_line_is_still_there(tmp_path, monkeypatch):
     assert list(lines) == list(doctor.PROBES)
     assert lines["Python"].state == "ok"
     assert lines["torch"].state == "problem"
-    assert lines["CPU"] == Line("CPU", "missing", "not looked at: there is no module torch")
+    assert lines["CPU"] == Line("CPU", "missing", "not examined: there is no module torch")
 
 
 # -- single probes -----------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_the_least_confident_images_get_the_other_views(images: Tensor, labels: 
 
 @pytest.mark.parametrize("select", [0.2, 0.6])  # above the mirrored part: all of these
 @pytest.mark.parametrize("tta", ["flip", "shift"])
-def test_the_least_certain_images_get_the_mirrored_view(
+def test_the_least_confident_images_get_the_mirrored_view(
     images: Tensor, labels: Tensor, tta: str, select: float
 ):
     model = Small()

@@ -391,8 +391,14 @@ def test_a_schedule_takes_up_the_state_of_version_01():
         ({"bias_weight_decay": -0.1}, "--bias-weight-decay"),
         ({"optimizer": "muon", "sgd_momentum": 1.0}, "--sgd-momentum"),
         ({"optimizer": "muon", "newton_schulz_steps": 0}, "--newton-schulz-steps"),
-        ({"sgd_momentum": 0.9}, "--sgd-momentum is of muon.*leave it out or choose --optimizer"),
-        ({"optimizer": "adam", "normalize_filters": True}, "--normalize-filters is of muon"),
+        (
+            {"sgd_momentum": 0.9},
+            "--sgd-momentum is an option of muon.*leave it out or choose --optimizer",
+        ),
+        (
+            {"optimizer": "adam", "normalize_filters": True},
+            "--normalize-filters is an option of muon",
+        ),
         ({"whitening_bias_epochs": -1}, "--whitening-bias-epochs"),
         ({"lookahead": -1}, "--lookahead"),
         ({"lookahead_decay": 1.0}, "--lookahead-decay"),

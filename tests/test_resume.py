@@ -98,7 +98,7 @@ def test_a_signal_saves_and_names_the_command_to_go_on(
     _, error = process.communicate()
     assert process.returncode == code, error
     assert "Traceback" not in error
-    advice = re.search(r"go on with: python (-m resfast\.train --resume \S+)", error)
+    advice = re.search(r"continue with: python (-m resfast\.train --resume \S+)", error)
     assert advice, error
     subprocess.run([sys.executable, *advice[1].split()], capture_output=True, check=True)
     assert_same_weights(tmp_path / "stopped", whole[0])

@@ -1,4 +1,4 @@
-"""What the entry points share: exit codes, one-sentence errors, and modules that can be called."""
+"""What the commands share: exit codes, one-sentence errors, and callable modules."""
 
 from __future__ import annotations
 
@@ -14,23 +14,32 @@ from typing import Any, TypeVar
 from resfast.errors import ResfastError
 
 T = TypeVar("T")
+CONSOLE_SCRIPT = "resfast"
 
 
-def parse(kind: type[T], args: Sequence[str] | None, prog: str, default: T | None = None) -> T:
-    """Reads the command line into the dataclass ``kind``, groups dissolved into plain options."""
+def program(command: str) -> str:
+    """How the user started a command: ``resfast train`` or ``python -m resfast.train``."""
+    script, _, started = sys.argv[0].partition(" ")
+    if (script, started) == (CONSOLE_SCRIPT, command):
+        return sys.argv[0]
+    return f"python -m resfast.{command}"
+
+
+def parse(kind: type[T], args: Sequence[str] | None, command: str, default: T | None = None) -> T:
+    """Reads the command line into the dataclass ``kind``; groups become plain options."""
     import tyro
 
-    markers = (tyro.conf.OmitArgPrefixes,)
+    prog, markers = program(command), (tyro.conf.OmitArgPrefixes,)
     if default is None:
         return tyro.cli(kind, args=args, prog=prog, config=markers)
     return tyro.cli(kind, args=args, prog=prog, default=default, config=markers)
 
 
 def escape_unencodable() -> None:
-    """Lets standard output and error print any text: what their encoding lacks is escaped.
+    """Makes standard output and error escape characters that their encoding lacks.
 
-    Names of classes and files may hold characters that an ASCII or Latin-1 stream cannot, and lone
-    surrogates, which no stream can.
+    Names of classes and files may contain characters that an ASCII or Latin-1 stream cannot
+    encode, and lone surrogates, which no stream can.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
@@ -38,7 +47,7 @@ def escape_unencodable() -> None:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Runs a command and turns what a user can act on into one sentence and an exit code.
+    """Runs a command; turns errors that a user can act on into one sentence and an exit code.
 
     Returns:
         0, 2 for bad input, 3 for a loss that is not finite, 130 or 143 after SIGINT or SIGTERM.
@@ -56,7 +65,7 @@ def run(main: Callable[[], int | None]) -> int:
             print("resfast: stopped", file=sys.stderr, flush=True)
         else:
             print(
-                f"resfast: stopped and saved; go on with: python -m resfast.train --resume {path}",
+                f"resfast: stopped and saved; continue with: {program('train')} --resume {path}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -70,12 +79,12 @@ def make_callable(module: str, home: str, name: str) -> None:
     """Lets ``resfast.train`` be both a module (``python -m resfast.train``) and a function.
 
     Python binds a submodule as an attribute of its package on import, so the two share a name.
-    What type checkers see of it is in ``resfast/__init__.py``.
+    ``resfast/__init__.py`` declares the function's type for type checkers.
 
     Args:
-        module: name of the module to call.
-        home: module that holds the function; imported on the first call, since it is slow.
-        name: of the function.
+        module: name of the module to make callable.
+        home: module that defines the function; imported on the first call, since that is slow.
+        name: name of the function.
     """
 
     class CallableModule(types.ModuleType):

@@ -1,4 +1,4 @@
-"""``resfast data``: a picture of what augmentation does, and image folders as shards."""
+"""``resfast data``: shows what augmentation does, and packs image folders into shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from resfast.data.dataset import print_to_stderr
 from resfast.data.sources import load_dataset
 from resfast.errors import ResfastError
 
-PROG = "python -m resfast.data"
+COMMAND = "data"
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Options:
     data_dir: Path = Path("data")
     """Where data sets are looked for, downloaded to and cached."""
     image_size: int = 32
-    """Height and width that folder and digits images are resized to, in pixels."""
+    """Height and width that all images are resized to, in pixels."""
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
     augment: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Policy to show, as train's --augment takes it; once for each (none given: every named
-    one)."""
+    """Policy to show, in the notation of train's --augment; may be repeated (not given: every
+    named policy)."""
     images: int = 10
     """Images in a row of the contact sheet."""
     seed: int = 0
@@ -49,14 +49,14 @@ class Options:
     epochs: tuple[int, ...] = (0, 1)
     """Epochs shown, a row of each policy for each."""
     images_per_shard: int = 10_000
-    """Images in a shard; the last has what is left."""
+    """Images in each shard but the last, which holds the rest."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
 
     def command() -> None:
-        options = entry.parse(Options, args, PROG)
+        options = entry.parse(Options, args, COMMAND)
         if options.preview is None and options.shards is None:
             raise ResfastError(
                 "nothing to do: expected --preview PNG for a contact sheet of the augmentations, "

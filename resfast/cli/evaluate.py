@@ -16,7 +16,7 @@ from resfast.inference.load import Which
 from resfast.inference.scoring import TTA
 from resfast.runtime import Precision
 
-PROG = "python -m resfast.evaluate"
+COMMAND = "evaluate"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Options:
 
 
 def table(result: Result) -> str:
-    """The classes line by line: images, how many were right, and what they are taken for most."""
+    """A line per class: images, correct ones, accuracy, and the class most often mistaken for it."""
     width = max(len("class"), *(len(name) for name in result.classes))
     lines = [f"{'class':<{width}}  {'images':>7}  {'correct':>7}  {'accuracy':>8}  mistaken for"]
     for index, name in enumerate(result.classes):
@@ -71,7 +71,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
 
     def command() -> None:
-        options = entry.parse(Options, args, PROG)
+        options = entry.parse(Options, args, COMMAND)
         run = inference.load(
             options.run,
             weights=options.weights,

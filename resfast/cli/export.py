@@ -14,7 +14,7 @@ from resfast.inference import load as inference
 from resfast.inference.export import Dtype, Format, export
 from resfast.inference.load import Which
 
-PROG = "python -m resfast.export"
+COMMAND = "export"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
 
     def command() -> None:
-        options = entry.parse(Options, args, PROG)
+        options = entry.parse(Options, args, COMMAND)
         run = inference.load(
             options.run, weights=options.weights, device=options.device, precision="fp32"
         )

@@ -1,4 +1,4 @@
-"""``resfast COMMAND ARGS…``: the console script, which hands over to one of the commands.
+"""``resfast COMMAND ARGS…``: the console script, which runs one of the commands.
 
 Only the chosen command is imported, so that ``resfast --help`` does not wait for torch.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from resfast import __version__
-from resfast.cli.common import escape_unencodable
+from resfast.cli.common import CONSOLE_SCRIPT, escape_unencodable
 from resfast.errors import nearest
 
 COMMANDS = {
@@ -40,7 +40,7 @@ def usage() -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """The console script; returns the exit code of the command, 2 where there is no such one."""
+    """The console script; returns the exit code of the command, or 2 for an unknown command."""
     escape_unencodable()
     arguments = list(sys.argv[1:] if args is None else args)
     name = arguments[0] if arguments else "--help"
@@ -60,8 +60,8 @@ def main(args: Sequence[str] | None = None) -> int:
     command = importlib.import_module(COMMANDS[name][0]).main
     if args is not None:
         return command(arguments[1:])
-    # As if by python -m: training counts its seconds from the start of a process of its own.
-    sys.argv = [f"resfast {name}", *arguments[1:]]
+    # Without arguments, as by python -m: training then counts its seconds from the process's start.
+    sys.argv = [f"{CONSOLE_SCRIPT} {name}", *arguments[1:]]
     return command()
 
 

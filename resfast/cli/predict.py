@@ -26,7 +26,7 @@ from resfast.inference.predict import Answers, answer, check_options, named_pair
 from resfast.inference.scoring import TTA
 from resfast.runtime import Precision
 
-PROG = "python -m resfast.predict"
+COMMAND = "predict"
 HEADER = ("ID", "Labels")
 DEFAULT_CSV = Path("predictions.csv")
 
@@ -123,7 +123,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
 
     def command() -> None:
-        options = entry.parse(Options, args, PROG)
+        options = entry.parse(Options, args, COMMAND)
         check_options(options.top, options.tta)
         source = open_images([path.expanduser() for path in options.images])
         shown = isinstance(source, Files) and not options.images[0].expanduser().is_dir()

@@ -19,26 +19,26 @@ from resfast.config.recipes import RECIPES, SUMMARIES, recipe
 from resfast.config.schema import Config
 from resfast.errors import ResfastError
 
-PROG = "python -m resfast.train"
+COMMAND = "train"
 
 
 @dataclass(frozen=True)
 class Start:
-    """Options that decide where the values of the others come from, or what to do instead."""
+    """Options that decide where the other values come from, or what to do instead of training."""
 
     recipe: str | None = None
     """Named set of values that the other options override (None: default; --list shows them)."""
     config: Path | None = None
     """Start from a saved configuration, runs/NAME/config.json."""
     resume: Path | None = None
-    """Go on with an interrupted run, runs/NAME."""
+    """Resume an interrupted run, runs/NAME."""
     list: bool = False
     """Print the recipes and models with their parameter counts, and stop."""
     summary: bool = False
     """Print the network layer by layer, and stop."""
     profile: Path | None = None
-    """Train for a few steps only, write a Chrome trace of them to this file, print the operators
-    that took most and how the step compares with a matrix product, and stop."""
+    """Train for a few steps only, write a Chrome trace of them to this file, print the slowest
+    operators and how the step compares with a matrix product, and stop."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Command:
 
 
 def command_line(args: Sequence[str]) -> tuple[Start, Config]:
-    """The options of a command line, in two passes: first where the defaults come from, then all.
+    """Parses a command line in two passes: first where the defaults come from, then all options.
 
     Raises:
         ResfastError: an unknown recipe, an unreadable configuration, or two sources of defaults.
@@ -62,7 +62,7 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
     start, _ = tyro.cli(
         Start,
         args=list(args),
-        prog=PROG,
+        prog=entry.program(COMMAND),
         add_help=False,
         return_unknown_args=True,
         console_outputs="--help" not in args and "-h" not in args,
@@ -70,7 +70,7 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
     given = [name for name in ("recipe", "config", "resume") if getattr(start, name) is not None]
     if len(given) > 1:
         raise ResfastError(
-            f"--{given[0]} and --{given[1]} both say where to start from; choose one"
+            f"--{given[0]} and --{given[1]} both set where to start from; choose one"
         )
     if start.resume is not None:
         default = load(start.resume / "config.json")
@@ -79,16 +79,16 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
         default = replace(default, run=replace(default.run, name=None))
     else:
         default = recipe(start.recipe or "default")
-    config = entry.parse(Command, args, PROG, Command(start, default)).config
+    config = entry.parse(Command, args, COMMAND, Command(start, default)).config
     target, seconds = config.evaluation.target, config.run.max_seconds
     if not given and target is not None and seconds is not None:
-        default = recipe(_picked(config, target, seconds))
-        config = entry.parse(Command, args, PROG, Command(start, default)).config
+        default = recipe(_pick_recipe(config, target, seconds))
+        config = entry.parse(Command, args, COMMAND, Command(start, default)).config
     return start, config
 
 
-def _picked(config: Config, target: float, max_seconds: float) -> str:
-    """Name of the recipe for a target and a limit of seconds; says which and why."""
+def _pick_recipe(config: Config, target: float, max_seconds: float) -> str:
+    """Name of the recipe for a target and a limit of seconds; prints which and why."""
     from resfast import runtime
     from resfast.runs.targets import pick
 
@@ -111,7 +111,7 @@ def print_list() -> None:
     from resfast.models.resnet import count_parameters
     from resfast.runs.targets import TABLE, read
 
-    with torch.device("meta"):  # shapes alone: nothing is initialised
+    with torch.device("meta"):  # shapes only: no weights are initialized
         counts = {name: count_parameters(create_model(name)) for name in PRESETS}
         trained = {
             name: count_parameters(build_model(network(config.model)))
@@ -128,8 +128,8 @@ def print_list() -> None:
     print("\nmodels (--model NAME), parameters for 10 classes")
     for name, spec in PRESETS.items():
         print(f"  {name:<20} {counts[name]:>11,}  {spec}")
-    print("  resnet               of your own: --blocks 2,1,1,1 --channels 64,128,256,512 …")
-    print("  speednet             of your own: --convolutions 2,2,2 --channels 64,256,256 …")
+    print("  resnet               your own: --blocks 2,1,1,1 --channels 64,128,256,512 …")
+    print("  speednet             your own: --convolutions 2,2,2 --channels 64,256,256 …")
 
 
 def print_summary(config: Config) -> None:
@@ -168,7 +168,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _process_seconds() -> float:
-    """Seconds since this process began; 0 where only the clock of the process itself knows."""
+    """Seconds since this process began; 0 where the system does not tell."""
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
             ticks = int(file.read().rpartition(")")[2].split()[19])  # proc(5): field 22

@@ -204,7 +204,7 @@ class DataConfig:
     data_dir: Path = Path("data")
     """Where data sets are looked for, downloaded to and cached."""
     image_size: int = 32
-    """Height and width that folder and digits images are resized to, in pixels."""
+    """Height and width that all images are resized to, in pixels."""
     skip_corrupt: bool = False
     """Leave out images that cannot be decoded instead of stopping."""
     val_fraction: BelowOne = 0.0

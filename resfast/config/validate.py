@@ -28,6 +28,7 @@ from resfast.config.schema import (
     PositiveFraction,
     phases_text,
 )
+from resfast.data.sources import known_classes
 from resfast.errors import ResfastError
 from resfast.models.presets import build_model
 from resfast.models.resnet import count_parameters
@@ -40,10 +41,7 @@ _RANGE_ERRORS = {
     "less_than",
     "less_than_equal",
 }
-_CLASSES = {"auto": 10, "cifar10": 10, "cifar100": 100, "digits": 10}
-"""Classes of the data sets that have a name; ``auto`` is CIFAR-10 or digits."""
 _FEWEST_CLASSES = 2
-_CIFAR_PIXELS = 32
 
 
 def check(config: Config) -> None:
@@ -160,7 +158,7 @@ def _check_optimizer(config: Config) -> None:
     for name, unset in (("normalize_filters", False), ("sgd_momentum", None)):
         if getattr(optim, name) != unset:
             raise ResfastError(
-                f"--{name.replace('_', '-')} is of muon, and the optimizer is "
+                f"--{name.replace('_', '-')} is an option of muon, and the optimizer is "
                 f"{optim.optimizer}; leave it out or choose --optimizer muon"
             )
 
@@ -198,16 +196,11 @@ def check_network(config: Config) -> None:
             the network.
     """
     data = config.data
-    image_size = data.image_size
-    if data.data in ("cifar10", "cifar100"):
-        image_size = _CIFAR_PIXELS
-    elif data.data == "auto":
-        image_size = max(image_size, _CIFAR_PIXELS)  # of either data set; the training checks again
-    check_sizes(data.sizes, image_size)
+    check_sizes(data.sizes, data.image_size)
     # Not on the meta device, whose first use imports for seconds.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        classes = _CLASSES.get(data.data, _FEWEST_CLASSES)
-        model = build_model(network(config.model), classes, image_size).eval()
+        classes = known_classes(data.data) or _FEWEST_CLASSES
+        model = build_model(network(config.model), classes, data.image_size).eval()
         check_budget(config.model, count_parameters(model))
         for size, _ in data.sizes:
             try:

@@ -1,6 +1,6 @@
 """Opens the data set that ``--data`` names.
 
-A new source is one module with a function from Request to Dataset or Stream, and one line in
+A new source is one module with a function from Request to Dataset or Stream, and one entry of
 SOURCES.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,16 +41,36 @@ def _open_auto(request: Request) -> Dataset:
         return open_digits(request)
 
 
-SOURCES: dict[str, Callable[[Request], Dataset | Stream]] = {
-    "auto": _open_auto,
-    "cifar10": open_cifar10,
-    "cifar100": open_cifar100,
-    "digits": open_digits,
-    "folder:": open_folder,
-    "shards:": open_shards,
+@dataclass(frozen=True)
+class Source:
+    """A kind of data set.
+
+    Attributes:
+        open: opens it.
+        classes: number of classes, where it is known before the data set is opened.
+    """
+
+    open: Callable[[Request], Dataset | Stream]
+    classes: int | None = None
+
+
+SOURCES: dict[str, Source] = {
+    "auto": Source(_open_auto, classes=10),
+    "cifar10": Source(open_cifar10, classes=10),
+    "cifar100": Source(open_cifar100, classes=100),
+    "digits": Source(open_digits, classes=10),
+    "folder:": Source(open_folder),
+    "shards:": Source(open_shards),
 }
-"""What ``--data`` begins with (with the colon of those that a path follows) -> what opens it."""
+"""Sources by the start of ``--data``, which includes the colon where a path follows."""
 CHOICES = tuple(f"{key}PATH" if key.endswith(":") else key for key in SOURCES)
+
+
+def known_classes(data: str) -> int | None:
+    """Number of classes of ``data``, or None where it is not known before ``data`` is opened."""
+    kind, colon, _ = data.partition(":")
+    source = SOURCES.get(kind + colon)
+    return source and source.classes
 
 
 def open_data(
@@ -62,7 +83,7 @@ def open_data(
     device: torch.device | str = "cpu",
     report: Callable[[str], None] = print_to_stderr,
 ) -> Dataset | Stream:
-    """Opens a data set as ``loader`` wants it; arguments as of :func:`load_dataset` and:
+    """Opens a data set; takes the arguments of :func:`load_dataset` and:
 
     Args:
         data: also ``shards:PATH``, a folder that ``python -m resfast.data --shards`` wrote.
@@ -72,17 +93,17 @@ def open_data(
         device: where batches will be made.
 
     Raises:
-        ResfastError: as :func:`load_dataset`, or a kind of data that the loader cannot read.
+        ResfastError: see :func:`load_dataset`; or the loader cannot read this kind of data.
     """
     check_image_size(image_size)
     kind, colon, location = data.partition(":")
-    opener = SOURCES.get(kind + colon)
-    if opener is None:
+    source = SOURCES.get(kind + colon)
+    if source is None:
         hint = (
             f"; did you mean 'folder:{data}'?" if os.path.exists(data) else nearest(data, CHOICES)
         )
         raise ResfastError(f"unknown data {data!r}, expected one of {', '.join(CHOICES)}{hint}")
-    return opener(
+    return source.open(
         Request(
             data=data,
             location=location,
@@ -108,11 +129,12 @@ def load_dataset(
 
     ``folder:PATH`` is a directory or a tar archive of ``train/<class>/*`` and ``test/<class>/*``;
     its decoded images are kept under ``data_dir/cache``. ``auto`` is CIFAR-10 where it is on disk
-    or can be fetched, and otherwise digits, which is said. ``image_size`` is the height and width
-    in pixels of every image returned. ``report`` is given one line for each step worth knowing.
+    or can be downloaded, otherwise digits, which is reported. ``image_size`` is the height and
+    width in pixels of every image returned. ``report`` is called with one line for each step worth
+    knowing.
 
-    Raises ``ResfastError`` for a bad value, and for data that is absent, damaged or of another
-    layout.
+    Raises ``ResfastError`` for a bad value, and for data that is missing, damaged or laid out
+    differently.
     """
     opened = open_data(
         data,
@@ -122,5 +144,5 @@ def load_dataset(
         loader="resident",
         report=report,
     )
-    assert isinstance(opened, Dataset)  # as asked of every source by loader="resident"
+    assert isinstance(opened, Dataset)  # what loader="resident" makes every source return
     return opened

@@ -56,11 +56,11 @@ class Exported:
 
     Attributes:
         path: the file.
-        metadata: what the file says about itself.
+        metadata: the metadata in the file.
         max_error: largest absolute difference from the run's float32 logits.
         relative_error: Frobenius norm of the differences over that of the logits.
-        agreement: part of the images that are given the run's class, 0 to 1.
-        images: how many were compared.
+        agreement: fraction of the images classified as by the run, 0 to 1.
+        images: number of images compared.
     """
 
     path: Path
@@ -71,16 +71,16 @@ class Exported:
     images: int
 
     def __str__(self) -> str:
-        said = self.metadata
+        metadata = self.metadata
         load = {
             "torch-export": f'torch.export.load("{self.path}").module()',
             "onnx": f'onnxruntime.InferenceSession("{self.path}")',
             "aoti": f'torch._inductor.aoti_load_package("{self.path}")',
-        }[said["format"]]
+        }[metadata["format"]]
         return (
-            f"{self.path}: {said['format']}, {said['dtype']}, "
+            f"{self.path}: {metadata['format']}, {metadata['dtype']}, "
             f"{self.path.stat().st_size / 1e6:.3g} MB\n"
-            f"  {said['input']}\n  {said['output']}\n"
+            f"  {metadata['input']}\n  {metadata['output']}\n"
             f"checked on {self.images} images against the run in float32: logits differ by up to "
             f"{self.max_error:.1e} (relative error {self.relative_error:.1e}), "
             f"{self.agreement:.1%} of the classes agree\nload it with {load}"
@@ -354,22 +354,24 @@ def _compare(
 # -- formats -----------------------------------------------------------------------------------
 
 
-def _write(program: ExportedProgram, path: Path, said: dict[str, str], opset: int | None) -> None:
+def _write(
+    program: ExportedProgram, path: Path, metadata: dict[str, str], opset: int | None
+) -> None:
     """Writes a draft of the file, its metadata in it."""
-    match said["format"]:
+    match metadata["format"]:
         case "torch-export":
-            extra = {METADATA: json.dumps(said, indent=2)}
+            extra = {METADATA: json.dumps(metadata, indent=2)}
             with warnings.catch_warnings():  # channels_last weights; the comparison is the proof
                 warnings.filterwarnings("ignore", "No complete tensor found in the group")
                 torch.export.save(program, path, extra_files=extra)
         case "onnx":
-            _write_onnx(program, path, said, opset)
+            _write_onnx(program, path, metadata, opset)
         case "aoti":
-            _write_aoti(program, path, said)
+            _write_aoti(program, path, metadata)
 
 
 def _write_onnx(
-    program: ExportedProgram, path: Path, said: dict[str, str], opset: int | None
+    program: ExportedProgram, path: Path, metadata: dict[str, str], opset: int | None
 ) -> None:
     import onnx
 
@@ -381,7 +383,7 @@ def _write_onnx(
         dynamic_shapes={"images": {0: "batch"}},  # names it; a fixed one stays
         opset_version=opset,
     )
-    made.model.metadata_props.update(said)
+    made.model.metadata_props.update(metadata)
     made.save(path, external_data=False)
     onnx.checker.check_model(path, full_check=True)
     found = next(o.version for o in onnx.load(path).opset_import if o.domain == "")
@@ -392,12 +394,12 @@ def _write_onnx(
         )
 
 
-def _write_aoti(program: ExportedProgram, path: Path, said: dict[str, str]) -> None:
+def _write_aoti(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import CppCompileError, InductorError
 
     # On the CPU freezing packs the weights for oneDNN, where the batch size is fixed.
-    configs = {"aot_inductor.metadata": said, "freezing": said["device"] == "cpu"}
+    configs = {"aot_inductor.metadata": metadata, "freezing": metadata["device"] == "cpu"}
     try:
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     except (CppCompileError, InductorError) as error:

@@ -24,7 +24,7 @@ class Evaluation:
     """Result of :func:`evaluate` and :func:`evaluate_both`.
 
     Attributes:
-        accuracy: part of the images classified correctly, 0 to 1.
+        accuracy: fraction of the images classified correctly, 0 to 1.
         loss: mean cross-entropy, in nats.
         confusion: int64 ``[classes, classes]`` on the CPU, true class by predicted class.
     """
@@ -55,8 +55,8 @@ def predict(
         model: a network in eval mode, on the device of ``images``.
         images: uint8 ``[N, H, W, C]``.
         mean: float32 ``[C]`` in units of pixel / 255.
-        std: float32 ``[C]``, likewise.
-        batch_size: images a step.
+        std: float32 ``[C]``, in the same units.
+        batch_size: images per step.
         dtype: compute dtype under autocast.
         tta: ``flip`` averages the logits of each image and its mirror; ``shift`` averages those
             (weight 1/2) and the same two of the image moved by one pixel up-left and down-right
@@ -79,16 +79,16 @@ def predict(
 
 def _logits(model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA) -> tuple[Tensor, Tensor]:
     """Logits without and with test-time augmentation, float32 ``[B, classes]``."""
-    plain, mirrored = _upright(model, batch, dtype, tta)
-    return plain, _moved(model, batch, dtype, tta, mirrored)
+    plain, mirrored = _first_views(model, batch, dtype, tta)
+    return plain, _all_views(model, batch, dtype, tta, mirrored)
 
 
-def _upright(
+def _first_views(
     model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA
 ) -> tuple[Tensor, Tensor]:
     """Logits of the images, and their mean with those of the mirrored ones."""
     plain = _forward(model, batch, dtype)
-    return plain, plain if tta == "none" else _mirrored(model, batch, dtype, plain)
+    return plain, plain if tta == "none" else _with_mirror(model, batch, dtype, plain)
 
 
 def _forward(model: nn.Module, batch: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,15 +96,15 @@ def _forward(model: nn.Module, batch: Tensor, dtype: torch.dtype) -> Tensor:
         return model(batch).float()
 
 
-def _mirrored(model: nn.Module, batch: Tensor, dtype: torch.dtype, plain: Tensor) -> Tensor:
+def _with_mirror(model: nn.Module, batch: Tensor, dtype: torch.dtype, plain: Tensor) -> Tensor:
     """Mean of the logits of the images, ``plain``, and of the mirrored ones."""
     return (plain + _forward(model, batch.flip(3), dtype)) / 2
 
 
-def _moved(
+def _all_views(
     model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA, mirrored: Tensor
 ) -> Tensor:
-    """Logits with all views, ``mirrored`` being those of the first two."""
+    """Logits averaged over all views; ``mirrored`` is the average of the first two."""
     if tta not in _MOVES:
         return mirrored
     height, width = batch.shape[2:]
@@ -113,7 +113,7 @@ def _moved(
     for row, column in _MOVES[tta]:
         view = padded[:, :, row : row + height, column : column + width]
         view = view.contiguous(memory_format=torch.channels_last)
-        total = total + _upright(model, view, dtype, "flip")[1]
+        total = total + _first_views(model, view, dtype, "flip")[1]
     return mirrored / 2 + total / (2 * len(_MOVES[tta]))
 
 
@@ -130,7 +130,7 @@ def evaluate(
     tta_select: float = 1.0,
     tta_mirror: float = 1.0,
 ) -> Evaluation:
-    """Scores a network; arguments as of :func:`evaluate_both`."""
+    """Scores a network; takes the arguments of :func:`evaluate_both`."""
     _, augmented = evaluate_both(
         model, batches, dtype=dtype, tta=tta, tta_select=tta_select, tta_mirror=tta_mirror
     )
@@ -146,26 +146,25 @@ def evaluate_both(
     tta_select: float = 1.0,
     tta_mirror: float = 1.0,
 ) -> tuple[Evaluation, Evaluation]:
-    """Scores a network without and with test-time augmentation, in one go over its views.
+    """Scores a network without and with test-time augmentation in one pass.
 
     Args:
-        model: a network on the device of the batches; put in eval mode for the call, and back.
+        model: a network on the device of the batches; in eval mode during the call.
         batches: normalized images ``[B, C, H, W]`` in ``dtype`` and labels int64 ``[B]``, at least
             one batch. With ``tta_select`` or ``tta_mirror`` they are iterated again.
         dtype: compute dtype under autocast; float32 for none.
-        tta: as of :func:`predict`.
-        tta_select: part of the images, above 0, that get all views: those with the smallest
-            greatest probability under the image and its mirror, which decide the others (selective
-            test-time augmentation).
-        tta_mirror: part of the images, above 0, that get the mirrored view: likewise by the image
-            alone. Only of these are those with all views.
+        tta: see :func:`predict`.
+        tta_select: fraction of the images, above 0, that get all views: the least confident ones
+            by the image and its mirror image (selective test-time augmentation).
+        tta_mirror: fraction of the images, above 0, that get the mirrored view: the least confident
+            ones by the image alone. The images with all views are chosen among them.
 
     Raises:
-        ValueError: a part is out of range, or the batches can be iterated only once.
+        ValueError: a fraction is out of range, or the batches can be iterated only once.
     """
-    for name, part in (("tta_select", tta_select), ("tta_mirror", tta_mirror)):
-        if not 0 < part <= 1:
-            raise ValueError(f"{name} is {part}; expected more than 0, at most 1")
+    for name, fraction in (("tta_select", tta_select), ("tta_mirror", tta_mirror)):
+        if not 0 < fraction <= 1:
+            raise ValueError(f"{name} is {fraction}; expected more than 0, at most 1")
     some_mirrored = tta != "none" and tta_mirror < 1
     selective = some_mirrored or (tta in _MOVES and tta_select < 1)
     if selective and isinstance(batches, Iterator):
@@ -179,25 +178,25 @@ def evaluate_both(
         with torch.inference_mode():
             all_logits, all_labels = _Rows(), _Rows()
             for images, labels in batches:
-                upright = "none" if some_mirrored else tta
-                logits, mirrored = _upright(model, images, dtype, upright)
+                initial = "none" if some_mirrored else tta
+                logits, mirrored = _first_views(model, images, dtype, initial)
                 plain.add(logits, labels)
                 if selective:
                     all_logits.add(mirrored)
                     all_labels.add(labels)
                 elif tta != "none":
-                    augmented.add(_moved(model, images, dtype, tta, mirrored), labels)
+                    augmented.add(_all_views(model, images, dtype, tta, mirrored), labels)
             if selective:
                 logits, labels = all_logits.all(), all_labels.all()
                 chosen = torch.arange(len(labels), device=labels.device)
                 if some_mirrored:
-                    chosen = _least_certain(logits, chosen, tta_mirror)
-                    for images, indices in _chosen(batches, chosen):
-                        logits[indices] = _mirrored(model, images, dtype, logits[indices])
+                    chosen = _least_confident(logits, chosen, tta_mirror)
+                    for images, indices in _batches_of(batches, chosen):
+                        logits[indices] = _with_mirror(model, images, dtype, logits[indices])
                 if tta in _MOVES:
-                    chosen = _least_certain(logits, chosen, tta_select)
-                    for images, indices in _chosen(batches, chosen):
-                        logits[indices] = _moved(model, images, dtype, tta, logits[indices])
+                    chosen = _least_confident(logits, chosen, tta_select)
+                    for images, indices in _batches_of(batches, chosen):
+                        logits[indices] = _all_views(model, images, dtype, tta, logits[indices])
                 augmented.add(logits, labels)
     finally:
         model.train(was_training)
@@ -205,61 +204,62 @@ def evaluate_both(
     return result, result if tta == "none" else augmented.result()
 
 
-def _least_certain(logits: Tensor, among: Tensor, part: float) -> Tensor:
-    """Of the rising places ``among`` those of the least certain ``part`` of all images."""
-    confidence = logits[among].softmax(1).amax(1)
-    return among[confidence.argsort(stable=True)[: math.ceil(part * len(logits))]].sort().values
+def _least_confident(logits: Tensor, candidates: Tensor, fraction: float) -> Tensor:
+    """Indices of the least confident ``fraction`` of all images, among ``candidates``, sorted."""
+    confidence = logits[candidates].softmax(1).amax(1)
+    count = math.ceil(fraction * len(logits))
+    return candidates[confidence.argsort(stable=True)[:count]].sort().values
 
 
-def _chosen(
+def _batches_of(
     batches: Iterable[tuple[Tensor, Tensor]], chosen: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images by their rising places ``chosen``, in batches as large as the first, with places."""
+    """Batches of the images at the sorted indices ``chosen``, with those indices."""
     rows: list[Tensor] = []
     start = done = size = 0
     for images, _ in batches:
         size = size or len(images)
         end = start + len(images)
-        mine = chosen[(chosen >= start) & (chosen < end)] - start
-        rows.append(images.permute(0, 2, 3, 1)[mine])
+        in_batch = chosen[(chosen >= start) & (chosen < end)] - start
+        rows.append(images.permute(0, 2, 3, 1)[in_batch])
         start = end
         waiting = sum(map(len, rows))
         while waiting >= size:
-            together = torch.cat(rows)
-            yield together[:size].permute(0, 3, 1, 2), chosen[done : done + size]
-            rows, done, waiting = [together[size:]], done + size, waiting - size
+            joined = torch.cat(rows)
+            yield joined[:size].permute(0, 3, 1, 2), chosen[done : done + size]
+            rows, done, waiting = [joined[size:]], done + size, waiting - size
     if done < len(chosen):
         yield torch.cat(rows).permute(0, 3, 1, 2), chosen[done:]
 
 
 class _Rows:
-    """Rows of one batch after the other, copied to one place that rarely moves.
+    """Concatenates the rows of all batches in one growing buffer.
 
-    What each batch left behind by itself would lie between the memory of its activations and break
-    that up for the next one: 0.7 GiB more for 47,500 images on the CPU.
+    A tensor kept for each batch would fragment the memory that the activations of the next one
+    reuse: 0.7 GiB more for 47,500 images on the CPU.
     """
 
     BATCHES = 64
-    """As large as the first that there is room for, before it is doubled."""
+    """Initial capacity, in batches as large as the first; doubled when it is full."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.room: Tensor | None = None
+        self.buffer: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
         end = self.count + len(rows)
-        if self.room is None:
-            self.room = rows.new_empty(self.BATCHES * len(rows), *rows.shape[1:])
-        if end > len(self.room):
-            more = rows.new_empty(max(end, 2 * len(self.room)), *rows.shape[1:])
-            more[: self.count] = self.room[: self.count]
-            self.room = more
-        self.room[self.count : end] = rows
+        if self.buffer is None:
+            self.buffer = rows.new_empty(self.BATCHES * len(rows), *rows.shape[1:])
+        if end > len(self.buffer):
+            larger = rows.new_empty(max(end, 2 * len(self.buffer)), *rows.shape[1:])
+            larger[: self.count] = self.buffer[: self.count]
+            self.buffer = larger
+        self.buffer[self.count : end] = rows
         self.count = end
 
     def all(self) -> Tensor:
-        """All of them, at least one batch."""
-        return self.room[: self.count]
+        """All rows, once at least one batch was added."""
+        return self.buffer[: self.count]
 
 
 class _Tally:

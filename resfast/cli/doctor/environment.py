@@ -38,7 +38,7 @@ REQUIRED = {
     "scipy": "scipy",
     "matplotlib": "matplotlib",
 }
-"""Modules that the commands need, beside torch, and the packages they come from."""
+"""Modules that the commands need besides torch, and the packages they come from."""
 OPTIONAL = ("onnx", "onnxscript", "onnxruntime", "tensorboard", "wandb", "pytest", "hypothesis")
 
 
@@ -72,9 +72,9 @@ def probe_packages(options: Options) -> Iterator[Line]:
         todo = f"pip install {' '.join(absent)}"
         yield Line("packages", "problem", f"not installed: {', '.join(absent)}", todo)
     else:
-        import torchvision  # the one that breaks: it is built for one version of torch
+        import torchvision  # breaks easily: each build is for one version of torch
 
-        text = f"all {len(REQUIRED)} are there, torchvision {torchvision.__version__}"
+        text = f"all {len(REQUIRED)} installed, torchvision {torchvision.__version__}"
         yield Line("packages", "ok", text)
 
 
@@ -148,7 +148,7 @@ def probe_optional(options: Options) -> Iterator[Line]:
     absent = [name for name in OPTIONAL if name not in found]
     text = ", ".join(f"{name} {version}" for name, version in found.items()) or "none"
     if absent:
-        yield Line("optional", "missing", f"{', '.join(absent)} (there: {text})")
+        yield Line("optional", "missing", f"not installed: {', '.join(absent)} (installed: {text})")
     else:
         yield Line("optional", "ok", text)
 
@@ -160,15 +160,15 @@ def probe_cache(options: Options) -> Iterator[Line]:
         with tempfile.TemporaryFile(dir=exists):
             pass
     except OSError as error:
-        text = f"{exists} cannot be written ({error.strerror}); nothing measured is kept"
-        yield Line("cache", "missing", text, "set XDG_CACHE_HOME to a folder of yours")
+        text = f"{exists} is not writable ({error.strerror}); measured choices are not kept"
+        yield Line("cache", "missing", text, "set XDG_CACHE_HOME to a writable folder")
         return
     kept = []
     for path in sorted(folder.glob("conv-*.json")):
         try:
             kept.append(f"{len(json.loads(path.read_text(encoding='utf-8')))} in {path.name}")
         except (OSError, ValueError, TypeError) as error:
-            kept.append(f"{path.name} is unreadable ({error}) and will be written anew")
+            kept.append(f"{path.name} is unreadable ({error}) and will be rewritten")
     text = f"{folder}, measured choices: {', '.join(kept) or 'none yet'}"
     yield Line("cache", "ok", text)
 
@@ -183,7 +183,7 @@ def probe_data(options: Options) -> Iterator[Line]:
 
 
 def _found(data: str, data_dir: Path) -> Line:
-    """Where ``data`` is, without fetching or decoding it."""
+    """Where ``data`` is, without downloading or decoding it."""
     from resfast.data import folder, shards
     from resfast.data.sources import CHOICES
     from resfast.errors import ResfastError, nearest
@@ -194,7 +194,7 @@ def _found(data: str, data_dir: Path) -> Line:
         source = folder.open_source(path)
         if isinstance(source, folder.Archive):
             size = path.stat().st_size / 2**20
-            return Line("data", "ok", f"{path}, an archive of {size:.1f} MiB, not looked into")
+            return Line("data", "ok", f"{path}, an archive of {size:.1f} MiB, not opened")
         listing = source.scan()
         classes = folder.check_listing(path, listing)
         text = f"{path}, {len(listing.images):,} images of {len(classes)} classes"
@@ -220,12 +220,12 @@ def _found(data: str, data_dir: Path) -> Line:
         archive = data_dir / cifar.filename
     if check_integrity(archive, cifar.tgz_md5):
         return Line("data", "ok", f"{archive}, not unpacked yet")
-    state = "damaged" if archive.exists() else "not there"
+    state = "damaged" if archive.exists() else "missing"
     otherwise = "digits are used instead" if data == "auto" else "the training ends with an error"
     return Line(
         "data",
         "missing" if data == "auto" else "problem",
-        f"{archive} is {state}; it is fetched where there is a network, otherwise {otherwise}",
+        f"{archive} is {state}; with a network it is downloaded, otherwise {otherwise}",
         f"put an intact {cifar.filename} into {data_dir}, or name other data with --data",
     )
 

@@ -21,7 +21,7 @@ from resfast.cli.doctor.line import (
     output_of,
 )
 
-REBUILD = "build it again: pip install -v --no-build-isolation -e . (or make) says what is wrong"
+REBUILD = "rebuild: pip install -v --no-build-isolation -e . (or make) shows what is wrong"
 
 
 def probe_cpp_kernels(options: Options) -> Iterator[Line]:
@@ -59,7 +59,7 @@ def probe_cuda_kernels(options: Options) -> Iterator[Line]:
         built = json.loads(record.read_text(encoding="utf-8"))
         architectures = [str(name) for name in built["architectures"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        text = f"what they were built for is unknown: {record} cannot be read ({error!r})"
+        text = f"their target is unknown: {record} cannot be read ({error!r})"
         yield Line("CUDA kernels", "problem", text, REBUILD)
         return
     text = f"for {' '.join(architectures)}, by nvcc {built.get('nvcc')}, " + (
@@ -70,7 +70,7 @@ def probe_cuda_kernels(options: Options) -> Iterator[Line]:
     if bare:
         wanted = ";".join(dotted(c) + "a" * (c == (9, 0)) for c in sorted(bare))
         text += f", but not for this machine's {wanted}"
-        todo = f"build them again with TORCH_CUDA_ARCH_LIST='{wanted}' in the environment"
+        todo = f"rebuild them with TORCH_CUDA_ARCH_LIST='{wanted}' in the environment"
         yield Line("CUDA kernels", "problem", text, todo)
     else:
         yield Line("CUDA kernels", "ok", text)
@@ -82,7 +82,7 @@ def covers(architecture: str, capability: tuple[int, int]) -> bool:
     if match is None:
         return False
     built = int(match[1]), int(match[2])
-    if match[3] == "a":  # the features of that very chip
+    if match[3] == "a":  # architecture-specific features
         return capability == built
     if match[4] and not match[3]:
         return capability >= built
@@ -103,9 +103,9 @@ def probe_triton(options: Options) -> Iterator[Line]:
     major, minor = torch.cuda.get_device_capability() if needed else (8, 0)
     try:
         _compile_triton(10 * major + minor)
-    except Exception as error:  # noqa: BLE001  # any: of its compiler, of ptxas, of the C compiler
+    except Exception as error:  # noqa: BLE001  # any error of its compiler, of ptxas or of the C compiler
         text = f"{triton.__version__} cannot compile for sm_{major}{minor}: {first_line(error)}"
-        todo = "install the triton that this torch asks for (pip check)"
+        todo = "install the triton version that this torch requires (pip check)"
         yield Line("Triton", state, text, todo)
     else:
         text = f"{triton.__version__}, compiles for sm_{major}{minor}"
@@ -122,7 +122,7 @@ def _compile_triton(capability: int) -> None:
     pointers = dict.fromkeys(("out", "grad", "result"), "*bf16")
     signature = {**pointers, "count": "i32", "BLOCK": "constexpr"}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder  # of this process: nothing from an earlier one
+        os.environ["TRITON_CACHE_DIR"] = folder  # so that nothing cached hides a broken compiler
         source = ASTSource(_backward_kernel, signature, {(4,): 256})
         triton.compile(source, target=GPUTarget("cuda", capability, 32))
 

@@ -1,4 +1,4 @@
-"""What a probe of the doctor is given and answers, and what several probes ask.
+"""Input and output of the doctor's probes, and functions that several probes use.
 
 Standard library only: any other import belongs inside a probe, whose process may crash over it.
 """
@@ -38,7 +38,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Options:
-    """What the probes are told."""
+    """Arguments of the probes."""
 
     data: str = "auto"
     data_dir: str = "data"
@@ -49,7 +49,7 @@ def dotted(version: Sequence[int]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error, or its kind where it says nothing."""
+    """The first line of an error's text, or its type where the text is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -61,7 +61,7 @@ def version_of(distribution: str) -> str:
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        return "of unknown version"
+        return "(unknown version)"
 
 
 def cores() -> int:
@@ -74,11 +74,11 @@ def driver() -> str:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
         if match := re.search(r"\s(\d+\.\d+(\.\d+)?)\s", text):
             return match[1]
-    return "of unknown version"
+    return "(unknown version)"
 
 
 def output_of(*command: str) -> str:
-    """What a program prints; nothing where it is not there, fails or takes long."""
+    """Output of a program; empty where it is missing, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from resfast.cli.common import escape_unencodable
+from resfast.cli.common import escape_unencodable, program
 from resfast.cli.doctor import environment, kernels
 from resfast.cli.doctor.line import PACKAGE, Line, Options, first_line
 
 TIME_LIMIT_S = 60.0
-"""For all probes together; they take a few seconds."""
+"""Limit for all probes together, which take a few seconds."""
 
 PROBES: dict[str, Callable[[Options], Iterator[Line]]] = {
     "resfast": environment.probe_resfast,
@@ -49,17 +49,17 @@ PROBES: dict[str, Callable[[Options], Iterator[Line]]] = {
 
 
 def probe(name: str, options: Options) -> list[Line]:
-    """The lines of one probe; its failure is one of them."""
+    """The lines of one probe; a failure becomes one of them."""
     lines: list[Line] = []
     try:
         lines.extend(PROBES[name](options))
-    except Exception as error:  # noqa: BLE001  # one probe must not end the others
+    except Exception as error:  # noqa: BLE001  # one probe must not stop the others
         if isinstance(error, ModuleNotFoundError) and error.name and name != error.name:
-            text = f"not looked at: there is no module {error.name}"
+            text = f"not examined: there is no module {error.name}"
             lines.append(Line(name, "missing", text))
         else:
             text = f"{type(error).__name__}: {first_line(error)}"
-            lines.append(Line(name, "problem", text, "mend or reinstall it"))
+            lines.append(Line(name, "problem", text, "repair or reinstall it"))
     return lines
 
 
@@ -67,14 +67,19 @@ def examine(options: Options, time_limit_s: float = TIME_LIMIT_S) -> list[Line]:
     """The lines of all probes, which run in a process of their own.
 
     Args:
-        options: what they are told.
-        time_limit_s: for a process of probes; the one it is spent in has failed.
+        options: arguments of the probes.
+        time_limit_s: limit for a process of probes, in seconds; the probe that exceeds it failed.
     """
     lines: list[Line] = []
     left = list(PROBES)
     while left:
-        told = json.dumps([left, asdict(options)])
-        command = [sys.executable, "-c", "from resfast.cli.doctor.main import child; child()", told]
+        request = json.dumps([left, asdict(options)])
+        command = [
+            sys.executable,
+            "-c",
+            "from resfast.cli.doctor.main import child; child()",
+            request,
+        ]
         path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
         try:
             done = subprocess.run(
@@ -94,14 +99,14 @@ def examine(options: Options, time_limit_s: float = TIME_LIMIT_S) -> list[Line]:
             lines += [Line(**line) for line in json.loads(answer)]
         if left:
             last = errors.decode(errors="replace").strip().rpartition("\n")[2]
-            todo = "mend or reinstall it"
+            todo = "repair or reinstall it"
             lines.append(Line(left.pop(0), "problem", f"{how} {last}".rstrip(), todo))
     return lines
 
 
 def child() -> None:
-    """What :func:`examine` runs: answers a line of JSON for each probe named in the arguments."""
-    # What libraries print must not get between the answers.
+    """Run by :func:`examine`: prints a line of JSON for each probe named in the arguments."""
+    # Keeps what libraries print out of the answers.
     answers: Any = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     names, options = json.loads(sys.argv[1])
@@ -113,8 +118,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     escape_unencodable()
     # argparse, since tyro may be what is missing.
-    parser = argparse.ArgumentParser("python -m resfast.doctor", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default=Options.data, help="data set, as the training takes it")
+    parser = argparse.ArgumentParser(program("doctor"), description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default=Options.data, help="data set, as for training")
     parser.add_argument("--data-dir", default=Options.data_dir, help="where data sets are kept")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args(args)
