@@ -50,7 +50,7 @@ class Options:
 
 
 def table(result: Result) -> str:
-    """A line per class: images, correct ones, accuracy, and the class most often mistaken for it."""
+    """A line per class: images, correct ones, accuracy, and its most frequent wrong answer."""
     width = max(len("class"), *(len(name) for name in result.classes))
     lines = [f"{'class':<{width}}  {'images':>7}  {'correct':>7}  {'accuracy':>8}  mistaken for"]
     for index, name in enumerate(result.classes):
