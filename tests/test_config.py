@@ -142,7 +142,7 @@ def test_a_missing_configuration_is_an_error(tmp_path: Path):
         ("--model resnet-2112", "did you mean 'resnet-2111'"),
         ("--model resnet", "needs --blocks and --channels"),
         ("--recipe defualt", "unknown recipe 'defualt'; did you mean 'default'"),
-        ("--recipe default --config x.json", "both say where to start from"),
+        ("--recipe default --config x.json", "both set where to start from"),
         ("--config missing.json", "cannot read missing.json"),
         ("--resume nowhere", "cannot read nowhere/config.json"),
         ("--data cifar11", "cifar11"),

@@ -124,7 +124,7 @@ def test_absent_packages_are_named_with_the_command_that_installs_them(monkeypat
     assert (line.state, line.todo) == ("problem", "pip install pillow tyro")
     line = the_line("optional")
     assert line.state == "missing"
-    assert line.text.startswith("onnx ")
+    assert line.text.startswith("not installed: onnx ")
 
 
 @pytest.mark.parametrize(("version", "state"), [("2.10.1+cu126", "problem"), ("2.11.0", "ok")])

@@ -70,7 +70,7 @@ def known_classes(data: str) -> int | None:
     """Number of classes of ``data``, or None where it is not known before ``data`` is opened."""
     kind, colon, _ = data.partition(":")
     source = SOURCES.get(kind + colon)
-    return source and source.classes
+    return None if source is None else source.classes
 
 
 def open_data(
