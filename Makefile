@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/.installed
-KERNELS := $(wildcard build_backend/*.py $(addprefix csrc/*/*.,cpp cu cuh h py))
+KERNELS := $(wildcard build_backend/*.py csrc/*/*.py csrc/*/*.h $(addprefix csrc/*/*/*.,cpp cu cuh h))
 # What compiles the CUDA kernels, where there is a GPU to run them or RESFAST_CUDA=1 asks for them,
 # and CUDA_HOME names no other. CUTLASS's own requirements are for its Python side.
 NVCC := nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cutlass

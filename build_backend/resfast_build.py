@@ -144,8 +144,8 @@ def extensions() -> list[Extension]:
     found = [
         Extension(
             CPU,
-            _files("csrc/cpu/*.cpp"),
-            depends=_files("csrc/cpu/*.h"),
+            _files("csrc/cpu/*/*.cpp"),
+            depends=_files("csrc/common/*.h", "csrc/cpu/*/*.h"),
             language="c++",
             # As a system folder, so that the warnings are about this project's code.
             extra_compile_args=[*FLAGS, "-isystem", str(torch / "include"), *flags],
@@ -157,7 +157,8 @@ def extensions() -> list[Extension]:
     ]
     if cuda_obstacle() is None:
         # A library of its own: the kernels for the CPU are there where CUDA's runtime is not.
-        sources, headers = _files("csrc/cuda/*.cu"), _files("csrc/cuda/*.h", "csrc/cuda/*.cuh")
+        sources = _files("csrc/cuda/*/*.cu")
+        headers = _files("csrc/common/*.h", "csrc/cuda/*/*.h", "csrc/cuda/*/*.cuh")
         found.append(Extension(CUDA, sources, depends=headers, optional=True))
     return found
 

@@ -177,9 +177,44 @@ def test_source_distribution_holds_what_a_build_needs(source):
         for file in (ROOT / folder).rglob("*")
         if file.suffix in (".cpp", ".cu", ".cuh", ".h", ".py")
     }
-    assert {"csrc/cpu/augment.cpp", "csrc/cuda/conv.cu", "csrc/cuda/build.py"} <= needed
+    assert {
+        "csrc/cpu/augment/augment.cpp",
+        "csrc/cuda/conv/conv.cu",
+        "csrc/cuda/build.py",
+    } <= needed
     assert needed | {"setup.py", "pyproject.toml"} <= names
     assert not [name for name in names if name.endswith((".so", "_CUDA.json"))]
+
+
+@needs_compiler
+def test_every_file_of_the_kernels_is_known_to_the_build():
+    """A source outside the folders it looks in would be left out, a header changed unnoticed."""
+    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")]
+    made = {extension.name: extension for extension in resfast_build.extensions()}["resfast._C"]
+    assert sorted(made.sources) == sorted(name for name in files if name.endswith(".cpp"))
+    shared = ("csrc/common/", "csrc/cpu/")
+    headers = [name for name in files if name.endswith(".h") and name.startswith(shared)]
+    assert sorted(made.depends) == sorted(headers)
+    of_cuda = [path for path in files if path.endswith(".cu")]
+    assert sorted(resfast_build._files("csrc/cuda/*/*.cu")) == sorted(of_cuda)
+    names = {path.name for path in cuda_build.sources_for("8.0")}
+    assert names == {Path(name).name for name in of_cuda if "/conv_hopper/" not in name}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_installs_again_where_a_kernel_changed():
+    done = subprocess.run(
+        ["make", "--silent", "--eval=kernels: ; @echo $(KERNELS)", "kernels"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    sources = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "build_backend").rglob("*.py")]
+    kept = {
+        path.relative_to(ROOT).as_posix() for path in sources if path.suffix not in (".md", ".pyc")
+    }
+    assert set(done.stdout.split()) == kept
 
 
 # -- build of the CUDA kernels, with a compiler that only says that it is nvcc --------------------
@@ -227,14 +262,14 @@ def compiled(nvcc: Path) -> list[str]:
 
 @pytest.fixture
 def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of small CUDA files in place of csrc/cuda, with nothing of the environment."""
-    folder = tmp_path / "cuda"
-    folder.mkdir()
+    """The folder of one operator with small files, instead of csrc/cuda; a clean environment."""
+    folder = tmp_path / "cuda" / "conv"
+    folder.mkdir(parents=True)
     (folder / "a.cu").write_text('#include "a.h"\n')
     (folder / "b.cu").write_text('#include "../both.h"\n#include <vector>\n')
     (folder / "a.h").write_text('#include "../both.h"\n')
-    (tmp_path / "both.h").write_text("// one\n")
-    monkeypatch.setattr(cuda_build, "FOLDER", folder)
+    (folder.parent / "both.h").write_text("// one\n")
+    monkeypatch.setattr(cuda_build, "FOLDER", folder.parent)
     monkeypatch.setattr(cuda_build, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(cuda_build, "_capabilities", set)
     for name in ("CUDA_HOME", "CUTLASS_HOME", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "CXX"):
@@ -245,7 +280,7 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small_source(source: Path) -> Path:
     """With one C++ file alone, so that the tests of CUDA do not wait for the others."""
-    for path in (source / "csrc" / "cpu").glob("*.cpp"):
+    for path in (source / "csrc" / "cpu").rglob("*.cpp"):
         if path.name != "philox.cpp":
             path.unlink()
     return source
@@ -286,7 +321,7 @@ def test_editable_install_has_the_cuda_kernels_and_loses_those_of_before(small_s
     assert library.with_suffix(".json").exists()
     build(small_source, editable=True, RESFAST_CUDA="1", **environment)[2].unlink()
     assert compiled(nvcc) == first  # nothing is compiled again
-    (small_source / "csrc" / "cuda" / "broken.cu").touch()
+    (small_source / "csrc" / "cuda" / "conv" / "broken.cu").touch()
     said, _, wheel = build(small_source, editable=True, RESFAST_CUDA="", **environment)
     assert "resfast: installed without the CUDA kernels: nvcc" in said
     assert "broken.cu(1): error: no such kernel" in said
@@ -404,7 +439,7 @@ def test_only_what_changed_is_compiled_again(kernels, tmp_path, monkeypatch):
     second = compile_all(nvcc)
     assert compiled(nvcc) == ["a.cu", "a.cu", "b.cu"]
     assert len(set(first) & set(second)) == 1
-    (tmp_path / "both.h").write_text("// two\n")
+    (kernels.parent / "both.h").write_text("// two\n")
     compile_all(nvcc)
     assert compiled(nvcc) == ["a.cu"] * 3 + ["b.cu"] * 2
     monkeypatch.setenv("CXX", f"env {shutil.which('g++')} -pthread")  # as it is without
@@ -705,7 +740,7 @@ def test_kernels_stay_inside_their_memory_and_have_no_undefined_behaviour(tmp_pa
     flags = [flag for flag in resfast_build.FLAGS if flag not in ("-O3", "-g0")]
     options = ["-O1", "-g", "-fPIC", "-shared", "-isystem", str(folder / "include")]
     options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    sources = [str(path) for path in (ROOT / "csrc" / "cpu").glob("*.cpp")]
+    sources = [str(path) for path in (ROOT / "csrc" / "cpu").rglob("*.cpp")]
     link = ["-o", str(library), f"-L{folder / 'lib'}", "-ltorch_cpu"]
     subprocess.run(["g++", *flags, *options, *sources, *link], check=True)
     run_cases(

@@ -428,7 +428,7 @@ PYTHON_TYPES = {
 
 @functools.cache
 def schema_types(name: str) -> list[type]:
-    sources = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+    sources = "".join(path.read_text() for path in sorted((ROOT / "csrc" / "cuda").rglob("*.cu")))
     text = re.sub(r'"\s*"', "", sources)
     (schema,) = re.findall(rf'm\.def\(\s*"({name}\(.+?)"', text)
     expected = torch._C.parse_schema(f"resfast::{schema}").arguments

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/*.cu, the CUDA kernels, into one library that torch loads.
+"""Compiles csrc/cuda/*/*.cu, the CUDA kernels, into one library that torch loads.
 
     python csrc/cuda/build.py resfast/_CUDA.so
 
@@ -264,7 +264,7 @@ def is_hopper(source: Path) -> bool:
 def sources_for(names: str) -> list[Path]:
     """The files that are compiled for these architectures."""
     hopper = "9.0a" in _split(names) and find_cutlass() is not None
-    found = [path for path in FOLDER.glob("*.cu") if hopper or not is_hopper(path)]
+    found = [path for path in FOLDER.glob("*/*.cu") if hopper or not is_hopper(path)]
     return sorted(found, key=lambda path: (not is_hopper(path), path.name))  # the slow ones first
 
 
@@ -414,7 +414,7 @@ def build(library: Path) -> str:
         made.replace(library)
         made.with_suffix(".json").replace(record)
     said = f"CUDA kernels for {' and '.join(_split(names))} by nvcc {release}"
-    if "9.0a" in _split(names) and not hopper and any(map(is_hopper, FOLDER.glob("*.cu"))):
+    if "9.0a" in _split(names) and not hopper and any(map(is_hopper, FOLDER.glob("*/*.cu"))):
         said += f", without those for Hopper on CUTLASS: {NO_CUTLASS}"
     return said
 

@@ -1,8 +1,8 @@
 """What must hold of the residual basic block as one kernel.
 
-The kernel's source is compiled for the host (csrc/host), where it runs cluster by cluster of thread
-blocks under the address and undefined-behaviour sanitizers, and its results are compared with two
-float64 convolutions. The module and the rewriting of networks run on the CPU.
+The kernel's source is compiled for the host (tests/cuda_on_host), where it runs one cluster of
+thread blocks after the other under the address and undefined-behaviour sanitizers, and its results
+are compared with two float64 convolutions. The module and the rewriting of networks run on the CPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TILES = (
     (16, 32),
     (256, 32),
 )
-"""Pixels and filters of each tile shape of csrc/cuda/basic_block_plan.h."""
+"""Pixels and filters of each tile shape of csrc/cuda/basic_block/basic_block_plan.h."""
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def host_block() -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """A block in the order of the fields that csrc/host/basic_block.cpp reads."""
+    """A block in the order of the fields that tests/cuda_on_host/basic_block.cpp reads."""
 
     type: int
     tile: int
@@ -653,7 +653,7 @@ def test_the_cuda_kernel_compiles_without_register_spills():
     if reason is not None:
         pytest.skip(reason)
     said = cuda_build.compile_objects(
-        [ROOT / "csrc" / "cuda" / "basic_block.cu"],
+        [ROOT / "csrc" / "cuda" / "basic_block" / "basic_block.cu"],
         nvcc=cuda_build.find_nvcc(),
         names=cuda_build.ARCHITECTURES,
     )

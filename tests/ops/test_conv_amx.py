@@ -106,13 +106,18 @@ print("right")
 """
 
 
-SOURCES = ("gemm", "winograd", "direct", "direct_gradient")
+SOURCES = (
+    "conv/conv_gemm.cpp",
+    "conv/conv_winograd.cpp",
+    "conv/conv_direct.cpp",
+    "conv_train/conv_direct_gradient.cpp",
+)
 
 
 def test_convolutions_on_amx_compute_what_float64_does(tmp_path: Path) -> None:
     headers = Path(torch.__file__).parent
     library = tmp_path / "amx.so"
-    sources = [ROOT / "csrc" / "cpu" / f"conv_{name}.cpp" for name in SOURCES]
+    sources = [ROOT / "csrc" / "cpu" / name for name in SOURCES]
     options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-DRESFAST_AMX_EMULATED"]
     options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", headers / "include"]
     link = [f"-L{headers / 'lib'}", "-ltorch_cpu"]

@@ -1,8 +1,8 @@
 """What must hold of the CUDA convolution, without a GPU.
 
-The kernel's source is compiled for the host (csrc/host), where it runs thread block by thread block
-under the address and undefined-behaviour sanitizers, and its results are compared with a float64
-convolution. Where the CUDA compiler is installed, the real kernels are compiled too.
+The kernel's source is compiled for the host (tests/cuda_on_host), where it runs one thread block
+after the other under the address and undefined-behaviour sanitizers, and its results are compared
+with a float64 convolution. If the CUDA compiler is installed, the real kernels are compiled too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from resfast.ops.conv import op as conv
 from resfast.ops.conv import reference as conv_reference
 
 ROOT = Path(__file__).resolve().parents[2]
+ON_HOST = ROOT / "tests" / "cuda_on_host"
+"""Programs that run the CUDA kernels on the CPU, and the GPU primitives written in plain C++."""
 _SPEC = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")
 cuda_build = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(cuda_build)
@@ -36,10 +38,13 @@ TYPES = ("bf16", "fp16", "fp32", "tf32")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float32)
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu")
 EPILOGUE_ONLY = -1
-"""In the place of a tile, as in csrc/cuda/conv_plan.h."""
-FLAGS = (
-    "-std=c++17 -O1 -g1 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all"
-).split()
+"""In the place of a tile, as in csrc/cuda/conv/conv_plan.h."""
+FLAGS = [
+    *"-std=c++17 -O1 -g1 -Wall -Wextra -fsanitize=address,undefined".split(),
+    "-fno-sanitize-recover=all",
+    "-DRESFAST_ON_HOST",
+    f"-I{ON_HOST.parent}",
+]
 
 
 def kept(name: str) -> Path:
@@ -50,13 +55,13 @@ def kept(name: str) -> Path:
 
 
 def host_program(name: str, *others: str) -> Path:
-    """A program of csrc/host, compiled from NAME.cpp and other files there with the sanitizers."""
+    """A program of tests/cuda_on_host, compiled with the sanitizers from the files named."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
-    sources = [ROOT / "csrc" / "host" / f"{stem}.cpp" for stem in (name, *others)]
+    sources = [ON_HOST / f"{stem}.cpp" for stem in (name, *others)]
     digest = hashlib.sha256()
-    for source in sources:
+    for source in (*sources, *sorted(ON_HOST.glob("*.h"))):
         for path, content in sorted(cuda_build.read_with_includes(source).items()):
             digest.update(path.name.encode() + b"\0" + content + b"\0")
     program = kept(f"host-{digest.hexdigest()[:16]}") / name
@@ -81,7 +86,7 @@ def host_kernels() -> Path:
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution in the order of the fields that csrc/host/conv.cpp reads."""
+    """A convolution in the order of the fields that tests/cuda_on_host/conv.cpp reads."""
 
     type: int
     tile: int
@@ -236,7 +241,7 @@ def grid(type_: int, tile: int, aligned: bool) -> list[Case]:
 
 
 def has_tile(type_: int, tile: int, aligned: bool) -> bool:
-    """`has_tile` of csrc/cuda/conv_plan.h."""
+    """`has_tile` of csrc/cuda/conv/conv_plan.h."""
     if not aligned:
         return tile in (2, 4)
     return type_ < 2 or tile in (2, 4, 6)
@@ -369,14 +374,14 @@ def test_tile_shapes_are_chosen_that_exist_and_fill_the_chip(
 
 @pytest.fixture(scope="session")
 def compiled() -> dict[str, str]:
-    """What ptxas said of the kernels of every conv*.cu, by path of the object.
+    """What ptxas said of the kernels in csrc/cuda/conv, by path of the object.
 
     The installation compiles the same objects, where it sees no GPU: they are not compiled again.
     """
     reason = cuda_build.obstacle()
     if reason is not None:
         pytest.skip(reason)
-    sources = sorted((ROOT / "csrc" / "cuda").glob("conv*.cu"))
+    sources = sorted((ROOT / "csrc" / "cuda" / "conv").glob("*.cu"))
     return cuda_build.compile_objects(
         sources, nvcc=cuda_build.find_nvcc(), names=cuda_build.ARCHITECTURES
     )

@@ -1,8 +1,9 @@
-"""What must hold of the convolution for Hopper (csrc/cuda/hopper.cuh), without a GPU.
+"""What must hold of the convolution for Hopper (csrc/cuda/conv_hopper/hopper.cuh), without a GPU.
 
-CUTLASS's own code builds tensor maps, coordinates and layouts on the host (csrc/host/hopper.cu);
-loads and sums are done there as the hardware does them, and compared with a float64 convolution.
-The real kernels are compiled and looked at; on a GPU of compute capability 9.0 they run too.
+CUTLASS's own code builds tensor maps, coordinates and layouts on the host; loads and sums are done
+there as the hardware does them (tests/cuda_on_host/hopper.cu), and compared with a float64
+convolution. The real kernels are compiled and inspected; on a GPU of compute capability 9.0 they
+run too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from resfast.ops import extension
 from resfast.ops.conv import op as conv
 from resfast.ops.conv import reference as conv_reference
-from tests.ops.test_conv_cuda_source import ACTIVATIONS, BAD, GOOD, ROOT, cuda_build
+from tests.ops.test_conv_cuda_source import ACTIVATIONS, BAD, GOOD, ON_HOST, ROOT, cuda_build
 
 CONFIGS = 8
 CHANNELS_LAST = torch.channels_last
@@ -38,7 +39,7 @@ def compile_objects(*sources: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def compiled() -> dict[str, str]:
-    return compile_objects(*sorted((ROOT / "csrc" / "cuda").glob("hopper*.cu")))
+    return compile_objects(*sorted((ROOT / "csrc" / "cuda" / "conv_hopper").glob("*.cu")))
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +56,8 @@ def operators(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def on_host(tmp_path_factory) -> ctypes.CDLL:
-    """csrc/host/hopper.cu."""
-    objects = compile_objects(ROOT / "csrc" / "host" / "hopper.cu")
+    """tests/cuda_on_host/hopper.cu."""
+    objects = compile_objects(ON_HOST / "hopper.cu")
     library = tmp_path_factory.mktemp("host") / "hopper.so"
     cuda_build.link(objects, library, nvcc=cuda_build.find_nvcc())
     loaded = ctypes.CDLL(str(library))
@@ -151,7 +152,7 @@ def test_every_configuration_loads_and_multiplies_the_right_values(on_host, conf
 
 @pytest.mark.slow
 def test_host_refuses_what_a_tensor_map_cannot_hold(on_host):
-    """The encoders of csrc/host/hopper.cu check what the driver does."""
+    """The encoders of tests/cuda_on_host/hopper.cu check what the driver does."""
     for shape in ((1, 20, 20, 8, 8, 3, 3, 9, 1, 1, 1), (1, 4, 4, 12, 8, 1, 1, 1, 1, 0, 0)):
         with pytest.raises(RuntimeError, match=r"CUresult|CUTLASS refuses"):
             convolve_on_host(on_host, 0, Case(shape), "none", 0)

@@ -2,8 +2,9 @@
 
 ``h = activation(conv2d(x, weight1) + bias1)``, ``y = activation(conv2d(h, weight2) + bias2 + x)``
 with stride 1 and padding 1. ``h`` is rounded to x's dtype, as two calls of
-``resfast::conv2d_bias_act`` round it, and that is what runs on the CPU. On CUDA one kernel that
-keeps ``h`` on the chip (``csrc/cuda/basic_block.cuh``) does both where it is the faster way.
+``resfast::conv2d_bias_act`` round it, and that is what runs on the CPU. On CUDA a single kernel
+that keeps ``h`` in shared memory computes both where that is faster
+(``csrc/cuda/basic_block/basic_block.cuh``).
 
 Shapes: x and y ``[N, C, H, W]``, weights ``[C, C, 3, 3]``, biases ``[C]``.
 """

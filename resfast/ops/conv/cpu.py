@@ -1,13 +1,13 @@
 """``resfast::conv2d_bias_act`` on the CPU: several algorithms, the fastest by measurement.
 
 - ``oneDNN``: torch's own library, with the epilogue as post-operations; every shape and dtype.
-- ``gemm``: our kernel for AVX512-BF16, over patches of the input (``csrc/cpu/conv_gemm.cpp``).
-- ``winograd``: for 3x3 kernels, with the same kernel (``csrc/cpu/conv_winograd.cpp``): F(2x2, 3x3)
-  of Lavin and Gray (arXiv:1509.09308) for stride 1, 2.25 times fewer multiplications, and the same
-  idea for stride 2, 1.44 times fewer. Larger tiles, where they are allowed, take up to 4 times
-  fewer and round off 3 times as much.
+- ``gemm``: our kernel for AVX512-BF16, over patches of the input (``csrc/cpu/conv/conv_gemm.cpp``).
+- ``winograd``: for 3x3 kernels, with the same kernel: F(2x2, 3x3) of Lavin and Gray
+  (arXiv:1509.09308) for stride 1, 2.25 times fewer multiplications, and the same idea for stride 2,
+  1.44 times fewer (``csrc/cpu/conv/conv_winograd.cpp``). Larger tiles, where allowed, take up to 4
+  times fewer and round off 3 times as much.
 - ``direct``: for 3x3 kernels and AMX, over images laid out so that nothing is copied per tap or
-  wasted on edges (``csrc/cpu/conv_direct.cpp``); fast for batches that fill groups of 32.
+  wasted on edges (``csrc/cpu/conv/conv_direct.cpp``); fast for batches that fill groups of 32.
 
 The last three are for bfloat16. :class:`~resfast.ops.conv.op.ConvBiasAct` asks for a plan once per
 shape; the choice is kept in ``$XDG_CACHE_HOME/resfast/conv-cpu.json``, by processor, version, shape
@@ -140,7 +140,7 @@ def _has_kernels() -> bool:
 
 
 def group_images(columns: int) -> int:
-    """Images that the direct kernels lay out as one group (``csrc/cpu/conv_direct.h``).
+    """Images that the direct kernels lay out as one group (``csrc/cpu/conv/conv_direct.h``).
 
     Args:
         columns: of the result.

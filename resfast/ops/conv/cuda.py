@@ -1,7 +1,7 @@
 """``resfast::conv2d_bias_act`` on CUDA: our kernels and cuDNN's, the fastest by measurement.
 
-- ``ours:TILE,SPLITS``: the implicit GEMM of ``csrc/cuda/conv.cuh``; every shape and dtype.
-- ``hopper:CONFIGURATION``: TMA and wgmma, on CUTLASS (``csrc/cuda/hopper.cu``), on sm_90 alone.
+- ``ours:TILE,SPLITS``: the implicit GEMM of ``csrc/cuda/conv/conv.cuh``; every shape and dtype.
+- ``hopper:CONFIGURATION``: TMA and wgmma with CUTLASS (``csrc/cuda/conv_hopper/``), on sm_90 only.
 - ``cudnn``: its fused calls for ReLU; for others its convolution, then our epilogue.
 - ``torch``: one operation after the other, where nothing else works.
 
@@ -35,7 +35,7 @@ from resfast.ops.conv.reference import channels_last
 
 CHOICES = conv_choice.Choices("conv-cuda.json")
 MOST_OF_OURS = 6
-"""Tiles and splits that are measured, of those that ``csrc/cuda/conv_plan.h`` thinks best."""
+"""Tiles and splits that are measured, of those that ``csrc/cuda/conv/conv_plan.h`` thinks best."""
 MOST_OF_HOPPER = 6
 ROUNDS = 12
 FLUSHES = 4

@@ -1,8 +1,9 @@
 """``resfast::conv2d_train``: a 3x3 convolution in bfloat16 with gradients, on the CPU.
 
-By Winograd, result and gradients take fewer multiplications than a plain convolution
-(``csrc/cpu/winograd.h``). Where the processor has AMX, for which multiplications are cheap, the
-weight's gradient and some results are computed without a transform (``csrc/cpu/conv_direct.h``).
+With Winograd's algorithm, result and gradients take fewer multiplications than a plain convolution
+(``csrc/cpu/conv/winograd.h``). On a processor with AMX, where multiplications are cheap, the
+gradient of the weight and some results are computed without a transform
+(``csrc/cpu/conv/conv_direct.h``).
 The weight stays float32 and is rounded to bfloat16 once; its gradient is float32.
 Where :func:`applies` says no, ``torch.nn.functional.conv2d`` is the way. The choice depends on
 shapes and processor, never on a measurement: a run that is resumed computes the same bits.

@@ -29,7 +29,7 @@ from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.reference import channels_last, new_map
 
 ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
-"""In the order of their numbers in ``csrc/cpu/conv_bf16.h``."""
+"""In the order of their numbers in ``csrc/cpu/conv/conv_bf16.h``."""
 AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_forward")
 """Whether the CPU's kernels are built and this processor has AVX512-BF16."""
 TRITON = runtime.has_triton()
