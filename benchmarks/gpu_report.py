@@ -54,6 +54,9 @@ from resfast.cli import common as entry
 from resfast.cli.doctor.line import Line, Options
 from resfast.cli.doctor.main import probe
 from resfast.errors import ResfastError
+from resfast.runs import folder as records
+from resfast.runs.epoch_row import read_rows, row_values
+from resfast.runs.summary import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("build", "doctor", "tests", "benchmarks", "sanitizer", "training")
@@ -67,6 +70,10 @@ LOG_BYTES, TAIL_LINES, CUT_TAIL_LINES, TAIL_COLUMNS = 2**20, 40, 10, 300
 OURS = ("resfast", "cutlass")
 """In the names of our kernels; compute-sanitizer leaves torch's alone, of which there are many."""
 SANITIZER_FOUND = 86
+UNREADABLE = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, ResfastError,
+)  # fmt: skip
+"""What reading the results of a step that was cut short or failed may raise."""
 
 
 @dataclass(frozen=True)
@@ -241,16 +248,16 @@ def _read_sanitizer(output: str) -> dict[str, Any]:
 
 
 def _read_training(run: Path, output: str) -> dict[str, Any]:
-    """The summary of a run, or its last epoch where it was cut short."""
-    if (run / "summary.json").exists():
-        result = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    """The summary of a run, or its last epoch if it was cut short."""
+    if (file := run / records.SUMMARY).exists():
+        result = read_run(file)
         words = (
-            f"{result['data']}: {result['test_accuracy']:.2%} after {result['epochs']} epochs in "
-            f"{result['train_seconds']:.1f} s ({result['images_per_second']:,.0f} images/s)"
+            f"{result.data}: {result.test_accuracy:.2%} after {result.epochs} epochs in "
+            f"{result.train_seconds:.1f} s ({result.images_per_second:,.0f} images/s)"
         )
-        return {**result, "said": words}
-    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return {"last_epoch": last, "said": f"epoch {last['epoch']} was the last"}
+        return {**json.loads(result.to_json()), "said": words}
+    last = read_rows(run / records.METRICS)[-1]
+    return {"last_epoch": row_values(last), "said": f"epoch {last.epoch} was the last"}
 
 
 def _missing_module(output: str) -> str | None:
@@ -342,7 +349,7 @@ def _judge(step: Step, outcome: Outcome, timed_out: bool, output: str) -> None:
     try:
         outcome.result = step.read(output)
         unreadable = ""
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
+    except UNREADABLE as error:
         unreadable = f"its results cannot be read: {type(error).__name__}: {error}"
     code, missing = outcome.exit_code, _missing_module(output)
     if timed_out:

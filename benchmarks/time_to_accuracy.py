@@ -46,6 +46,15 @@ from resfast.errors import ResfastError, nearest
 from resfast.runs import folder as records
 from resfast.runs import plots, targets
 from resfast.runs.statistics import statistics
+from resfast.runs.stored import EvaluatedOn
+from resfast.runs.summary import (
+    AccuracyName,
+    SecondsStatistics,
+    SeedsSummary,
+    Versions,
+    read_run,
+    read_seeds,
+)
 from resfast.training import seeds as runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,15 +62,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 PUBLIC = ROOT / "benchmarks" / "data" / "public-results.json"
 PREFIX, PLOT = "time-to-accuracy", "time-to-accuracy.png"
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class MeanSd(BaseModel):
-    """Over the runs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    mean: float
-    sd: float | None
 
 
 class Row(BaseModel):
@@ -91,18 +91,18 @@ class Row(BaseModel):
     hardware: str
     threads: PositiveInt
     compile_seconds: float = Field(ge=0)
-    versions: dict[str, str | int | None]
+    versions: Versions
     precision: str
     data: str
     data_digest: str
-    scored_on: Literal["test", "val"]
-    accuracy: str
+    scored_on: EvaluatedOn
+    accuracy: AccuracyName
     seeds: list[int] = Field(min_length=1)
     accuracies: list[float] = Field(min_length=1)
     mean: float = Field(ge=0, le=1)
     sd: float | None
     confidence_interval: tuple[float, float] | None
-    seconds: dict[str, MeanSd]
+    seconds: SecondsStatistics
     total_seconds: PositiveFloat
     timing_rule: str
     flops: PositiveInt
@@ -133,39 +133,64 @@ def row_of(folder: Path) -> Row:
     Raises:
         ResfastError: it is not one, not all of its runs are finished, or one was cut short.
     """
-    config = load(folder / records.CONFIG)
-    summary = _json(folder / records.SUMMARY, "the summary of a run or of several")
-    if "finished" not in summary:
-        if missing := [key for key in records.circumstances() if key not in summary]:
-            raise ResfastError(
-                f"{folder} does not say its {', '.join(missing)}; an older version of resfast "
-                "trained it: train it anew"
-            )
-        summary = runs.summarize([summary], config, None, summary["total_seconds"])
-    if summary["finished"] < summary["runs"]:
+    config, file = load(folder / records.CONFIG), folder / records.SUMMARY
+    summary = read_seeds(file) if config.run.runs > 1 else _as_seeds(folder, config)
+    if missing := summary.not_recorded():
+        raise _too_old(folder, missing)
+    if summary.finished < summary.runs:
         raise ResfastError(
-            f"{folder} has {summary['finished']} of {summary['runs']} runs; go on with: "
+            f"{folder} has {summary.finished} of {summary.runs} runs; go on with: "
             f"python -m resfast.train --resume {folder}"
         )
-    if summary["stopped"]:
+    if summary.stopped:
         raise ResfastError(
-            f"{folder} has runs that were cut short ({', '.join(summary['stopped'])}); expected "
+            f"{folder} has runs that were cut short ({', '.join(summary.stopped)}); expected "
             "whole ones"
         )
-    count = config.run.runs
-    device, processor = summary["device_type"], summary["device"]
-    scored = summary[f"{summary['scored_on']}_images"]
-    seen = views(summary["tta"], summary["tta_select"], summary["tta_mirror"])
-    values = {name: summary[name] for name in Row.model_fields if name in summary}
-    values["data"] = targets.data_name(summary["data"])
-    return Row.model_validate(
-        values
-        | {
-            "device": device,
-            "hardware": processor if device == "cuda" else processor.rpartition(",")[0],
-            "flops": 3 * 2 * summary["train_macs"] + round(2 * summary["macs"] * seen * scored),
-            "command": _command("--recipe", config.recipe, count=count),
-        }
+    scored = summary.test_images if summary.scored_on == "test" else summary.val_images
+    seen = views(summary.tta, summary.tta_select, summary.tta_mirror)
+    on_cuda = summary.device_type == "cuda"
+    return Row(
+        recipe=summary.recipe,
+        model=summary.model,
+        params=summary.params,
+        device=summary.device_type,
+        hardware=summary.device if on_cuda else summary.device.rpartition(",")[0],
+        threads=summary.threads,
+        compile_seconds=summary.compile_seconds,
+        versions=summary.versions,
+        precision=summary.precision,
+        data=targets.data_name(summary.data),
+        data_digest=summary.data_digest,
+        scored_on=summary.scored_on,
+        accuracy=summary.accuracy,
+        seeds=list(summary.seeds),
+        accuracies=list(summary.accuracies),
+        mean=summary.mean,
+        sd=summary.sd,
+        confidence_interval=summary.confidence_interval,
+        seconds=summary.seconds,
+        total_seconds=summary.total_seconds,
+        timing_rule=summary.timing_rule,
+        flops=3 * 2 * summary.train_macs + round(2 * summary.macs * seen * scored),
+        peak_memory_bytes=summary.peak_memory_bytes,
+        date=summary.date,
+        command=_command("--recipe", config.recipe, count=config.run.runs),
+    )
+
+
+def _as_seeds(folder: Path, config: Config) -> SeedsSummary:
+    """The summary of a single run as one of several seeds."""
+    run = read_run(folder / records.SUMMARY)
+    if missing := run.not_recorded():
+        raise _too_old(folder, missing)
+    return runs.summarize([run], config, None, run.seconds_by_kind().total, folder.name)
+
+
+def _too_old(folder: Path, missing: Sequence[str]) -> ResfastError:
+    return ResfastError(
+        f"{folder} does not say its {', '.join(missing)}; an older version of resfast trained it: "
+        "train it again"
     )
 
 
@@ -237,10 +262,10 @@ def target_row(row: Row, source: str) -> targets.Row:
         accuracy=row.mean,
         sd=row.sd,
         runs=len(row.seeds),
-        timed_seconds=row.seconds["timed"].mean,
+        timed_seconds=row.seconds.timed.mean,
         compile_seconds=row.compile_seconds,
         date=row.date,
-        versions=f"resfast {row.versions['resfast']}, torch {row.versions['torch']}",
+        versions=f"resfast {row.versions.resfast}, torch {row.versions.torch}",
         source=source,
     )
 
@@ -456,7 +481,7 @@ def ablation_table(rows: Sequence[_AblationRow]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for entry_ in rows:
-        row, seconds = entry_.row, entry_.row.seconds["timed"]
+        row, seconds = entry_.row, entry_.row.seconds.timed
         spread = "" if row.sd is None else f" ± {row.sd:.2%}"
         change = took = ""
         if row is not first:
@@ -464,7 +489,7 @@ def ablation_table(rows: Sequence[_AblationRow]) -> str:
             if row.sd is not None and first.sd is not None:
                 error = (row.sd**2 / len(row.seeds) + first.sd**2 / len(first.seeds)) ** 0.5
                 change += f" ± {100 * error:.2f}"
-            took = f"{seconds.mean - first.seconds['timed'].mean:+.1f}"
+            took = f"{seconds.mean - first.seconds.timed.mean:+.1f}"
         own = entry_.options.removeprefix(shared).strip()
         lines.append(
             f"| {entry_.component} | {f'`{own}`' if own else ''} | {row.mean:.2%}{spread} | "
@@ -490,7 +515,7 @@ def save_plot(rows: Sequence[Row], public: Sequence[PublicResult], path: Path) -
     """
     points: list[tuple[PublicResult, float | None, bool]] = [(p, None, False) for p in public]
     for row in rows:
-        seconds = row.seconds["timed"].mean
+        seconds = row.seconds.timed.mean
         processor = row.hardware
         if row.device == "cpu":
             processor += f", {row.threads} threads"
@@ -588,7 +613,7 @@ def public_results(path: Path = PUBLIC) -> list[PublicResult]:
 
 
 def _line(row: Row) -> str:
-    found, seconds = statistics(row.accuracies), row.seconds["timed"]
+    found, seconds = statistics(row.accuracies), row.seconds.timed
     spread = "" if found.sd is None else f" ± {found.sd:.2%}"
     return (
         f"{row.recipe}: {row.mean:.2%}{spread} ({len(row.seeds)} seeds, {row.accuracy}) in "

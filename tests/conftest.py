@@ -22,6 +22,7 @@ from resfast.config.schema import (
     RuntimeConfig,
 )
 from resfast.data.augment import Augment
+from resfast.runs.summary import RunSummary
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -102,6 +103,23 @@ def change(config: Config, **values: object) -> Config:
         config = replace(config, **{group: replace(part, **mine)})
     assert not values, f"no such fields: {values}"
     return config
+
+
+def example_summary(**values: object) -> RunSummary:
+    """The result of a run on two classes that the first version wrote, with some other values."""
+    usual: dict = {
+        **{"run": "tiny", "recipe": "default", "model": "resnet", "params": 1000, "macs": 20000},
+        **{"epochs": 3, "data": "digits", "data_digest": "abc", "train_images": 48},
+        **{"test_images": 16, "test_accuracy": 0.75, "test_loss": 0.5},
+        **{"tta": "flip", "tta_accuracy": 0.8125},
+        **{"best_accuracy": 0.8125, "best_epoch": 2, "best_on": "test"},
+        **{"per_class_accuracy": {"left": 0.75, "right": 0.75}, "confusion": ((6, 2), (2, 6))},
+        **{"train_seconds": 1.5, "compile_seconds": 0.5, "eval_seconds": 0.25},
+        **{"images_per_second": 96.0, "device": "CPU, 1 thread", "precision": "fp32"},
+        **{"compile": "off", "batch_size": 12, "mean": (0.5, 0.25, 0.125)},
+        **{"std": (0.2, 0.3, 0.4), "torch": "2.15.0", "resfast": "0.1.0", "seed": 5},
+    }
+    return RunSummary(**usual | values)
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -298,7 +298,7 @@ def test_the_order_on_cuda_is_that_of_the_cpu_and_nothing_waits():
 def test_a_varying_run_on_cuda_learns(tiny: Config):
     config = change(tiny, device="cuda", precision="bf16", compile="auto")
     result = train(change(config, **{**VARYING, "epochs": 8.5}))
-    assert result.summary["test_accuracy"] >= 0.9
+    assert result.summary.test_accuracy >= 0.9
 
 
 # -- the order of an epoch ------------------------------------------------------------------------
@@ -362,9 +362,9 @@ def test_a_run_follows_its_plan(tiny: Config, monkeypatch: pytest.MonkeyPatch, b
     planned = [(b.images, b.pixels) for epoch in made.epochs for b in epoch.batches]
     assert seen == planned
     assert len(set(planned)) >= 3
-    assert result.summary["epochs"] == 4
-    assert result.summary["train_macs"] == sum(
-        images * result.summary["macs_by_pixels"][str(pixels)] for images, pixels in planned
+    assert result.summary.epochs == 4
+    assert result.summary.train_macs == sum(
+        images * result.summary.macs_by_pixels[pixels] for images, pixels in planned
     )
     rows = rows_of(result.path)
     assert len(rows) == 4

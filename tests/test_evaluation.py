@@ -262,8 +262,8 @@ def test_a_fused_evaluation_agrees(tiny: Config, tta_select: float):
     fused = train(change(tiny, name="fused", fuse=True, **options))
     for name in ("test_accuracy", "tta_accuracy", "best_accuracy"):
         assert fused.summary[name] == plain.summary[name]
-    assert fused.summary["test_loss"] == pytest.approx(plain.summary["test_loss"], rel=1e-3)
-    assert fused.summary["compile_seconds"] > 0
+    assert fused.summary.test_loss == pytest.approx(plain.summary.test_loss, rel=1e-3)
+    assert fused.summary.compile_seconds > 0
     assert not any(type(module).__name__ == "FusedModel" for module in fused.model.modules())
     for name, value in plain.model.state_dict().items():
         assert torch.equal(fused.model.state_dict()[name], value), name
@@ -272,8 +272,8 @@ def test_a_fused_evaluation_agrees(tiny: Config, tta_select: float):
 def test_evaluating_a_run_again_gives_its_accuracy(tiny: Config):
     result = train(change(tiny, epochs=2, tta="multi-crop", tta_select=0.5, tta_mirror=0.7))
     again = resfast.evaluate(result.path)
-    assert again.accuracy == result.summary["test_accuracy"]
-    assert again.with_tta.accuracy == result.summary["tta_accuracy"]
+    assert again.accuracy == result.summary.test_accuracy
+    assert again.with_tta.accuracy == result.summary.tta_accuracy
     assert again.record["tta_select"] == 0.5
     assert again.record["tta_mirror"] == 0.7
 
@@ -284,6 +284,6 @@ def test_an_evaluation_on_cuda_agrees_with_the_cpu(tiny: Config, tmp_path: Path,
     options = {"device": "cuda", "precision": "bf16", "tta": "multi-crop", "tta_select": 0.5}
     result = train(change(tiny, epochs=6, fuse=fuse, **options))
     again = resfast.evaluate(result.path, device="cpu", precision="fp32")
-    assert again.with_tta.accuracy == pytest.approx(result.summary["tta_accuracy"], abs=2 / 16)
+    assert again.with_tta.accuracy == pytest.approx(result.summary.tta_accuracy, abs=2 / 16)
     with pytest.raises(ResfastError):
         train(change(tiny, name="bad", tta_select=-1.0))

@@ -30,6 +30,7 @@ from resfast.models.presets import build_model
 from resfast.ops.basic_block.op import BasicBlock
 from resfast.runs import folder as records
 from resfast.runs.checkpoint import save_weights
+from tests.conftest import example_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("bird", "cat", "dog", "ship", "日本")
@@ -79,7 +80,7 @@ def make_run(folder: Path, size: int = 12, **model: object) -> Path:
     mean, std = torch.tensor([0.49, 0.48, 0.45]), torch.tensor([0.25, 0.24, 0.26])
     save_weights(folder / records.WEIGHTS, made, config, CLASSES, mean, std)
     records.write_config(folder, config)
-    records.write_summary(folder, {"data": "digits", "test_accuracy": ACCURACY})
+    records.write_summary(folder, example_summary(data="digits", test_accuracy=ACCURACY))
     return folder
 
 

@@ -23,6 +23,8 @@ import torch
 from benchmarks import bench_report, gpu_report, small_kernels
 from benchmarks.gpu_report import PARTS, Outcome, Report, Step, report_on
 from resfast.ops.conv import reference as conv_reference
+from resfast.runs import folder as records
+from tests.conftest import example_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -133,15 +135,36 @@ def test_a_step_out_of_time_ends_with_all_its_processes(tmp_path, monkeypatch):
     assert not alive(int(slow["tail"][0]))
 
 
+EPOCH = {
+    **{"epoch": 3, "lr": 0.1, "train_loss": 1.5, "train_accuracy": 0.5, "eval_set": "test"},
+    **{"eval_loss": None, "eval_accuracy": None, "images_per_second": 96.0},
+    **{"train_seconds": 0.5, "eval_seconds": 0.0},
+}
+
+
+def test_what_a_training_found_is_read(tmp_path):
+    summary = example_summary(data="digits", test_accuracy=0.75, epochs=3, train_seconds=1.5)
+    records.write_summary(tmp_path, summary)
+    found = gpu_report._read_training(tmp_path, "")
+    assert found["said"] == "digits: 75.00% after 3 epochs in 1.5 s (96 images/s)"
+    assert found["params"] == summary.params
+    (tmp_path / "summary.json").write_text("{}")
+    read = partial(gpu_report._read_training, tmp_path)
+    _, written = run_steps(tmp_path, python("training", "", read=read))
+    (step,) = written["steps"]
+    assert step["status"] == "failed"
+    assert "summary.json: run: Field required" in step["why"]
+
+
 def test_a_step_out_of_time_may_write_down_what_it_has(tmp_path):
     code = (
         "import pathlib, time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n"
-        f"    pathlib.Path({str(tmp_path / 'metrics.jsonl')!r}).write_text('{{\"epoch\": 3}}\\n')"
+        f"    pathlib.Path({str(tmp_path / 'metrics.jsonl')!r}).write_text({json.dumps(EPOCH)!r})"
     )
     read = partial(gpu_report._read_training, tmp_path)
     _, written = run_steps(tmp_path, python("training", code, read=read), minutes=0.1)
     assert written["steps"][0]["status"] == "timed out"
-    assert written["steps"][0]["result"]["last_epoch"] == {"epoch": 3}
+    assert written["steps"][0]["result"]["last_epoch"] == EPOCH
     assert "epoch 3 was the last" in (tmp_path / "cpu.md").read_text(encoding="utf-8")
 
 

@@ -134,6 +134,11 @@ from resfast import evaluate, predict
 path = resfast.train(resfast.recipe("default"), resume=None).path
 run = resfast.load(path)
 resfast.train("default")  # wrong
+reached: float | None = resfast.train(resfast.Config()).summary.test_accuracy
+reached_text: str = resfast.train(resfast.Config()).summary.test_accuracy  # wrong
+resfast.train(resfast.Config()).summary.test_acuracy  # wrong
+wanted: float | None = run.summary.test_loss if run.summary else None
+run.summary.test_loss  # wrong
 resfast.train(resfast.Config(), epochs=3)  # wrong
 accuracy: float = evaluate(path, "digits", tta="flip").accuracy
 evaluate(run, tta="both")  # wrong

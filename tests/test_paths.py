@@ -53,7 +53,7 @@ def test_a_run_on_a_relative_path_is_used_from_another_folder(
     relative: Config, work: Path, monkeypatch: pytest.MonkeyPatch, runs: int, capsys
 ):
     first = resfast.train(change(relative, runs=runs))
-    assert first.summary["data"] == "folder:photos"
+    assert first.summary.data == "folder:photos"
     saved = [load(path) for path in sorted(first.path.rglob(records.CONFIG))]
     assert len(saved) == (1 if runs == 1 else 3)
     for config in saved:
@@ -70,7 +70,7 @@ def test_a_run_on_a_relative_path_is_used_from_another_folder(
     again = resfast.train(replace(saved[0], run=replace(saved[0].run, name="again")))
     resumed = resfast.train(resume=first.path)
     for result in (again, resumed):
-        assert result.summary["data_digest"] == first.summary["data_digest"]
+        assert result.summary.data_digest == first.summary.data_digest
     assert not list(work.parent.glob("elsewhere/*"))
 
     other = next((work / "photos" / "test").glob("*/*.png"))
@@ -98,7 +98,7 @@ def test_a_run_saved_with_a_relative_path_is_still_read(relative: Config, work: 
     records.write_config(path, old)
     assert differences(old, relative)["loader"]
     assert "data" not in differences(old, change(relative, data=f"folder:{work}/photos"))
-    assert resfast.train(resume=path).summary["data"] == "folder:photos"
+    assert resfast.train(resume=path).summary.data == "folder:photos"
     assert load(path / records.CONFIG).data.data == f"folder:{work}/photos"
 
 
@@ -118,6 +118,6 @@ def test_a_run_whose_names_are_not_utf_8_is_read_again(
     assert (first.path / records.CONFUSION).exists()
     saved = load(first.path / records.CONFIG)
     assert (saved.data.data, saved.run) == (config.data.data, config.run)
-    assert evaluate(first.path).accuracy == first.summary["test_accuracy"]
+    assert evaluate(first.path).accuracy == first.summary.test_accuracy
     assert name in resfast.load(first.path).classes
-    assert resfast.train(resume=first.path).summary["data_digest"] == first.summary["data_digest"]
+    assert resfast.train(resume=first.path).summary.data_digest == first.summary.data_digest

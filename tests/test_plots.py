@@ -11,16 +11,20 @@ from PIL import Image, ImageFont
 
 from resfast.data import preview
 from resfast.runs import plots
+from resfast.runs.epoch_row import EpochRow
 
-ROW = {
-    "epoch": 1,
-    "lr": 0.1,
-    "train_loss": 1.0,
-    "train_accuracy": 0.5,
-    "eval_set": "test",
-    "eval_loss": 1.0,
-    "eval_accuracy": 0.5,
-}
+ROW = EpochRow(
+    epoch=1,
+    lr=0.1,
+    train_loss=1.0,
+    train_accuracy=0.5,
+    eval_set="test",
+    eval_loss=1.0,
+    eval_accuracy=0.5,
+    images_per_second=100.0,
+    train_seconds=1.0,
+    eval_seconds=0.1,
+)
 NAMES = ("$1_$5", r"\$x^$", "$\\bad{$", "caf\udce9", "a\nb", "\x00\x1b[0m", "plain_name")
 
 

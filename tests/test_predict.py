@@ -353,7 +353,7 @@ def test_labels_follow_the_names_of_the_run_s_classes(trained, tree):
 def test_evaluate_from_python_writes_only_where_it_is_told(trained, run, tmp_path):
     lines: list[str] = []
     result = resfast.evaluate(trained, tta="flip", batch_size=7, report=lines.append)
-    assert result.accuracy == trained.summary["test_accuracy"]
+    assert result.accuracy == trained.summary.test_accuracy
     assert (result.tta, result.classes) == ("flip", trained.classes)
     assert int(result.confusion.sum()) == 15
     assert len(result.per_class) == 3
@@ -366,7 +366,9 @@ def test_evaluate_from_python_writes_only_where_it_is_told(trained, run, tmp_pat
 
 
 def test_data_that_changed_since_the_training_is_said(trained, tree):
-    changed = dataclasses.replace(trained, summary={**trained.summary, "data_digest": "0"})
+    changed = dataclasses.replace(
+        trained, summary=dataclasses.replace(trained.summary, data_digest="0")
+    )
     lines: list[str] = []
     resfast.evaluate(changed, report=lines.append)
     assert any("has changed since" in line for line in lines)

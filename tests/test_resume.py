@@ -134,7 +134,7 @@ def test_the_peak_of_memory_is_that_of_all_sessions(
         with pytest.raises(Interrupted) as stopped:
             train(tiny)
     monkeypatch.setattr(runtime, "peak_memory", lambda device: order[1])
-    assert train(resume=stopped.value.path).summary["peak_memory_bytes"] == 3000
+    assert train(resume=stopped.value.path).summary.peak_memory_bytes == 3000
 
 
 def test_a_run_without_a_checkpoint_starts_from_its_beginning(tiny: Config):

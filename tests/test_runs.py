@@ -87,7 +87,7 @@ def test_the_step_is_compiled_once(several: Config, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(TrainStep, "warm_up", counting)
     result = runs.train(change(several, compile="on", epochs=1))
     assert len(compiled) == 1
-    seconds = [run["compile_seconds"] for run in result.summary["each"]]
+    seconds = [row.compile_seconds for row in result.summary.each]
     assert seconds[0] > 0
     assert seconds[1:] == [0, 0]
 
@@ -110,24 +110,25 @@ def test_the_common_summary_has_the_statistics_of_the_runs(several: Config):
     assert summary["total_seconds"] >= sum(run["total_seconds"] for run in each)
     assert "whitening" in summary["timing_rule"]
     assert all(run["epochs"] == 3 for run in each)  # the target is no early stop here
-    text = runs.headline(summary)
+    assert result.summary == summary
+    text = runs.headline(result.summary)
     assert f"{found.mean:.2%}" in text
     assert "p = " in text
 
 
 def test_without_test_time_augmentation_the_plain_accuracy_counts(several: Config):
     result = runs.train(change(several, runs=2, tta="none", epochs=1))
-    assert result.summary["accuracy"] == "test_accuracy"
-    first = result.summary["each"][0]
-    assert result.summary["accuracies"][0] == first["test_accuracy"]
+    assert result.summary.accuracy == "test_accuracy"
+    first = result.summary.each[0]
+    assert result.summary.accuracies[0] == first.test_accuracy
 
 
 def test_the_headline_names_test_time_augmentation_only_where_there_is_some(tiny: Config):
     for tta in ("none", "flip"):
         summary = runs.train(change(tiny, name=tta, epochs=1, tta=tta)).summary
         first = runs.headline(summary).splitlines()[0]
-        plain = f"test accuracy {summary['test_accuracy']:.2%}"
-        augmented = f", with test-time augmentation (flip) {summary['tta_accuracy']:.2%}"
+        plain = f"test accuracy {summary.test_accuracy:.2%}"
+        augmented = f", with test-time augmentation (flip) {summary.tta_accuracy:.2%}"
         assert first == (plain if tta == "none" else plain + augmented)
 
 
@@ -145,8 +146,8 @@ def test_stopping_keeps_what_is_there_and_resuming_goes_on(
     assert (summary["finished"], summary["runs"], summary["sd"]) == (1, 3, None)
     before = summary["total_seconds"]
     result = runs.train(resume=path)
-    assert result.summary["accuracies"] == whole.summary["accuracies"]
-    assert result.summary["total_seconds"] > before
+    assert result.summary.accuracies == whole.summary.accuracies
+    assert result.summary.total_seconds > before
     for seed in (5, 6, 7):
         assert_same_weights(path / f"seed{seed}", whole.path / f"seed{seed}")
 
@@ -155,8 +156,8 @@ def test_resuming_with_more_runs_adds_them(several: Config):
     first = runs.train(change(several, runs=2, epochs=1))
     kept = (first.path / "seed5" / records.WEIGHTS).stat().st_mtime_ns
     more = runs.train(change(files.load(first.path / "config.json"), runs=4), resume=first.path)
-    assert more.summary["seeds"] == [5, 6, 7, 8]
-    assert more.summary["accuracies"][:2] == first.summary["accuracies"]
+    assert more.summary.seeds == (5, 6, 7, 8)
+    assert more.summary.accuracies[:2] == first.summary.accuracies
     assert (first.path / "seed5" / records.WEIGHTS).stat().st_mtime_ns == kept
 
 
@@ -164,9 +165,9 @@ def test_resuming_finished_runs_gives_their_result_again(several: Config):
     first = runs.train(change(several, runs=2, epochs=1))
     (first.path / "seed7").mkdir()  # of a run that was killed as it began
     again = runs.train(resume=first.path)
-    assert again.summary["accuracies"] == first.summary["accuracies"]
+    assert again.summary.accuracies == first.summary.accuracies
     more = runs.train(change(files.load(first.path / "config.json"), runs=3), resume=first.path)
-    assert more.summary["finished"] == 3
+    assert more.summary.finished == 3
 
 
 def test_an_old_config_is_of_one_run(several: Config, tmp_path: Path):
@@ -185,13 +186,23 @@ def test_bad_runs_are_named(several: Config, tmp_path: Path):
     saved = files.load(done.path / "config.json")
     with pytest.raises(ResfastError, match=r"lr was 0\.05 and is now 0\.2"):
         runs.train(change(saved, lr=0.2), resume=done.path)
+    with pytest.raises(ResfastError, match=r"lr was 0\.05 and is now 0\.2, momentum was 0\.9 and"):
+        runs.train(change(saved, lr=0.2, momentum=0.8), resume=done.path)
     with pytest.raises(ResfastError, match="--runs 2 does not fit"):
         runs.train(saved, resume=done.path / "seed5")
-    (done.path / "seed5" / records.SUMMARY).write_text("{}")
-    with pytest.raises(ResfastError, match="delete it to evaluate"):
-        runs.train(resume=done.path)
-    (done.path / "seed5" / records.SUMMARY).unlink()
-    assert runs.train(resume=done.path).summary["accuracies"] == done.summary["accuracies"]
+    file = done.path / "seed5" / records.SUMMARY
+    summary = json.loads(file.read_text())
+    for content, reason in (
+        ({}, "run: Field required"),
+        (summary | {"seed": "five"}, "seed: Input should be a valid integer"),
+        (summary | {"tta_accuracy": None}, "has no accuracy"),
+        (summary | {"timed_seconds": None}, "has no timed_seconds"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(ResfastError, match=f"{reason}.*delete it to evaluate"):
+            runs.train(resume=done.path)
+    file.unlink()
+    assert runs.train(resume=done.path).summary.accuracies == done.summary.accuracies
 
 
 def test_the_command_trains_several_and_prints_what_they_say(
@@ -228,18 +239,18 @@ def test_timed_seconds_are_those_that_the_rule_counts(
     monkeypatch.setattr(Evaluator, "evaluate", watching)
     summary = trainer.train(tiny).summary
     assert [tta for tta, _ in evaluated] == ["none", "none", "flip"]
-    assert summary["final_eval_seconds"] == evaluated[-1][1]
-    assert summary["eval_seconds"] == pytest.approx(sum(seconds for _, seconds in evaluated))
-    parts = ("whitening_seconds", "train_seconds", "final_eval_seconds")
-    assert summary["timed_seconds"] == pytest.approx(sum(summary[part] for part in parts))
-    assert summary["total_seconds"] > summary["timed_seconds"]
-    assert summary["timing_rule"] == records.TIMING_RULE
+    assert summary.final_eval_seconds == evaluated[-1][1]
+    assert summary.eval_seconds == pytest.approx(sum(seconds for _, seconds in evaluated))
+    parts = (summary.whitening_seconds, summary.train_seconds, summary.final_eval_seconds)
+    assert summary.timed_seconds == pytest.approx(sum(parts))
+    assert summary.total_seconds > summary.timed_seconds
+    assert summary.timing_rule == records.TIMING_RULE
 
     evaluated.clear()
     held = change(tiny, name="held", eval_every=0, val_fraction=0.25)
     summary = trainer.train(held).summary
     assert [tta for tta, _ in evaluated] == ["flip", "flip"]  # held-out images, then the test set
-    assert summary["final_eval_seconds"] == evaluated[1][1]
+    assert summary.final_eval_seconds == evaluated[1][1]
 
 
 def test_evaluation_only_at_the_end_leaves_the_result_as_it_is(tiny: Config):
@@ -248,7 +259,7 @@ def test_evaluation_only_at_the_end_leaves_the_result_as_it_is(tiny: Config):
     rows = [json.loads(line) for line in (once.path / "metrics.jsonl").read_text().splitlines()]
     assert [row["eval_accuracy"] is None for row in rows] == [True, True, False]
     assert_same_weights(often.path, once.path)
-    assert once.summary["tta_accuracy"] == often.summary["tta_accuracy"]
+    assert once.summary.tta_accuracy == often.summary.tta_accuracy
 
 
 def test_a_command_counts_from_the_start_of_its_process():
@@ -277,14 +288,14 @@ def test_a_limit_of_seconds_stops_cleanly_and_more_of_them_go_on(
     monkeypatch.setattr(stopping, "out_of_time", out_of_time)
     stopped = trainer.train(change(tiny, max_seconds=1e6), after_step=after)
     monkeypatch.undo()
-    assert stopped.summary["stopped"] == "max_seconds"
-    assert stopped.summary["epochs"] == step // 4
-    assert stopped.summary["best_accuracy"] >= 0
+    assert stopped.summary.stopped == "max_seconds"
+    assert stopped.summary.epochs == step // 4
+    assert stopped.summary.best_accuracy >= 0
     cut = _rows(stopped.path)
     assert len(cut) == math.ceil(step / 4)
     if step % 4:  # the epoch that was cut short has a row of its own
         assert (cut[-1]["epoch"], cut[-1]["eval_set"]) == (step // 4 + 1, "test")
-        assert cut[-1]["eval_accuracy"] == stopped.summary["test_accuracy"]
+        assert cut[-1]["eval_accuracy"] == stopped.summary.test_accuracy
     assert (stopped.path / records.BEST).exists()
     state = checkpoint.load_state(stopped.path / records.CHECKPOINT)
     assert (state["epoch"], state["step"]) == divmod(step, 4)
@@ -297,7 +308,7 @@ def test_a_limit_of_seconds_stops_cleanly_and_more_of_them_go_on(
         trainer.train(change(saved, max_seconds=1e-9), resume=stopped.path)  # still out of time
         assert _untimed(_rows(stopped.path)) == _untimed(cut)
     more = trainer.train(change(saved, max_seconds=2e6), resume=stopped.path)
-    assert more.summary["stopped"] is None
+    assert more.summary.stopped is None
     assert_same_weights(more.path, whole.path)
     assert _untimed(_rows(more.path)) == _untimed(_rows(whole.path))
 
@@ -320,24 +331,24 @@ def test_the_learning_rate_of_a_row_is_that_of_its_last_step(tiny: Config):
 
 def test_a_limit_that_is_over_at_once_still_gives_a_whole_result(tiny: Config):
     result = trainer.train(change(tiny, max_seconds=1e-9))
-    assert result.summary["stopped"] == "max_seconds"
-    assert result.summary["epochs"] == 0
-    assert result.summary["train_seconds"] > 0
+    assert result.summary.stopped == "max_seconds"
+    assert result.summary.epochs == 0
+    assert result.summary.train_seconds > 0
     again = trainer.train(resume=result.path)
-    assert again.summary["test_accuracy"] == result.summary["test_accuracy"]
+    assert again.summary.test_accuracy == result.summary.test_accuracy
     with pytest.raises(ResfastError, match="max-seconds 0 is out of range"):
         trainer.train(change(tiny, max_seconds=0, name="zero"))
 
 
 def test_peak_memory_is_recorded(tiny: Config):
-    assert trainer.train(change(tiny, epochs=1)).summary["peak_memory_bytes"] > 50e6
+    assert trainer.train(change(tiny, epochs=1)).summary.peak_memory_bytes > 50e6
 
 
 @pytest.mark.gpu
 def test_on_cuda_every_seed_ends_with_the_accuracy_of_the_same_seed_alone(several: Config):
     several = change(several, device="cuda", precision="fp32", tf32=False, epochs=6)
     result = runs.train(several)
-    for run in result.summary["each"]:
-        theirs = alone(several, run["seed"]).summary
-        assert run["tta_accuracy"] == pytest.approx(theirs["tta_accuracy"], abs=0.1)
+    for row in result.summary.each:
+        theirs = alone(several, row.seed).summary
+        assert row.tta_accuracy == pytest.approx(theirs.tta_accuracy, abs=0.1)
     shutil.rmtree(result.path)

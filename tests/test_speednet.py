@@ -421,9 +421,9 @@ def test_a_run_learns_and_is_loaded_evaluated_predicted_and_exported(
     tiny_speednet: Config, image_tree: Path
 ):
     result = train(tiny_speednet)
-    assert result.summary["test_accuracy"] == 1.0
-    assert result.summary["params"] == count_parameters(SpeedNet(network(TINY), 2))
-    assert result.summary["macs"] == count_macs(SpeedNet(network(TINY), 2), 16)
+    assert result.summary.test_accuracy == 1.0
+    assert result.summary.params == count_parameters(SpeedNet(network(TINY), 2))
+    assert result.summary.macs == count_macs(SpeedNet(network(TINY), 2), 16)
     run = resfast.load(result.path, device="cpu")
     assert isinstance(run.model, SpeedNet)
     state = result.model.state_dict()
@@ -471,7 +471,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tiny_speednet: Config, monkeypatc
     assert all(
         torch.equal(state[name], value) for name, value in resumed.model.state_dict().items()
     )
-    assert resumed.summary["whitening_seconds"] > 0
+    assert resumed.summary.whitening_seconds > 0
 
 
 def test_the_bias_of_the_whitening_is_trained_where_asked(tiny_speednet: Config):

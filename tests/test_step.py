@@ -555,7 +555,7 @@ def test_a_captured_run_ends_like_a_plain_one(
         with pytest.raises(Interrupted) as stopped:
             train(tiny, after_step=stop_here)
         path = train(resume=stopped.value.path).path
-    steps = plain.summary["epochs"] * 4 - 2 * 2  # the last two epochs train on half the images
+    steps = plain.summary.epochs * 4 - 2 * 2  # the last two epochs train on half the images
     assert len(captured) == steps
     assert len(set(captured)) > 1
     ours, theirs = (load_file(folder / records.WEIGHTS) for folder in (path, plain.path))
@@ -628,7 +628,7 @@ def test_a_captured_run_on_cuda_learns_and_is_resumed(tiny: Config, precision: s
     config = change(tiny, **MUON | OF_TINY, device="cuda", precision=precision, cuda_graph="on")
     config = change(config, epochs=8)
     result = train(config)
-    assert result.summary["test_accuracy"] >= 0.9
+    assert result.summary.test_accuracy >= 0.9
 
     def stop(number: int, _: Tensor) -> None:
         if number == 17:
@@ -636,4 +636,4 @@ def test_a_captured_run_on_cuda_learns_and_is_resumed(tiny: Config, precision: s
 
     with pytest.raises(Interrupted) as stopped:
         train(change(config, name="stopped"), after_step=stop)
-    assert train(resume=stopped.value.path).summary["test_accuracy"] >= 0.9
+    assert train(resume=stopped.value.path).summary.test_accuracy >= 0.9

@@ -58,7 +58,7 @@ def test_a_streamed_folder_trains_to_the_same_weights_as_a_resident_one(tiny: Co
     streamed = train(change(tiny, name="streamed", loader="dali"))
     # PNG files decode to the same bytes, order and augmentation are the same functions.
     assert_same_weights(resident.path, streamed.path)
-    assert resident.summary["test_accuracy"] == streamed.summary["test_accuracy"]
+    assert resident.summary.test_accuracy == streamed.summary.test_accuracy
 
 
 @pytest.mark.parametrize("step", [1, 3])
@@ -91,7 +91,7 @@ def test_a_streamed_run_can_be_scored_on_its_own_and_on_held_data(
     run = train(change(tiny, data=f"shards:{shard_folder}"))
     said: list[str] = []
     own = resfast.evaluate(run.path, report=said.append)
-    assert own.accuracy == run.summary["test_accuracy"]
+    assert own.accuracy == run.summary.test_accuracy
     assert not said
     other = resfast.evaluate(
         run.path, f"folder:{image_tree}", data_dir=tiny.data.data_dir, report=said.append

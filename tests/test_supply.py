@@ -317,7 +317,7 @@ def test_epochs_are_recorded_late_where_nothing_hangs_on_them(
     assert rows(result.path) == rows(at_once.path)
     assert_same_weights(result.path, at_once.path)
     seconds = [row["train_seconds"] for row in whole_rows(result.path)]
-    assert result.summary["train_seconds"] == pytest.approx(sum(seconds))
+    assert result.summary.train_seconds == pytest.approx(sum(seconds))
 
 
 def test_nothing_is_late_under_a_limit_of_time_or_with_a_save(
@@ -403,6 +403,6 @@ def test_no_step_of_a_run_waits_for_the_device(
     monkeypatch.setattr(trainer, "_end_epoch", strict(end_epoch))
     result = train(config)
     assert [row["epoch"] for row in rows(result.path)] == [1, 2, 3, 4, 5, 6]
-    assert result.summary["train_seconds"] > 0
+    assert result.summary.train_seconds > 0
     for name, value in weights(expected.path).items():
         torch.testing.assert_close(weights(result.path)[name], value, rtol=5e-2, atol=2e-2)

@@ -103,8 +103,8 @@ def test_train_mean_and_std_are_saved(tiny: Config):
     result = train(tiny)
     data = resfast.load_dataset(tiny.data.data, data_dir=tiny.data.data_dir, image_size=16)
     pixels = data.train_images.double().view(-1, 3) / 255
-    assert result.summary["mean"] == pytest.approx(pixels.mean(0).tolist(), abs=1e-6)
-    assert result.summary["std"] == pytest.approx(pixels.std(0).tolist(), abs=1e-4)
+    assert result.summary.mean == pytest.approx(pixels.mean(0).tolist(), abs=1e-6)
+    assert result.summary.std == pytest.approx(pixels.std(0).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
@@ -123,30 +123,30 @@ def test_every_optimizer_and_schedule_lowers_the_loss(tiny: Config, optimizer: s
 )
 def test_regularized_and_low_precision_runs_learn(tiny: Config, values: dict):
     result = train(change(tiny, epochs=6, **values))
-    assert result.summary["test_accuracy"] >= 0.8
+    assert result.summary.test_accuracy >= 0.8
 
 
 def test_held_out_images_are_not_trained_on_and_decide_best(tiny: Config):
     result = train(change(tiny, val_fraction=0.25, epochs=4))
-    assert result.summary["train_images"] == 36
-    assert result.summary["best_on"] == "val"
-    assert result.summary["test_images"] == 16
+    assert result.summary.train_images == 36
+    assert result.summary.best_on == "val"
+    assert result.summary.test_images == 16
     rows = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     assert {row["eval_set"] for row in rows} == {"val"}
-    assert result.summary["best_accuracy"] == max(row["eval_accuracy"] for row in rows)
+    assert result.summary.best_accuracy == max(row["eval_accuracy"] for row in rows)
     best = checkpoint.load_weights(result.path / records.BEST)
     assert best.tensors.keys() == weights(result.path).keys()
 
 
 def test_a_target_stops_the_run(tiny: Config):
     result = train(change(tiny, epochs=40, target=0.8))
-    assert result.summary["epochs"] < 40
-    assert result.summary["best_accuracy"] >= 0.8
+    assert result.summary.epochs < 40
+    assert result.summary.best_accuracy >= 0.8
 
 
 def test_patience_stops_the_run(tiny: Config):
     result = train(change(tiny, epochs=60, early_stop=2, lr=1e-9))
-    assert result.summary["epochs"] < 60
+    assert result.summary.epochs < 60
 
 
 def test_evaluation_every_other_epoch_leaves_the_others_empty(tiny: Config):
@@ -403,8 +403,8 @@ def test_resuming_a_finished_run_gives_its_result_again(tiny: Config):
     first = train(tiny)
     before = weights(first.path)
     second = train(resume=first.path)
-    assert second.summary["test_accuracy"] == first.summary["test_accuracy"]
-    assert second.summary["epochs"] == 3
+    assert second.summary.test_accuracy == first.summary.test_accuracy
+    assert second.summary.epochs == 3
     for name, value in weights(second.path).items():
         assert torch.equal(value, before[name])
 
@@ -540,7 +540,7 @@ def test_the_compiled_step_equals_the_plain_one():
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_run_on_cuda_learns(tiny: Config, precision: str):
     config = change(tiny, device="cuda", precision=precision, compile="auto", epochs=8)
-    assert train(config).summary["test_accuracy"] >= 0.9
+    assert train(config).summary.test_accuracy >= 0.9
 
 
 @pytest.mark.gpu

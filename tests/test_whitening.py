@@ -171,11 +171,11 @@ def test_a_run_whitens_before_it_trains_and_counts_the_time(tiny_speednet: Confi
     result = train(tiny_speednet)
     again = train(change(tiny_speednet, name="again", seed=1))
     torch.testing.assert_close(whitened(again.model), whitened(result.model), rtol=0, atol=0)
-    assert result.summary["whitening_seconds"] > 0
+    assert result.summary.whitening_seconds > 0
     norms = whitened(result.model).flatten(1).norm(dim=1)
     assert torch.all(norms[:11] <= norms[1:12] * 1.0001)  # eigenvalues fall
     plain = train(change(tiny_speednet, name="plain", whitening=False))
-    assert plain.summary["whitening_seconds"] == 0
+    assert plain.summary.whitening_seconds == 0
     assert "whitening.weight" not in plain.model.state_dict()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from resfast.config.paths import absolute_data
 from resfast.config.schema import Config, RunConfig
+from resfast.errors import ResfastError
 
 FREE_TO_DIFFER = {"data_dir", "prefetch", "threads", *(f.name for f in fields(RunConfig))}
 """Fields that may change when a run is resumed, because they do not affect the result."""
@@ -35,3 +37,25 @@ def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     if "data" in differing and len({absolute_data(data) for data in differing["data"]}) == 1:
         del differing["data"]
     return differing
+
+
+def check_same(saved: Config, given: Config, path: Path) -> None:
+    """Checks that a run may be resumed with a configuration.
+
+    Args:
+        saved: the configuration of the run.
+        given: the one to resume it with.
+        path: folder of the run, for the error message.
+
+    Raises:
+        ResfastError: they differ in fields that would change the result, with both values of each.
+    """
+    differing = differences(saved, given)
+    if differing:
+        listed = ", ".join(
+            f"{name} was {before!r} and is now {now!r}" for name, (before, now) in differing.items()
+        )
+        raise ResfastError(
+            f"cannot resume {path} with another configuration: {listed}; leave those options out, "
+            "or start a new run without --resume"
+        )

@@ -70,7 +70,7 @@ def evaluate(
         tta: test-time augmentation (auto: the run's own).
         weights: ``final`` or ``best``.
         device: as of :func:`resfast.load`.
-        precision: likewise.
+        precision: as of :func:`resfast.load`.
         batch_size: images a step (None: the run's own).
         skip_corrupt: leave out images that cannot be decoded; a run that did so always does.
         out: folder to write ``evaluation.json`` and ``evaluation-confusion.png`` to (None: do not
@@ -184,11 +184,11 @@ def _some(names: Sequence[str]) -> str:
 def _note_changed_data(
     run: TrainedRun, dataset: Dataset | Stream, report: Callable[[str], None]
 ) -> None:
-    summary = run.summary or {}
-    digest = summary.get("data_digest")
-    # The summary may say a relative path, and the configuration the absolute one.
-    own = {summary.get("data"), run.config.data.data}
-    if dataset.name in own and digest not in (None, dataset.digest):
+    if run.summary is None:
+        return
+    # The path may be relative in the summary and absolute in the configuration.
+    own = {run.summary.data, run.config.data.data}
+    if dataset.name in own and run.summary.data_digest != dataset.digest:
         report(f"data {dataset.name} has changed since {run.path} was trained on it")
 
 

@@ -217,9 +217,8 @@ def _metadata(
         if normalize
         else f"float32 [{n}, 3, {size}, {size}], RGB, (pixel / 255 - mean) / std"
     )
-    accuracy = (
-        (run.summary or {}).get("test_accuracy") if run.file.name == records.WEIGHTS else None
-    )
+    summary = run.summary
+    accuracy = summary.test_accuracy if summary and run.file.name == records.WEIGHTS else None
     return {
         "format": format,
         "dtype": dtype,
@@ -231,7 +230,7 @@ def _metadata(
         "std": json.dumps(run.std.tolist()),
         "image_size": str(size),
         "model": run.config.model.model,
-        "data": (run.summary or {}).get("data", run.config.data.data),
+        "data": summary.data if summary else run.config.data.data,
         **({} if accuracy is None else {"test_accuracy": f"{accuracy:.6f}"}),
         "run": run.path.resolve().name,
         "weights": run.file.name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from resfast.inference.scoring import TTA, predict
 from resfast.models.presets import build_model
 from resfast.runs import folder as records
 from resfast.runs.checkpoint import Weights, load_weights
+from resfast.runs.summary import RunSummary, read_run
 
 logger = logging.getLogger("resfast")
 
@@ -40,10 +40,10 @@ class TrainedRun:
         config: the run's configuration.
         classes: class names, in the order of the logits.
         mean: float32 ``[C]`` in units of pixel / 255, on the CPU.
-        std: float32 ``[C]``, likewise.
-        device: where it runs.
+        std: float32 ``[C]`` in units of pixel / 255, on the CPU.
+        device: device of the network.
         dtype: compute dtype, under autocast unless float32.
-        summary: what the run's ``summary.json`` says, or None where there is none.
+        summary: result of the run, or None without a readable ``summary.json``.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class TrainedRun:
     std: Tensor = field(repr=False)
     device: torch.device
     dtype: torch.dtype
-    summary: dict[str, Any] | None = field(repr=False)
+    summary: RunSummary | None = field(repr=False)
 
     @property
     def image_size(self) -> int:
@@ -132,18 +132,18 @@ def load(
 
     Args:
         run: folder of a run, or a ``.safetensors`` file of one, which is enough by itself.
-        weights: ``final``, or ``best`` for those of the best evaluation. Not looked at where
-            ``run`` is a file.
+        weights: ``final``, or ``best`` for those of the best evaluation. Ignored if ``run`` is a
+            file.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for CUDA if there is one.
         precision: compute dtype; ``auto`` is the run's own on the kind of device that it was
-            trained on, so that its numbers come out again, and the hardware's choice on another.
+            trained on, so that its numbers are reproduced, and the hardware's choice on another.
 
     Returns:
         The network, on the device and ready to use.
 
     Raises:
         ResfastError: there is no such run, it has no such weights, their file is damaged or does
-            not fit its own configuration, or the device is not there.
+            not fit its own configuration, or there is no such device.
     """
     check_choice("weights", weights, FILES)
     check_choice("precision", precision, get_args(runtime.Precision))
@@ -265,15 +265,12 @@ def _network(file: Path, weights: Weights) -> nn.Module:
     return model
 
 
-def _summary(file: Path) -> dict[str, Any] | None:
+def _summary(file: Path) -> RunSummary | None:
     path = file.parent / records.SUMMARY
     if file.name not in FILES.values() or not path.is_file():
         return None
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(summary, dict):
-            raise ValueError("it is not a JSON object")
-    except (OSError, ValueError) as error:
-        logger.warning("going on without the damaged %s: %s", path, error)
+        return read_run(path)
+    except ResfastError as error:
+        logger.warning("continuing without a damaged summary: %s", error)
         return None
-    return summary

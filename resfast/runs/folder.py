@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,6 +14,8 @@ from resfast import __version__, atomic
 from resfast.config.files import to_json
 from resfast.config.schema import Config
 from resfast.errors import ResfastError
+from resfast.runs.epoch_row import EpochRow, row_values, rows_to_lines
+from resfast.runs.summary import Circumstances, RunSummary, SeedsSummary, Versions
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, BEST = "checkpoint.pt", "model.safetensors", "best.safetensors"
@@ -23,26 +25,26 @@ TIMING_RULE = (
     "depends on the training images or produces the final predictions. Not in it: compiling and "
     "warm-up on dummy data, loading data (with its channel mean and deviation), other evaluations."
 )
-"""Of ``timed_seconds``, the same as airbench's (Jordan, arXiv:2404.00498)."""
+"""What ``timed_seconds`` of a summary includes; the rule of airbench (Jordan, arXiv:2404.00498)."""
 
 
-def circumstances() -> dict[str, Any]:
+def circumstances() -> Circumstances:
     """Threads, versions and date of a measurement that ends now, for its summary."""
-    return {
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "resfast": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        },
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    return Circumstances(
+        threads=torch.get_num_threads(),
+        versions=Versions(
+            resfast=__version__,
+            torch=str(torch.__version__),
+            python=platform.python_version(),
+            cuda=torch.version.cuda,
+            cudnn=torch.backends.cudnn.version(),
+        ),
+        date=time.strftime("%Y-%m-%d"),
+    )
 
 
 def run_folder(config: Config, network_name: str) -> Path:
-    """A new folder for a run, or for several that differ in their seed.
+    """Makes the folder of a new run, or of several runs that differ in their seed.
 
     Raises:
         ResfastError: the name is taken or the folder cannot be made.
@@ -56,7 +58,7 @@ def run_folder(config: Config, network_name: str) -> Path:
         data = Path(data).name.split(".")[0] or "folder"
         name = f"{config.recipe}-{network_name}-{data}-{seeds}-{time.strftime('%Y%m%d-%H%M%S')}"
     elif Path(name).name != name or name in (".", ".."):
-        raise ResfastError(f"run name {name!r} must be a plain folder name; --out sets its place")
+        raise ResfastError(f"run name {name!r} must be a plain folder name; --out sets where it is")
     path = config.run.out / name
     try:
         config.run.out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +70,7 @@ def run_folder(config: Config, network_name: str) -> Path:
             except FileExistsError:
                 if config.run.name is not None:
                     raise ResfastError(
-                        f"run {path} exists; go on with it by --resume {path}, or choose another "
+                        f"run {path} exists; continue it with --resume {path}, or choose another "
                         "--name"
                     ) from None
                 number += 1
@@ -93,14 +95,14 @@ def write_config(path: Path, config: Config) -> None:
     write_text(path / CONFIG, to_json(config))
 
 
-def write_metrics(path: Path, history: list[dict[str, Any]]) -> None:
-    """Saves one row an epoch, all of them anew, so that the file always matches the checkpoint."""
-    write_text(path / METRICS, "".join(json.dumps(row) + "\n" for row in history))
+def write_metrics(path: Path, history: Iterable[EpochRow]) -> None:
+    """Saves all rows, one per epoch, so that the file always matches the checkpoint."""
+    write_text(path / METRICS, rows_to_lines(history))
 
 
-def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Saves the result of a run."""
-    write_text(path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+def write_summary(path: Path, summary: RunSummary | SeedsSummary) -> None:
+    """Saves the result of a run, or of several with different seeds."""
+    write_text(path / SUMMARY, summary.to_json())
 
 
 class Loggers:
@@ -124,22 +126,22 @@ class Loggers:
                 resume="allow",
             )
 
-    def log(self, row: dict[str, Any]) -> None:
+    def log(self, row: EpochRow) -> None:
         """Sends the numbers of a finished epoch."""
-        epoch = row["epoch"]
-        values = {name: value for name, value in row.items() if isinstance(value, float)}
+        values = {
+            name: value for name, value in row_values(row).items() if isinstance(value, float)
+        }
         if self.tensorboard is not None:
             for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, epoch)
+                self.tensorboard.add_scalar(name, value, row.epoch)
             self.tensorboard.flush()
         if self.wandb is not None:
-            self.wandb.log(values, step=epoch)
+            self.wandb.log(values, step=row.epoch)
 
-    def close(self, summary: dict[str, Any] | None = None) -> None:
-        """Ends both, with the run's result where there is one."""
+    def close(self, summary: RunSummary) -> None:
+        """Ends both, with the result of the run."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:
-            if summary:
-                self.wandb.summary.update(summary)
+            self.wandb.summary.update(json.loads(summary.to_json()))
             self.wandb.finish()

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from resfast import atomic
+from resfast.runs.epoch_row import EpochRow
 from resfast.text import printable
 
 logger = logging.getLogger("resfast")
@@ -30,9 +30,9 @@ def plain(text: str) -> str:
 
 @contextlib.contextmanager
 def optional(path: Path) -> Iterator[None]:
-    """Draws the plot ``path``; where that fails, says why in one sentence and goes on without it.
+    """Guards the drawing of the plot ``path``: a failure is logged with its reason, not raised.
 
-    An older plot of that name is removed, since it does not show the new result.
+    On failure an older plot of that name is removed, since it does not show the new result.
     """
     try:
         yield
@@ -49,8 +49,8 @@ def save(figure: Figure, path: Path) -> None:
     atomic.save(path, buffer.getvalue())
 
 
-def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
-    """Loss, accuracy and learning rate over the epochs of ``history`` (rows of metrics.jsonl).
+def save_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
+    """Loss, accuracy and learning rate over the epochs of ``history``.
 
     Raises no error: see :func:`optional`.
     """
@@ -58,31 +58,30 @@ def save_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
         save(_curves(history, title), path)
 
 
-def _curves(history: list[dict[str, Any]], title: str) -> Figure:
+def _curves(history: Sequence[EpochRow], title: str) -> Figure:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     figure.suptitle(plain(title), fontsize=10)
     loss, accuracy, rate = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in history]
-    evaluated = [row for row in history if row["eval_accuracy"] is not None]
-    eval_epochs = [row["epoch"] for row in evaluated]
-    eval_set = history[-1]["eval_set"] if history else "test"
+    epochs = [row.epoch for row in history]
+    evaluated = [(row, row.eval_accuracy) for row in history if row.eval_accuracy is not None]
+    eval_epochs = [row.epoch for row, _ in evaluated]
+    eval_set = history[-1].eval_set if history else "test"
     marker = "o" if len(epochs) < 15 else None
 
-    loss.plot(epochs, [r["train_loss"] for r in history], color=TRAIN, marker=marker, label="train")
-    loss.plot(
-        eval_epochs, [r["eval_loss"] for r in evaluated], color=EVAL, marker=marker, label=eval_set
-    )
+    loss.plot(epochs, [r.train_loss for r in history], color=TRAIN, marker=marker, label="train")
+    eval_loss = [row.eval_loss for row, _ in evaluated]
+    loss.plot(eval_epochs, eval_loss, color=EVAL, marker=marker, label=eval_set)
     loss.set_ylabel("loss (nats)")
     loss.legend(frameon=False)
 
-    train_accuracy = [100 * r["train_accuracy"] for r in history]
-    eval_accuracy = [100 * r["eval_accuracy"] for r in evaluated]
+    train_accuracy = [100 * row.train_accuracy for row in history]
+    eval_accuracy = [100 * value for _, value in evaluated]
     accuracy.plot(epochs, train_accuracy, color=TRAIN, marker=marker, label="train (augmented)")
     accuracy.plot(eval_epochs, eval_accuracy, color=EVAL, marker=marker, label=eval_set)
     accuracy.set_ylabel("accuracy (%)")
     accuracy.legend(frameon=False, loc="lower right")
 
-    rate.plot(epochs, [r["lr"] for r in history], color=RATE, marker=marker)
+    rate.plot(epochs, [row.lr for row in history], color=RATE, marker=marker)
     rate.set_ylabel("learning rate")
     for axes in (loss, accuracy, rate):
         axes.set_xlabel("epoch")
@@ -93,12 +92,12 @@ def _curves(history: list[dict[str, Any]], title: str) -> Figure:
 
 
 def save_confusion(path: Path, confusion: Tensor, classes: tuple[str, ...]) -> None:
-    """Confusion matrix, in per cent of each true class. Raises no error: see :func:`optional`.
+    """Confusion matrix, in percent of each true class. Raises no error: see :func:`optional`.
 
     Args:
         path: PNG to write.
         confusion: int64 ``[classes, classes]``, true class by predicted class.
-        classes: their names.
+        classes: names of the classes.
     """
     with optional(path):
         save(_confusion(confusion, classes), path)

@@ -11,14 +11,15 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of one figure over several runs; what cannot be said from so few runs is None.
+    """Statistics of one figure over several runs.
 
     Attributes:
-        count: runs.
+        count: number of runs.
         mean: arithmetic mean.
-        sd: standard deviation of the runs, with ``count - 1`` below the line.
-        low: lower end of the confidence interval of the mean (95 %, Student's t).
-        high: upper end.
+        sd: sample standard deviation (n - 1); None for a single run.
+        low: lower end of the 95 % confidence interval of the mean (Student's t); None for a single
+            run.
+        high: upper end of it; None for a single run.
     """
 
     count: int
@@ -41,16 +42,16 @@ def statistics(values: Sequence[float]) -> Statistics:
 
 
 def p_value(values: Sequence[float], target: float) -> float | None:
-    """One-sided t test of "the mean is at least ``target``" against "it is below".
+    """One-sided t test whose null hypothesis is that the mean is below a target.
 
     Args:
-        values: of independent runs.
-        target: in their unit.
+        values: one of each independent run.
+        target: in the same unit.
 
     Returns:
-        The probability of a mean at least this high if the true one were just at the target; a
-        small one speaks for having reached it. None for a single run. Without any spread it is 0
-        above the target, 1/2 at it and 1 below.
+        The probability of a sample mean at least this high if the true mean were equal to the
+        target: a small one is evidence that the target is reached. None for a single run. If all
+        values are equal it is 0 above the target, 1/2 at it and 1 below.
     """
     found = statistics(values)
     if found.sd is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from resfast.runs.epoch_row import EpochRow
 
 HEADER = (
     "  epoch  lr        train loss  train acc  {set:>4} loss  {set:>4} acc  images/s  seconds"
@@ -74,19 +75,19 @@ class Display:
             parts.append(f"{images_per_second:,.0f} images/s")
         self.progress.update(self.task, completed=done, epoch=epoch + 1, status="  ".join(parts))
 
-    def epoch(self, row: dict[str, Any], left: float) -> None:
-        """The line of a finished epoch; ``row`` as in metrics.jsonl, ``left`` in seconds."""
-        loss, accuracy = row["eval_loss"], row["eval_accuracy"]
+    def epoch(self, row: EpochRow, left: float) -> None:
+        """The line of a finished epoch; ``left`` is the estimate of what remains, in seconds."""
+        loss, accuracy = row.eval_loss, row.eval_accuracy
         width = max(4, len(self.evaluated_on)) + 5
         cells = [
-            f"{row['epoch']:>3}/{self.epochs:<3}",
-            f"{row['lr']:<8.3g}",
-            f"{row['train_loss']:>10.4f}",
-            f"{row['train_accuracy']:>9.2%}",
+            f"{row.epoch:>3}/{self.epochs:<3}",
+            f"{row.lr:<8.3g}",
+            f"{row.train_loss:>10.4f}",
+            f"{row.train_accuracy:>9.2%}",
             f"{'-' if loss is None else f'{loss:.4f}':>{width}}",
             f"{'-' if accuracy is None else f'{accuracy:.2%}':>{width - 1}}",
-            f"{row['images_per_second']:>8,.0f}",
-            f"{row['train_seconds']:>7.1f}",
+            f"{row.images_per_second:>8,.0f}",
+            f"{row.train_seconds:>7.1f}",
             f"{_duration(left):>7}",
         ]
         self.say("  ".join(cells))

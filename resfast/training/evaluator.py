@@ -15,6 +15,7 @@ from resfast.data import batches as feed
 from resfast.inference.fuse import fuse
 from resfast.inference.scoring import TTA, Evaluation, evaluate_both
 from resfast.layers.conv import set_winograd_tile
+from resfast.runs.stored import EvaluatedOn
 from resfast.training.session import Session, blank_source
 
 _WARM_UP_BATCHES = 20
@@ -52,7 +53,7 @@ class Evaluator:
         self.session = session
         held_out = session.val_source is not None
         self.batches = session.batches(session.val_source if held_out else session.test_source)
-        self.evaluated_on = "val" if held_out else "test"
+        self.evaluated_on: EvaluatedOn = "val" if held_out else "test"
         self.seconds = 0.0
 
     def evaluate(self, tta: TTA, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> Score:

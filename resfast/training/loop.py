@@ -1,6 +1,6 @@
-"""Trains one network from a configuration, and leaves a run's folder behind.
+"""Trains one network from a configuration, and writes the folder of the run.
 
-The loop is here; each of its parts is a module beside it: ``session`` builds what is trained,
+The loop is here; each of its parts is a module of this package: ``session`` builds what is trained,
 ``state`` is how far it has come, ``epoch`` trains one epoch, ``evaluator`` scores, ``recorder``
 writes rows, ``stopping`` decides about the end, and ``finish`` writes the result.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from resfast import atomic, runtime
-from resfast.config.compare import differences
+from resfast.config.compare import check_same
 from resfast.config.files import load
 from resfast.config.schema import Config
 from resfast.config.validate import check, check_network
@@ -24,6 +24,7 @@ from resfast.data.sources import open_data
 from resfast.errors import ResfastError
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
+from resfast.runs.summary import RunSummary
 from resfast.training.display import Display
 from resfast.training.epoch import restored_epoch, stop_if_asked, train_epoch
 from resfast.training.evaluator import Evaluator, Score
@@ -43,13 +44,13 @@ class Result:
     """A finished run.
 
     Attributes:
-        path: its folder.
-        summary: what ``summary.json`` says.
+        path: folder of the run.
+        summary: accuracies, seconds and more; it is saved as ``summary.json``.
         model: the trained network in eval mode, on the run's device.
     """
 
     path: Path
-    summary: dict[str, Any]
+    summary: RunSummary
     model: nn.Module
 
 
@@ -66,7 +67,7 @@ def train(
     Args:
         config: what to train; :data:`resfast.config.recipes.RECIPES` has complete ones. With
             ``resume`` it may be left out, and otherwise must agree with the run's own.
-        resume: the folder of a run to go on with.
+        resume: the folder of a run to continue.
         shared: filled by the first of several trainings, used by the others.
         after_step: called after each step with its number (from 0, over the whole run) and its
             images.
@@ -161,7 +162,7 @@ def _train(
 def _start(
     config: Config | None, path: Path | None, display: Display
 ) -> tuple[Config, dict[str, Any] | None]:
-    """The checked configuration of a run, and its saved state where it has one."""
+    """The checked configuration of a run, and its saved state if it has one."""
     state: dict[str, Any] | None = None
     if path is not None:
         if not path.is_dir():
@@ -184,15 +185,7 @@ def _start(
 def _resumed(saved: Config, given: Config | None, path: Path) -> Config:
     if given is None:
         return saved
-    differing = differences(saved, given)
-    if differing:
-        listed = ", ".join(
-            f"{name} was {before!r} and is now {now!r}" for name, (before, now) in differing.items()
-        )
-        raise ResfastError(
-            f"cannot resume {path} with another configuration: {listed}; leave those options out, "
-            "or start a new run"
-        )
+    check_same(saved, given, path)
     return replace(
         saved,
         run=given.run,
@@ -215,11 +208,11 @@ def _announce(session: Session, path: Path, display: Display, new: bool) -> None
 def _end_epoch(
     state: TrainingState, recorder: Recorder, signals: StopSignals, trained: TrainedEpoch
 ) -> Score | None:
-    """Evaluates and records a trained epoch, at once or when the device is done with it.
+    """Evaluates and records a trained epoch, at once or when the device has finished it.
 
     Returns:
-        The final score, where this was the last evaluation and the test-time augmentation was the
-        final one.
+        The final score if this was the last epoch or no test-time augmentation is asked for; None
+        otherwise.
     """
     if not _must_wait(state, signals, trained.epoch):
         recorder.pending.append(trained)
@@ -241,7 +234,7 @@ def _end_epoch(
 
 
 def _must_wait(state: TrainingState, signals: StopSignals, epoch: int) -> bool:
-    """Whether the host must know of an epoch's end before the next begins."""
+    """Whether the host must wait for the end of an epoch before the next one begins."""
     return (
         state.session.device.type != "cuda"
         or _is_evaluated(state, epoch)

@@ -1,16 +1,16 @@
-"""Rows of metrics.jsonl: epochs are recorded at once, or when the device is done with them."""
+"""Rows of metrics.jsonl: an epoch is recorded at once, or when the device has finished it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from resfast.inference.scoring import Evaluation
 from resfast.runs import folder as records
+from resfast.runs.epoch_row import EpochRow
 from resfast.training.display import Display
 from resfast.training.loss_watch import first_non_finite
 from resfast.training.plan import weighted_mean
@@ -23,12 +23,12 @@ class TrainedEpoch:
 
     Attributes:
         epoch: its number, from 0.
-        steps: steps trained, of all or fewer.
-        lr: learning rate of the last of them.
-        losses: of the steps, float32; like ``correct`` only to be read after ``seconds``.
-        correct: correct predictions, int64 0-d.
-        seconds: what it took; waits for the device.
-        done: whether that would not wait.
+        steps: steps trained, all of the epoch or fewer.
+        lr: learning rate of the last step.
+        losses: float32 ``[steps]``, in nats; call ``seconds`` before reading this or ``correct``.
+        correct: number of correct predictions, int64 0-d.
+        seconds: returns how long the steps took; waits until the device has finished them.
+        done: returns whether the device has finished them; does not wait.
     """
 
     epoch: int
@@ -44,12 +44,12 @@ class Recorder:
     """Writes a row for each trained epoch, and passes it to the display and the loggers.
 
     Args:
-        state: gets the rows as its history.
-        display: shows them.
+        state: rows are appended to its history.
+        display: shows the rows.
         loggers: TensorBoard and Weights & Biases.
 
     Attributes:
-        pending: epochs that wait to be recorded.
+        pending: trained epochs that are not recorded yet.
     """
 
     def __init__(self, state: TrainingState, display: Display, loggers: records.Loggers) -> None:
@@ -57,7 +57,7 @@ class Recorder:
         self.pending: list[TrainedEpoch] = []
 
     def settle(self, *, wait: bool = True) -> None:
-        """Records the pending epochs, all or those that the device is done with."""
+        """Records all pending epochs, or without ``wait`` those that the device has finished."""
         while self.pending and (wait or self.pending[0].done()):
             self.check(self.pending[0])
             self.record(self.pending.pop(0))
@@ -80,7 +80,7 @@ class Recorder:
         """Adds the row of a whole epoch, with its evaluation if there was one."""
         state, plan = self.state, self.state.session.plan
         row = self._row(trained, result, eval_seconds)
-        state.train_seconds += row["train_seconds"]
+        state.train_seconds += row.train_seconds
         state.history.append(row)
         records.write_metrics(state.path, state.history)
         self.loggers.log(row)
@@ -90,10 +90,10 @@ class Recorder:
 
     def partial(
         self, trained: TrainedEpoch, result: Evaluation, eval_seconds: float
-    ) -> list[dict[str, Any]]:
+    ) -> list[EpochRow]:
         """Writes the row of an epoch that the limit of time cut short.
 
-        The state's history stays without it: a resumed run records the whole epoch in its place.
+        It is not added to the state's history: a resumed run records the whole epoch instead.
 
         Returns:
             The history with that row.
@@ -104,18 +104,18 @@ class Recorder:
 
     def _row(
         self, trained: TrainedEpoch, result: Evaluation | None, eval_seconds: float
-    ) -> dict[str, Any]:
+    ) -> EpochRow:
         plan, seconds = self.state.session.plan.epochs[trained.epoch], trained.seconds()
         images = plan.images_in(trained.steps)
-        return {
-            "epoch": trained.epoch + 1,
-            "lr": trained.lr,
-            "train_loss": weighted_mean(trained.losses, plan.batches[: trained.steps]),
-            "train_accuracy": int(trained.correct) / images,
-            "eval_set": self.state.evaluator.evaluated_on,
-            "eval_loss": result and result.loss,
-            "eval_accuracy": result and result.accuracy,
-            "images_per_second": images / seconds,
-            "train_seconds": seconds,
-            "eval_seconds": eval_seconds,
-        }
+        return EpochRow(
+            epoch=trained.epoch + 1,
+            lr=trained.lr,
+            train_loss=weighted_mean(trained.losses, plan.batches[: trained.steps]),
+            train_accuracy=int(trained.correct) / images,
+            eval_set=self.state.evaluator.evaluated_on,
+            eval_loss=None if result is None else result.loss,
+            eval_accuracy=None if result is None else result.accuracy,
+            images_per_second=images / seconds,
+            train_seconds=seconds,
+            eval_seconds=eval_seconds,
+        )

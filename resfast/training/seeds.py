@@ -1,36 +1,53 @@
-"""One training, or the same one with several seeds and what their results say together."""
+"""One training, or the same one with several seeds and the statistics of their results."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import logging
 import time
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
-import torch
+from torch import nn
 
 from resfast import atomic
-from resfast.config.compare import differences
+from resfast.config.compare import check_same
 from resfast.config.files import load
 from resfast.config.paths import absolute_paths
 from resfast.config.schema import Config
 from resfast.config.validate import check
 from resfast.errors import ResfastError
 from resfast.runs import folder as records
-from resfast.runs.statistics import CONFIDENCE, Statistics, p_value, statistics
+from resfast.runs.statistics import CONFIDENCE, p_value, statistics
+from resfast.runs.summary import (
+    MeanSd,
+    RunSummary,
+    SecondsStatistics,
+    SeedRow,
+    SeedsSummary,
+    read_run,
+    read_seeds,
+)
 from resfast.training import loop as trainer
 from resfast.training.display import Display
 from resfast.training.loop import Interrupted, Result, Shared
 
-SECONDS = ("timed", "whitening", "train", "final_eval", "eval", "compile", "total")
-"""Kinds of seconds of a run; its summary has them as ``<kind>_seconds``."""
-_SAME = (
-    *("model", "params", "macs", "train_macs", "data", "data_digest"),
-    *("tta", "tta_select", "tta_mirror", "scored_on", "test_images", "val_images"),
-    *("device", "device_type", "precision"),
-)
+logger = logging.getLogger("resfast")
+
+
+@dataclass(frozen=True)
+class SeedsResult:
+    """Several finished runs that differ in their seed.
+
+    Attributes:
+        path: their common folder.
+        summary: statistics over the runs; it is saved as ``summary.json`` in that folder.
+        model: the network of the last run in eval mode, on its device.
+    """
+
+    path: Path
+    summary: SeedsSummary
+    model: nn.Module
 
 
 def train(
@@ -38,26 +55,26 @@ def train(
     *,
     resume: str | Path | None = None,
     started: float | None = None,
-) -> Result:
+) -> Result | SeedsResult:
     """Trains one network, or with ``config.run.runs`` above 1 one for each seed.
 
-    With several, the seeds are ``config.runtime.seed`` and those after it. Each run has a folder of
-    its own below a common one and ends with the same bits as if it had been trained alone; what was
-    compiled serves all. ``config.evaluation.target`` then stops nothing: it is what the mean
-    accuracy is tested against. The common ``summary.json`` is written anew after every run.
+    With several, the seeds are ``config.runtime.seed`` and those after it. Each run has its own
+    folder below a common one and ends with the same bits as if it had been trained alone; the
+    compiled step is shared. ``config.evaluation.target`` then does not stop a run: the mean
+    accuracy is tested against it. The common ``summary.json`` is rewritten after every run.
 
     Args:
         config: what to train; with ``resume`` it may be left out.
-        resume: the folder of a run to go on with, or the common folder of several.
+        resume: the folder of a run to continue, or the common folder of several.
         started: ``time.perf_counter()`` when the command began (None: now).
 
     Returns:
-        The finished run; of several the common folder, its summary and the last network.
+        The finished run, or with ``config.run.runs`` above 1 all of them.
 
     Raises:
         ResfastError: bad input, or files that cannot be read or written.
-        NonFiniteLossError: the loss became infinite or NaN; runs before it are in the summary.
-        Interrupted: SIGINT or SIGTERM came; all was saved and can be resumed.
+        NonFiniteLossError: the loss became infinite or NaN; earlier runs are in the summary.
+        Interrupted: SIGINT or SIGTERM came; everything was saved and can be resumed.
     """
     saved = None if resume is None else load(Path(resume) / records.CONFIG)
     count = (config or saved or Config()).run.runs
@@ -65,15 +82,31 @@ def train(
         raise ResfastError(
             f"--runs {count} does not fit {resume}, which is "
             f"{'one run' if saved.run.runs == 1 else f'a folder of {saved.run.runs} runs'}; "
-            "leave it out, or start anew without --resume"
+            "leave it out, or start a new run without --resume"
         )
     if count == 1:
         return trainer.train(config, resume=resume, started=started)
-    return _Runs(config or saved, saved, None if resume is None else Path(resume), started).train()
+    path = None if resume is None else Path(resume)
+    return _SeedsTraining(config or saved, saved, path, started).train()
 
 
-class _Runs:
-    """State of several trainings."""
+class _SeedsTraining:
+    """Trains several seeds one after another.
+
+    Args:
+        config: what to train, with the first seed and the number of runs.
+        saved: the configuration in ``path``; None for new runs.
+        path: the common folder of runs to continue; None for new runs.
+        started: ``time.perf_counter()`` when the command began (None: now).
+
+    Attributes:
+        before_seconds: wall clock of earlier sessions.
+        seeds: of all runs.
+        finished: summaries of the finished runs, in the order of ``seeds``.
+
+    Raises:
+        ResfastError: bad input, or the folder cannot be made or written.
+    """
 
     def __init__(
         self, config: Config, saved: Config | None, path: Path | None, started: float | None
@@ -85,22 +118,16 @@ class _Runs:
         if path is None:
             path = records.run_folder(config, config.model.model)
         else:
-            if differing := differences(saved, config):
-                name, (before, now) = next(iter(differing.items()))
-                raise ResfastError(
-                    f"cannot resume {path} with another configuration: {name} was {before!r} and "
-                    f"is now {now!r}; leave that option out, or start anew without --resume"
-                )
-            with contextlib.suppress(OSError, ValueError, KeyError):  # none was finished yet
-                summary = json.loads((path / records.SUMMARY).read_bytes())
-                self.before_seconds = summary["total_seconds"]
+            check_same(saved, config, path)
+            self.before_seconds = _seconds_before(path / records.SUMMARY)
         self.config, self.path = config, path
         records.write_config(path, absolute_paths(config))
         first = config.runtime.seed
         self.seeds = range(first, first + config.run.runs)
-        self.finished: list[dict[str, Any]] = []
+        self.finished: list[RunSummary] = []
 
-    def train(self) -> Result:
+    def train(self) -> SeedsResult:
+        """Trains the seeds that are not finished yet."""
         shared, model = Shared(), None
         for seed in self.seeds:
             try:
@@ -114,11 +141,12 @@ class _Runs:
             self.finished.append(summary)
             records.write_summary(self.path, self._summary())
             self._say(summary)
-        if model is None:  # all were there already
+        if model is None:  # all were finished before
             model = trainer.train(resume=self.path / _folder(self.seeds[-1])).model
-        return Result(self.path, self._summary(), model)
+        return SeedsResult(self.path, self._summary(), model)
 
-    def _one(self, seed: int, shared: Shared) -> tuple[dict[str, Any], torch.nn.Module | None]:
+    def _one(self, seed: int, shared: Shared) -> tuple[RunSummary, nn.Module | None]:
+        """The result of a seed, and its network unless the run was finished before."""
         path = self.path / _folder(seed)
         if (path / records.SUMMARY).exists():
             return _read_summary(path), None
@@ -132,25 +160,24 @@ class _Runs:
             resumed = replace(load(path / records.CONFIG), run=config.run)
             result = trainer.train(resumed, resume=path, shared=shared)
         else:
-            if path.exists():  # killed before it had written anything
+            if path.exists():  # killed before anything was written
                 atomic.remove_stale(path, older_than_s=0)
                 path.rmdir()
             result = trainer.train(config, shared=shared)
         return result.summary, result.model
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self) -> SeedsSummary:
         total = self.before_seconds + time.perf_counter() - self.started
         target = self.config.evaluation.target
-        return summarize(self.finished, self.config, target, total) | {"run": self.path.name}
+        return summarize(self.finished, self.config, target, total, self.path.name)
 
-    def _say(self, summary: dict[str, Any]) -> None:
-        name, accuracy = counted(summary)
-        accuracies = [counted(other)[1] for other in self.finished]
-        found = statistics(accuracies)
+    def _say(self, summary: RunSummary) -> None:
+        name, accuracy = summary.counted()
+        found = statistics([other.counted()[1] for other in self.finished])
         spread = "" if found.sd is None else f" ± {found.sd:.2%}"
         self.display.say(
-            f"seed {summary['seed']} ({len(accuracies)} of {len(self.seeds)}): {accuracy:.2%} "
-            f"({name}) in {summary['timed_seconds']:.1f} s; mean {found.mean:.2%}{spread}"
+            f"seed {summary.seed} ({found.count} of {len(self.seeds)}): {accuracy:.2%} "
+            f"({name}) in {summary.timed_seconds:.1f} s; mean {found.mean:.2%}{spread}"
         )
 
 
@@ -158,138 +185,192 @@ def _folder(seed: int) -> str:
     return f"seed{seed}"
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
-    file = path / records.SUMMARY
+def _seconds_before(path: Path) -> float:
+    """Wall clock of the earlier sessions of several runs, by their common summary."""
+    if not path.exists():  # no run was finished yet
+        return 0.0
     try:
-        summary = json.loads(file.read_bytes())
-        counted(summary)
-        return {**summary, **{f"{kind}_seconds": summary[f"{kind}_seconds"] for kind in SECONDS}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return read_seeds(path).total_seconds
+    except ResfastError as error:
+        logger.warning("counting the seconds of this session only: %s", error)
+        return 0.0
+
+
+def _read_summary(path: Path) -> RunSummary:
+    try:
+        summary = read_run(path / records.SUMMARY)
+        summary.counted()
+        summary.seconds_by_kind()
+    except ResfastError as error:
         raise ResfastError(
-            f"{file} cannot be read as the result of a run ({error}); delete it to evaluate that "
-            "run again"
+            f"{path / records.SUMMARY} cannot be read as the result of a run ({error}); delete it "
+            "to evaluate that run again"
         ) from None
-
-
-def counted(summary: dict[str, Any]) -> tuple[str, float]:
-    """The accuracy of a run that counts, by its name in the summary: with test-time augmentation
-    where there is some, of the held-out part where the test set was not scored."""
-    for part in ("", "val_"):
-        plain, augmented = f"{part or 'test_'}accuracy", f"{part}tta_accuracy"
-        name = plain if summary["tta"] == "none" else augmented
-        if summary.get(name) is not None:
-            return name, summary[name]
-    raise KeyError("tta_accuracy")
+    return summary
 
 
 def summarize(
-    finished: list[dict[str, Any]], config: Config, target: float | None, total_seconds: float
-) -> dict[str, Any]:
-    """The common summary of runs that differ in their seed alone.
+    finished: Sequence[RunSummary],
+    config: Config,
+    target: float | None,
+    total_seconds: float,
+    name: str,
+) -> SeedsSummary:
+    """The common summary of runs that differ only in their seed.
 
     Args:
         finished: summaries of the runs, at least one.
         config: what they were trained from.
-        target: accuracy that the mean is tested against, if any.
+        target: accuracy, 0 to 1, that the mean is tested against; None for no test.
         total_seconds: wall clock of the whole command, all its sessions together.
+        name: of the common folder.
 
     Returns:
-        What ``summary.json`` says.
+        The summary, with values that all runs share taken from the first.
+
+    Raises:
+        ResfastError: a run has no accuracy, or an older version of resfast measured fewer seconds.
     """
-    name = counted(finished[0])[0]
-    accuracies = [counted(summary)[1] for summary in finished]
+    first, last = finished[0], finished[-1]
+    accuracies = [run.counted()[1] for run in finished]
     found = statistics(accuracies)
-    return {
-        "recipe": config.recipe,
-        **{key: finished[0].get(key) for key in _SAME},
-        "runs": config.run.runs,
-        "finished": len(finished),
-        "seeds": [summary["seed"] for summary in finished],
-        "accuracy": name,
-        "accuracies": accuracies,
-        "mean": found.mean,
-        "sd": found.sd,
-        "confidence": CONFIDENCE,
-        "confidence_interval": None if found.low is None else [found.low, found.high],
-        "target": target,
-        "p_value": None if target is None else p_value(accuracies, target),
-        "seconds": {kind: _mean_sd([s[f"{kind}_seconds"] for s in finished]) for kind in SECONDS},
-        "timed_seconds": statistics([s["timed_seconds"] for s in finished]).mean,
-        "total_seconds": total_seconds,
-        "timing_rule": records.TIMING_RULE,
-        "peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in finished),
-        "stopped": sorted({s["stopped"] for s in finished if s["stopped"]}),
-        "compile_seconds": max(summary["compile_seconds"] for summary in finished),
-        **{key: finished[-1].get(key, value) for key, value in records.circumstances().items()},
-        "each": [
-            {
-                "run": summary["run"],
-                "seed": summary["seed"],
-                **{key: value for key, value in summary.items() if key.endswith("accuracy")},
-                **{f"{kind}_seconds": summary[f"{kind}_seconds"] for kind in SECONDS},
-                "stopped": summary["stopped"],
-            }
-            for summary in finished
-        ],
-    }
+    seconds = [run.seconds_by_kind() for run in finished]
+    now = records.circumstances()
+    return SeedsSummary(
+        recipe=config.recipe,
+        model=first.model,
+        params=first.params,
+        macs=first.macs,
+        train_macs=first.train_macs,
+        data=first.data,
+        data_digest=first.data_digest,
+        tta=first.tta,
+        tta_select=first.tta_select,
+        tta_mirror=first.tta_mirror,
+        scored_on=first.scored_on,
+        test_images=first.test_images,
+        val_images=first.val_images,
+        device=first.device,
+        device_type=first.device_type,
+        precision=first.precision,
+        runs=config.run.runs,
+        finished=len(finished),
+        seeds=tuple(run.seed for run in finished),
+        accuracy=first.counted()[0],
+        accuracies=tuple(accuracies),
+        mean=found.mean,
+        sd=found.sd,
+        confidence=CONFIDENCE,
+        confidence_interval=None if found.low is None else (found.low, found.high),
+        target=target,
+        p_value=None if target is None else p_value(accuracies, target),
+        seconds=SecondsStatistics(
+            timed=_mean_sd([run.timed for run in seconds]),
+            whitening=_mean_sd([run.whitening for run in seconds]),
+            train=_mean_sd([run.train for run in seconds]),
+            final_eval=_mean_sd([run.final_eval for run in seconds]),
+            eval=_mean_sd([run.eval for run in seconds]),
+            compile=_mean_sd([run.compile for run in seconds]),
+            total=_mean_sd([run.total for run in seconds]),
+        ),
+        timed_seconds=statistics([run.timed for run in seconds]).mean,
+        total_seconds=total_seconds,
+        timing_rule=records.TIMING_RULE,
+        peak_memory_bytes=max(
+            (run.peak_memory_bytes for run in finished if run.peak_memory_bytes is not None),
+            default=None,
+        ),
+        stopped=tuple(sorted({run.stopped for run in finished if run.stopped})),
+        compile_seconds=max(run.compile for run in seconds),
+        threads=now.threads if last.threads is None else last.threads,
+        versions=now.versions if last.versions is None else last.versions,
+        date=now.date if last.date is None else last.date,
+        each=tuple(map(_row, finished)),
+        run=name,
+    )
 
 
-def _mean_sd(values: list[float]) -> dict[str, float | None]:
-    found: Statistics = statistics(values)
-    return {key: asdict(found)[key] for key in ("mean", "sd")}
+def _row(summary: RunSummary) -> SeedRow:
+    seconds = summary.seconds_by_kind()
+    return SeedRow(
+        run=summary.run,
+        seed=summary.seed,
+        test_accuracy=summary.test_accuracy,
+        tta_accuracy=summary.tta_accuracy,
+        val_accuracy=summary.val_accuracy,
+        val_tta_accuracy=summary.val_tta_accuracy,
+        best_accuracy=summary.best_accuracy,
+        per_class_accuracy=summary.per_class_accuracy,
+        timed_seconds=seconds.timed,
+        whitening_seconds=seconds.whitening,
+        train_seconds=seconds.train,
+        final_eval_seconds=seconds.final_eval,
+        eval_seconds=seconds.eval,
+        compile_seconds=seconds.compile,
+        total_seconds=seconds.total,
+        stopped=summary.stopped,
+    )
 
 
-def headline(summary: dict[str, Any]) -> str:
-    """The summary of a run, or what :func:`summarize` found, in a few lines."""
-    if "finished" not in summary:
-        return _headline_of_one(summary)
-    count, mean, name = summary["finished"], summary["mean"], summary["accuracy"]
-    lines = [f"{count} of {summary['runs']} runs: {name} {mean:.2%}"]
-    if summary["sd"] is not None:
-        low, high = summary["confidence_interval"]
-        lines[0] += (
-            f" ± {summary['sd']:.2%} (standard deviation), {summary['confidence']:.0%} confidence "
+def _mean_sd(values: Sequence[float]) -> MeanSd:
+    found = statistics(values)
+    return MeanSd(mean=found.mean, sd=found.sd)
+
+
+def headline(summary: RunSummary | SeedsSummary) -> str:
+    """The result of a run, or of several with different seeds, in a few lines."""
+    if isinstance(summary, SeedsSummary):
+        return _headline_of_several(summary)
+    return _headline_of_one(summary)
+
+
+def _headline_of_several(summary: SeedsSummary) -> str:
+    accuracy = f"{summary.finished} of {summary.runs} runs: {summary.accuracy} {summary.mean:.2%}"
+    if summary.confidence_interval is not None:
+        low, high = summary.confidence_interval
+        accuracy += (
+            f" ± {summary.sd:.2%} (standard deviation), {summary.confidence:.0%} confidence "
             f"interval of the mean {low:.2%} to {high:.2%}"
         )
-    if summary["target"] is not None:
+    lines = [accuracy]
+    if summary.target is not None:
         tested = "one run cannot be tested"
-        if summary["p_value"] is not None:
-            tested = f"p = {summary['p_value']:.3g} (t test, H0: the mean is below it)"
-        reached = "at least" if mean >= summary["target"] else "below"
-        lines.append(f"mean {reached} the target {summary['target']:.2%}: {tested}")
+        if summary.p_value is not None:
+            tested = f"p = {summary.p_value:.3g} (t test, H0: the mean is below it)"
+        reached = "at least" if summary.mean >= summary.target else "below"
+        lines.append(f"mean {reached} the target {summary.target:.2%}: {tested}")
     parts = []
-    for kind in SECONDS:
-        of = summary["seconds"][kind]
-        spread = "" if of["sd"] is None else f" ± {of['sd']:.2f}"
-        parts.append(f"{kind.replace('_', ' ')} {of['mean']:.2f}{spread}")
+    for kind in fields(summary.seconds):
+        found: MeanSd = getattr(summary.seconds, kind.name)
+        spread = "" if found.sd is None else f" ± {found.sd:.2f}"
+        parts.append(f"{kind.name.replace('_', ' ')} {found.mean:.2f}{spread}")
     lines.append(f"seconds a run: {', '.join(parts)}")
-    lines.append(f"whole command {summary['total_seconds']:.1f} s")
+    lines.append(f"whole command {summary.total_seconds:.1f} s")
     return "\n".join(lines)
 
 
-def _headline_of_one(summary: dict[str, Any]) -> str:
-    parts = [("test ", ""), ("held-out ", "val_")]
+def _headline_of_one(summary: RunSummary) -> str:
     accuracies = []
-    for what, prefix in parts:
-        plain = summary.get(f"{prefix or 'test_'}accuracy")
+    for images, plain, augmented in (
+        ("test", summary.test_accuracy, summary.tta_accuracy),
+        ("held-out", summary.val_accuracy, summary.val_tta_accuracy),
+    ):
         if plain is not None:
-            text = f"{what}accuracy {plain:.2%}"
-            if summary["tta"] != "none":
-                text += (
-                    f", with test-time augmentation ({summary['tta']}) "
-                    f"{summary[f'{prefix}tta_accuracy']:.2%}"
-                )
+            text = f"{images} accuracy {plain:.2%}"
+            if summary.tta != "none":
+                text += f", with test-time augmentation ({summary.tta}) {augmented:.2%}"
             accuracies.append(text)
+    seconds = summary.seconds_by_kind()
     timed = (
-        f"{summary['timed_seconds']:.1f} s timed: {summary['train_seconds']:.1f} training "
-        f"({summary['images_per_second']:,.0f} images/s) + {summary['final_eval_seconds']:.1f} "
+        f"{seconds.timed:.1f} s timed: {seconds.train:.1f} training "
+        f"({summary.images_per_second:,.0f} images/s) + {seconds.final_eval:.1f} "
         "final evaluation"
     )
-    if summary["whitening_seconds"]:
-        timed += f" + {summary['whitening_seconds']:.2f} whitening"
+    if seconds.whitening:
+        timed += f" + {seconds.whitening:.2f} whitening"
     other = (
-        f"not in it: {summary['compile_seconds']:.1f} s compiling, "
-        f"{summary['eval_seconds'] - summary['final_eval_seconds']:.1f} s other evaluations; "
-        f"{summary['total_seconds']:.1f} s in all"
+        f"not in it: {seconds.compile:.1f} s compiling, "
+        f"{seconds.eval - seconds.final_eval:.1f} s other evaluations; "
+        f"{seconds.total:.1f} s in all"
     )
     return f"{'; '.join(accuracies)}\n{timed}\n{other}"

@@ -14,6 +14,7 @@ from resfast import runtime
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
+from resfast.runs.epoch_row import EpochRow, row_of_values, row_values
 from resfast.training.evaluator import Evaluator
 from resfast.training.session import Session
 
@@ -31,7 +32,7 @@ class TrainingState:
         epoch: the epoch to train next, from 0.
         first_step: its first step; above 0 within an epoch that was interrupted.
         order: int64, images of the current epoch where it depends on their losses, or None.
-        history: a row for each recorded epoch, as in metrics.jsonl.
+        history: a row for each recorded epoch.
         best: best accuracy so far, below 0 before the first.
         best_epoch: epochs trained when it was reached.
         evaluations_since_best: evaluations after it.
@@ -46,7 +47,7 @@ class TrainingState:
         self.session, self.evaluator, self.path = session, evaluator, path
         self.epoch, self.first_step = 0, 0
         self.order: Tensor | None = None
-        self.history: list[dict[str, Any]] = []
+        self.history: list[EpochRow] = []
         self.best, self.best_epoch, self.evaluations_since_best = -1.0, 0, 0
         self.epoch_seconds = self.train_seconds = self.compile_seconds = 0.0
         self.whitening_seconds = session.whitening_seconds
@@ -106,7 +107,7 @@ class TrainingState:
             "image_losses": None if marks.image_losses is None else marks.image_losses.cpu(),
             "order": None if self.order is None or not step else self.order.cpu(),
             "epoch_seconds": self.epoch_seconds,
-            "history": json.dumps(self.history),
+            "history": json.dumps([row_values(row) for row in self.history]),
             "best": [self.best, self.best_epoch, self.evaluations_since_best],
             "seconds": seconds,
             "peak_memory": self.peak_memory,
@@ -139,7 +140,8 @@ class TrainingState:
             marks.image_losses.copy_(state["image_losses"])
             self.order = None if state["order"] is None else state["order"].to(session.device)
         self.epoch_seconds = state["epoch_seconds"]
-        self.history = json.loads(state["history"])
+        source = f"the history in {self.path / records.CHECKPOINT}"
+        self.history = [row_of_values(values, source) for values in json.loads(state["history"])]
         self.best, self.best_epoch, self.evaluations_since_best = state["best"]
         seconds = state["seconds"]
         # A version before whitening, or before fused evaluation, saved fewer of them.
