@@ -73,7 +73,7 @@ class Row(BaseModel):
         versions: of resfast, torch and where there is one of CUDA and cuDNN.
         data, data_digest: what it was trained and scored on.
         scored_on: the test set, or a held-out part of the training set.
-        accuracy: name of the accuracy that counts.
+        accuracy: name of the headline accuracy.
         seeds, accuracies: of the runs.
         seconds: of a run, by kind; ``timed`` is what counts, by ``timing_rule``.
         compile_seconds: of the run that compiled.

@@ -190,13 +190,13 @@ def test_older_code_reads_a_summary_as_a_dictionary(whole):
         whole["to_json"]
 
 
-def test_the_accuracy_that_counts_follows_what_was_scored(whole):
-    assert whole.counted() == ("tta_accuracy", 0.8125)
-    assert replace(whole, tta="none").counted() == ("test_accuracy", 0.75)
+def test_the_headline_accuracy_follows_what_was_scored(whole):
+    assert whole.headline_accuracy() == ("tta_accuracy", 0.8125)
+    assert replace(whole, tta="none").headline_accuracy() == ("test_accuracy", 0.75)
     held = replace(
         whole, test_accuracy=None, tta_accuracy=None, val_accuracy=0.5, val_tta_accuracy=0.625
     )
-    assert held.counted() == ("val_tta_accuracy", 0.625)
-    assert replace(held, tta="none").counted() == ("val_accuracy", 0.5)
+    assert held.headline_accuracy() == ("val_tta_accuracy", 0.625)
+    assert replace(held, tta="none").headline_accuracy() == ("val_accuracy", 0.5)
     with pytest.raises(ResfastError, match="tiny has no accuracy"):
-        replace(held, val_tta_accuracy=None).counted()
+        replace(held, val_tta_accuracy=None).headline_accuracy()

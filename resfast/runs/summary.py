@@ -20,7 +20,7 @@ from resfast.errors import ResfastError
 from resfast.runs.stored import STORED, EvaluatedOn, Finite, read
 
 AccuracyName = Literal["test_accuracy", "tta_accuracy", "val_accuracy", "val_tta_accuracy"]
-"""Fields of a summary that can be the accuracy that counts, see :meth:`RunSummary.counted`."""
+"""Fields that can be the headline accuracy, see :meth:`RunSummary.headline_accuracy`."""
 
 _NONE_IS_A_VALUE = {"val_accuracy", "val_tta_accuracy", "stopped"}
 """Fields with the default None in which None does not mean that it was not recorded."""
@@ -225,11 +225,11 @@ class RunSummary(_Summary):
     date: str | None = None
     seed: int
 
-    def counted(self) -> tuple[AccuracyName, float]:
-        """The accuracy that counts, and the name of its field.
+    def headline_accuracy(self) -> tuple[AccuracyName, float]:
+        """The name and the value of the accuracy that a run is judged by.
 
-        It is the one with test-time augmentation where there is some, and the one of the images
-        held out where the test images were not scored.
+        It is with test-time augmentation if the run has it, and of the images held out if the test
+        images were not scored.
 
         Raises:
             ResfastError: the summary has no accuracy.
@@ -325,8 +325,8 @@ class SeedsSummary(_Summary):
         runs: runs asked for.
         finished: runs finished so far.
         seeds: of the finished runs, in order.
-        accuracy: name of the accuracy that counts, see :meth:`RunSummary.counted`.
-        accuracies: that accuracy of each finished run, 0 to 1.
+        accuracy: name of the headline accuracy, see :meth:`RunSummary.headline_accuracy`.
+        accuracies: headline accuracy of each finished run, 0 to 1.
         mean: of ``accuracies``.
         sd: sample standard deviation (n - 1) of ``accuracies``; None for a single run.
         confidence: level of the confidence interval, 0 to 1.

@@ -79,7 +79,7 @@ def read(path: Path) -> tuple[Row, ...]:
     try:
         return _ADAPTER.validate_json(path.read_bytes())
     except OSError as error:
-        raise ResfastError(f"cannot read {path}: {error.strerror}; install resfast anew") from None
+        raise ResfastError(f"cannot read {path}: {error.strerror}; reinstall resfast") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -172,8 +172,8 @@ class _SeedsTraining:
         return summarize(self.finished, self.config, target, total, self.path.name)
 
     def _say(self, summary: RunSummary) -> None:
-        name, accuracy = summary.counted()
-        found = statistics([other.counted()[1] for other in self.finished])
+        name, accuracy = summary.headline_accuracy()
+        found = statistics([other.headline_accuracy()[1] for other in self.finished])
         spread = "" if found.sd is None else f" ± {found.sd:.2%}"
         self.display.say(
             f"seed {summary.seed} ({found.count} of {len(self.seeds)}): {accuracy:.2%} "
@@ -199,7 +199,7 @@ def _seconds_before(path: Path) -> float:
 def _read_summary(path: Path) -> RunSummary:
     try:
         summary = read_run(path / records.SUMMARY)
-        summary.counted()
+        summary.headline_accuracy()
         summary.seconds_by_kind()
     except ResfastError as error:
         raise ResfastError(
@@ -232,7 +232,7 @@ def summarize(
         ResfastError: a run has no accuracy, or an older version of resfast measured fewer seconds.
     """
     first, last = finished[0], finished[-1]
-    accuracies = [run.counted()[1] for run in finished]
+    accuracies = [run.headline_accuracy()[1] for run in finished]
     found = statistics(accuracies)
     seconds = [run.seconds_by_kind() for run in finished]
     now = records.circumstances()
@@ -256,7 +256,7 @@ def summarize(
         runs=config.run.runs,
         finished=len(finished),
         seeds=tuple(run.seed for run in finished),
-        accuracy=first.counted()[0],
+        accuracy=first.headline_accuracy()[0],
         accuracies=tuple(accuracies),
         mean=found.mean,
         sd=found.sd,
