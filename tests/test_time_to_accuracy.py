@@ -274,15 +274,19 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
+KINDS = ("timed", "whitening", "train", "final_eval", "eval", "compile", "total")
+VERSIONS = {"resfast": "0.1.0", "torch": "2", "python": "3.11.7", "cuda": None, "cudnn": None}
+
+
 def some_row(**values: object) -> tta.Row:
     return tta.Row(
         **{
             "recipe": "fast94", "model": "speednet-94", "params": 2_000_000, "device": "cpu",
-            "hardware": "AMD EPYC", "threads": 2, "versions": {"torch": "2"}, "precision": "bf16",
+            "hardware": "AMD EPYC", "threads": 2, "versions": VERSIONS, "precision": "bf16",
             "data": "folder:cifar10-jpeg.tar.xz", "data_digest": "d", "scored_on": "test",
             "accuracy": "tta_accuracy", "seeds": [0, 1], "accuracies": [0.5, 0.6], "mean": 0.55,
             "sd": 0.07, "confidence_interval": (0.1, 1.0), "total_seconds": 9.0,
-            "seconds": {"timed": {"mean": 3.0, "sd": 0.1}}, "compile_seconds": 2.0,
+            "seconds": dict.fromkeys(KINDS, {"mean": 3.0, "sd": 0.1}), "compile_seconds": 2.0,
             "timing_rule": "", "flops": 5, "peak_memory_bytes": 7, "date": "2026-11-21",
             "command": "",
         }
