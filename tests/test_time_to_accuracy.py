@@ -286,7 +286,7 @@ def some_row(**values: object) -> tta.Row:
             "data": "folder:cifar10-jpeg.tar.xz", "data_digest": "d", "scored_on": "test",
             "accuracy": "tta_accuracy", "seeds": [0, 1], "accuracies": [0.5, 0.6], "mean": 0.55,
             "sd": 0.07, "confidence_interval": (0.1, 1.0), "total_seconds": 9.0,
-            "seconds": dict.fromkeys(KINDS, {"mean": 3.0, "sd": 0.1}), "compile_seconds": 2.0,
+            "seconds": {kind: {"mean": 3.0, "sd": 0.1} for kind in KINDS}, "compile_seconds": 2.0,
             "timing_rule": "", "flops": 5, "peak_memory_bytes": 7, "date": "2026-11-21",
             "command": "",
         }
