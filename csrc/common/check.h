@@ -1,4 +1,4 @@
-// Errors and checks of arguments that the operators share.
+// Errors and argument checks shared by the operators.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace resfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws what Python sees as a RuntimeError.
+// Throws an exception that becomes a RuntimeError in Python.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;

@@ -1,4 +1,5 @@
-// resfast::add_relu and its backward on the CPU; schema and meaning in resfast/ops/add_relu/op.py.
+// resfast::add_relu and its backward on the CPU; schema and documentation:
+// resfast/ops/add_relu/op.py.
 
 #include <array>
 #include <cstdint>
@@ -25,7 +26,7 @@ struct AddRelu {
       int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float sum = Dtype::load(x[i]) + Dtype::load(residual[i]);
-      out[i] = Dtype::store(sum <= 0 ? 0 : sum); // NaN stays
+      out[i] = Dtype::store(sum <= 0 ? 0 : sum); // keeps NaN
     }
   }
 };

@@ -1,11 +1,11 @@
-// resfast::augment on the CPU; its schema and what its arguments mean stand in
-// resfast/ops/augment/op.py, the same steps in plain PyTorch in resfast/ops/augment/reference.py.
+// resfast::augment on the CPU. Schema and arguments: resfast/ops/augment/op.py; the same steps in
+// plain PyTorch: resfast/ops/augment/reference.py.
 //
-// An image goes through the steps in one of two ways:
+// An image is processed in one of two ways:
 //   bytes:  shifted and mirrored as rows of bytes, then normalized: exact and fast;
-//   planes: with `affine` or `color`, a row at a time as one float row per channel.
-// All kernels compute in the order of the reference, so that there is nothing to round differently
-// but the sum over channels in `color`.
+//   planes: with `affine` or `color`, row by row as one float row per channel.
+// All kernels compute in the order of the reference, so that only the sum over channels in `color`
+// can be rounded differently.
 
 #include <algorithm>
 #include <cstdint>
@@ -37,9 +37,9 @@ struct Job {
   bool zero_padding;
   const uint8_t* images;
   const int64_t* indices;
-  const float* offset; // [W, C], as `scale`: repeated for each pixel of a row
+  const float* offset; // [W, C], like `scale`: repeated for each pixel of a row
   const float* scale;
-  const int32_t* shift; // null where left out, as all that follow
+  const int32_t* shift; // null if not given, like all below
   const bool* flip;
   const float* affine;
   const float* color;
@@ -57,7 +57,7 @@ struct Scratch {
   explicit Scratch(const Job& job)
       : row(job.row() + kSlack), mirrored(job.row() + kSlack) {
     if (job.affine) {
-      packed.resize(job.height * job.width + 1); // and a black pixel
+      packed.resize(job.height * job.width + 1); // one more, black
       indices.resize(4 * job.width);
       taps.resize(4 * job.width);
       fractions.resize(2 * job.width);
@@ -68,16 +68,16 @@ struct Scratch {
   }
   std::vector<uint8_t> row, mirrored; // [W, C]
   std::vector<uint32_t> packed; // [H, W]: the channels of a pixel in its bytes
-  std::vector<int32_t> indices; // [4, W]: where the pixels around each point of a row are
-  std::vector<uint32_t> taps; // [4, W]: these pixels
-  std::vector<float> fractions; // [2, W]: how far down and right of the first tap the point is
+  std::vector<int32_t> indices; // [4, W]: indices of the pixels around each point of a row
+  std::vector<uint32_t> taps; // [4, W]: the values of these pixels
+  std::vector<float> fractions; // [2, W]: vertical and horizontal distance from the first tap
   std::vector<float> planes; // [2, C, W]: before and after `color`
   std::vector<float> own, other; // [H, W, C], normalized
 };
 
-// -- single values -------------------------------------------------------------------------------
+// -- coordinates ---------------------------------------------------------------------------------
 
-// Mirrored once at either border, which is not repeated; what is still outside, at its edge.
+// Reflected once at either border without repeating it; positions still outside are clamped.
 template <class Int>
 RESFAST_INLINE Int reflect(Int position, Int size) {
   position = position < 0 ? -position : position;
@@ -91,7 +91,7 @@ RESFAST_INLINE Int reflect(Int position, Int size) {
 template <int C>
 RESFAST_INLINE void mirror_pixels(
     const uint8_t* __restrict source, uint8_t* __restrict target, int64_t width) {
-  // Three bytes are moved as four; the next pixel overwrites the one too many.
+  // Three bytes are moved as four; the next pixel overwrites the extra one.
   constexpr int kBytes = C == 3 ? 4 : C;
   for (int64_t x = 0; x < width; ++x)
     std::memcpy(target + C * x, source + C * (width - 1 - x), kBytes);
@@ -118,7 +118,7 @@ RESFAST_INLINE void fill_outside(
   }
 }
 
-// Row y of an image shifted and mirrored: [W, C] bytes, of the image itself or of the scratch.
+// Row y of an image, shifted and mirrored: [W, C] bytes, in the image itself or in the scratch.
 RESFAST_INLINE const uint8_t* shifted_row(
     const Job& job, int64_t index, int64_t y, Scratch& scratch) {
   const int64_t width = job.width, channels = job.channels;
@@ -133,7 +133,7 @@ RESFAST_INLINE const uint8_t* shifted_row(
   }
   const uint8_t* source = job.images + index * job.image() + reflect(y, job.height) * job.row();
   if (right == 0 && !flip) return source;
-  // What lies inside the image, [first, last), and the pixels on either side of it.
+  // The pixels inside the image, [first, last), and those on either side.
   const int64_t first = std::clamp<int64_t>(-right, 0, width);
   const int64_t last = std::clamp<int64_t>(width - right, first, width);
   if (first < last)
@@ -175,11 +175,11 @@ RESFAST_INLINE void split_channels(
     for (int64_t x = 0; x < width; ++x) planes[c * width + x] = row[C * x + c];
 }
 
-// The pixels of an image as words, and a black one behind them.
+// The pixels of an image as words, followed by a black one.
 template <int C>
 RESFAST_INLINE void pack(
     const uint8_t* __restrict image, uint32_t* __restrict packed, int64_t size) {
-  // Three bytes are read as four; what is above the channels is never looked at.
+  // Three bytes are read as four; the extra byte is never used.
   constexpr int kBytes = C == 3 ? 4 : C;
   for (int64_t i = 0; i < size - 1; ++i) {
     uint32_t pixel = 0;
@@ -192,9 +192,9 @@ RESFAST_INLINE void pack(
   packed[size] = 0;
 }
 
-// Where the points of row y lie in an image: indices of the four pixels around each, and how far
-// down and right of the first it is. Coordinates further out than any valid one are drawn in, so
-// that they fit an int.
+// Source positions of the points of row y: indices of the four pixels around each, and its vertical
+// and horizontal distance from the first. Coordinates beyond any valid one are clamped so that they
+// fit an int.
 template <bool zero_padding>
 RESFAST_INLINE void find_taps(
     const float* affine, int32_t height, int32_t width, float y, int32_t* __restrict index00,
@@ -205,15 +205,15 @@ RESFAST_INLINE void find_taps(
   const float start_y = affine[0] * y, step_y = affine[1], shift_y = affine[2];
   const float start_x = affine[3] * y, step_x = affine[4], shift_x = affine[5];
   const int32_t black = height * width;
-  constexpr bool everywhere = !zero_padding; // a pixel can be found
+  constexpr bool everywhere = !zero_padding; // every position has a pixel
   for (int32_t x = 0; x < width; ++x) {
     float at_y = start_y + step_y * static_cast<float>(x) + shift_y;
     float at_x = start_x + step_x * static_cast<float>(x) + shift_x;
-    at_y = at_y > low_y ? at_y : low_y; // also when NaN
+    at_y = at_y > low_y ? at_y : low_y; // also if NaN
     at_x = at_x > low_x ? at_x : low_x;
     at_y = at_y < high_y ? at_y : high_y;
     at_x = at_x < high_x ? at_x : high_x;
-    // Rounds down: to an int rounds towards 0.
+    // Floor: a cast to int rounds towards 0.
     int32_t top = static_cast<int32_t>(at_y), left = static_cast<int32_t>(at_x);
     top -= static_cast<float>(top) > at_y ? 1 : 0;
     left -= static_cast<float>(left) > at_x ? 1 : 0;
@@ -320,13 +320,13 @@ struct NormalizedPlanes {
   }
 };
 
-// -- an image ------------------------------------------------------------------------------------
+// -- images --------------------------------------------------------------------------------------
 
 struct Box {
   int64_t top, left, bottom, right;
 };
 
-// The part of a rectangle inside the image; nothing where it is empty.
+// The part of a rectangle inside the image; {} if empty.
 inline Box clipped(const int32_t* box, const Job& job) {
   const int64_t top = std::clamp<int64_t>(box[0], 0, job.height);
   const int64_t left = std::clamp<int64_t>(box[1], 0, job.width);
@@ -375,7 +375,7 @@ void normalized(const Job& job, int64_t index, float* result, Scratch& scratch) 
   cut_out(job, index, result);
 }
 
-// Step 5: `own` outside the box by `weight`, inside it the other image alone.
+// Step 5: outside the box, `own` and the other image mixed by `weight`; inside, the other image.
 void mix(const Job& job, int64_t item, float* own, const float* other) {
   const Box box = clipped(job.box + 4 * item, job);
   const float weight = job.weight[item];
@@ -427,7 +427,7 @@ void augment_batch(const Job& job, int64_t batch, void* result) {
 
 // -- arguments -----------------------------------------------------------------------------------
 
-// `expected` holds -1 where any size will do.
+// -1 in `expected` stands for any size.
 void check_tensor(
     const char* name, const Tensor& tensor, ScalarType dtype, std::vector<int64_t> expected) {
   if (tensor.scalar_type() != dtype)
@@ -459,7 +459,7 @@ void check_images(const Tensor& images) {
          " pixels; expected sides below 2^24 and fewer than 2^31 - 1 pixels");
 }
 
-// As Python writes it, to nine digits.
+// As Python prints it, to nine digits.
 std::string decimal(double value) {
   std::ostringstream text;
   text.precision(std::numeric_limits<float>::max_digits10);
@@ -470,7 +470,7 @@ std::string decimal(double value) {
 
 std::string decimal(int64_t value) { return std::to_string(value); }
 
-// The least and the greatest of some values; NaN where one of them is.
+// Minimum and maximum of some values; NaN if any value is.
 template <class Value>
 struct Range {
   Value least = std::numeric_limits<Value>::max();
@@ -481,7 +481,7 @@ struct Range {
     most = most != most || most > value ? most : value;
   }
   void check(const char* name, Value low, Value high, const std::string& what) const {
-    if (low <= least && most <= high) return; // false when NaN
+    if (low <= least && most <= high) return; // false if NaN
     fail(name, " ", decimal(low <= least ? most : least), " ", what, "; expected ", decimal(low),
          " to ", decimal(high));
   }
@@ -512,14 +512,14 @@ void check_values(const Job& job, int64_t batch) {
       shifts.check("shift", -last, last, outside);
     }
     if (job.affine) {
-      Range<double> reached; // an affine map is extreme at the corners
+      Range<double> reached; // an affine map has its extremes at the corners
       for (int64_t index : used) {
         const float* row = job.affine + 6 * index + 3 * axis;
         for (float y : {0.0f, static_cast<float>(job.height - 1)})
           for (float x : {0.0f, static_cast<float>(job.width - 1)})
             reached.add(row[0] * y + row[1] * x + row[2]);
       }
-      // A thousandth of a pixel for the rounding of the coordinates.
+      // A tolerance of 1/1000 pixel for the rounding of coordinates.
       const double end = static_cast<double>(last);
       reached.check("affine coordinate", -end - 1e-3, 2 * end + 1e-3, outside);
     }

@@ -1,4 +1,4 @@
-// float32 to and from the two half formats, bit by bit, so that loops over it are vectorized.
+// Conversion between float32 and the 16-bit formats by bit operations, which compilers vectorize.
 
 #pragma once
 
@@ -22,7 +22,7 @@ RESFAST_INLINE float from_bfloat16(uint16_t value) {
   return bits_to<float>(static_cast<uint32_t>(value) << 16);
 }
 
-// Rounded to nearest even, as is to_float16.
+// Rounds to nearest even, as does to_float16.
 RESFAST_INLINE uint16_t to_bfloat16(float value) {
   const uint32_t bits = bits_to<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
@@ -30,7 +30,7 @@ RESFAST_INLINE uint16_t to_bfloat16(float value) {
 }
 
 RESFAST_INLINE float from_float16(uint16_t value) {
-  // Exponent bias from 15 to 127 by a multiplication, which is right for subnormals too.
+  // Changes the exponent bias from 15 to 127 by multiplication, which handles subnormals too.
   const uint32_t sign = static_cast<uint32_t>(value & 0x8000) << 16;
   const uint32_t size = static_cast<uint32_t>(value & 0x7FFF) << 13;
   const uint32_t finite = bits_to<uint32_t>(bits_to<float>(size) * 0x1p112f);
@@ -41,7 +41,7 @@ RESFAST_INLINE uint16_t to_float16(float value) {
   const uint32_t bits = bits_to<uint32_t>(value), sign = bits & 0x80000000, size = bits ^ sign;
   // Exponent bias from 127 to 15, mantissa from 23 bits to 10.
   const uint32_t normal = (size - (112u << 23) + 0xFFF + ((size >> 13) & 1)) >> 13;
-  // Below 2^-14, adding 1/2 leaves the 10 bits of a subnormal at the end, rounded by the adder.
+  // Below 2^-14, adding 1/2 leaves the rounded 10 bits of a subnormal in the low bits.
   const float half = bits_to<float>(size) + 0.5f;
   const uint32_t subnormal = bits_to<uint32_t>(half) - bits_to<uint32_t>(0.5f);
   uint32_t result = size < (113u << 23) ? subnormal : normal;
@@ -50,7 +50,7 @@ RESFAST_INLINE uint16_t to_float16(float value) {
   return static_cast<uint16_t>(result | (sign >> 16));
 }
 
-// A dtype of tensors: how it is stored, to float32, and back to nearest even.
+// Tensor dtypes: storage type, conversion to float32 and, rounding to nearest even, from float32.
 struct Float32 {
   using Stored = float;
   static RESFAST_INLINE float load(float value) { return value; }

@@ -1,9 +1,9 @@
-// Chooses among compilations of one kernel for several instruction sets, at run time.
+// Selects at run time among versions of a kernel compiled for several instruction sets.
 //
 // A kernel is a struct with a static, always inlined `run`. `dispatch<Kernel>(arguments...)` calls
-// the best compilation of it for this processor. What `run` calls must be RESFAST_INLINE too, so
-// that it is compiled with the same instructions. Results do not depend on the choice: the build
-// turns contraction to fused multiply-add off.
+// the best version for this processor. Functions that `run` calls must be RESFAST_INLINE too, so
+// that they are compiled for the same instruction set. Results do not depend on the version: the
+// build disables contraction to fused multiply-add.
 #pragma once
 
 #include <cstdlib>
@@ -20,7 +20,7 @@ namespace resfast {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// What the processor has, limited by ATEN_CPU_CAPABILITY (default, avx2, avx512) like torch itself.
+// The instruction set, limited by ATEN_CPU_CAPABILITY (default, avx2, avx512) as in torch.
 inline Isa detect_isa() {
 #if defined(RESFAST_AVX2)
   const char* set = std::getenv("ATEN_CPU_CAPABILITY");

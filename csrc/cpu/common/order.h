@@ -1,4 +1,4 @@
-// Whether tensors agree in shape and in memory order, and how to make them.
+// Memory order of tensors: comparison and conversion.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Work over torch's threads, taken by whichever is free: where one core is held up (by another process,
-// or another guest of the host), the others do more instead of waiting for it.
+// Dynamic scheduling over torch's threads: if one core is slow (because of another process, or
+// another guest on the host), the others do more work instead of waiting for it.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace resfast {
 
-// Calls `work(first, last)` for all of `count`, whole multiples of `unit` at a time but for the last:
-// large parts first, then smaller ones, so that threads end together.
+// Calls `work(first, last)` for all of `count`, in multiples of `unit` except for the last part:
+// large parts first, then smaller ones, so that threads finish together.
 template <class Work>
 void share_all(int64_t count, int64_t unit, Work work) {
   const int64_t threads = torch::stable::get_num_threads();

@@ -1,6 +1,6 @@
-// The tiles of AMX, Intel's matrix unit ("Intel Architecture Instruction Set Extensions", chapter
-// 3), as far as the bfloat16 convolutions use them. With RESFAST_AMX_EMULATED plain C++ takes their
-// place, so that the tests run where there is no such unit.
+// Tiles of AMX, Intel's matrix unit ("Intel Architecture Instruction Set Extensions", chapter 3),
+// for the bfloat16 convolutions. With RESFAST_AMX_EMULATED they are emulated in plain C++, so that
+// the tests run on processors without AMX.
 #pragma once
 
 #include <algorithm>
@@ -29,18 +29,18 @@
 
 namespace resfast::amx {
 
-constexpr int64_t kRows = 16; // of a tile
-constexpr int64_t kPairs = 16; // of bfloat16 in a row of 64 bytes
+constexpr int64_t kRows = 16; // rows per tile
+constexpr int64_t kPairs = 16; // pairs of bfloat16 in a row of 64 bytes
 
-// What a tile holds is set for each: as ldtilecfg reads it.
+// The shape of each tile, in the format of ldtilecfg.
 struct Config {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {}; // of a row
+  uint16_t bytes[16] = {}; // per row
   uint8_t rows[16] = {};
 };
 static_assert(sizeof(Config) == 64);
 
-// Tiles 0 to 3 hold sums, 4 and 5 rows of up to 16 pairs, 6 and 7 as many rows of 16 outputs.
+// Tiles 0 to 3 hold sums, 4 and 5 rows of `pairs` pairs, 6 and 7 `pairs` rows of 16 outputs.
 inline Config config_for(int64_t pairs) {
   Config config;
   for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = kRows;
@@ -68,7 +68,7 @@ inline void require(bool condition, const char* what) {
   std::abort();
 }
 inline void configure(int64_t pairs) {
-  require(pairs >= 1 && pairs <= kPairs, "a tile of no pairs, or more than 16");
+  require(pairs >= 1 && pairs <= kPairs, "a tile with 0 or more than 16 pairs");
   state().config = config_for(pairs);
   state().configured = true;
   std::memset(state().tiles, 0, sizeof(state().tiles));
@@ -100,7 +100,7 @@ template <int kSum, int kA, int kB>
 void multiply() {
   State& s = state();
   require(s.configured, "a product without a configuration");
-  require(s.config.bytes[kA] == 4 * s.config.rows[kB], "tiles that do not fit each other");
+  require(s.config.bytes[kA] == 4 * s.config.rows[kB], "tiles of incompatible shapes");
   float sums[16][16];
   uint16_t a[16][32], b[16][32];
   std::memcpy(sums, s.tiles[kSum], sizeof(sums));
@@ -117,7 +117,7 @@ void multiply() {
 
 #elif defined(RESFAST_AMX_COMPILED)
 
-// Whether the processor has AMX for bfloat16 and the system lets this process use it.
+// Whether the processor has AMX for bfloat16 and the operating system lets this process use it.
 inline bool supported() {
   static const bool known = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -130,12 +130,12 @@ inline bool supported() {
 
 RESFAST_AMX_INLINE void configure(int64_t pairs) {
   const Config config = config_for(pairs);
-  asm volatile("" : : "r"(&config) : "memory"); // GCC takes ldtilecfg to read 8 bytes of the 64
+  asm volatile("" : : "r"(&config) : "memory"); // GCC assumes ldtilecfg reads only 8 bytes of 64
   _tile_loadconfig(&config);
 }
 RESFAST_AMX_INLINE void release() { _tile_release(); }
 
-// The intrinsics take the number of a tile as a literal.
+// The intrinsics need the tile number as a literal.
 #define RESFAST_AMX_TILE(operation, ...)                      \
   if constexpr (kTile == 0) operation(0, ##__VA_ARGS__);      \
   else if constexpr (kTile == 1) operation(1, ##__VA_ARGS__); \
@@ -160,7 +160,7 @@ RESFAST_AMX_INLINE void zero() {
 }
 #undef RESFAST_AMX_TILE
 
-// Sums of tiles 0 to 3: of rows 4 or 5 and outputs 6 or 7.
+// Adds to tile kSum (0 to 3) the products of tiles kA (4 or 5) and kB (6 or 7).
 template <int kSum, int kA, int kB>
 RESFAST_AMX_INLINE void multiply() {
   static_assert(kA == 4 + kSum / 2 && kB == 6 + kSum % 2);
@@ -186,7 +186,7 @@ void multiply() {}
 
 #endif
 
-// The tiles of this thread, for as long as it lives; they hold whole rows of 16 pairs.
+// Configures the tiles of this thread for its lifetime, with rows of 16 pairs.
 class Tiles {
  public:
   explicit Tiles(bool used) : used_(used) {
@@ -204,7 +204,7 @@ class Tiles {
   bool used_;
 };
 
-// Sums of kRowTiles * 16 rows and kOutputTiles * 16 outputs, in tiles 0 to 3. Strides are in bytes.
+// Sums of kRowTiles * 16 rows by kOutputTiles * 16 outputs, in tiles 0 to 3. Strides are in bytes.
 template <int kRowTiles, int kOutputTiles>
 struct Sums {
   static constexpr bool kWide = kOutputTiles == 2, kTall = kRowTiles == 2;
@@ -222,7 +222,7 @@ struct Sums {
     if constexpr (kTall) load<2>(lower, stride);
     if constexpr (kWide && kTall) load<3>(lower + 16, stride);
   }
-  // (+)= the products of 16 pairs of rows `a`, the second 16 of them at `lower`, and outputs `b`.
+  // Adds the products of 16 pairs of rows `a` (the second 16 rows at `lower`) and outputs `b`.
   static RESFAST_AMX_INLINE void add(
       const uint16_t* a, const uint16_t* lower, int64_t a_stride, const uint16_t* b,
       int64_t b_stride) {
@@ -279,8 +279,8 @@ RESFAST_AMX_INLINE void product_rows(
         a, a_stride, b + 32 * block, stride, pairs, sums + 16 * block, stride, add);
 }
 
-// sums [rows, blocks * 16] of a [rows, row_stride] and a panel b [pairs, blocks * 16, 2]; rows a
-// multiple of 16. A `Tiles` must be alive.
+// sums [rows, blocks * 16] = a [rows, row_stride] times a panel b [pairs, blocks * 16, 2]; rows
+// must be a multiple of 16. A `Tiles` must be alive.
 RESFAST_AMX inline void product(
     const uint16_t* a, int64_t row_stride, int64_t rows, const uint16_t* b, int64_t pairs,
     int64_t blocks, int64_t pairs_at_once, float* sums) {

@@ -1,8 +1,8 @@
-// What the two bfloat16 convolutions share: the matrix product on AVX512-BF16 or AMX, packed weights,
-// the epilogue, arguments and their checks. Meaning of the operator: resfast/ops/conv/op.py.
+// Shared by the bfloat16 convolutions: the matrix product on AVX512-BF16 or AMX, packed weights,
+// the epilogue, arguments and their checks. Documentation of the operator: resfast/ops/conv/op.py.
 //
 // Weights are packed as panels of up to 64 outputs: [panel][pairs][outputs of the panel][2], where
-// a pair are two neighbours of the sum, as _mm512_dpbf16_ps takes them. What is missing is 0.
+// a pair is two consecutive terms of the sum, as _mm512_dpbf16_ps takes them, padded with zeros.
 #pragma once
 
 #if defined(__x86_64__)
@@ -14,7 +14,7 @@
 #include <vector>
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // false, in GCC's own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // false positive in GCC's intrinsics
 #endif
 #include <immintrin.h>
 
@@ -35,7 +35,7 @@ namespace resfast {
 
 constexpr int64_t kLanes = 16; // floats in a vector
 constexpr int64_t kPanel = 4 * kLanes; // outputs that a tile of the product computes at once
-constexpr int64_t kPairBlock = 128; // of the sum, so that a block of a panel (32 KiB) stays in L1
+constexpr int64_t kPairBlock = 128; // pairs per block of a panel (32 KiB), which stays in L1
 
 inline int64_t ceil_div(int64_t value, int64_t by) { return (value + by - 1) / by; }
 inline int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
@@ -44,20 +44,19 @@ inline bool bf16_supported() {
   return detect_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
 }
 
-// Blocks of 16 outputs in a panel.
+// Number of blocks of 16 outputs in a panel.
 inline int64_t panel_blocks(int64_t outputs, int64_t panel) {
   return std::min<int64_t>(4, ceil_div(outputs - panel * kPanel, kLanes));
 }
 
-// Rows that a tile computes at once; the accumulators, a row's value and the weights fill the 32
-// registers.
+// Rows computed at once; accumulators, a row's value and the weights fill the 32 registers.
 inline int64_t tile_rows(int64_t blocks) {
   return amx::supported() ? amx::kRows : blocks > 2 ? 6 : 12;
 }
-inline int64_t row_multiple() { return amx::supported() ? amx::kRows : 12; } // of every tile_rows
+inline int64_t row_multiple() { return amx::supported() ? amx::kRows : 12; } // divisible by tile_rows
 
-// Bytes of a block's operands and sums: a part of L2. AMX computes faster than weights come from
-// memory, so that more rows must share them.
+// Bytes of a block's operands and sums: a part of L2. AMX computes faster than weights arrive from
+// memory, so more rows must share them.
 inline int64_t block_bytes() { return (amx::supported() ? 1024 : 256) * 1024; }
 
 // Memory of one thread, kept between calls.
@@ -123,8 +122,8 @@ RESFAST_BF16 inline void product_panel(
   }
 }
 
-// sums [rows, blocks * 16] of a [rows, row_stride] and one panel; rows a multiple of tile_rows. An
-// `amx::Tiles` must be alive.
+// sums [rows, blocks * 16] = a [rows, row_stride] times one panel; rows must be a multiple of
+// tile_rows. An `amx::Tiles` must be alive.
 RESFAST_BF16 inline void product(
     const uint16_t* a, int64_t row_stride, int64_t rows, const uint16_t* b, int64_t pairs,
     int64_t blocks, float* sums) {
@@ -151,7 +150,7 @@ RESFAST_BF16_INLINE void store_bf16(__mmask16 mask, uint16_t* to, __m512 value) 
   _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(value));
 }
 
-// exp by 2^n and a polynomial, to a few units of float32's last place; from about 88.7 on infinity.
+// exp as 2^n times a polynomial, accurate to a few float32 ulps; infinity from about 88.7.
 RESFAST_BF16_INLINE __m512 exp_ps(__m512 x) {
   x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(100.0f));
   const __m512 n = _mm512_roundscale_ps(
@@ -164,7 +163,7 @@ RESFAST_BF16_INLINE __m512 exp_ps(__m512 x) {
   return _mm512_scalef_ps(value, n);
 }
 
-// z clamped to where the polynomials hold; beyond, gelu is z or 0 to 1e-5.
+// z is clamped to the range of the polynomials; beyond it, gelu is z or 0 to within 1e-5.
 constexpr float kGeluReach = 5.0f;
 
 template <size_t kTerms>
@@ -178,11 +177,11 @@ RESFAST_BF16_INLINE __m512 odd_polynomial(__m512 z, const float (&terms)[kTerms]
   return _mm512_fmadd_ps(value, z, _mm512_set1_ps(0.5f));
 }
 
-// The second operand of min and max is the result where z is NaN.
+// min and max return the second operand if z is NaN.
 RESFAST_BF16_INLINE __m512 least(__m512 z) { return _mm512_max_ps(_mm512_set1_ps(-kGeluReach), z); }
 RESFAST_BF16_INLINE __m512 most(__m512 z) { return _mm512_min_ps(_mm512_set1_ps(kGeluReach), z); }
 
-// Minimax in z^2, over [-kGeluReach, kGeluReach]: the normal distribution function to 7e-6 / z.
+// Minimax polynomial in z^2 on [-kGeluReach, kGeluReach]: the normal CDF to 7e-6 / z.
 constexpr float kNormal[] = {
     2.277308533e-03f, -6.278014759e-03f, 7.021223576e-03f, -8.329826224e-03f, 1.554792399e-02f,
     -2.421516129e-02f, 3.174414686e-02f, -4.031916975e-02f, 5.148801112e-02f, -7.030051865e-02f,
@@ -191,7 +190,7 @@ constexpr float kNormal[] = {
 RESFAST_BF16_INLINE __m512 activated(__m512 value, int64_t activation, float negative_slope) {
   const __m512 zero = _mm512_setzero_ps();
   switch (activation) {
-    case kRelu: return _mm512_max_ps(zero, value); // the second operand where either is NaN
+    case kRelu: return _mm512_max_ps(zero, value); // the second operand if either is NaN
     case kLeakyRelu: {
       const __mmask16 negative = _mm512_cmp_ps_mask(value, zero, _CMP_LT_OQ);
       return _mm512_mask_mul_ps(value, negative, value, _mm512_set1_ps(negative_slope));
@@ -218,20 +217,20 @@ struct ConvShape {
   float negative_slope;
   const uint16_t* x; // [N, H, W, C]
   const float* bias; // [panels * 64], zeros after the last
-  const uint16_t* residual; // null where left out
+  const uint16_t* residual; // null if not given
   uint16_t* out; // [N, P, Q, K]
   bool plain; // no bias, no residual, no activation
 
   int64_t panels() const { return ceil_div(outputs, kPanel); }
 };
 
-// Out of line: the constants of silu and gelu, moved out of loops, cost the other activations 4 %.
+// Not inlined: hoisting the constants of silu and gelu out of loops slows other activations by 4 %.
 RESFAST_BF16 __attribute__((noinline)) inline void finish_slowly(
     uint16_t* out, __mmask16 mask, __m512 value, int64_t activation) {
   store_bf16(mask, out, activated(value, activation, 0.0f));
 }
 
-// The result of one pixel for 16 outputs from `output` on, of which `mask` are there.
+// The result of one pixel for 16 outputs starting at `output`; `mask` selects those that exist.
 RESFAST_BF16_INLINE void finish(
     const ConvShape& shape, int64_t pixel, int64_t output, __mmask16 mask, __m512 value) {
   const int64_t at = pixel * shape.outputs + output;
@@ -294,7 +293,7 @@ inline Tensor new_result(const ConvShape& shape) {
       std::nullopt, std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// What the gradient of a 3x3 weight is computed from, checked.
+// Checks the arguments of a 3x3 weight gradient.
 inline ConvShape weight_gradient_shape(
     const Tensor& x, const Tensor& grad, int64_t stride, int64_t padding) {
   if (stride != 1 && stride != 2) fail("stride is ", stride, "; expected 1 or 2");
@@ -322,7 +321,7 @@ inline Tensor new_weight_gradient(const ConvShape& shape) {
       std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// Checks the arguments, makes the result and calls `run(shape, packed weights)`.
+// Checks the arguments, allocates the result and calls `run(shape, packed weights)`.
 template <class Run>
 Tensor convolve(
     const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
@@ -370,7 +369,7 @@ Tensor convolve(
   return out;
 }
 
-// Of 3x3 kernels.
+// For 3x3 kernels.
 inline void check_geometry(const std::vector<int64_t>& geometry) {
   if (geometry.size() != 8 || *std::min_element(geometry.begin(), geometry.begin() + 6) < 1 ||
       geometry[2] != 3 || geometry[3] != 3 || geometry[4] > 2 || geometry[5] != geometry[4])
@@ -378,8 +377,8 @@ inline void check_geometry(const std::vector<int64_t>& geometry) {
          "; expected K, C, 3, 3, two strides that are both 1 or both 2, and two paddings");
 }
 
-// Calls `add(lane, share)` for each lane: on the threads where there are enough lanes, else one after
-// the other with `share` to use the threads inside, as share_all does.
+// Calls `add(lane, share)` for each lane: in parallel if there are enough lanes, otherwise one by
+// one with a `share` that parallelizes the work inside, as share_all does.
 template <class Add>
 void deal_lanes(int64_t lanes, Add add) {
   if (lanes < torch::stable::get_num_threads()) {
@@ -393,9 +392,9 @@ void deal_lanes(int64_t lanes, Add add) {
   });
 }
 
-// Calls `part(first row, last row, first panel, last panel)` on the threads: with rows shared out
-// where there are many, `unit` of them at least, and panels of weights where these are the larger part,
-// once a thread, as every part reads all rows.
+// Calls `part(first row, last row, first panel, last panel)` on the threads. Many rows are divided
+// into parts of at least `unit`; if the weights are larger, their panels are divided instead, one
+// part per thread, because every part reads all rows.
 template <class Part>
 void share_out(int64_t rows, int64_t unit, const ConvShape& shape, Part part) {
   const int64_t threads = torch::stable::get_num_threads(), panels = shape.panels();

@@ -1,9 +1,9 @@
-// 3x3 convolution in bfloat16 on AMX without any transform: its products are so cheap that moving
-// numbers is what takes time. Weights: [panel of 32 outputs][row of taps][32 channels][tap of the
-// row][pair][output][2], zeros where something is missing, as the tiles take them one after the other.
+// Direct 3x3 convolution in bfloat16 on AMX, without a transform: products are so cheap that data
+// movement dominates. Weights: [panel of 32 outputs][row of taps][32 channels][tap of the
+// row][pair] [output][2], padded with zeros, in the order in which the tiles read them.
 //
-// A thread lays out a few groups of images (conv_direct.h) and computes 32 positions times 32 outputs
-// at a time, summed over all taps and channels in four tiles; the epilogue follows.
+// A thread lays out a few groups of images (conv_direct.h) and computes 32 positions by 32 outputs
+// at a time, summed over all taps and channels in four tiles, followed by the epilogue.
 
 #if defined(__x86_64__)
 
@@ -13,16 +13,16 @@
 namespace resfast {
 namespace {
 
-constexpr int64_t kOutputs = 32; // of a panel
-constexpr int64_t kInputBytes = 640 * 1024, kWeightBytes = 896 * 1024; // at a time, of L2
-constexpr int64_t kTile = 2 * 16 * kOutputs; // values of 16 pairs of a panel
+constexpr int64_t kOutputs = 32; // outputs per panel
+constexpr int64_t kInputBytes = 640 * 1024, kWeightBytes = 896 * 1024; // at a time: a part of L2
+constexpr int64_t kTile = 2 * 16 * kOutputs; // values in 16 pairs of a panel
 
 int64_t panel_size(int64_t channels) { return 9 * round_up(channels, kChannels) * kOutputs; }
 int64_t direct_size(int64_t outputs, int64_t channels) {
   return ceil_div(outputs, kOutputs) * panel_size(channels);
 }
 
-// Inputs of a group: [row][cell][image][channel], channels filled up with zeros.
+// Inputs of a group: [row][cell][image][channel], channels padded with zeros.
 RESFAST_BF16 void lay_out(const ConvShape& shape, const Grid& grid, int64_t group, uint16_t* to) {
   const int64_t size = round_up(shape.channels, kChannels);
   for (int64_t image = 0; image < grid.images; ++image)
@@ -35,7 +35,7 @@ RESFAST_BF16 void lay_out(const ConvShape& shape, const Grid& grid, int64_t grou
         });
 }
 
-// 32 positions of a row of results and one panel: sums [32, 32].
+// Sums [32, 32] of 32 positions of a row of results and one panel.
 template <int kOutputTiles>
 RESFAST_AMX void multiply_taps(
     const Grid& grid, const uint16_t* inputs, int64_t row, int64_t position, int64_t size,
@@ -60,7 +60,7 @@ RESFAST_AMX void multiply_taps(
   asm volatile("" ::: "memory");
 }
 
-// Pixels of the result at 32 positions, -1 for images after the last.
+// Pixels of the result at 32 positions, -1 for images beyond the last.
 struct Places {
   int64_t pixel[kPositions];
 
@@ -83,7 +83,7 @@ RESFAST_BF16 void finish_positions(
   }
 }
 
-// Has the memory of results and residuals on its way while they are computed.
+// Prefetches the memory of results and residuals while they are computed.
 void prefetch(const ConvShape& shape, const Places& places, int64_t output) {
   for (const int64_t pixel : places.pixel) {
     if (pixel < 0) continue;
@@ -131,7 +131,7 @@ void direct_part(
 
 // -- weights ---------------------------------------------------------------------------------------
 
-// Of training: float32, as `Lanes` reads it.
+// Packs a training weight: float32, read by `Lanes`.
 template <class Lanes>
 Tensor pack(const Weight& weight) {
   const Lanes shape{weight};

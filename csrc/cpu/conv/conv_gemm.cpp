@@ -1,7 +1,7 @@
-// Convolution in bfloat16 as a matrix product of patches of the input with packed weights.
+// Convolution in bfloat16 as a matrix product of input patches with packed weights.
 //
-// A thread takes rows (pixels of the result), copies the patches of a block of them behind each
-// other, [rows, R * S * C], and multiplies them with one panel of weights after the other.
+// A thread copies the patches of a block of rows (pixels of the result) into a matrix [rows, R * S
+// * C] and multiplies it with one panel of weights after the other.
 
 #if defined(__x86_64__)
 
@@ -17,8 +17,8 @@ RESFAST_BF16_INLINE void copy(const uint16_t* from, int64_t count, uint16_t* to)
   _mm512_mask_storeu_epi16(to + i, rest, _mm512_maskz_loadu_epi16(rest, from + i));
 }
 
-// Copies the patches of some pixels of the result behind each other; a patch has `size` values, of
-// which those after R S C are 0.
+// Copies the patches of some pixels of the result; a patch has `size` values, of which those after
+// R S C are 0.
 RESFAST_BF16 void copy_patches(
     const ConvShape& shape, int64_t first, int64_t count, uint16_t* to, int64_t size) {
   const int64_t channels = shape.channels, used = shape.kernel_h * shape.kernel_w * channels;
@@ -60,7 +60,7 @@ int64_t patch_pairs(const ConvShape& shape) {
   return ceil_div(shape.kernel_h * shape.kernel_w * shape.channels, 2);
 }
 
-// Of patches that are multiplied at once.
+// Number of patches multiplied at once.
 int64_t block_rows(const ConvShape& shape) {
   const int64_t multiple = row_multiple();
   const int64_t most = block_bytes() / (4 * patch_pairs(shape)) / multiple * multiple;

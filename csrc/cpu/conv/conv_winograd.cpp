@@ -1,17 +1,17 @@
-// 3x3 convolution in bfloat16 by Winograd's minimal filtering: tiles of 2x2 to 4x4 results, each from
-// matrix products of transformed inputs and weights, one for each of its points.
+// 3x3 convolution in bfloat16 by Winograd's minimal filtering: tiles of 2x2 to 4x4 results,
+// computed from one matrix product of transformed inputs and weights per point.
 //
 // - Stride 1: F(2x2, 3x3) of Lavin and Gray (arXiv:1509.09308), 16 points, 2.25 times fewer
 //   multiplications than the 36 of a plain tile.
-// - Stride 1: F(4x4, 3x3), 36 points, 4 times fewer than the 144, and 3 times the rounding error: for
-//   training. F(3x3, 3x3), 25 points instead of 81, for images that tiles of 4x4 do not fit into.
-// - Stride 2: in each direction the middle tap reads every other input, the outer two the others, as
-//   a convolution of stride 1 with two taps, for which F(2, 2) needs 3 multiplications for 2 results.
-//   With the 2 of the middle tap: 25 points, 1.44 times fewer multiplications.
+// - Stride 1: F(4x4, 3x3), 36 points instead of 144, 4 times fewer, with 3 times the rounding
+//   error. F(3x3, 3x3), 25 points instead of 81, for images that 4x4 tiles do not divide.
+// - Stride 2: in each direction the middle tap reads every other input, and the outer two read the
+//   rest as a convolution of stride 1 with two taps, for which F(2, 2) needs 3 multiplications per
+//   2 results. With the 2 of the middle tap: 25 points, 1.44 times fewer multiplications.
 //
-// A thread takes a block of tiles, transforms their inputs (float32, rounded to bfloat16 once),
-// multiplies them with one panel of weights after the other, transforms back in float32 and ends
-// with the epilogue: nothing but the input and the result leaves its cache.
+// A thread transforms the inputs of a block of tiles (in float32, rounded to bfloat16 once),
+// multiplies them with one panel of weights after the other, transforms back in float32 and applies
+// the epilogue: only the input and the result leave its cache.
 
 #if defined(__x86_64__)
 
@@ -20,11 +20,11 @@
 namespace resfast {
 namespace {
 
-// Per block, so that reading the weights is worth it.
+// Minimum per block, to amortize reading the weights.
 inline int64_t least_tiles() { return amx::supported() ? 64 : 24; }
 
-// inputs[point][tile][i] = (B^T d B)[point] of the values d that the tile's results are made of, for
-// 16 channels of each tile, the first of them (or of their group) at `channel`.
+// inputs[point][tile][i] = (B^T d B)[point] of the inputs d of a tile, for 16 channels of each
+// tile, starting (themselves or their group) at `channel`.
 template <class Form, Channels kWhich>
 RESFAST_BF16 void transform_channels(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, int64_t channel,
@@ -96,7 +96,7 @@ RESFAST_BF16 void transform_outputs(
   }
 }
 
-// Tiles that are multiplied at once.
+// Number of tiles multiplied at once.
 template <class Form>
 int64_t block_tiles(const ConvShape& shape) {
   const int64_t tile_stride = round_up(shape.channels, kLanes), multiple = row_multiple();
@@ -117,7 +117,7 @@ void winograd_part(
   const amx::Tiles amx_tiles(amx::supported());
   thread_local Workspace<uint16_t> inputs_memory;
   thread_local Workspace<float> sums_memory;
-  // Not a multiple of 4096 bytes apart, which would fall into the same sets of the cache.
+  // Not a multiple of 4096 bytes apart, which would map to the same cache sets.
   const int64_t input_stride = most * tile_stride + 2 * kLanes;
   uint16_t* inputs = inputs_memory.get(kPoints<Form> * input_stride);
   float* sums = sums_memory.get(kPoints<Form> * (most * kPanel + kLanes));
@@ -135,7 +135,7 @@ void winograd_part(
       };
       Prefetch<true> results(of_panel(shape.out), tiles, first, count);
       Prefetch<false> residual(of_panel(shape.residual), tiles, first, count);
-      // The next block's, with the last panel.
+      // Prefetches the next block's inputs during the last panel.
       const int64_t next = panel + 1 == panel_end ? std::min(most, end - first - count) : 0;
       Prefetch<false> following(input_squares<Form>(shape), tiles, first + count, next);
       const int64_t lines = ceil_div(results.lines(), kPoints<Form>);
@@ -234,8 +234,9 @@ Tensor conv_winograd(
   });
 }
 
-// The gradient of the input of a convolution of stride 2 and padding 1, of the result's gradient x and
-// the weight of conv_train_pack; geometry: channels, rows and columns of that input, channels of x.
+// The input gradient of a convolution of stride 2 and padding 1, from the result's gradient x and
+// the weight packed by conv_train_pack; geometry: channels, rows and columns of the input, channels
+// of x.
 Tensor conv_winograd_transposed(
     const Tensor& x, const Tensor& packed, const std::vector<int64_t>& geometry) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");

@@ -1,4 +1,4 @@
-// A weight of training, float32, read 16 outputs at a time while it is packed.
+// Reads a float32 training weight 16 outputs at a time, for packing.
 #pragma once
 
 #if defined(__x86_64__)
@@ -7,7 +7,7 @@
 
 namespace resfast {
 
-// 16x16 values of 32 bits: rows to columns.
+// Transposes 16x16 values of 32 bits.
 RESFAST_BF16_INLINE void transpose(__m512 (&rows)[kLanes]) {
   __m512 part[kLanes];
   for (int i = 0; i < kLanes; i += 2) {
@@ -47,13 +47,13 @@ inline Weight check_train_weight(const Tensor& weight) {
   if (weight.scalar_type() != ScalarType::Float || weight.dim() != 4 || weight.numel() == 0 ||
       weight.size(2) != 3 || weight.size(3) != 3 || !is_channels_last(weight) || !weight.is_cpu())
     fail("weight is ", dtype_name(weight.scalar_type()), " ", shape_name(weight.sizes()),
-         "; expected torch.float32 [K, C, 3, 3] in channels_last memory of the CPU");
+         "; expected torch.float32 [K, C, 3, 3] in channels_last memory on the CPU");
   if (weight.numel() > int64_t{1} << 30) fail("the weight has more than 2^30 values");
   return {static_cast<const float*>(weight.const_data_ptr()), weight.size(0), weight.size(1)};
 }
 
-// 16 outputs of one channel and tap, where outputs are the channels of the weight, channels its
-// filters, and taps turned.
+// 16 outputs of one channel and tap of the transposed weight: its channels are outputs, its filters
+// are channels, and its taps are rotated by 180 degrees.
 struct TransposedLanes {
   const Weight weight;
 
@@ -66,9 +66,9 @@ struct TransposedLanes {
   }
 };
 
-// Likewise, where outputs are the filters, which are far apart: 32 channels are turned at once.
+// The same for the weight itself, whose filters are far apart: 32 channels are transposed at once.
 struct PlainLanes {
-  static constexpr int64_t kGroup = 32; // in which channel_of stays
+  static constexpr int64_t kGroup = 32; // channel_of stays within a group
   const Weight weight;
   alignas(64) float turned[9 * kGroup * kLanes] = {}; // [tap][channel][output]
 

@@ -1,5 +1,5 @@
-// Winograd's minimal filtering for 3x3 kernels: its transforms, and the walk over tiles. What they
-// compute: conv_winograd.cpp.
+// Winograd's minimal filtering for 3x3 kernels: its transforms and the iteration over tiles. For
+// the algorithm see conv_winograd.cpp.
 #pragma once
 
 #if defined(__x86_64__)
@@ -14,13 +14,13 @@ RESFAST_BF16_INLINE __m512 multiply_add(float factor, __m512 value, __m512 to) {
 
 inline float multiply_add(float factor, float value, float to) { return factor * value + to; }
 
-// A form is the transforms of one direction, in any arithmetic: of inputs, of products to results, of
-// kernels, and, transposed, of the results' gradients and to the kernel's gradient.
+// A form has the one-dimensional transforms, in any arithmetic type: of inputs, of products to
+// results, of kernels, and, transposed, of the results' gradients and to the kernel's gradient.
 
 // Stride 1, tiles of 2x2 results.
 struct Form2 {
-  static constexpr int kResults = 2; // of a tile
-  static constexpr int kSide = 4; // its products
+  static constexpr int kResults = 2; // per tile
+  static constexpr int kSide = 4; // products per tile
   static constexpr int kInputs = 4;
   static constexpr int kStep = 2; // inputs from tile to tile
   template <class V>
@@ -75,8 +75,8 @@ struct Form2Stride2 {
   }
 };
 
-// The gradient of the input for stride 2 and padding 1, of that of the result and the kernel turned:
-// tiles of 4x4, in each direction two by the middle tap alone and two by F(2, 2) of the outer ones.
+// The input gradient for stride 2 and padding 1, from the result's gradient and the rotated kernel:
+// tiles of 4x4, in each direction two by the middle tap alone and two by F(2, 2) of the outer taps.
 // The kernel's transform is that of Form2Stride2.
 struct Form2Transposed {
   static constexpr int kResults = 4;
@@ -93,8 +93,8 @@ struct Form2Transposed {
   }
 };
 
-// Stride 1, tiles of 3x3 results: F(3x3, 3x3) at the points 0, +-3/4, -2 and infinity, for images that
-// tiles of 4x4 do not fit into.
+// Stride 1, tiles of 3x3 results: F(3x3, 3x3) at the points 0, +-3/4, -2 and infinity, for images
+// that 4x4 tiles do not divide.
 struct Form3 {
   static constexpr int kResults = 3;
   static constexpr int kSide = 5;
@@ -137,8 +137,8 @@ struct Form3 {
   }
 };
 
-// Stride 1, tiles of 4x4 results: F(4x4, 3x3) at the points 0, +-2/3, +-3/2 and infinity, which
-// round off half as much as the usual 0, +-1, +-2 and infinity.
+// Stride 1, tiles of 4x4 results: F(4x4, 3x3) at the points 0, +-2/3, +-3/2 and infinity, with half
+// the rounding error of the usual 0, +-1, +-2 and infinity.
 struct Form4 {
   static constexpr int kResults = 4;
   static constexpr int kSide = 6;
@@ -190,7 +190,7 @@ inline void check_tile(int64_t tile, int64_t stride) {
     fail("tile is ", tile, "; expected 2, or 3 or 4 where the stride is 1");
 }
 
-// Calls `run(form)` with the form of a tile and a stride that check_tile lets through.
+// Calls `run(form)` with the form of a tile and a stride accepted by check_tile.
 template <class Run>
 auto with_form(int64_t tile, int64_t stride, Run run) {
   if (stride == 2) return run(Form2Stride2{});
@@ -200,13 +200,13 @@ auto with_form(int64_t tile, int64_t stride, Run run) {
 template <class Form>
 constexpr int kPoints = Form::kSide * Form::kSide;
 
-// Weights of a panel: [point][pairs][outputs of the panel][2]. Its points are not a multiple of 4096
-// bytes apart, which would fall into the same sets of the cache.
+// Weights of a panel: [point][pairs][outputs of the panel][2]. Points are not a multiple of 4096
+// bytes apart, which would map to the same cache sets.
 inline int64_t point_size(int64_t outputs, int64_t pairs) {
   return round_up(outputs, kLanes) * 2 * pairs + 2 * kLanes;
 }
 
-// Where the weights of a panel begin.
+// Start of a panel's weights.
 template <class Form>
 int64_t panel_start(int64_t panel, int64_t pairs) {
   return panel * kPoints<Form> * point_size(kPanel, pairs);
@@ -227,7 +227,7 @@ struct Tiles {
         count(shape.batch * rows * columns) {}
 };
 
-// Goes from tile to tile.
+// Iterates over tiles.
 struct TileAt {
   const Tiles& tiles;
   int64_t image, row, column; // of the tile's first result
@@ -236,7 +236,7 @@ struct TileAt {
         row(tile / tiles.columns % tiles.rows * tiles.side),
         column(tile % tiles.columns * tiles.side) {}
   void move_to(const TileAt& other) { image = other.image, row = other.row, column = other.column; }
-  // To the next one; whether it is in the same row.
+  // Advances to the next tile; returns whether it is in the same row.
   bool next() {
     column += tiles.side;
     if (column < tiles.side * tiles.columns) return true;
@@ -246,15 +246,14 @@ struct TileAt {
   }
 };
 
-// Channels [begin, end) of a map's pixels [N, height, width, channels], in squares of `side` rows and
-// columns, one for each tile.
+// Channels [begin, end) of a map's pixels [N, height, width, channels], in squares of `side` rows
+// and columns, one for each tile.
 struct Squares {
   const uint16_t* pixels;
   int64_t height, width, channels, begin, end, side;
 };
 
-// Brings the squares of tiles from memory into L2, some lines at a time, while something else is
-// computed.
+// Prefetches the squares of tiles into L2, some cache lines at a time, during other computations.
 template <bool kWrite>
 class Prefetch {
  public:
@@ -263,7 +262,7 @@ class Prefetch {
     if (left_ > 0) go_to_pixel();
   }
 
-  // That are left, if it has not begun.
+  // Number of cache lines; valid before the first is prefetched.
   int64_t lines() const {
     return left_ * squares_.side * squares_.side * ceil_div(squares_.end - squares_.begin, kLine);
   }
@@ -298,7 +297,7 @@ class Prefetch {
   bool inside_ = false; // the map
 };
 
-// What a tile reads and the tiles before it do not.
+// The inputs that a tile reads but the tiles before it do not.
 template <class Form>
 Squares input_squares(const ConvShape& shape) {
   return {shape.x, shape.height, shape.width, shape.channels, 0, shape.channels, Form::kStep};
@@ -315,7 +314,7 @@ inline int64_t channel_of(int64_t index, int64_t channels) {
   return group + (i < kLanes ? 2 * i : 2 * (i - kLanes) + 1);
 }
 
-// 16 channels as float32, zeros where `mask` is not set.
+// 16 channels as float32, with zeros where `mask` is not set.
 template <Channels kWhich>
 RESFAST_BF16_INLINE __m512 load_channels(const uint16_t* from, __mmask16 mask) {
   if constexpr (kWhich == Channels::kRest) return load_bf16(mask, from);
@@ -325,9 +324,9 @@ RESFAST_BF16_INLINE __m512 load_channels(const uint16_t* from, __mmask16 mask) {
                                 : _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
 }
 
-// Calls `store(tile, row, (B^T d B)[row])` for tiles from `first` on, counted from 0, where d are
-// the values that a tile's results are made of, zeros outside the image: 16 channels of them, the
-// first (or that of their group) at `channel`.
+// Calls `store(tile, row, (B^T d B)[row])` for `count` tiles starting at `first`, counted from 0,
+// where d are the inputs of a tile, zero outside the image: 16 channels, starting (themselves or
+// their group) at `channel`.
 template <class Form, Channels kWhich, class Store>
 RESFAST_BF16_INLINE void transform_tiles(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t count, int64_t channel,
@@ -335,8 +334,8 @@ RESFAST_BF16_INLINE void transform_tiles(
   constexpr int kSide = Form::kSide, kInputs = Form::kInputs, kShared = kInputs - Form::kStep;
   const __mmask16 mask = kWhich == Channels::kRest ? lane_mask(shape.channels - channel) : 0xFFFF;
   TileAt at(tiles, first);
-  __m512 t[kSide][kInputs]; // the columns transformed
-  bool follows = false; // so that its first columns are the last ones of the tile before
+  __m512 t[kSide][kInputs]; // transformed columns
+  bool follows = false; // the first columns are then the last ones of the previous tile
   for (int64_t tile = 0; tile < count; ++tile) {
     const int64_t top = at.row / Form::kResults * Form::kStep - shape.padding_h;
     const int64_t left = at.column / Form::kResults * Form::kStep - shape.padding_w;

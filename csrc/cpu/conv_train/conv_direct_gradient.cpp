@@ -1,10 +1,11 @@
-// The gradient of the weight of a 3x3 convolution in bfloat16 on AMX, without any transform:
+// Direct weight gradient of a 3x3 convolution in bfloat16 on AMX, without a transform:
 //
 //   dw[k][r][s][c] = sum over images n, rows i, columns j of
 //                    dy[n][i][j][k] * x[n][i * stride + r - padding][j * stride + s - padding][c],
 //
-// one matrix product over positions for each tap. Images are laid out as conv_direct.h says, so that
-// the positions that a tile sums over are a row's, and pairs of them two images at the same pixel.
+// one matrix product over positions for each tap. Images are laid out as described in
+// conv_direct.h, so that a tile sums over positions of one row, and a pair is two images at the
+// same pixel.
 
 #if defined(__x86_64__)
 
@@ -14,22 +15,22 @@
 namespace resfast {
 namespace {
 
-constexpr int64_t kBlock = 32; // outputs and channels of a block of sums: two tiles each way
+constexpr int64_t kBlock = 32; // outputs and channels of a block of sums: two tiles per dimension
 constexpr int64_t kBlockSums = kBlock * kBlock;
-constexpr int64_t kAtOnce = 8; // tiles' worth of positions before the next tap: a part of L1
+constexpr int64_t kAtOnce = 8; // tiles of positions before the next tap: a part of L1
 constexpr int64_t kChunkBytes = 1024 * 1024; // of operands: a part of L2
 
-// Groups of images are dealt to lanes that have sums of their own, which are added at the end. How
-// many there are depends on the shape alone, and so do the bits.
-constexpr int64_t kMostLanes = 8, kLeastLane = 4096; // lanes; positions of one
+// Groups of images are distributed over lanes with their own sums, which are added at the end. The
+// number of lanes depends only on the shape, so results do not depend on the number of threads.
+constexpr int64_t kMostLanes = 8, kLeastLane = 4096; // lanes; positions per lane
 constexpr int64_t kLaneSumsBytes = 24 * 1024 * 1024; // of all lanes
 
-// Inputs as tiles take them: [block of channels][group][row][cell][pair of images][channel][2].
+// Inputs in tile order: [block of channels][group][row][cell][pair of images][channel][2].
 struct Inputs {
   uint16_t* values;
-  int64_t channels, row_pairs, pairs; // of a row, of all groups
+  int64_t channels, row_pairs, pairs; // channels; pairs per row; pairs in all groups
 
-  // Channels of a block, 16 where these hold the rest.
+  // Channels of a block: 32, or 16 if that is enough for the rest.
   int64_t width(int64_t block) const {
     return channels - block * kBlock > kLanes ? kBlock : kLanes;
   }
@@ -64,17 +65,17 @@ RESFAST_BF16 void lay_out_pair(
       });
 }
 
-// Gradients as tiles take them: [16 outputs][row of all groups][step][output][32 positions].
+// Gradients in tile order: [16 outputs][row of all groups][step][output][32 positions].
 struct Gradients {
   uint16_t* values;
-  int64_t steps, row_steps; // of all rows, of one
+  int64_t steps, row_steps; // in all rows; per row
 
   uint16_t* at(int64_t sixteen, int64_t step) const {
     return values + (sixteen * steps + step) * kLanes * kPositions;
   }
 };
 
-// A row of a group, the `to_row`th of those laid out.
+// Lays out a row of a group as row `to_row`.
 RESFAST_BF16 void lay_out_gradients(
     const ConvShape& shape, const Grid& grid, const uint16_t* grad, int64_t group, int64_t row,
     int64_t to_row, const Gradients& to) {
@@ -103,8 +104,8 @@ RESFAST_BF16 void lay_out_gradients(
   }
 }
 
-// sums[output][channel] += over the positions of some rows of results that have row r of the taps, for
-// kRowTiles * 16 outputs and kOutputTiles * 16 channels.
+// sums[output][channel] += the products at the positions of some rows of results for which row r of
+// the taps is inside the image, for kRowTiles * 16 outputs and kOutputTiles * 16 channels.
 template <int kRowTiles, int kOutputTiles>
 RESFAST_AMX void multiply_rows(
     const ConvShape& shape, const Grid& grid, const Gradients& gradients, const Inputs& inputs,
@@ -128,7 +129,7 @@ RESFAST_AMX void multiply_rows(
   Block::write(sums, kSums);
 }
 
-// Of one block of outputs and one of channels, all taps: sums[tap][kBlockSums].
+// All taps of one block of outputs and one of channels: sums[tap][kBlockSums].
 void multiply_block(
     const ConvShape& shape, const Grid& grid, const Gradients& gradients, const Inputs& inputs,
     int64_t row_block, int64_t block, int64_t rows, float* sums) {
@@ -158,8 +159,8 @@ struct Sums {
   }
 };
 
-// The sums of groups [begin, end). `share(count, unit, part)` calls part(first, last) for all of
-// `count`, on one or more threads.
+// Adds groups [begin, end) to the sums. `share(count, unit, part)` calls part(first, last) for all
+// of `count`, on one or more threads.
 template <class Share>
 void add_groups(
     const ConvShape& shape, const Grid& grid, const uint16_t* grad, int64_t begin, int64_t end,

@@ -1,9 +1,9 @@
-// What training needs beside conv_winograd.cpp, which computes the result and the gradient of the
-// input: the weight in its order, packed anew for each step, and the gradient of the weight,
+// Winograd training, in addition to conv_winograd.cpp, which computes the result and the input
+// gradient: packing of the weight, once per step, and the weight gradient,
 //
 //   dw = G^T [ sum over tiles of (A dy A^T) (B^T d B) ] G,
 //
-// one matrix product over the tiles for each point, with the transforms of the result transposed.
+// one matrix product over the tiles for each point, with the transposed output transforms.
 
 #if defined(__x86_64__)
 
@@ -17,7 +17,7 @@ namespace {
 
 // -- the weight ------------------------------------------------------------------------------------
 
-// (G g G^T) of one channel's kernels, for 16 outputs.
+// G g G^T of one channel's kernels, for 16 outputs.
 template <class Form, class Lanes>
 RESFAST_BF16 void transform_weight(
     const Lanes& from, int64_t output, int64_t channel, __m512* points) {
@@ -82,17 +82,18 @@ Tensor conv_train_pack(const Tensor& weight, int64_t stride, bool transposed, in
   });
 }
 
-// -- its gradient ----------------------------------------------------------------------------------
+// -- the weight gradient ---------------------------------------------------------------------------
 
-// Bytes of a chunk of tiles, all points: of L2 per thread at least, of L3 at most. In between it is
-// twice the sums, which every chunk reads and writes.
+// Bytes of a chunk of tiles at all points: at least what fits L2 per thread, at most what fits L3.
+// In between it is twice the size of the sums, which every chunk reads and writes.
 constexpr int64_t kLeastBytes = 512 * 1024, kMostBytes = 20 * 1024 * 1024;
 constexpr int64_t kLeastChunk = 128, kMostChunk = 8192; // tiles
 
-// Tiles are dealt to lanes that have sums of their own, which are added at the end: a thread with
-// lanes to itself reads nothing that another one wrote, which takes long where their cores do not
-// share a cache. How many there are depends on the shape alone, and so do the bits.
-constexpr int64_t kMostLanes = 8, kLeastLane = 512; // lanes; tiles of one
+// Tiles are distributed over lanes with their own sums, which are added at the end: a thread with
+// its own lanes reads nothing that another thread wrote, which is slow between cores that share no
+// cache. The number of lanes depends only on the shape, so results do not depend on the number of
+// threads.
+constexpr int64_t kMostLanes = 8, kLeastLane = 512; // lanes; tiles per lane
 constexpr int64_t kLaneSumsBytes = 16 * 1024 * 1024, kLaneBytes = 5 * 1024 * 1024; // of all lanes
 
 inline int64_t count_lanes(int64_t tiles, int64_t sums_bytes) {
@@ -102,7 +103,7 @@ inline int64_t count_lanes(int64_t tiles, int64_t sums_bytes) {
   return lanes;
 }
 
-constexpr int64_t kGathered = 16; // tiles, an even number, transformed channel by channel
+constexpr int64_t kGathered = 16; // tiles (even) transformed channel by channel
 
 // Two tiles make a pair: [tiles / 2][channels][2]. The even one comes first.
 struct Operand {
@@ -110,8 +111,8 @@ struct Operand {
   int64_t width, point_stride;
 };
 
-// Writes 16 channels of tiles, one after the other and row by row of their points. The values of an
-// even tile wait for those of the odd one.
+// Writes 16 channels of consecutive tiles, row by row of their points. The values of an even tile
+// wait for those of the odd one.
 template <class Form>
 struct PairStore {
   static constexpr int kSide = Form::kSide;
@@ -130,7 +131,7 @@ struct PairStore {
       }
     }
   }
-  // Of an even tile that nothing follows.
+  // For an even tile without a successor.
   RESFAST_BF16 void alone(int64_t channel, int64_t tile) {
     for (int point = 0; point < kPoints<Form>; ++point)
       write(channel, tile, point, waiting[point], _mm512_setzero_ps());
@@ -152,7 +153,7 @@ struct PairStore {
   }
 };
 
-// (B^T d B) of the input's tiles [begin, end) of the chunk, of which `begin` is even.
+// B^T d B of the input's tiles [begin, end) of the chunk; `begin` is even.
 template <class Form>
 RESFAST_BF16 void gather_inputs(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t begin, int64_t end,
@@ -175,7 +176,7 @@ RESFAST_BF16 void gather_inputs(
   }
 }
 
-// (A dy A^T) of the tiles [begin, end) of the chunk, of which `begin` is even.
+// A dy A^T of the tiles [begin, end) of the chunk; `begin` is even.
 template <class Form>
 RESFAST_BF16 void gather_gradients(
     const ConvShape& shape, const Tiles& tiles, int64_t first, int64_t begin, int64_t end,
@@ -291,7 +292,7 @@ RESFAST_BF16 void transform_sums(
     }
 }
 
-// The sums of tiles [begin, end), of which `begin` is even. `share(count, unit, part)` calls
+// Adds tiles [begin, end) to the sums; `begin` is even. `share(count, unit, part)` calls
 // part(first, last) for all of `count`, on one or more threads.
 template <class Form, class Share>
 void add_tiles(
@@ -299,7 +300,7 @@ void add_tiles(
     const Sums& sums, float* to, int64_t bytes, Share share) {
   const int64_t rows = round_up(shape.outputs, kLanes);
   const int64_t per_tile = kPoints<Form> * 2 * (sums.width + rows); // bytes
-  // Tiles are added in their order: the bits do not depend on the chunks.
+  // Tiles are added in order, so the result does not depend on the chunks.
   const int64_t most = std::min(std::clamp(bytes / per_tile, kLeastChunk, kMostChunk), end - begin);
   const int64_t chunk = round_up(most, 2);
   thread_local Workspace<uint16_t> inputs_memory, grads_memory;
@@ -349,7 +350,7 @@ void weight_gradient(const ConvShape& shape, const uint16_t* grad, float* to) {
   thread_local Workspace<float> memory;
   sums.values = memory.get(sums.lanes * sums.lane_stride);
   const int64_t lane_tiles = round_up(ceil_div(tiles.count, sums.lanes), 2);
-  const int64_t together = sums.lanes < threads ? threads : 1; // threads at a lane
+  const int64_t together = sums.lanes < threads ? threads : 1; // threads per lane
   const int64_t least = std::min(kLeastBytes * together, kMostBytes);
   const int64_t most = sums.lanes == 1 ? kMostBytes : kLaneBytes * together / threads;
   const int64_t bytes = std::clamp(2 * sums_bytes, least, std::max(least, most));

@@ -1,5 +1,5 @@
-// resfast::nesterov_ and resfast::move_filters_ on the CPU, the two passes over memory of Muon;
-// schemas and meaning in resfast/ops/muon/op.py.
+// resfast::nesterov_ and resfast::move_filters_ on the CPU, the memory-bound parts of Muon; schemas
+// and documentation: resfast/ops/muon/op.py.
 
 #include <algorithm>
 #include <cmath>
@@ -18,8 +18,8 @@
 namespace resfast {
 namespace {
 
-constexpr int64_t kLeastElements = 1 << 14; // of a thread
-constexpr int64_t kSumElements = 4096;      // of a partial sum, so that threads change no bit
+constexpr int64_t kLeastElements = 1 << 14; // per thread
+constexpr int64_t kSumElements = 4096;      // per partial sum; independent of the number of threads
 constexpr int kLanes = 16;
 constexpr double kLeastNorm = 1e-7;
 
@@ -89,7 +89,7 @@ void check_written(const char* name, const Tensor& tensor) {
     fail(name, " has gaps in memory; expected a dense tensor");
 }
 
-// Whether it is of bfloat16; else of float32.
+// Whether the update is bfloat16 instead of float32.
 bool check_update(const Tensor& update, const Tensor& like) {
   const bool half = update.scalar_type() == ScalarType::BFloat16;
   check("update", update, half ? ScalarType::BFloat16 : ScalarType::Float, like);

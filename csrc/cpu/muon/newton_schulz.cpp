@@ -1,10 +1,10 @@
-// resfast::newton_schulz_product on x86-64 with AVX-512; schema and meaning in
+// resfast::newton_schulz_product on x86-64 with AVX-512; schema and documentation:
 // resfast/ops/muon/op.py.
 //
-// All its matrices are polynomials of one symmetric matrix, so they and their products are
-// symmetric: half of a product is computed, the rest is mirrored. Stored are panels of 32 columns,
-// [n / 32][n][32] with zeros up to a multiple of 32. As rows are columns, the panels of both factors
-// are read along k, side by side in memory, and nothing is packed.
+// All matrices are polynomials of one symmetric matrix, so they and their products are symmetric:
+// half of a product is computed and mirrored. Matrices are stored in panels of 32 columns, [n /
+// 32][n][32], padded with zeros to a multiple of 32. By symmetry the panels of both factors are
+// read along k, contiguously, without packing.
 
 #if defined(__x86_64__)
 
@@ -46,7 +46,7 @@ struct Epilogue {
   float product = 1, same = 0, diagonal = 0;
 };
 
-// Rows 8 * part to 8 * part + 7 of a block of 32x32, from the panels of its rows and columns.
+// Rows 8 * part to 8 * part + 7 of a 32x32 block, from the panels of its rows and columns.
 RESFAST_AVX512 void block_part(
     const float* rows, const float* columns, int64_t count, __m512 (&sum)[kRows][2]) {
   for (auto& row : sum) row[0] = row[1] = _mm512_setzero_ps();
@@ -82,7 +82,7 @@ RESFAST_AVX512 void block(
   if (row_panel == column_panel) {
     for (int64_t row = 0; row < kPanel; ++row) {
       out[row * kPanel + row] += epilogue.diagonal;
-      for (int64_t column = 0; column < row; ++column) // what rounding made differ would grow
+      for (int64_t column = 0; column < row; ++column) // asymmetry from rounding would grow
         out[row * kPanel + column] = out[column * kPanel + row];
     }
     return;
@@ -93,11 +93,11 @@ RESFAST_AVX512 void block(
       mirrored[column * kPanel + row] = out[row * kPanel + column];
 }
 
-// Result must be neither of the factors.
+// `result` must not alias a factor.
 void multiply(const Panels& left, const Panels& right, Panels& result, const Epilogue& epilogue) {
   const int64_t blocks = left.panels * (left.panels + 1) / 2;
   share_all(blocks, [&](int64_t begin, int64_t end) {
-    int64_t column = 0, first = 0; // of blocks up to the diagonal, column by column
+    int64_t column = 0, first = 0; // blocks up to the diagonal, column by column
     while (first + column + 1 <= begin) first += ++column;
     for (int64_t index = begin; index < end; ++index) {
       if (index - first > column) first += ++column;
@@ -106,7 +106,7 @@ void multiply(const Panels& left, const Panels& right, Panels& result, const Epi
   });
 }
 
-// Frobenius norm of X, of which `gram` is X X^T and its trace the square.
+// Frobenius norm of X, the square root of the trace of `gram` = X X^T.
 double norm_of_factor(const Panels& gram) {
   double trace = 0;
   for (int64_t row = 0; row < gram.rows(); ++row)

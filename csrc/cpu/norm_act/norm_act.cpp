@@ -1,13 +1,13 @@
-// Batch norm of a training step with what stands around it, in bfloat16 on AVX-512: an optional 2x2
-// max pooling before it, the addition of a residual and an activation behind it, and the gradients.
-// Meaning of the operators: resfast/ops/norm_act/op.py.
+// Training-mode batch norm fused with adjacent operations, in bfloat16 on AVX-512: an optional 2x2
+// max pool before it, a residual addition and an activation after it, and the gradients.
+// Documentation of the operators: resfast/ops/norm_act/op.py.
 //
-// Forward: one pass for the sums of each channel, one for the result. Backward: one pass for the sums
-// (and, with a residual, its gradient), one for the gradient of the input. Sums are float32 over 512
-// pixels, then double over these in their order: the same bits for any number of threads.
+// Forward: one pass for the sums of each channel, one for the result. Backward: one pass for the
+// sums (and, with a residual, its gradient), one for the input gradient. Sums are float32 over 512
+// pixels, then double over these in order, so results are bit-identical for any number of threads.
 //
-// 32 channels of a pixel are a vector of 32-bit words, whose lower halves are the even channels and
-// whose upper halves are the odd ones; everything per channel is stored in this order.
+// 32 channels of a pixel are a vector of 32-bit words with the even channels in the lower halves
+// and the odd channels in the upper halves; all per-channel values are stored in this order.
 
 #if defined(__x86_64__)
 
@@ -18,17 +18,17 @@
 
 #include "../conv/conv_bf16.h"
 
-// For the masks of the pooling.
+// Target features for the pooling masks.
 #define RESFAST_POOL \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,bmi2")))
 
 namespace resfast {
 namespace {
 
-constexpr int64_t kGroup = 2 * kLanes; // channels of a vector
-constexpr int64_t kChunk = 512; // pixels of a sum in float32
-constexpr int64_t kTile = 8192; // values that are walked through group by group: a part of L1
-constexpr int64_t kStreamed = 16 * 1024 * 1024; // bytes of a result that would leave the cache anyway
+constexpr int64_t kGroup = 2 * kLanes; // channels per vector
+constexpr int64_t kChunk = 512; // pixels per float32 sum
+constexpr int64_t kTile = 8192; // values processed group by group: a part of L1
+constexpr int64_t kStreamed = 16 * 1024 * 1024; // larger results bypass the cache
 
 template <int64_t kValue>
 using Constant = std::integral_constant<int64_t, kValue>;
@@ -53,11 +53,11 @@ RESFAST_BF16_INLINE __m512i rounded(const Halves& value) {
       _mm512_load_si512(kOrder), (__m512i)_mm512_cvtne2ps_pbh(value.odd, value.even));
 }
 
-// Brings what is read a tile later into L2. A processor does not look far enough ahead on its own,
-// least where a group's channels are a part of each pixel.
+// Prefetches what is read a tile later into L2. The hardware does not prefetch far enough ahead,
+// least of all if a group's channels are only a part of each pixel.
 RESFAST_BF16_INLINE void prefetch(const uint16_t* from) { __builtin_prefetch(from + kTile, 0, 2); }
 
-// Whole: all 32 channels are there; otherwise those of `mask`.
+// kWhole: all 32 channels exist; otherwise those in `mask`.
 template <bool kWhole>
 RESFAST_BF16_INLINE __m512i load_words(const uint16_t* from, __mmask32 mask) {
   return kWhole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16(mask, from);
@@ -78,7 +78,7 @@ inline __mmask32 group_mask(int64_t channels, int64_t group) {
   return left >= kGroup ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
 }
 
-// Where a channel's value stands among those of all channels.
+// Position of a channel's value in the order of the vectors.
 inline int64_t place(int64_t channel) {
   return channel / kGroup * kGroup + channel % 2 * kLanes + channel % kGroup / 2;
 }
@@ -104,7 +104,7 @@ RESFAST_BF16_INLINE void store_values(float* to, const Values<kGroups>& values) 
 
 // -- activations -----------------------------------------------------------------------------------
 
-// Minimax in z^2, over [-kGeluReach, kGeluReach]: gelu's derivative to 1.3e-5.
+// Minimax polynomial in z^2 on [-kGeluReach, kGeluReach]: the derivative of gelu to 1.3e-5.
 constexpr float kGeluSlope[] = {
     -2.072038318e-02f, 4.651469854e-02f, -2.772115937e-02f, 2.122805554e-02f,
     -6.844837841e-02f, 9.511999262e-02f, -8.535531297e-02f, 7.708937859e-02f,
@@ -115,7 +115,7 @@ RESFAST_BF16_INLINE __m512 sigmoid(__m512 z) {
   return _mm512_div_ps(one, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), z))));
 }
 
-// grad times the derivative at z; of relu and leaky_relu, the result serves as z as well.
+// grad times the derivative at z; for relu and leaky_relu, z can be the result.
 template <int64_t kActivation>
 RESFAST_BF16_INLINE __m512 act_gradient(__m512 grad, __m512 z, float negative_slope) {
   const __m512 zero = _mm512_setzero_ps();
@@ -134,7 +134,7 @@ RESFAST_BF16_INLINE __m512 act_gradient(__m512 grad, __m512 z, float negative_sl
   return grad;
 }
 
-// -- the walk --------------------------------------------------------------------------------------
+// -- iteration over pixels -------------------------------------------------------------------------
 
 struct NormShape {
   int64_t batch, height, width, channels; // of x
@@ -148,8 +148,8 @@ struct NormShape {
   int64_t chunks() const { return ceil_div(pixels(), kChunk); }
 };
 
-// Calls `part(groups, whole, first group, first pixel, last pixel)` for tiles of [begin, end): of
-// `kMost` groups at a time, the last one not whole where channels are missing.
+// Calls `part(groups, whole, first group, first pixel, last pixel)` for tiles of [begin, end), up
+// to `kMost` groups at a time; the last group is not whole if it has fewer than 32 channels.
 template <int kMost, class Part>
 RESFAST_BF16 void walk(const NormShape& shape, int64_t begin, int64_t end, Part part) {
   const int64_t tile = std::max<int64_t>(8, kTile / shape.channels);
@@ -164,17 +164,17 @@ RESFAST_BF16 void walk(const NormShape& shape, int64_t begin, int64_t end, Part 
   }
 }
 
-// Chunks over threads.
+// Distributes chunks over threads.
 template <class Part>
 void share_chunks(const NormShape& shape, Part part) {
   share_all(shape.chunks(), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk)
       part(chunk, chunk * kChunk, std::min(shape.pixels(), (chunk + 1) * kChunk));
-    _mm_sfence(); // behind streaming stores
+    _mm_sfence(); // after streaming stores
   });
 }
 
-// Two sums of each channel: partial ones [chunk][2][padded], and how they become one.
+// Two sums per channel: partial sums [chunk][2][padded] and their total.
 class Sums {
  public:
   explicit Sums(const NormShape& shape) : shape_(shape), size_(2 * shape.padded()) {
@@ -205,7 +205,7 @@ class Sums {
 
 // -- pooling ---------------------------------------------------------------------------------------
 
-// Goes from window to window.
+// Iterates over pooling windows.
 struct Window {
   const NormShape& shape;
   int64_t image, row, column;
@@ -223,8 +223,8 @@ struct Window {
   }
 };
 
-// Which of a window's four pixels (row-major) was the largest: two planes of bits, lower and upper,
-// of 32 channels.
+// Index (row-major) of the largest of a window's four pixels, as two bit planes, lower and upper,
+// for 32 channels.
 struct Planes {
   uint32_t lower, upper;
 };
@@ -246,7 +246,7 @@ RESFAST_POOL inline Halves largest(
     for (int half = 0; half < 2; ++half) {
       __m512& value = half ? best.odd : best.even;
       const __m512 other = half ? next.odd : next.even;
-      // Larger or NaN, which stays, as in torch.nn.functional.max_pool2d.
+      // Larger, or NaN, which is kept as in torch.nn.functional.max_pool2d.
       const __mmask16 taken = _mm512_cmp_ps_mask(other, value, _CMP_GT_OQ) |
           _mm512_cmp_ps_mask(other, other, _CMP_UNORD_Q);
       value = _mm512_mask_mov_ps(value, taken, other);
@@ -288,7 +288,7 @@ RESFAST_BF16 void add_moments(
   store_values<kGroups>(sums + shape.padded() + at, second);
 }
 
-// Likewise of the pooled pixels, which are written on the way.
+// The same sums of the pooled pixels, which are also written.
 template <bool kWhole>
 RESFAST_POOL void pool_moments(
     const NormShape& shape, const uint16_t* x, int64_t group, int64_t begin, int64_t end,
@@ -345,11 +345,11 @@ RESFAST_BF16 void apply(
 
 // -- backward --------------------------------------------------------------------------------------
 
-// Where the activation was computed.
+// The value that the derivative of the activation is computed from.
 enum class At {
   kNorm, // scale * x + shift
-  kSum, // that and the residual
-  kResult, // the result tells (relu, leaky_relu)
+  kSum, // scale * x + shift + residual
+  kResult, // the result (relu, leaky_relu)
 };
 
 struct Gradients {
@@ -370,8 +370,8 @@ RESFAST_BF16_INLINE __m512 before_activation(
   return act_gradient<kActivation>(grad, z, negative_slope);
 }
 
-// Adds to the sums of dz, the gradient before the activation, and dz * (x - mean); writes dz unless
-// that is null.
+// Adds to the sums of dz, the gradient before the activation, and of dz * (x - mean); writes dz
+// unless its pointer is null.
 template <int kGroups, bool kWhole, int64_t kActivation, At kAt>
 RESFAST_BF16 void add_gradients(
     const NormShape& shape, const Gradients& from, int64_t group, int64_t begin, int64_t end,
@@ -411,8 +411,8 @@ RESFAST_BF16 void add_gradients(
   store_values<kGroups>(sums + shape.padded() + at, second);
 }
 
-// dx = scale * dz + slope * x + level, where dz was written or, of relu and leaky_relu without a
-// residual, is computed again.
+// dx = scale * dz + slope * x + level; dz was written before or, for relu and leaky_relu without a
+// residual, is recomputed.
 struct InputGradient {
   const float *slope, *level; // [padded]
   const Planes* planes; // of the pooling
@@ -474,7 +474,7 @@ RESFAST_BF16 void input_gradient(
   }
 }
 
-// Zeros where no window was: the last row and column of odd sizes.
+// Zeroes the pixels outside every window: the last row and column of odd sizes.
 void clear_rest(const NormShape& shape, uint16_t* to) {
   const int64_t line = shape.width * shape.channels, used = 2 * shape.columns * shape.channels;
   for (int64_t image = 0; image < shape.batch; ++image) {
@@ -509,7 +509,7 @@ NormShape checked_shape(const Tensor& x, int64_t activation, double negative_slo
   return shape;
 }
 
-// A tensor of each channel, in the order of the vectors; `missing` where it is left out.
+// A per-channel tensor in the order of the vectors; `missing` if it is not given.
 std::vector<float> per_channel(
     const char* name, const std::optional<Tensor>& tensor, const NormShape& shape, float missing) {
   std::vector<float> values(shape.padded(), 0.0f);
@@ -543,7 +543,7 @@ bool streamed(const NormShape& shape, const Tensor& tensor) {
       reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 64 == 0;
 }
 
-// scale * x + shift is the norm.
+// The norm as scale * x + shift.
 struct Affine {
   std::vector<float> scale, shift;
   Affine(const NormShape& shape, const std::vector<float>& mean, const std::vector<float>& var,
@@ -557,8 +557,8 @@ struct Affine {
   }
 };
 
-// The mean of 16 pixels of x, subtracted so that the sums of squares keep their digits; in bfloat16,
-// so that most differences are exact.
+// The mean of 16 pixels of x, subtracted to avoid cancellation in the sums of squares; rounded to
+// bfloat16, so that most differences are exact.
 std::vector<float> near_mean(const NormShape& shape, const uint16_t* x) {
   constexpr int64_t kSamples = 16;
   const int64_t pixels = shape.batch * shape.height * shape.width;
@@ -572,7 +572,7 @@ std::vector<float> near_mean(const NormShape& shape, const uint16_t* x) {
   return mean;
 }
 
-// The result, mean and variance [C], and with pooling the pooled x and which pixels it is made of.
+// The result, mean and variance [C], and with pooling the pooled x and the indices of its pixels.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
     const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& residual, double eps, int64_t activation, double negative_slope,
@@ -609,7 +609,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
     const double first = total[i] / shape.pixels();
     const double second = total[shape.padded() + i] / shape.pixels() - first * first;
     mean[i] = static_cast<float>(origin[i] + first);
-    var[i] = static_cast<float>(second < 0 ? 0 : second); // NaN stays
+    var[i] = static_cast<float>(second < 0 ? 0 : second); // keeps NaN
   }
   Tensor means = torch::stable::empty({shape.channels}, ScalarType::Float);
   Tensor variances = torch::stable::empty({shape.channels}, ScalarType::Float);
@@ -634,8 +634,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_act_forward(
   return {out, means, variances, pooled, where};
 }
 
-// The gradients of x, weight and bias [C], and of the residual where `other` is given: the residual
-// itself, or for relu and leaky_relu the result.
+// The gradients of x, weight and bias [C], and of the residual if `other` is given: the residual,
+// or for relu and leaky_relu the result.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
     const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, const Tensor& mean, const Tensor& var,
@@ -663,8 +663,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
 
   const Tensor nothing = torch::stable::empty({0}, ScalarType::BFloat16);
   Tensor for_x = new_map(shape, shape.height, shape.width);
-  const bool costly = activation == kSilu || activation == kGelu; // to compute again
-  const bool apart = other.has_value() || (costly && shape.pool); // not where for_x comes to be
+  const bool costly = activation == kSilu || activation == kGelu; // to recompute
+  const bool apart = other.has_value() || (costly && shape.pool); // cannot share memory with for_x
   Tensor for_residual = apart ? new_map(shape, shape.rows, shape.columns) : nothing;
   uint16_t* dz = apart ? values_of(for_residual) : costly ? values_of(for_x) : nullptr;
   Sums sums(shape);

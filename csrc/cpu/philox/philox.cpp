@@ -1,4 +1,4 @@
-// resfast::philox on the CPU; its schema and what it means stand in resfast/ops/philox/op.py.
+// resfast::philox on the CPU; schema and documentation: resfast/ops/philox/op.py.
 
 #include <cstdint>
 #include <utility>
@@ -15,7 +15,7 @@ namespace {
 
 constexpr uint64_t kMask = 0xFFFFFFFF;
 
-// Words of the indices [begin, end); the w-th word of index i goes to words[w * count + i].
+// The words of indices [begin, end); word w of index i is words[w * count + i].
 struct Words {
   static RESFAST_INLINE void run(
       const int64_t* __restrict indices, int64_t* __restrict words, int64_t count, int64_t begin,
