@@ -1,5 +1,5 @@
-// Our kernel behind resfast::basic_block on CUDA, whose meaning stands in
-// resfast/ops/basic_block/op.py: resfast::basic_block_cuda takes tile and cluster, of
+// The CUDA kernel of resfast::basic_block (documented in resfast/ops/basic_block/op.py):
+// resfast::basic_block_cuda takes a tile and a cluster size, listed by
 // resfast::basic_block_cuda_candidates.
 
 #include <atomic>
@@ -16,7 +16,7 @@ namespace {
 using conv::MaybeTensor;
 using conv::check_cuda;
 
-// Two blocks on a multiprocessor where a thread does not hold too many sums for that.
+// Two blocks per multiprocessor if a thread does not hold too many sums.
 template <class Type, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kWarpM * Tile::kWarpN > 1024 ? 1 : 2)
     basic_block_kernel(const __grid_constant__ Params params) {
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kWarpM * Tile::kWarpN > 
 template <class Type, class Tile>
 void launch_tile(const Params& params, int cluster, int device, cudaStream_t stream) {
   constexpr auto kernel = basic_block_kernel<Type, Tile>;
-  static std::atomic<uint64_t> prepared{0}; // bit of each device
+  static std::atomic<uint64_t> prepared{0}; // one bit per device
   const uint64_t bit = uint64_t{1} << (device & 63);
   if (device > 63 || !(prepared.load(std::memory_order_relaxed) & bit)) {
     check_cuda(
@@ -62,14 +62,14 @@ void launch(const Params& params, int tile, int cluster, int device, cudaStream_
 #undef RESFAST_LAUNCH
 }
 
-// Blocks of a cluster at most, on the current device: code for sm_80 that runs on a newer GPU knows
-// nothing of clusters.
+// Maximum number of blocks in a cluster on the current device: code for sm_80 has no clusters even
+// on a newer GPU.
 int most_cluster(int device) {
   if (conv::device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 9) return 1;
   cudaFuncAttributes code;
   if (cudaFuncGetAttributes(&code, basic_block_kernel<conv::Bf16, TileAt<0>::Type>) !=
       cudaSuccess) {
-    cudaGetLastError(); // no code for this GPU: the launch will say so
+    cudaGetLastError(); // no code for this GPU: the launch will report it
     return 1;
   }
   return code.ptxVersion >= 90 && code.binaryVersion >= 90 ? 8 : 1;
@@ -147,8 +147,8 @@ Tensor run(
   return out;
 }
 
-// (tile, cluster) of the ways that may be worth a measurement, best first by the model of
-// basic_block_plan.h, in one list.
+// (tile, cluster) of the candidates worth measuring, in one list, best first by the model of
+// basic_block_plan.h.
 std::vector<int64_t> list_candidates(const Tensor& x) {
   if (!x.is_cuda()) fail("x is not on a CUDA device");
   const int device = static_cast<int>(x.get_device_index());

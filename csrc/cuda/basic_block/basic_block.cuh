@@ -2,13 +2,13 @@
 //
 //   h = activation(conv(x, weight1) + bias1),  y = activation(conv(h, weight2) + bias2 + x).
 //
-// A block of threads holds a few whole images: x and h stay in its shared memory, and both
-// convolutions are implicit GEMMs whose pixels are read there, for each position of the window as
-// the same rows moved by a constant. Only weights stream through the pipeline of asynchronous
-// copies, without a break from the first filters of conv1 to the last of conv2. h is rounded as two
-// launches round it. y takes the place of x, value by value, on its way out.
+// A thread block holds a few whole images: x and h stay in its shared memory, and both convolutions
+// are implicit GEMMs that read pixels from there; each position of the window reads the same rows
+// at a constant offset. Only weights stream through the pipeline of asynchronous copies, without a
+// break from the first filters of conv1 to the last of conv2. h is rounded as by two launches. y
+// overwrites x, value by value, before it is stored.
 //
-// The blocks of a cluster hold the same images and share the filters; each writes its part of h to
+// The blocks of a cluster hold the same images and split the filters; each writes its part of h to
 // all of them.
 #pragma once
 
@@ -20,13 +20,13 @@ namespace resfast::basic_block {
 
 using namespace device;
 
-constexpr int kVector = 8;                              // values in 16 bytes
-constexpr int kStageVectors = kStageValues / kVector;   // of a filter
-constexpr int kSteps = kStageValues / 16;               // of mma
+constexpr int kVector = 8;                              // values per 16 bytes
+constexpr int kStageVectors = kStageValues / kVector;   // per filter
+constexpr int kSteps = kStageValues / 16;               // mma steps
 
-// One thread's part of the copies of weights: the vector `thread % 8` of every kRowsPerPass-th
-// filter, from stage to stage through the reduction, the filters of the block, all of that again
-// for every tile of pixels, and both weights.
+// One thread's share of the weight copies: the vector `thread % 8` of every kRowsPerPass-th filter,
+// stage by stage through the reduction, then the filters of the block, then every tile of pixels,
+// then both weights.
 template <class Tile>
 struct WeightLoader {
   static constexpr int kRowsPerPass = Tile::kThreads / kStageVectors;
@@ -73,7 +73,7 @@ struct WeightLoader {
   }
 };
 
-// The rows of a map that one lane names to ldmatrix, moved by one position of the window.
+// The rows of a map that one lane passes to ldmatrix, shifted by one position of the window.
 template <class Tile>
 struct PixelReader {
   static constexpr int kRows = Tile::kWarpM / 16;
@@ -81,9 +81,9 @@ struct PixelReader {
   const Params& params;
   const Shared shared;
   const int pitch;
-  int first[kRows];    // bytes to the lane's half of the first step in the row of pixel i
-  int inside[kRows];   // a bit for each of the 9 positions: whether it is in the image
-  Shared row[kRows];   // where the reader stands
+  int first[kRows];    // byte offset of the lane's half of the first step in the row of pixel i
+  int inside[kRows];   // one bit per position of the window: whether it is in the image
+  Shared row[kRows];   // current addresses
   int tap, column;     // position of the window; bytes into the row
 
   RESFAST_DEVICE PixelReader(
@@ -106,7 +106,7 @@ struct PixelReader {
     }
   }
 
-  // To a position of the window; beyond the last one there are zeros.
+  // Moves to a position of the window; positions beyond the last one read zeros.
   RESFAST_DEVICE void move_to(int to) {
     tap = to;
     column = 0;
@@ -114,7 +114,7 @@ struct PixelReader {
     RESFAST_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const int at = first[i] + moved;
-      // Zeros in the bank group of what they stand for.
+      // Zeros in the same bank group as the value they replace.
       row[i] = shared + (inside[i] >> tap & 1 ? at : at & 0x70);
     }
   }
@@ -125,15 +125,15 @@ struct PixelReader {
   }
 };
 
-// Adds the products of one stage of weights. A position of the window ends only with a stage
-// (`kWhole`), or with any step of one.
+// Adds the products of one stage of weights. With `kWhole` a position of the window ends only at
+// the end of a stage, otherwise at any step.
 template <class Type, class Tile, bool kWhole>
 RESFAST_DEVICE void multiply_stage(
     float (&sums)[Tile::kWarpM / 16][Tile::kWarpN / 8][4], PixelReader<Tile>& pixels, Shared stage,
     int warp_n) {
   constexpr int kRows = Tile::kWarpM / 16, kColumns = Tile::kWarpN / 8;
   static_assert(kColumns % 2 == 0);
-  // Both vectors of filters 0-7, then of 8-15.
+  // Both vectors of filters 0-7, then both of 8-15.
   const int lane = thread_index() % 32;
   const int row_b = lane % 8 + lane / 16 * 8, vector_b = lane / 8 % 2;
   const Shared from_b = stage + (warp_n + row_b) * kStageVectors * 16;
@@ -163,13 +163,13 @@ RESFAST_DEVICE void multiply_stage(
   if constexpr (kWhole) pixels.advance(kSteps * 32);
 }
 
-RESFAST_DEVICE float activate(float value, const Params& params) { // NaN stays NaN
+RESFAST_DEVICE float activate(float value, const Params& params) { // keeps NaN
   if (!(value < 0)) return value;
   return params.activation == Activation::kRelu ? 0.f : params.negative_slope * value;
 }
 
-// Bias (and x, for conv2) of a warp's sums, the activation, and the result to its place in shared
-// memory: pairs of values, rows in different bank groups.
+// Adds the bias (and x, for conv2) to a warp's sums, applies the activation and writes the result
+// to shared memory: pairs of values, rows in different bank groups.
 template <class Type, class Tile>
 RESFAST_DEVICE void finish(
     const Params& params, int conv, const float (&sums)[Tile::kWarpM / 16][Tile::kWarpN / 8][4],
@@ -242,14 +242,14 @@ RESFAST_DEVICE void run_block_of_images(const Params& params) {
     commit_copies();
   };
   RESFAST_UNROLL
-  for (int i = 0; i < Tile::kStages - 1; ++i) load(i); // the first group has x too
-  if (ranks > 1) sync_cluster(); // every block runs: it can be written to
+  for (int i = 0; i < Tile::kStages - 1; ++i) load(i); // the first group also copies x
+  if (ranks > 1) sync_cluster(); // all blocks are running, so they can be written to
 
   int read = 0, write = Tile::kStages - 1;
   for (int part = 0; part < 2 * m_tiles; ++part) {
     const int conv = part >= m_tiles;
     const int first_m = (part - conv * m_tiles) * Tile::kM + warp_m;
-    if (part == m_tiles && ranks > 1) sync_cluster(); // h is there
+    if (part == m_tiles && ranks > 1) sync_cluster(); // h is complete
     PixelReader<Tile> pixels(
         params, shared, layout.pitch, conv ? layout.h : layout.x, first_m, rows);
     for (int pass = 0; pass < passes; ++pass) {
@@ -257,7 +257,7 @@ RESFAST_DEVICE void run_block_of_images(const Params& params) {
       pixels.move_to(0);
       for (int stage = 0; stage < depth_stages; ++stage) {
         wait_copies<Tile::kStages - 2>();
-        sync_threads(); // this stage is there (and x, or h), and nobody still reads the one written
+        sync_threads(); // this stage (and x or h) has arrived; no thread still reads the next one
         load(write);
         multiply_stage<Type, Tile, kWhole>(
             sums, pixels, shared + layout.stages + read * Tile::kStageBytes, warp_n);
@@ -269,7 +269,7 @@ RESFAST_DEVICE void run_block_of_images(const Params& params) {
       finish<Type, Tile>(
           params, conv, sums, memory + place, layout.pitch, first_m, rows, first_n, end);
       if (!conv && ranks == 1) continue;
-      // As vectors: h to the other blocks, y to global memory.
+      // Stores vectors: h to the other blocks, y to global memory.
       sync_warp();
       constexpr int kPerRow = Tile::kWarpN / kVector;
       for (int i = lane; i < Tile::kWarpM * kPerRow; i += 32) {

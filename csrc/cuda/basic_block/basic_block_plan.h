@@ -1,5 +1,5 @@
-// The residual basic block as one kernel: its parameters, the tile shapes there are, the shared
-// memory they need, and the choice among them. Plain C++: nothing here needs CUDA.
+// The residual basic block as one kernel: its parameters, the available tile shapes, the shared
+// memory they need, and the choice among them. Plain C++ without CUDA.
 #pragma once
 
 #include <algorithm>
@@ -22,15 +22,15 @@ struct Params {
   void* out;                // like x
   int batch, height, width; // N, H, W
   int channels;             // C, a multiple of 16
-  int images;               // of each cluster of blocks
+  int images;               // per cluster of blocks
   Activation activation;    // kRelu or kLeakyRelu
   float negative_slope;     // of leaky ReLU
 };
 
-constexpr int kStageValues = 64; // of the reduction in one stage of weights, a row of 128 bytes
+constexpr int kStageValues = 64; // values of the reduction per stage of weights, a row of 128 bytes
 
 // Tile of one thread block: kM pixels by kN filters at a time, of which each warp computes kWarpM
-// by kWarpN. A block holds as many whole images as there are in kM pixels, or one that is larger.
+// by kWarpN. A block holds as many whole images as fit in kM pixels, or one larger image.
 template <int M, int N, int WarpM, int WarpN, int Stages>
 struct Tile {
   static constexpr int kM = M, kN = N, kWarpM = WarpM, kWarpN = WarpN, kStages = Stages;
@@ -75,10 +75,10 @@ inline constexpr TileShape kTileShapes[] = {
 };
 inline constexpr int kTileCount = sizeof(kTileShapes) / sizeof(TileShape);
 
-// Shared memory of a block, in bytes from its start: zeros (2 C + 96 bytes: a pixel outside of the
-// image, from any of 8 bank groups on), the stages of weights, x, and h. A pixel of a map is a row
-// of `pitch` bytes, an odd number of vectors of 16 bytes, so that 8 rows one after the other start
-// in different bank groups.
+// Shared memory of a block, as byte offsets: zeros (2 C + 96 bytes: a pixel outside the image,
+// readable from any of 8 bank groups), the stages of weights, x, and h. A pixel of a map is a row
+// of `pitch` bytes, an odd number of 16-byte vectors, so that 8 consecutive rows start in different
+// bank groups.
 struct Layout {
   int pitch, stages, x, h, total;
 
@@ -93,17 +93,17 @@ struct Layout {
 struct Problem {
   int batch, height, width, channels;
 
-  int64_t pixels() const { return int64_t{height} * width; } // of an image
+  int64_t pixels() const { return int64_t{height} * width; } // per image
 };
 
-// What a GPU has.
+// Properties of a GPU.
 struct Gpu {
   int multiprocessors;
-  int shared_bytes; // that a block can have
-  int most_cluster; // blocks; 1 where there are no clusters
+  int shared_bytes; // maximum per block
+  int most_cluster; // blocks; 1 without clusters
 };
 
-// Images of each cluster of blocks with this tile; 0 where not even one fits.
+// Images per cluster of blocks with this tile; 0 if not even one fits.
 inline int images_per_cluster(const Problem& problem, int tile, int shared_bytes) {
   const TileShape& shape = kTileShapes[tile];
   const int64_t pixels = problem.pixels();
@@ -115,7 +115,7 @@ inline int images_per_cluster(const Problem& problem, int tile, int shared_bytes
   return static_cast<int>(std::min({wanted, rows / pixels, int64_t{problem.batch}}));
 }
 
-// Whether a cluster of that many blocks can share the filters.
+// Whether a cluster of that many blocks can split the filters.
 inline bool divides(const Problem& problem, int cluster) {
   return problem.channels % (16 * cluster) == 0;
 }
@@ -125,18 +125,18 @@ struct Candidate {
   double cycles; // by the model
 };
 
-// Every way to run the block that may be worth its measurement, best first by a simple model.
+// The candidates worth measuring, best first by a simple model.
 //
-// A block of M pixels does 2 * 9 * C * C * M / cluster multiply-adds, for which it reads
-// 2 * 9 * C * C * 2 / cluster bytes of weights through L2, whatever M is: M multiply-adds for 2
-// bytes. At 1024 multiply-adds and 32 bytes a cycle and multiprocessor, M below 64 waits for the
-// weights. Against two launches, each pixel is read once instead of 9 times and h never leaves the
-// chip, and one launch is saved; but two launches spread the filters over all multiprocessors, and
-// this kernel over those of a cluster. So it can win where maps are small and channels few, and
-// lose where few images have many channels. What the model gives more than twice the cycles of two
-// launches is left out. Its constants were not fitted to measurements.
+// A block of M pixels does 2 * 9 * C * C * M / cluster multiply-adds and reads 2 * 9 * C * C * 2 /
+// cluster bytes of weights through L2, regardless of M: M multiply-adds per 2 bytes. At 1024
+// multiply-adds and 32 bytes per cycle and multiprocessor, M below 64 waits for the weights.
+// Compared with two launches, each pixel is read once instead of 9 times, h never leaves the chip
+// and one launch is saved; but two launches spread the filters over all multiprocessors, this
+// kernel only over those of a cluster. So it can win with small maps and few channels, and lose
+// with few images of many channels. Candidates with more than twice the estimated cycles of two
+// launches are dropped. The constants were not fitted to measurements.
 inline std::vector<Candidate> candidates(const Problem& problem, const Gpu& gpu) {
-  constexpr double kMultiplyAdds = 1024, kBytes = 32; // a cycle
+  constexpr double kMultiplyAdds = 1024, kBytes = 32; // per cycle
   constexpr double kLaunch = 4000;                    // cycles: a launch, the first loads, the end
   constexpr double kPass = 500;                       // the epilogue of kN filters
   constexpr double kBarrier = 400;                    // of a cluster
@@ -157,7 +157,7 @@ inline std::vector<Candidate> candidates(const Problem& problem, const Gpu& gpu)
     for (int cluster = 1; cluster <= gpu.most_cluster; cluster *= 2) {
       if (!divides(problem, cluster)) continue;
       const int64_t filters = problem.channels / cluster;
-      // Filters of a tile that a block does not have are computed for nothing.
+      // Filters of a tile beyond those of the block are wasted work.
       if (cluster > 1 && shape.n >= 2 * filters && shape.n > 32) continue;
       const int64_t passes =
           ceil_div(filters, shape.n) * ceil_div(images * problem.pixels(), shape.m);

@@ -1,6 +1,6 @@
 // Thread block clusters (sm_90 and newer): blocks that run at the same time and write to each
-// other's shared memory. Before sm_90 every block is a cluster of its own. A build with
-// RESFAST_ON_HOST brings its own <cuda_on_host/cluster.h>, as for device.h.
+// other's shared memory. Before sm_90 every block is its own cluster. A build with RESFAST_ON_HOST
+// provides its own <cuda_on_host/cluster.h>, as for device.h.
 //
 // Source: the PTX ISA, "barrier.cluster", "mapa" and "st.shared::cluster".
 #pragma once
@@ -27,14 +27,14 @@ RESFAST_DEVICE int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-// Every thread of the cluster is here, and what they wrote to shared memory can be read.
+// Barrier of all threads of the cluster; their writes to shared memory are visible after it.
 RESFAST_DEVICE void sync_cluster() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
           : "memory");
 }
 
-// 16 bytes to the same address in the shared memory of another block of the cluster.
+// Stores 16 bytes at the same address in the shared memory of another block of the cluster.
 RESFAST_DEVICE void store_cluster(Shared to, int rank, uint4 value) {
   uint32_t there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(to), "r"(rank));

@@ -32,7 +32,7 @@ RESFAST_DEVICE char* shared_memory() {
   return memory;
 }
 
-// An address in shared memory, for the asynchronous copies and ldmatrix.
+// An address in shared memory, for asynchronous copies and ldmatrix.
 using Shared = uint32_t;
 RESFAST_DEVICE Shared shared_address(const char* memory) {
   return static_cast<Shared>(__cvta_generic_to_shared(memory));

@@ -1,7 +1,7 @@
-// Our kernel behind resfast::conv2d_bias_act on CUDA, whose meaning stands in
-// resfast/ops/conv/op.py: resfast::conv2d_cuda takes tile and splits, of
-// resfast::conv2d_cuda_candidates, and whether float32 is rounded to TF32;
-// resfast::conv2d_epilogue_ finishes a convolution of cuDNN. The choice is made in
+// The CUDA kernel of resfast::conv2d_bias_act (documented in resfast/ops/conv/op.py):
+// resfast::conv2d_cuda takes a tile and a number of splits, listed by
+// resfast::conv2d_cuda_candidates, and whether to round float32 to TF32;
+// resfast::conv2d_epilogue_ applies the epilogue to a cuDNN convolution. The algorithm is chosen in
 // resfast/ops/conv/cuda.py.
 
 #include <optional>
@@ -26,7 +26,7 @@ using conv::Problem;
 
 int value_bytes(const Tensor& x) { return static_cast<int>(x.element_size()); }
 
-// On the current stream of the current device.
+// Launches on the current stream of the current device.
 void launch(
     const conv::Params& params, int tile, bool aligned, ScalarType dtype, bool tf32, int device) {
   const auto launch_type = dtype == ScalarType::BFloat16 ? conv::launch_bf16
@@ -76,7 +76,7 @@ Tensor convolve(
   params.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
   params.residual = residual ? residual->const_data_ptr() : nullptr;
   params.out = out.mutable_data_ptr();
-  MaybeTensor partial; // given back to the allocator of this stream
+  MaybeTensor partial; // returned to the allocator of this stream
   if (params.splits > 1) {
     partial = torch::stable::empty(
         {params.splits, params.pixels, params.partial_pitch}, ScalarType::Float, std::nullopt,
@@ -137,7 +137,7 @@ Tensor conv2d_epilogue(
   return out;
 }
 
-// (tile, splits) of every way to compute it, best first by the model of conv_plan.h, in one list.
+// (tile, splits) of all candidates, in one list, best first by the model of conv_plan.h.
 std::vector<int64_t> conv2d_cuda_candidates(
     const Tensor& x, const Tensor& weight, const Pair& stride, const Pair& padding,
     int64_t processors) {

@@ -3,8 +3,8 @@
 //
 // M: output pixels (n, p, q); N: filters k; the reduction runs over (r, s, c), in memory order of
 // the weights, in vectors of 16 bytes. A stage in shared memory holds kM + kN rows of kVectors
-// vectors each, swizzled so that neither the copies nor ldmatrix meet a bank conflict. One
-// ldmatrix step is 2 vectors: 16 values of 2 bytes or 8 of 4, in the same fragment layout.
+// vectors each, swizzled so that neither the copies nor ldmatrix have bank conflicts. One ldmatrix
+// step is 2 vectors: 16 values of 2 bytes or 8 of 4, in the same fragment layout.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ namespace resfast::conv {
 
 using namespace device;
 
-// -- types of values -----------------------------------------------------------------------------
+// -- value types ---------------------------------------------------------------------------------
 
 struct Bf16 {
   using Value = uint16_t;
@@ -40,8 +40,8 @@ struct Fp16 {
   }
 };
 
-// float32 on TF32 tensor cores: rounded to 10 bits of mantissa, or as a sum of two such parts whose
-// products (but the smallest) are added, which is as good as float32.
+// float32 on TF32 tensor cores: rounded to 10 bits of mantissa or, for float32 accuracy, as a sum
+// of two such parts, of whose products all but the smallest are added.
 template <bool kExact>
 struct Float {
   using Value = float;
@@ -55,14 +55,15 @@ struct Float {
 using Fp32 = Float<true>;
 using Tf32 = Float<false>;
 
-// -- small things --------------------------------------------------------------------------------
+// -- helpers -------------------------------------------------------------------------------------
 
 RESFAST_DEVICE int divide(int value, const Divider& by) {
   const uint32_t n = static_cast<uint32_t>(value);
   return static_cast<int>((multiply_high(n, by.factor) + n) >> by.shift);
 }
 
-// Where a vector of a row stands in that row: 8 rows of one vector are in 8 different bank groups.
+// Swizzled position of a vector in its row: in 8 rows, the same vector is in 8 different bank
+// groups.
 template <int kVectors>
 RESFAST_DEVICE int swizzle(int row, int vector) {
   static_assert(kVectors == 4 || kVectors == 8);
@@ -70,7 +71,7 @@ RESFAST_DEVICE int swizzle(int row, int vector) {
 }
 
 RESFAST_DEVICE float activate(float value, const Params& params) {
-  switch (params.activation) { // NaN stays NaN
+  switch (params.activation) { // keeps NaN
     case Activation::kRelu: return value < 0 ? 0.f : value;
     case Activation::kLeakyRelu: return value < 0 ? params.negative_slope * value : value;
     case Activation::kSilu: return value / (1 + expf(-value));
@@ -79,7 +80,7 @@ RESFAST_DEVICE float activate(float value, const Params& params) {
   }
 }
 
-// A float as its TF32 value, and what is left of it as another.
+// A float as its TF32 value and the remainder as another.
 RESFAST_DEVICE void split_float(uint32_t& bits, uint32_t& rest) {
   const float value = float_of(bits);
   bits = round_to_tf32(value);
@@ -88,14 +89,14 @@ RESFAST_DEVICE void split_float(uint32_t& bits, uint32_t& rest) {
 
 // -- loads ---------------------------------------------------------------------------------------
 
-// One thread's part of the copies of a stage: the vector `thread % kVectors` of every
+// One thread's share of the copies of a stage: the vector `thread % kVectors` of every
 // kRowsPerPass-th row of pixels and of filters. The position (r, s, c) of that vector is the same
-// in all its rows and is carried from stage to stage.
+// in all its rows and is updated from stage to stage.
 template <class Type, class Tile, bool kAligned>
 struct Loader {
   using Value = typename Type::Value;
   static constexpr int kVector = 16 / sizeof(Value);
-  static constexpr int kUnit = kAligned ? kVector : 1; // channels are counted in these
+  static constexpr int kUnit = kAligned ? kVector : 1; // channels per unit
   static constexpr int kStep = Tile::kVectors * kVector / kUnit;
   static constexpr int kRowsPerPass = Tile::kThreads / Tile::kVectors;
   static constexpr int kPassBytes = kRowsPerPass * Tile::kVectors * 16;
@@ -107,9 +108,9 @@ struct Loader {
   using Offset = std::conditional_t<kAligned, int32_t, int64_t>; // in units
 
   const Params& params;
-  const int channels;        // units of a pixel
+  const int channels;        // units per pixel
   int c, s, r;               // position of the vector
-  int top[kPixelRows];       // of the window of each pixel, kNowhere for none
+  int top[kPixelRows];       // of each pixel's window, or kNowhere
   int left[kPixelRows];
   Offset pixel[kPixelRows];  // of the window's first value, which may be outside the image
   int first_filter;
@@ -229,7 +230,7 @@ struct Loader {
 
 // -- epilogue ------------------------------------------------------------------------------------
 
-// Bias of kVector consecutive filters; zeros where there is none.
+// Bias of kVector consecutive filters; zeros without a bias.
 template <int kVector>
 RESFAST_DEVICE void load_bias(const Params& params, int n, float (&bias)[kVector]) {
   RESFAST_UNROLL
@@ -237,7 +238,7 @@ RESFAST_DEVICE void load_bias(const Params& params, int n, float (&bias)[kVector
     bias[e] = params.bias && n + e < params.problem.filters ? params.bias[n + e] : 0.f;
 }
 
-// Residual of kVector consecutive filters of one pixel, where it can be loaded as one vector.
+// Residual of kVector consecutive filters of one pixel, if it can be loaded as one vector.
 template <class Type>
 RESFAST_DEVICE uint4 load_residual(const Params& params, int m, int n) {
   if (!params.residual || !params.vector_store || m >= params.pixels ||
@@ -248,7 +249,7 @@ RESFAST_DEVICE uint4 load_residual(const Params& params, int m, int n) {
       static_cast<const typename Type::Value*>(params.residual) + offset);
 }
 
-// What `out` holds of kVector consecutive filters of one pixel.
+// Values of `out` for kVector consecutive filters of one pixel.
 template <class Type, int kVector>
 RESFAST_DEVICE void load_out(const Params& params, int m, int n, float (&sums)[kVector]) {
   using Value = typename Type::Value;
@@ -267,7 +268,7 @@ RESFAST_DEVICE void load_out(const Params& params, int m, int n, float (&sums)[k
   for (int e = 0; e < kVector; ++e) sums[e] = Type::to_float(values[e]);
 }
 
-// Finishes kVector consecutive filters of one pixel and stores them.
+// Applies the epilogue to kVector consecutive filters of one pixel and stores them.
 template <class Type, int kVector>
 RESFAST_DEVICE void finish(
     const Params& params, int m, int n, const float (&sums)[kVector], const float (&bias)[kVector],
@@ -319,7 +320,7 @@ RESFAST_DEVICE void store_floats(float* to, const float (&values)[kCount]) {
   }
 }
 
-// The sums of a warp, 16 rows at a time, through its part of shared memory to 16-byte stores.
+// Stores the sums of a warp, 16 rows at a time, through shared memory as 16-byte vectors.
 template <class Type, class Tile>
 RESFAST_DEVICE void store_tile(
     const Params& params, float (&sums)[Tile::kWarpM / 16][Tile::kWarpN / 8][4], char* shared,
@@ -377,8 +378,8 @@ RESFAST_DEVICE void multiply_stage(
   constexpr int kRowBytes = Tile::kVectors * 16;
   static_assert(kColumns % 2 == 0);
   const int lane = thread_index() % 32;
-  // Rows 0-7 and 8-15 of a first vector, then of the second; for filters, both vectors of rows
-  // 0-7, then of 8-15. All other rows are multiples of 16 away, which the swizzle does not see.
+  // Rows 0-7 and 8-15 of the first vector, then of the second; for filters, both vectors of rows
+  // 0-7, then of 8-15. All other rows are multiples of 16 away, which do not change the swizzle.
   const int row_a = lane % 16, vector_a = lane / 16;
   const int row_b = lane % 8 + lane / 16 * 8, vector_b = lane / 8 % 2;
   const Shared from_a = stage + (warp_m + row_a) * kRowBytes;
@@ -457,7 +458,7 @@ RESFAST_DEVICE void convolve(const Params& params) {
   int read = 0, write = Tile::kStages - 1;
   for (int block = 0; block < blocks; ++block) {
     wait_copies<Tile::kStages - 2>();
-    sync_threads(); // this stage is there, and nobody still reads the one written next
+    sync_threads(); // this stage has arrived; no thread still reads the one written next
     if (block + Tile::kStages - 1 < blocks) loader.load(shared + write * Tile::kStageBytes);
     commit_copies();
     multiply_stage<Type, Tile>(sums, shared + read * Tile::kStageBytes, warp_m, warp_n);
@@ -465,14 +466,14 @@ RESFAST_DEVICE void convolve(const Params& params) {
     write = write + 1 == Tile::kStages ? 0 : write + 1;
   }
   wait_copies<0>();
-  sync_threads(); // the stages become the memory of the epilogue
+  sync_threads(); // the epilogue reuses the memory of the stages
   store_tile<Type, Tile>(params, sums, memory, split, first_m + warp_m, first_n + warp_n);
 }
 
 constexpr int kReduceThreads = 128;
 
-// The second kernel where the reduction is split: adds the parts, in their order, and finishes.
-// Without parts (`splits` is 0) it finishes what another convolution left in `out`.
+// The second kernel of a split reduction: adds the partial sums, in order, and applies the
+// epilogue. Without partial sums (`splits` is 0) it applies the epilogue to `out`.
 template <class Type>
 RESFAST_DEVICE void reduce(const Params& params) {
   constexpr int kVector = 16 / sizeof(typename Type::Value);

@@ -1,5 +1,4 @@
-// Arguments of the convolution on CUDA, as its operators take them: what they must be, and what the
-// kernels are given of them.
+// Arguments of the CUDA convolution operators: their checks and conversion to kernel parameters.
 #pragma once
 
 #include <cmath>
@@ -30,7 +29,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) fail(what, " failed: ", cudaGetErrorString(error));
 }
 
-// Arguments of the operator but for x and weight.
+// Arguments of the operator other than x and weight.
 struct Options {
   const MaybeTensor& bias;
   const MaybeTensor& residual;
@@ -60,7 +59,7 @@ inline Activation parse_activation(const std::string& name) {
   fail("activation '", name, "' is unknown; expected one of none, relu, leaky_relu, silu, gelu");
 }
 
-// The sizes, after everything about the arguments is checked but the device of x.
+// Checks all arguments except the device of x and returns the sizes.
 inline Problem check(const Tensor& x, const Tensor& weight, const Options& options) {
   const ScalarType dtype = x.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)
@@ -127,7 +126,7 @@ inline Problem check(const Tensor& x, const Tensor& weight, const Options& optio
         "residual is ", shape_name(options.residual->sizes()), "; expected ", shape_name(shape),
         ", like the result");
 
-  // Positions are 32-bit: of pixels, in the reduction, and of 16-byte vectors in x and weight.
+  // Indices of pixels, of the reduction, and of 16-byte vectors in x and weight are 32-bit.
   constexpr int64_t kMost = int64_t{1} << 30;
   const int64_t vector = 16 / static_cast<int64_t>(x.element_size());
   const int64_t padded = (x.size(2) + 2 * padding[0]) * (x.size(3) + 2 * padding[1]);
@@ -145,7 +144,7 @@ inline bool aligned_to_16(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// Of the memory: sizes of 1 may have any stride.
+// Dimensions of size 1 may have any stride.
 inline bool is_channels_last(const Tensor& tensor) {
   int64_t expected = 1;
   for (const int64_t dim : {1, 3, 2, 0}) {
@@ -155,12 +154,12 @@ inline bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
-inline Tensor to_channels_last(const Tensor& tensor) { // without asking torch where it is
+inline Tensor to_channels_last(const Tensor& tensor) { // without a call to torch if it already is
   return is_channels_last(tensor) ? tensor
                                   : torch::stable::contiguous(tensor, MemoryFormat::ChannelsLast);
 }
 
-// In channels_last memory, on a 16-byte boundary: a view may begin anywhere.
+// In channels_last memory on a 16-byte boundary, which a view may not be.
 inline Tensor ready(const Tensor& tensor) {
   Tensor result = to_channels_last(tensor);
   return aligned_to_16(result.const_data_ptr()) ? result : torch::stable::clone(result);
@@ -172,7 +171,7 @@ inline int device_attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// Of torch, for a device.
+// torch's current stream on a device.
 inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));

@@ -1,5 +1,5 @@
-// Launches of the kernels of one type of values. Each conv_TYPE.cu instantiates it, so that the
-// types compile side by side.
+// Launches of the kernels for one value type. Each conv_TYPE.cu instantiates it, so that the types
+// compile in parallel.
 #pragma once
 
 #include <atomic>
@@ -26,7 +26,7 @@ template <class Type, int kTile, bool kAligned>
 cudaError_t launch_tile(const Params& params, int device, cudaStream_t stream) {
   using Tile = typename TileAt<kTile>::Type;
   constexpr auto kernel = convolve_kernel<Type, Tile, kAligned>;
-  static std::atomic<uint64_t> prepared{0}; // bit of each device
+  static std::atomic<uint64_t> prepared{0}; // one bit per device
   const uint64_t bit = uint64_t{1} << (device & 63);
   if (device > 63 || !(prepared.load(std::memory_order_relaxed) & bit)) {
     const cudaError_t error = cudaFuncSetAttribute(
@@ -59,8 +59,8 @@ cudaError_t launch_type(
   return cudaGetLastError();
 }
 
-// The launches, defined in conv_TYPE.cu: a tile of `has_tile`, or kEpilogueOnly with no splits, on
-// the current device.
+// The launches, defined in conv_TYPE.cu, on the current device: a tile accepted by `has_tile`, or
+// kEpilogueOnly without splits.
 cudaError_t launch_bf16(const Params&, int tile, bool aligned, int device, cudaStream_t);
 cudaError_t launch_fp16(const Params&, int tile, bool aligned, int device, cudaStream_t);
 cudaError_t launch_fp32(const Params&, int tile, bool aligned, int device, cudaStream_t);

@@ -1,5 +1,5 @@
-// A convolution as the kernel sees it, the tile shapes there are, and the choice among them. Plain
-// C++: nothing here needs CUDA.
+// The parameters of a convolution kernel, the available tile shapes, and the choice among them.
+// Plain C++ without CUDA.
 #pragma once
 
 #include <algorithm>
@@ -35,18 +35,18 @@ struct Problem {
   int64_t depth() const { return int64_t{kernel_h} * kernel_w * channels; } // of the reduction
 };
 
-// What the kernel is given.
+// Kernel parameters.
 struct Params {
   const void* x;
   const void* weight;
   const float* bias;      // [K] or null
   const void* residual;   // [M, K] or null
   void* out;              // [M, K]
-  float* partial;         // [splits, M, partial_pitch]: sums of each split, where there are several
+  float* partial;         // [splits, M, partial_pitch]: sums of each split, if there are several
   Problem problem;
   Divider filter_tiles, out_width, out_height;
   int pixels;             // M
-  int blocks;             // of the reduction, each as deep as one stage of the tile
+  int blocks;             // of the reduction, each one stage of the tile deep
   int blocks_per_split;
   int splits;
   int partial_pitch;      // K rounded up to 8
@@ -55,8 +55,8 @@ struct Params {
   bool vector_store;      // rows of out (and residual) are aligned to 16 bytes
 };
 
-// Tile of one thread block: kM pixels by kN filters, a stage of the reduction is kVectors * 16
-// bytes deep, and each warp computes kWarpM by kWarpN of it.
+// Tile of one thread block: kM pixels by kN filters, of which each warp computes kWarpM by kWarpN;
+// a stage of the reduction is kVectors * 16 bytes deep.
 template <int M, int N, int Vectors, int WarpM, int WarpN, int Stages>
 struct Tile {
   static constexpr int kM = M, kN = N, kVectors = Vectors, kWarpM = WarpM, kWarpN = WarpN;
@@ -73,8 +73,8 @@ struct TileShape {
   int m, n, vectors, threads, shared_bytes;
 };
 
-// Every tile shape: (index, type). 16-bit types have all of them; where channels are not a multiple
-// of 16 bytes, and for float32, only those of `has_tile`.
+// Every tile shape: (index, type). 16-bit types have all of them; for float32, and for channels
+// that are not a multiple of 16 bytes, only those of `has_tile` are compiled.
 #define RESFAST_CONV_TILES(X)           \
   X(0, (Tile<256, 64, 4, 64, 64, 4>))   \
   X(1, (Tile<128, 128, 4, 64, 64, 4>))  \
@@ -106,41 +106,42 @@ inline constexpr TileShape kTileShapes[] = {
 };
 inline constexpr int kTileCount = sizeof(kTileShapes) / sizeof(TileShape);
 
-// Whether the kernel is compiled for a tile: values of 4 bytes or 2, 16-byte loads or not.
+// Whether the kernel is compiled for a tile, for values of 4 or 2 bytes, with or without 16-byte
+// loads.
 constexpr bool has_tile(int tile, int value_bytes, bool aligned) {
   if (tile < 0 || tile >= kTileCount) return false;
   if (!aligned) return tile == 2 || tile == 4;
   return value_bytes == 2 || tile == 2 || tile == 4 || tile == 6;
 }
 
-// In the place of a tile: bias, residual and activation of what `out` holds.
+// Instead of a tile: apply only bias, residual and activation to `out`.
 inline constexpr int kEpilogueOnly = -1;
 
 struct Candidate {
   int tile, splits;
-  double cost; // in no particular unit
+  double cost; // in arbitrary units
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Blocks of the reduction with this tile.
+// Number of blocks of the reduction with this tile.
 inline int64_t depth_blocks(const Problem& problem, int tile, int value_bytes) {
   return ceil_div(problem.depth() * value_bytes, kTileShapes[tile].vectors * 16);
 }
 
-// Every way to run the convolution, cheapest first by a simple model: the time of one block times
-// the number of rounds in which the multiprocessors can run all of them. To measure the first few
-// instead is what an autotuner does with this list.
+// All candidates, cheapest first by a simple model: the time of one block times the number of
+// rounds that the multiprocessors need for all blocks. An autotuner measures the first few of this
+// list.
 //
-// The unit is 8 cycles, in which a multiprocessor is taken to do 8192 multiply-adds of 16-bit
-// values. The other constants are estimates too: none was fitted to measurements.
+// The unit is 8 cycles, in which a multiprocessor is assumed to do 8192 multiply-adds of 16-bit
+// values. The other constants are also estimates; none was fitted to measurements.
 inline std::vector<Candidate> candidates(
     const Problem& problem, int value_bytes, bool aligned, int multiprocessors) {
   constexpr int kSplits[] = {1, 2, 3, 4, 6, 8, 12, 16};
   constexpr int64_t kSharedPerProcessor = 160 * 1024;
   constexpr double kStart = 6;           // of a block, per vector of its stages: fills the pipeline
   constexpr double kSecondKernel = 192;  // its launch
-  constexpr double kPartial = 3e-4;      // to write a partial sum and read it
+  constexpr double kPartial = 3e-4;      // to write and read a partial sum
   std::vector<Candidate> found;
   for (int tile = 0; tile < kTileCount; ++tile) {
     if (!has_tile(tile, value_bytes, aligned)) continue;
@@ -148,7 +149,7 @@ inline std::vector<Candidate> candidates(
     const int64_t blocks = depth_blocks(problem, tile, value_bytes);
     const int64_t tiles =
         ceil_div(problem.pixels(), shape.m) * ceil_div(problem.filters, shape.n);
-    // Values loaded per value computed: small tiles wait for shared memory.
+    // Values loaded per value computed: small tiles are limited by shared memory.
     const double loads = 16.0 / shape.m + 16.0 / shape.n;
     const double work = shape.m * shape.n * (1 + loads) * shape.vectors / 1024;
     const int64_t resident = std::max<int64_t>(
@@ -175,7 +176,7 @@ inline std::vector<Candidate> candidates(
   return found;
 }
 
-// The parameters of a launch but for the pointers. `splits` that would leave one empty are reduced.
+// The parameters of a launch without the pointers. `splits` is reduced if one would be empty.
 inline Params make_params(
     const Problem& problem, int tile, int splits, int value_bytes, Activation activation,
     float negative_slope, bool vector_store) {

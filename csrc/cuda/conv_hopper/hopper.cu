@@ -1,5 +1,5 @@
 // resfast::conv2d_hopper: resfast::conv2d_bias_act for GPUs of compute capability 9.0, in one of
-// the configurations of hopper_plan.h, which resfast::conv2d_hopper_configs orders, the best guess
+// the configurations of hopper_plan.h. resfast::conv2d_hopper_configs lists them, the best guess
 // first.
 
 #include <torch/csrc/stable/accelerator.h>
@@ -15,7 +15,7 @@ using conv::MaybeTensor;
 using conv::Options;
 using conv::Pair;
 
-// The code is compiled for sm_90a, which no other GPU runs.
+// The code is compiled for sm_90a, which runs on no other GPU.
 bool is_hopper(int device) {
   return conv::device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9 &&
          conv::device_attribute(cudaDevAttrComputeCapabilityMinor, device) == 0;
@@ -44,7 +44,7 @@ Tensor convolve(
       {problem.batch, problem.filters, problem.out_height, problem.out_width}, dtype, std::nullopt,
       given_x.device(), std::nullopt, conv::MemoryFormat::ChannelsLast);
   const Tensor x = conv::ready(given_x), weight = conv::ready(given_weight);
-  MaybeTensor bias, residual, workspace; // given back to the allocator of this stream
+  MaybeTensor bias, residual, workspace; // returned to the allocator of this stream
   if (options.bias) bias = torch::stable::contiguous(*options.bias);
   if (options.residual) residual = conv::ready(*options.residual);
 

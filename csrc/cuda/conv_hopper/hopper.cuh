@@ -1,8 +1,8 @@
-// The convolution by Hopper's own instructions: the GEMM kernels of CUTLASS for sm_90a (TMA, wgmma,
-// warps with roles of their own, persistent or stream-K thread blocks), whose loads of pixels are
-// those of its convolution (TMA in im2col mode).
+// The convolution with Hopper's own instructions: the GEMM kernels of CUTLASS for sm_90a (TMA,
+// wgmma, warp specialization, persistent or stream-K thread blocks), with the pixel loads of its
+// convolution (TMA in im2col mode).
 //
-// CUTLASS 4.2 compiles its own convolution for sm_90 with one tile per thread block only, whose
+// CUTLASS 4.2 supports its own convolution on sm_90 only with one tile per thread block, whose
 // epilogue leaves the tensor cores idle. As a GEMM, pixels are rows (M), filters columns (N), and
 // the reduction runs over (C, S, R); the result is a plain matrix [N * P * Q, K].
 #pragma once
@@ -15,12 +15,12 @@
 
 namespace resfast::hopper {
 
-// A function of the driver, found through the runtime: the library loads without libcuda.
+// A driver function, looked up through the runtime, so that the library loads without libcuda.
 template <class Function>
 Function driver_function(const char* name) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult result;
-  constexpr int kVersion = 12000; // of CUDA, the first with tensor maps
+  constexpr int kVersion = 12000; // the first CUDA version with tensor maps
   const cudaError_t error =
       cudaGetDriverEntryPointByVersion(name, &found, kVersion, cudaEnableDefault, &result);
   if (error != cudaSuccess || result != cudaDriverEntryPointSuccess)
@@ -38,8 +38,8 @@ inline CUresult accepted(CUresult result, const char* function) {
 
 } // namespace resfast::hopper
 
-// In the place of CUTLASS's own: that looks the function up for every tensor map, and goes on where
-// one is refused. The tests have their own encoders.
+// Replaces CUTLASS's encoder, which looks the function up for every tensor map and ignores errors.
+// The tests have their own encoders.
 #ifndef RESFAST_ENCODER
 #define RESFAST_ENCODER(function) \
   resfast::hopper::driver_function<PFN_##function##_v12000>(#function)
@@ -51,7 +51,7 @@ inline CUresult accepted(CUresult result, const char* function) {
     return resfast::hopper::accepted(encode(arguments...), #function); \
   }
 
-// These two first: headers of the convolution need what they do not include.
+// These two come first: the convolution headers need them but do not include them.
 #include <cutlass/kernel_hardware_info.h>
 
 #include <cute/tensor.hpp>
@@ -83,7 +83,7 @@ struct ActivationArguments {
 };
 
 template <class T>
-struct Activate { // of a single value: CUTLASS only asks it for its arguments
+struct Activate { // for a single value: CUTLASS uses only its Arguments
   using Arguments = ActivationArguments;
 };
 
@@ -100,7 +100,7 @@ struct Activate<cutlass::Array<float, kSize>> {
   }
 
   CUTLASS_HOST_DEVICE Values operator()(const Values& values, const Arguments& arguments) const {
-    // Comparisons that are false for NaN, which thereby stays NaN.
+    // The comparisons are false for NaN, which is thereby kept.
     switch (arguments.activation) {
       case Activation::kRelu: return each(values, [](float v) { return v <= 0 ? 0.0f : v; });
       case Activation::kLeakyRelu: {
@@ -108,7 +108,7 @@ struct Activate<cutlass::Array<float, kSize>> {
         return each(values, [slope](float v) { return v <= 0 ? v * slope : v; });
       }
       case Activation::kSilu: return each(values, [](float v) { return v / (1 + expf(-v)); });
-      case Activation::kGelu: // of erf
+      case Activation::kGelu: // exact
         return each(values, [](float v) { return 0.5f * v * (1 + erff(v * 0.70710678f)); });
       default: return values;
     }
@@ -117,10 +117,10 @@ struct Activate<cutlass::Array<float, kSize>> {
 
 // -- loads ----------------------------------------------------------------------------------------
 
-// The convolution's main loop in the place of a GEMM's.
+// The convolution's main loop, with the interface of a GEMM's.
 template <class Convolution>
 struct Im2colMainloop : Convolution {
-  using StrideA = Stride<int64_t, _1, _0>; // kernels of GEMM ask for the rank only
+  using StrideA = Stride<int64_t, _1, _0>; // GEMM kernels use only the rank
   using StrideB = Stride<int64_t, _1, _0>;
   static constexpr int NumProducerThreadEvents = 1;
 
@@ -164,7 +164,7 @@ struct Im2colMainloop : Convolution {
     using cute::_;
     const auto a = cute::get<0>(tensors)(_, _, _, _, _0{});
     const auto b = cute::get<1>(tensors)(_, _, _, _, _0{});
-    // The kernel's iterator refers to extents that were a temporary, and needs them to carry over.
+    // The kernel's iterator refers to extents that were temporary, and needs them for carries.
     const auto extents = cute::shape<3>(a);
     Convolution::load(
         params, pipeline, state, cute::make_tuple(a, b), block,
@@ -181,7 +181,7 @@ struct Kernel {
   using M = Int<kShape.m>;
   using N = Int<kShape.n>;
   using Cluster = Shape<Int<kShape.cluster>, _1, _1>;
-  using Tile = Shape<M, N, Shape<Int<kChannelsPerStep>>>; // the last: of (C, S, R)
+  using Tile = Shape<M, N, Shape<Int<kChannelsPerStep>>>; // the last mode: (C, S, R)
   using FlatTile = Shape<M, N, Int<kChannelsPerStep>>;
 
   // activation(alpha * sum + beta * residual + bias)
@@ -251,7 +251,7 @@ typename Gemm::Arguments gemm_arguments(const Call& call) {
   arguments.mainloop.pointers = {
       static_cast<const Element*>(call.x), static_cast<const Element*>(call.weight)};
   auto& epilogue = arguments.epilogue;
-  // A tensor map needs an address, also of a residual that is never loaded.
+  // A tensor map needs an address even for a residual that is never loaded.
   epilogue.ptr_C = static_cast<const Element*>(call.residual ? call.residual : call.out);
   epilogue.ptr_D = static_cast<Element*>(call.out);
   cute::get<0>(epilogue.dC) = p.filters;

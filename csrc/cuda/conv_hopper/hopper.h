@@ -1,5 +1,5 @@
-// One launch of the convolution for Hopper, between the operator (hopper.cu) and its kernels
-// (hopper_TYPE_SCHEDULE.cu), which alone know of CUTLASS.
+// Interface between the Hopper convolution's operator (hopper.cu) and its kernels
+// (hopper_TYPE_SCHEDULE.cu), the only files that include CUTLASS.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace resfast::hopper {
 
-// Every pointer is aligned to 16 bytes but that of the bias; see conv_plan.h for what is computed.
+// All pointers except the bias are aligned to 16 bytes; conv_plan.h defines the result.
 struct Call {
   Problem problem;      // without an obstacle
   const void* x;        // [N, H, W, C]
@@ -23,11 +23,11 @@ struct Call {
   float negative_slope;
   int multiprocessors;
   cudaStream_t stream;
-  std::function<void*(size_t bytes)> workspace; // memory on the device until the launch has ended
+  std::function<void*(size_t bytes)> workspace; // device memory, valid until the launch has ended
 };
 
-// The launches, each for the configurations of one schedule (kCooperative: and kStreamK) on the
-// current device. They throw std::runtime_error where a tensor map is refused.
+// The launches on the current device, each for the configurations of one schedule (kCooperative
+// also for kStreamK). They throw std::runtime_error if a tensor map is refused.
 cudaError_t launch_bf16_pingpong(const Call& call, int config);
 cudaError_t launch_bf16_cooperative(const Call& call, int config);
 cudaError_t launch_fp16_pingpong(const Call& call, int config);

@@ -1,5 +1,5 @@
-// What the convolution for Hopper can do, its configurations, and the choice among them. Plain C++:
-// nothing here needs CUDA or CUTLASS.
+// Limits and configurations of the Hopper convolution, and the choice among them. Plain C++ without
+// CUDA or CUTLASS.
 #pragma once
 
 #include <algorithm>
@@ -13,15 +13,15 @@ namespace resfast::hopper {
 
 using conv::Problem;
 
-// How the warps of a thread block share the work. In each, one warp loads and one fetches the
-// residual; two groups of four warps multiply.
+// How the warps of a thread block share the work. In each schedule one warp loads operands, one
+// loads the residual, and two groups of four warps multiply.
 enum class Schedule : int {
-  kPingpong,    // each group has a tile of its own: one stores while the other multiplies
+  kPingpong,    // each group has its own tile: one stores while the other multiplies
   kCooperative, // each group has half of the tile
-  kStreamK      // cooperative, and the reduction of a tile may be split among thread blocks
+  kStreamK      // cooperative, and thread blocks may split the reduction of a tile
 };
 
-// Tile of one thread block: m pixels by n filters; `cluster` blocks, one below the other, load the
+// Tile of one thread block: m pixels by n filters; `cluster` blocks, adjacent in m, load the
 // filters together. A step of the reduction is 64 channels of one position of the kernel.
 struct Config {
   int m, n, cluster;
@@ -46,7 +46,7 @@ inline constexpr Config kConfigs[] = {
 inline constexpr int kConfigCount = sizeof(kConfigs) / sizeof(Config);
 inline constexpr int kChannelsPerStep = 64;
 
-// Why the kernels cannot compute it, or "". The limits are those of tensor maps
+// Why the kernels cannot compute a problem, or "". The limits are those of tensor maps
 // (cuTensorMapEncodeIm2col in the CUDA driver API).
 inline std::string obstacle(const Problem& problem) {
   const auto says = [](const char* what, int value, const char* expected) {
@@ -71,15 +71,15 @@ inline std::string obstacle(const Problem& problem) {
   return "";
 }
 
-// Steps of the reduction.
+// Number of steps of the reduction.
 inline int64_t steps(const Problem& problem) {
   return int64_t{problem.kernel_h} * problem.kernel_w *
          conv::ceil_div(problem.channels, kChannelsPerStep);
 }
 
-// Estimated cycles on an H100 or H200. A multiprocessor does 2048 multiply-adds a cycle (NVIDIA,
-// "H100 Tensor Core GPU Architecture", 2022) and moves 128 bytes to or from shared memory; what a
-// start and an epilogue cost is a guess. Nothing was fitted to measurements.
+// Estimated cycles on an H100 or H200. A multiprocessor does 2048 multiply-adds per cycle (NVIDIA,
+// "H100 Tensor Core GPU Architecture", 2022) and moves 128 bytes to or from shared memory; the
+// costs of the start and the epilogue are guesses. Nothing was fitted to measurements.
 inline double cost(const Problem& problem, const Config& config) {
   constexpr int kMultiprocessors = 132;
   constexpr double kStart = 1500;         // launch of a block, first loads
@@ -87,7 +87,7 @@ inline double cost(const Problem& problem, const Config& config) {
   const int64_t rows = conv::ceil_div(problem.pixels(), config.m * config.cluster) * config.cluster;
   const int64_t tiles = rows * conv::ceil_div(problem.filters, config.n);
   const double multiply = config.m * config.n * kChannelsPerStep / 2048.0;
-  // wgmma reads 64 pixels and all filters of the tile for each 16 channels; both are written once.
+  // wgmma reads 64 pixels and all filters of the tile per 16 channels; both are written once.
   const double shared = (config.m / 64 * (64 + config.n)) + config.m + config.n;
   const double step = std::max(multiply, shared), count = static_cast<double>(steps(problem));
   const double work = count * step, epilogue = config.m * config.n * kEpilogue;
@@ -103,7 +103,7 @@ inline double cost(const Problem& problem, const Config& config) {
   }
 }
 
-// The configurations for a problem without an obstacle, best first.
+// The configurations for a problem without an obstacle, best first by estimated cost.
 inline std::vector<int64_t> candidates(const Problem& problem) {
   std::vector<int64_t> found(kConfigCount);
   for (int i = 0; i < kConfigCount; ++i) found[i] = i;
