@@ -250,7 +250,7 @@ def test_the_operator_is_three_times_as_fast_as_dali_on_the_cpu(
             seconds.append((time.perf_counter() - start) / made)
         ratios.append(seconds[1] / seconds[0])
 
-    benchmark.group = "resfast against DALI, taking turns"
+    benchmark.group = "resfast against DALI, alternating"
     benchmark.pedantic(pair, rounds=PAIRS)
     ratio = statistics.median(ratios)
     benchmark.extra_info.update(hardware("cpu"), times_as_fast_as_dali=round(ratio, 2))

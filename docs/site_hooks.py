@@ -1,7 +1,7 @@
-"""Hooks of MkDocs: pages link to files of the repository, which are outside of the site.
+"""MkDocs hooks for links to files of the repository outside ``docs/``.
 
-``![…](../benchmarks/….png)`` is a figure of the repository; the site gets a copy of it. Any other
-link out of ``docs/`` becomes text with the path, as the site does not know where the repository is.
+``![…](../benchmarks/….png)`` is a figure, which is copied into the site. Any other link out of
+``docs/`` becomes text with the path, because the site does not know the repository's address.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FIGURE = re.compile(r"!\[([^\]]*)\]\(\.\./([^)]+\.png)\)")
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(\.\./([^)]+)\)")
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):<code>~?([^<]+)</code>")
-"""A reference of a docstring in Sphinx's notation, as Markdown renders it."""
+"""A Sphinx-style reference in a docstring, as rendered by Markdown."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the figures that the pages show."""
+    """Adds the figures that the pages show."""
     for page in Path(config.docs_dir).glob("*.md"):
         for _, path in FIGURE.findall(page.read_text(encoding="utf-8")):
             if files.get_file_from_path(path) is None:
@@ -30,10 +30,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Point figures at their copies, and write other links out of ``docs/`` as paths."""
+    """Points figures at their copies and replaces other links out of ``docs/`` by paths."""
     return LINK.sub(r"\1 (`\2`)", FIGURE.sub(r"![\1](\2)", markdown))
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Show references of docstrings as code."""
+    """Renders references in docstrings as code."""
     return ROLE.sub(r"<code>\1</code>", html)

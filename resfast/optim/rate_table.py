@@ -38,20 +38,20 @@ class RateTable:
         self.tensors = [self.row, self.next]
         self.average_weight = self.row[-1]
         self._next_on_host = 0
-        self.steer()
+        self.attach()
 
-    def steer(self) -> None:
+    def attach(self) -> None:
         """Makes the optimizer read its learning rates from the device."""
-        self.schedule.steers_groups = False
+        self.schedule.updates_groups = False
         for group, rate in zip(self.optimizer.param_groups, self.row, strict=False):
             group["lr"] = rate
 
-    def give_back(self) -> None:
+    def detach(self) -> None:
         """Lets the schedule write learning rates as numbers again."""
-        self.schedule.steers_groups = True
+        self.schedule.updates_groups = True
         self.schedule.rewrite()
 
-    def go_to(self, step: int) -> None:
+    def seek(self, step: int) -> None:
         """Sets the next row, without a copy to the device if it already is the next one."""
         step = min(step, len(self.rows) - 1)
         if step != self._next_on_host:

@@ -47,7 +47,7 @@ class Schedule:
         self.progress = progress
         self.position = 0
         """The next step."""
-        self.steers_groups = True
+        self.updates_groups = True
         """Whether :meth:`step` writes the rates into the optimizer's groups."""
         values = group_values(config)
         self.names = [group["name"] for group in optimizer.param_groups]
@@ -119,7 +119,7 @@ class Schedule:
         self.position = 0
         if self.plateau is not None:
             self.plateau._reset()
-        if self.steers_groups:
+        if self.updates_groups:
             self.rewrite()
 
     def rewrite(self) -> None:
@@ -143,7 +143,7 @@ class Schedule:
         self.position = step + 1
         if self.plateau is not None and self.position > self.warmup:
             return  # after the warm-up only ReduceLROnPlateau changes the rate
-        if self.steers_groups:
+        if self.updates_groups:
             self.rewrite()
 
     def evaluated(self, accuracy: float, epochs: int = 1) -> None:
@@ -179,7 +179,7 @@ class Schedule:
             self.position = state["per_batch"]["last_epoch"]
         if self.plateau is not None:
             self.plateau.load_state_dict(state["plateau"])
-        elif self.steers_groups:
+        elif self.updates_groups:
             self.rewrite()
 
 

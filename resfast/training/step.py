@@ -185,7 +185,7 @@ class TrainStep:
         kind = self._kind(self.steps)
         self._train_whitening_bias(kind.whitening_bias)
         if self._table is not None:
-            self._table.go_to(self.steps)
+            self._table.seek(self.steps)
         return kind, self._average_weight(self.steps)
 
     def _step(
@@ -295,7 +295,7 @@ class TrainStep:
                 logger.warning(
                     "training goes on without a CUDA graph, which failed: %s", _first_line(error)
                 )
-                self._table.give_back()
+                self._table.detach()
                 self._table = None
                 self._graphs.clear()
         self._train_whitening_bias(self._kind(self.steps or 0).whitening_bias)
@@ -434,7 +434,7 @@ class TrainStep:
             self.steps = int(state["ema"]["n_averaged"])
         self._graphs.clear()  # the optimizer's state has moved
         if self._table is not None:
-            self._table.steer()
+            self._table.attach()
 
 
 def why_not_captured(config: OptimConfig, dtype: torch.dtype) -> str | None:
