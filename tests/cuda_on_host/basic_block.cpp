@@ -1,7 +1,7 @@
 // Runs csrc/cuda/basic_block/basic_block.cuh on the host.
 //
-//   basic_block CASES OUTPUTS       one case is kHeader int32 and then x, weight1, weight2 and, if
-//                                   there, bias1 and bias2; its output is written as it is
+//   basic_block CASES OUTPUTS       a case is kHeader int32 followed by x, weight1, weight2 and the
+//                                   optional bias1 and bias2; outputs are written as raw values
 //   basic_block CASES OUTPUTS 132 232448 8
 //                                   writes for each case, without data, the number of candidates on
 //                                   a GPU of 132 multiprocessors with 232448 bytes of shared memory
@@ -24,7 +24,7 @@ enum Field {
 };
 using Header = int32_t[kHeader];
 
-// Memory of exactly that many bytes, aligned as the allocator of CUDA does it (or not at all).
+// Memory of exactly that many bytes, aligned like CUDA allocations (or deliberately misaligned).
 struct Memory {
   explicit Memory(size_t bytes) : data(static_cast<char*>(std::malloc(bytes))), size(bytes) {
     device::require(device::aligned_to(data, 16), "malloc aligns to 16 bytes");
@@ -71,7 +71,7 @@ void run_case(std::ifstream& in, std::ofstream& out, const Header& header) {
   const bool has_bias = header[kHasBias] != 0;
   if (has_bias)
     for (Memory* memory : {&bias1, &bias2}) memory->read(in);
-  device::require(static_cast<bool>(in), "the file of cases ends within one");
+  device::require(static_cast<bool>(in), "the file of cases is truncated");
 
   Params params{};
   params.x = x.data;

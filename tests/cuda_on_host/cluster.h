@@ -1,6 +1,6 @@
-// The primitives of csrc/cuda/common/cluster.h on the host: the blocks of a cluster as `Block`s of
-// device.h that take turns. A block runs to the next barrier of the cluster while the others stand
-// still, so that what is read of another without one has not been written yet.
+// The primitives of csrc/cuda/common/cluster.h on the host: the blocks of a cluster are `Block`s of
+// device.h that run alternately. Each runs to the next barrier of the cluster while the others
+// wait, so that a read from another block without a barrier finds data that is not written yet.
 #pragma once
 
 #include "device.h"
@@ -34,8 +34,8 @@ inline void store_cluster(Shared to, int rank, uint4 value) {
   std::memcpy(other.shared + (to - block->shared), &value, 16);
 }
 
-// Runs `body` as every thread of the blocks (first, y) to (first + size - 1, y). `order` picks which block,
-// which warp and which lane goes first between two barriers.
+// Runs `body` as every thread of the blocks (first, y) to (first + size - 1, y). `order` picks
+// which block, which warp and which lane goes first between two barriers.
 void run_cluster(
     unsigned first, unsigned y, int size, int threads, size_t shared_bytes, unsigned order,
     const std::function<void()>& body);

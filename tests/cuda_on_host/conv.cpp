@@ -1,8 +1,8 @@
 // Runs csrc/cuda/conv/conv.cuh on the host.
 //
-//   conv CASES OUTPUTS        one case is kHeader int32 and then x, weight and, if there, bias and
-//                             residual; its output is written as it is. Where the tile is -1, x is
-//                             what another convolution left in the output: only the epilogue runs
+//   conv CASES OUTPUTS        a case is kHeader int32 followed by x, weight and the optional bias and
+//                             residual; outputs are written as raw values. If the tile is -1, x is
+//                             the result of another convolution, and only the epilogue runs
 //   conv CASES OUTPUTS 132    writes for each case, without data, the number of candidates that a
 //                             GPU of 132 multiprocessors has and (tile, splits) of each, as int32
 #include <cstdio>
@@ -24,7 +24,7 @@ enum Field {
 };
 using Header = int32_t[kHeader];
 
-// Memory of exactly that many bytes, aligned as the allocator of CUDA does it (or not at all).
+// Memory of exactly that many bytes, aligned like CUDA allocations (or deliberately misaligned).
 struct Memory {
   explicit Memory(size_t bytes) : data(static_cast<char*>(std::malloc(bytes))) {
     device::require(device::aligned_to(data, 16), "malloc aligns to 16 bytes");
@@ -120,7 +120,7 @@ void run_case(std::ifstream& in, std::ofstream& out, const Header& header) {
   read(weight, filters * static_cast<size_t>(problem.depth()) * bytes);
   if (header[kHasBias]) read(bias, filters * 4);
   if (header[kHasResidual]) read(residual, outputs * bytes);
-  device::require(static_cast<bool>(in), "the file of cases ends within one");
+  device::require(static_cast<bool>(in), "the file of cases is truncated");
 
   Params params = make_params(
       problem, header[kTile], header[kSplits], bytes,

@@ -1,8 +1,8 @@
-// The primitives of csrc/cuda/common/device.h on the host: one thread block at a time, its threads as
-// coroutines, so that the kernels run as they are written, under the sanitizers. Every primitive
-// does as little as the PTX ISA promises: an asynchronous copy spoils its target at once and
-// arrives when its thread waits for it, a warp is run as far as it gets while the others stand
-// still, and threads of a warp that disagree about the next instruction end the program.
+// The primitives of csrc/cuda/common/device.h on the host: one thread block at a time, with threads
+// as coroutines, so that the unmodified kernels run under the sanitizers. Every primitive
+// guarantees only what the PTX ISA does: an asynchronous copy overwrites its target with garbage at
+// once and arrives when its thread waits for it, a warp runs as far as possible while the others
+// wait, and divergence of a warp at an instruction aborts the program.
 #pragma once
 
 #include <cmath>
@@ -46,13 +46,13 @@ constexpr size_t kStackBytes = 128 * 1024;
 void coroutine_main();
 
 #ifndef RESFAST_UCONTEXT
-// Registers that a call preserves go to the stack, whose pointer is all there is of a context.
+// Callee-saved registers are pushed on the stack; a context is just a stack pointer.
 struct Context {
   void* stack = nullptr;
   void start(char* memory) {
     void** top = reinterpret_cast<void**>(memory + kStackBytes);
-    *--top = nullptr;                                   // keeps the alignment of a call
-    *--top = reinterpret_cast<void*>(&coroutine_main);  // returned to
+    *--top = nullptr;                                   // keeps the stack aligned as at a call
+    *--top = reinterpret_cast<void*>(&coroutine_main);  // return address
     top -= 6;                                           // rbp, rbx, r12 to r15
     std::memset(top, 0, 6 * sizeof(void*));
     stack = top;
@@ -87,7 +87,7 @@ inline void switch_context(Context& from, Context& to) {
 struct Copy {
   char* to;
   const char* from; // null: zeros
-  int group;        // of the thread's groups; -1: not committed
+  int group;        // index of the thread's group; -1: not committed
 };
 
 enum class State { kReady, kAtBarrier, kDone };
@@ -100,7 +100,7 @@ struct Thread {
   int groups = 0; // committed
 };
 
-// What the lanes of a warp bring to an instruction that they execute together.
+// Operands of the lanes of a warp for an instruction that they execute together.
 struct Warp {
   const char* instruction = nullptr;
   int arrived = 0;
@@ -123,13 +123,13 @@ extern Block* block;
 inline Thread& self() { return block->threads[static_cast<size_t>(block->current)]; }
 inline void yield() { switch_context(self().context, block->scheduler); }
 
-// Runs `body` as every thread of a block. `order` picks which warp, and which lane of it, goes
-// first between two barriers.
+// Runs `body` as every thread of a block. `order` selects the warp, and its lane, that runs first
+// between two barriers.
 void run_block(
     unsigned x, unsigned y, int threads, size_t shared_bytes, unsigned order,
     const std::function<void()>& body);
 
-// Waits for the whole warp; the lane that comes last executes `instruction` for all of them.
+// Waits for the whole warp; the last lane to arrive executes `instruction` for all.
 template <class Execute>
 void together(const char* instruction, void* operands, Execute execute) {
   Warp& warp = block->warps[static_cast<size_t>(block->current / 32)];
@@ -166,7 +166,7 @@ inline Shared shared_address(char* memory) { return memory; }
 inline void require_shared(const char* memory, size_t bytes) {
   require(
       memory >= block->shared && memory + bytes <= block->shared + block->shared_bytes,
-      "address outside of the block's shared memory");
+      "address outside the block's shared memory");
   require(aligned_to(memory, 16), "address in shared memory is not aligned to 16 bytes");
 }
 
@@ -241,7 +241,8 @@ inline uint32_t multiply_high(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
 
-// Lane t receives of matrix i the 4 bytes at 4 (t % 4) of row t / 4, which lane 8 i + t / 4 names.
+// Lane t receives the 4 bytes at 4 (t % 4) of row t / 4 of each matrix i; lane 8 i + t / 4 passes
+// that row's address.
 inline void load_matrices(uint32_t (&matrix)[4], Shared row) {
   struct Operands {
     uint32_t* matrix;
@@ -255,7 +256,7 @@ inline void load_matrices(uint32_t (&matrix)[4], Shared row) {
         std::memcpy(&static_cast<Operands*>(operands[lane])->matrix[i], from + lane % 4 * 4, 4);
       }
     for (int i = 0; i < 4; ++i) {
-      unsigned banks = 0; // a bit for each group of 4 banks
+      unsigned banks = 0; // one bit per group of 4 banks
       for (int j = 0; j < 8; ++j)
         banks |= 1u << (static_cast<Operands*>(operands[8 * i + j])->row - block->shared) / 16 % 8;
       require(banks == 0xFF, "ldmatrix with a bank conflict");
@@ -272,7 +273,7 @@ struct Fragments {
   const uint32_t* b;
 };
 
-// `unpack` makes kPerWord floats of a word.
+// `unpack` converts a word to kPerWord floats.
 template <int kPerWord, class Unpack>
 __attribute__((no_sanitize("address", "undefined"), optimize("O3"))) void multiply(
     void** operands, Unpack unpack) {
@@ -315,7 +316,7 @@ inline void mma_fp16(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b
   });
 }
 
-// Only the bits of TF32 count.
+// Only the TF32 bits are used.
 inline void mma_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Fragments mine{sum, a, b};
   together("mma.tf32", &mine, [](void** operands) {

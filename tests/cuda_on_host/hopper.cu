@@ -1,7 +1,7 @@
-// The convolution for Hopper (csrc/cuda/conv_hopper/hopper.cuh) without a GPU: its tensor maps, coordinates and
-// layouts of shared memory are those that the kernels use; what the copy engine does with them is
-// done here as the PTX ISA and the driver's API describe it ("im2col mode",
-// cuTensorMapEncodeIm2col). wgmma, the epilogue's own copies and all synchronization are not run.
+// The Hopper convolution (csrc/cuda/conv_hopper/hopper.cuh) without a GPU. Tensor maps, coordinates
+// and shared memory layouts are those of the kernels; the copy engine is emulated as described in
+// the PTX ISA and the driver API ("im2col mode", cuTensorMapEncodeIm2col). wgmma, the epilogue's
+// own copies and all synchronization are not run.
 
 #include <array>
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace {
 
-// What a tensor map was made of, in the order of the map's own modes: the first is contiguous.
+// The parameters of a tensor map, in the order of its modes, of which the first is contiguous.
 struct TensorMap {
   char* base;
   int rank;
@@ -26,7 +26,7 @@ struct TensorMap {
   bool swizzled;                       // in units of 128 bytes
 };
 
-std::vector<TensorMap> maps; // a CUtensorMap holds an index of this
+std::vector<TensorMap> maps; // a CUtensorMap holds an index into this
 
 // The requirements of both encoders.
 bool acceptable(const TensorMap& map) {
@@ -73,7 +73,7 @@ CUresult encode_cuTensorMapEncodeIm2col(
     map.step[i] = steps[i];
     allowed = allowed && steps[i] >= 1 && steps[i] <= 8;
   }
-  for (int i = 0; i < 2; ++i) { // corners are 8 bits each where there are two
+  for (int i = 0; i < 2; ++i) { // with two dimensions corners have 8 bits each
     map.lower[i] = lower[i];
     map.upper[i] = upper[i];
     allowed = allowed && lower[i] >= -128 && lower[i] <= 127 && upper[i] >= -128 && upper[i] <= 127;
@@ -115,7 +115,7 @@ const TensorMap& map_of(const void* encoded) {
 
 using Coordinates = std::array<int64_t, 6>;
 
-// The value at a position of a map; outside it is zero.
+// The value at a position of a map, zero outside it.
 uint16_t value_at(const TensorMap& map, const Coordinates& at) {
   int64_t offset = 0;
   for (int i = 0; i < map.rank; ++i) {
@@ -127,7 +127,7 @@ uint16_t value_at(const TensorMap& map, const Coordinates& at) {
   return value;
 }
 
-// Bits 4 to 6 of an address in shared memory are changed by bits 7 to 9.
+// The swizzle XORs bits 4 to 6 of a shared memory address with bits 7 to 9.
 void store(char* shared, uint16_t value, bool swizzled) {
   uintptr_t address = reinterpret_cast<uintptr_t>(shared);
   if (swizzled) address ^= (address >> 3) & 0x70;
@@ -188,7 +188,7 @@ std::vector<float> tile_sums(
   const auto& load_a = params.mainloop.tma_load_a;
   const auto& load_b = params.mainloop.tma_load_b;
 
-  // As Mainloop::load_init and load, which are device code.
+  // The same as Mainloop::load_init and load, which are device code.
   const auto [m, n, k, l] = params.problem_shape;
   using X = cute::Underscore;
   const auto all_a = Mainloop::with_batch(cute::local_tile(
@@ -218,15 +218,15 @@ std::vector<float> tile_sums(
     throw std::runtime_error(std::to_string(count) + " steps of the reduction");
   auto step = cute::make_coord_iterator(extents);
   for (int done = 0; done < count; ++done, ++step) {
-    if (cute::idx2crd(done, extents) != *step) // where stream-K lets another block go on
-      throw std::runtime_error("the steps of the reduction have two orders");
+    if (cute::idx2crd(done, extents) != *step) // where stream-K lets another block continue
+      throw std::runtime_error("the steps of the reduction are in different orders");
     std::memset(static_cast<void*>(shared.get()), 0xff, sizeof(Shared)); // NaN where nothing loads
     const auto slice_a = load_a.get_slice(0);
     copy(
         map_of(load_a.get_tma_descriptor()), slice_a.partition_S(a)(_, _, _, *step),
         slice_a.partition_D(shared_a)(_, _, _, 0), load_im2col);
     for (int block = 0; block < cute::size<0>(typename Gemm::ClusterShape{}); ++block) {
-      const auto slice_b = load_b.get_slice(block); // each block of a cluster loads a part for all
+      const auto slice_b = load_b.get_slice(block); // each block of a cluster loads a part
       copy(
           map_of(load_b.get_tma_descriptor()), slice_b.partition_S(b)(_, _, _, *step),
           slice_b.partition_D(shared_b)(_, _, _, 0), load_tiled);
@@ -268,7 +268,7 @@ void convolve(const Call& call) {
       for (int i = 0; i < kM; ++i)
         for (int j = 0; j < kN; ++j) {
           const int64_t pixel = int64_t{row} * kM + i, filter = int64_t{column} * kN + j;
-          if (pixel >= out.size[1] || filter >= out.size[0]) continue; // as TMA stores do
+          if (pixel >= out.size[1] || filter >= out.size[0]) continue; // as in TMA stores
           cutlass::Array<float, 1> value;
           value[0] = epilogue.alpha * sums[i * kN + j];
           if (epilogue.bias_ptr) value[0] += epilogue.bias_ptr[filter];
@@ -286,7 +286,7 @@ void convolve(const Call& call) {
 } // namespace
 
 // Convolves bfloat16 on the host. `sizes`: batch, height, width, channels, filters, the kernel's
-// height and width, stride and padding in both directions. Returns null, or what went wrong.
+// height and width, stride and padding in both directions. Returns null or an error message.
 extern "C" __attribute__((visibility("default"))) const char* convolve_on_host(
     int config, const int* sizes, const void* x, const void* weight, const float* bias,
     const void* residual, void* out, int activation, float negative_slope) {

@@ -21,7 +21,7 @@ struct Free {
 };
 using Memory = std::unique_ptr<char, Free>;
 
-// Of its exact size, so that the address sanitizer sees every access beyond it; spoiled.
+// Memory of exactly this size, so that the address sanitizer detects overruns, filled with garbage.
 Memory spoiled(size_t bytes) {
   const size_t rounded = (bytes + 127) / 128 * 128;
   Memory memory(static_cast<char*>(std::aligned_alloc(128, rounded)));
@@ -43,7 +43,7 @@ void start(Block& one, unsigned x, unsigned y, int threads, const std::function<
   }
 }
 
-// Runs every warp of the current block until its threads stand at a barrier or have ended.
+// Runs every warp of the current block until its threads have reached a barrier or ended.
 void run_warps(unsigned order) {
   const int warps = static_cast<int>(block->warps.size());
   for (int i = 0; i < warps; ++i) {
@@ -57,7 +57,7 @@ void run_warps(unsigned order) {
         switch_context(block->scheduler, self().context);
       }
       if (ran && block->warps[static_cast<size_t>(warp)].arrived > 0) {
-        // A lane that stands at the barrier or has ended will not come to the instruction.
+        // A lane that waits at the barrier or has ended will not reach the instruction.
         for (int j = 0; j < 32; ++j)
           require(
               block->threads[static_cast<size_t>(warp * 32 + j)].state == State::kReady,
@@ -67,7 +67,7 @@ void run_warps(unsigned order) {
   }
 }
 
-// Runs the current block until it has ended or is at the cluster's barrier; whether it has ended.
+// Runs the current block to its end or to the cluster's barrier; returns whether it has ended.
 bool run_to_cluster_barrier(unsigned order) {
   const std::vector<bool>& at_cluster = cluster->at_barrier[static_cast<size_t>(cluster->current)];
   const int threads = static_cast<int>(block->threads.size());
@@ -90,7 +90,7 @@ bool run_to_cluster_barrier(unsigned order) {
 void run_cluster(
     unsigned first, unsigned y, int size, int threads, size_t shared_bytes, unsigned order,
     const std::function<void()>& body) {
-  static Cluster one; // stacks are used again
+  static Cluster one; // reuses the stacks
   require(threads % 32 == 0, "a block has whole warps");
   cluster = &one;
   const size_t count = static_cast<size_t>(size), per_block = static_cast<size_t>(threads);

@@ -1,6 +1,6 @@
 // The GPU primitives that the kernels use, as inline PTX for sm_80 and newer. Kernels use no other
-// feature of a GPU, so that a build with RESFAST_ON_HOST can run them block by block on a CPU. Such a
-// build brings its own <cuda_on_host/device.h>; that of the tests is in tests/.
+// feature of a GPU, so that a build with RESFAST_ON_HOST can run them block by block on a CPU. Such
+// a build provides its own <cuda_on_host/device.h>; that of the tests is in tests/.
 //
 // The layouts of fragments are those of the PTX ISA, "Matrix Fragments for mma.m16n8k16" and
 // "... mma.m16n8k8", and of `ldmatrix`.
