@@ -11,14 +11,14 @@ import torch
 import resfast
 from resfast import runtime
 from resfast.config.network import network
-from resfast.data.device_batches import Supply
+from resfast.data.device_batches import DeviceBatches
 from resfast.data.resident import ResidentLoader
 from resfast.layers.conv import set_winograd_tile
 from resfast.models.presets import build_model
 from resfast.optim.optimizers import build_optimizer
 from resfast.optim.schedules import Schedule
 from resfast.training.step import TrainStep, why_not_captured
-from resfast.training.step_metrics import Marks
+from resfast.training.step_metrics import StepMetrics
 
 IMAGES, EPOCHS = 50_000, 70
 
@@ -71,19 +71,19 @@ def build(device: torch.device, batch_size: int, recipe: str) -> Callable[[], No
         captured=device.type == "cuda" and why_not_captured(optim, dtype) is None,
         image_losses=config.data.filter_keep < 1,
     )
-    supply = Supply(loader, resize_by=config.data.resize_by)
-    marks = Marks(len(loader), IMAGES if config.data.filter_keep < 1 else 0, device)
+    batches = DeviceBatches(loader, resize_by=config.data.resize_by)
+    metrics = StepMetrics(len(loader), IMAGES if config.data.filter_keep < 1 else 0, device)
     pixels = loader.image_size
-    batch, labels, _ = supply.take(batch_size, pixels)
-    train.warm_up(batch, labels, fall_back=False, source=(supply, marks))
+    batch = batches.next(batch_size, pixels)
+    train.warm_up(batch.images, batch.labels, fall_back=False, source=(batches, metrics))
     steps = itertools.count()
 
     def step() -> None:
         number = next(steps)
         if number % len(loader) == 0:
-            supply.begin(number // len(loader))
-            marks.begin()
-        train.take(supply, marks, batch_size, pixels)
+            batches.begin(number // len(loader))
+            metrics.begin()
+        train.train_next(batches, metrics, batch_size, pixels)
         schedule.step(number)
 
     return step

@@ -55,7 +55,7 @@ def resfast_round(images: torch.Tensor) -> Round:
         dtype=torch.bfloat16,
     )
     epochs = iter(range(1 << 30))
-    return lambda: sum(len(batch) for batch, _ in loader.epoch(next(epochs)))
+    return lambda: sum(len(batch.images) for batch in loader.epoch(next(epochs)))
 
 
 def plain_round(images: torch.Tensor) -> Round:

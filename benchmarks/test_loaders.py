@@ -77,7 +77,7 @@ def resident(data: Data, device: str) -> Iterator[torch.Tensor]:
         classes=data.classes, device=device, dtype=torch.bfloat16,
     )  # fmt: skip
     for epoch in range(1 << 30):
-        for images, _ in loader.epoch(epoch):
+        for images, *_ in loader.epoch(epoch):
             yield images
 
 
@@ -89,7 +89,7 @@ def _dali(source: object, data: Data, device: str) -> Iterator[torch.Tensor]:
         classes=data.classes, device=device, dtype=torch.bfloat16,
     )  # fmt: skip
     for epoch in range(1 << 30):
-        for images, _ in loader.epoch(epoch):
+        for images, *_ in loader.epoch(epoch):
             yield images
 
 

@@ -29,7 +29,7 @@ from resfast.training import evaluator
 from resfast.training import loop as trainer
 from resfast.training.display import Display
 from resfast.training.loop import Interrupted, train
-from resfast.training.plan import Batch, Plan, epoch_order, make_plan, weighted_mean
+from resfast.training.plan import Plan, PlannedBatch, epoch_order, make_plan, weighted_mean
 from resfast.training.session import Session
 from resfast.training.state import TrainingState
 from resfast.training.step import TrainStep
@@ -53,7 +53,7 @@ def test_without_a_curriculum_every_epoch_is_the_same_batches():
     assert made.progress() is None
     assert made.shapes() == [(10, 32)]
     assert (made.steps, made.images, made.most_steps) == (40, 400, 10)
-    expected = tuple(Batch(10 * step, 10, 32) for step in range(10))
+    expected = tuple(PlannedBatch(10 * step, 10, 32) for step in range(10))
     assert [epoch.batches for epoch in made.epochs] == [expected] * 4
     assert [epoch.first_step for epoch in made.epochs] == [0, 10, 20, 30]
 
@@ -321,8 +321,9 @@ def test_images_without_a_loss_are_kept_first():
 
 def test_the_mean_over_steps_is_weighted_by_images():
     values = torch.tensor([1.0, 4.0])
-    assert weighted_mean(values, [Batch(0, 10, 8), Batch(10, 5, 8)]) == pytest.approx(2.0)
-    assert weighted_mean(values, [Batch(0, 5, 8), Batch(5, 5, 8)]) == 2.5
+    unequal = [PlannedBatch(0, 10, 8), PlannedBatch(10, 5, 8)]
+    assert weighted_mean(values, unequal) == pytest.approx(2.0)
+    assert weighted_mean(values, [PlannedBatch(0, 5, 8), PlannedBatch(5, 5, 8)]) == 2.5
 
 
 # -- training -------------------------------------------------------------------------------------
@@ -454,7 +455,7 @@ def test_recorded_losses_are_those_of_the_images(tiny: Config, monkeypatch: pyte
         return step(self, images, labels, *args)
 
     def watched_end(state: TrainingState, *args: Any) -> Any:
-        recorded.append(state.session.marks.image_losses[state.order])
+        recorded.append(state.session.step_metrics.image_losses[state.order])
         return end(state, *args)
 
     monkeypatch.setattr(TrainStep, "_step", watched_step)

@@ -100,14 +100,14 @@ def make(source: Arrays | Files | Shards, **options: object) -> DaliLoader:
 
 
 def labels_of(loader: DaliLoader, epoch: int = 0) -> list[int]:
-    return [label for _, labels in loader.epoch(epoch) for label in labels.tolist()]
+    return [label for batch in loader.epoch(epoch) for label in batch.labels.tolist()]
 
 
 def assert_equal(left: list, right: list) -> None:
     assert len(left) == len(right)
-    for (images, labels), (other_images, other_labels) in zip(left, right, strict=True):
-        assert torch.equal(images, other_images)
-        assert torch.equal(labels, other_labels)
+    for batch, other in zip(left, right, strict=True):
+        for name, value in batch._asdict().items():
+            assert torch.equal(value, getattr(other, name)), name
 
 
 def test_evaluation_gives_every_image_once_in_order_each_time(source):
@@ -115,8 +115,8 @@ def test_evaluation_gives_every_image_once_in_order_each_time(source):
     assert len(loader) == 6
     for _ in range(3):
         batches = list(loader.epoch(0))
-        assert [len(labels) for _, labels in batches] == [4] * 5 + [3]
-        assert torch.cat([labels for _, labels in batches]).tolist() == list(range(COUNT))
+        assert [len(batch.labels) for batch in batches] == [4] * 5 + [3]
+        assert torch.cat([batch.labels for batch in batches]).tolist() == list(range(COUNT))
 
 
 def test_evaluation_left_in_the_middle_begins_anew(source):
@@ -127,7 +127,8 @@ def test_evaluation_left_in_the_middle_begins_anew(source):
 
 def test_evaluation_can_begin_at_a_later_batch(source):
     loader = make(source, train=False)
-    assert torch.cat([y for _, y in loader.epoch(0, 4)]).tolist() == list(range(16, COUNT))
+    labels = torch.cat([batch.labels for batch in loader.epoch(0, 4)])
+    assert labels.tolist() == list(range(16, COUNT))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_evaluation_can_begin_at_a_later_batch(source):
 )
 def test_evaluation_pixels_are_normalized(source, arrays, dtype, tolerance):
     loader = make(source, train=False, dtype=dtype)
-    images = torch.cat([images for images, _ in loader.epoch(0)])
+    images = torch.cat([batch.images for batch in loader.epoch(0)])
     expected = (arrays.images.permute(0, 3, 1, 2) / 255 - MEAN[:, None, None]) / STD[:, None, None]
     assert images.dtype == dtype
     torch.testing.assert_close(images.float(), expected, atol=tolerance, rtol=tolerance)
@@ -144,7 +145,7 @@ def test_evaluation_pixels_are_normalized(source, arrays, dtype, tolerance):
 
 def test_batches_are_channels_last(source):
     for train in (True, False):
-        images, _ = next(iter(make(source, train=train).epoch(0)))
+        images = next(iter(make(source, train=train).epoch(0))).images
         assert images.shape == (4, 3, 16, 16)
         assert images.is_contiguous(memory_format=torch.channels_last)
 
@@ -152,7 +153,7 @@ def test_batches_are_channels_last(source):
 def test_a_batch_outlives_the_next_ones(source):
     loader = make(source, train=False, prefetch=1)
     kept, copies = [], []
-    for images, _ in loader.epoch(0):
+    for images, *_ in loader.epoch(0):
         kept.append(images)
         copies.append(images.clone())
     assert all(torch.equal(one, other) for one, other in zip(kept, copies, strict=True))
@@ -271,14 +272,14 @@ def test_samples_of_one_name_in_two_shards_are_augmented_apart(tmp_path, arrays)
     names = ["".join(letters) for letters in itertools.permutations("abc")]
     paths = tuple(write_tar(tmp_path / f"{name}.tar", members) for name in names)
     loader = make(Shards(paths, 6), batch_size=6, augment=Augment(crop=7), classes=1)
-    images, _ = next(iter(loader.epoch(0)))
+    images = next(iter(loader.epoch(0))).images
     assert len({image.numpy().tobytes() for image in images}) >= 5
 
 
 def test_mixing_takes_the_next_image_of_the_batch(arrays):
     augment = Augment(mixup=1.0)
-    (images, labels) = next(iter(make(arrays, augment=augment).epoch(0)))
-    plain, numbers = next(iter(make(arrays).epoch(0)))
+    images, labels, _ = next(iter(make(arrays, augment=augment).epoch(0)))
+    plain, numbers, _ = next(iter(make(arrays).epoch(0)))
     own = labels.gather(1, numbers[:, None])
     torch.testing.assert_close(labels.sum(1), torch.ones(4))
     assert 0 < own[0].item() < 1
@@ -293,7 +294,7 @@ def test_dali_alone_gives_the_pixels_of_the_fused_operator(request):
     for name in ("arrays", "files"):
         source = request.getfixturevalue(name)
         fused, alone = (make(source, augment=augment, finish=f) for f in ("fused", "dali"))
-        for (images, labels), (other, other_labels) in zip(
+        for (images, labels, _), (other, other_labels, _) in zip(
             fused.epoch(2), alone.epoch(2), strict=True
         ):
             torch.testing.assert_close(other, images, atol=1e-5, rtol=1e-5)
@@ -304,7 +305,7 @@ def test_dali_alone_shifts_and_flips_shards(shards, arrays):
     augment = Augment(crop=2, padding="zero", flip="random")
     black = -MEAN / STD
     seen = set()
-    for images, labels in make(shards, augment=augment, finish="dali", drop_last=False).epoch(0):
+    for images, labels, _ in make(shards, augment=augment, finish="dali", drop_last=False).epoch(0):
         for image, label in zip(images, labels.tolist(), strict=True):
             plain = (arrays.images[label] / 255 - MEAN) / STD
             padded = black.expand(20, 20, 3).clone()
@@ -343,7 +344,7 @@ def test_other_sizes_are_cut_to_a_square_and_resized(tmp_path, size):
         Arrays(image[None], label),
     ):
         loader = make(source, train=False, finish="uint8")
-        images, _ = next(iter(loader.epoch(0)))
+        images = next(iter(loader.epoch(0))).images
         assert images.dtype == torch.uint8
         assert (images[0].permute(1, 2, 0) - expected).abs().max() <= 2
 
@@ -377,7 +378,7 @@ def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path):
     paths = save_kinds(tmp_path)
     source = Files(tuple(paths), torch.zeros(len(paths), dtype=torch.int64))
     loader = make(source, image_size=24, train=False, finish="uint8", batch_size=len(paths))
-    (images, _) = next(iter(loader.epoch(0)))
+    images = next(iter(loader.epoch(0))).images
     for path, image in zip(paths, images, strict=True):
         expected = decode_image(Path(path).read_bytes(), 24).astype(np.int32)
         difference = np.abs(image.permute(1, 2, 0).numpy() - expected).max()
@@ -411,7 +412,7 @@ def test_random_resized_crop_shows_windows_of_the_whole_image(tmp_path, kind):
         mean=torch.zeros(3),
         std=torch.ones(3) / 255,
     )
-    (images, _) = next(iter(loader.epoch(0)))
+    images = next(iter(loader.epoch(0))).images
     inner = images[:, :2, 2:-2, 2:-2]  # away from what the filter does at the edge
     height = (inner[:, 0, -1].mean(1) - inner[:, 0, 0].mean(1)) * 16 / 11
     width = (inner[:, 1, :, -1].mean(1) - inner[:, 1, :, 0].mean(1)) * 16 / 11
@@ -443,7 +444,7 @@ def test_random_resized_crop_leaves_the_rest_of_the_policy(files, arrays):
     drawn = sample(augment, indices, size=(16, 16), channels=3, seed=0, epoch=0)
     assert drawn.shift.abs().max() == 3
     cut = 0
-    for (images, labels), (others, _) in zip(
+    for (images, labels, _), (others, *_) in zip(
         make(files, augment=augment).epoch(0), make(files, augment=nearly).epoch(0), strict=True
     ):
         black = images == (-MEAN / STD)[:, None, None]
@@ -468,7 +469,7 @@ def test_arrays_may_be_a_memmap_with_any_channels(tmp_path):
     loader = make(
         source, image_size=12, mean=torch.zeros(1), std=torch.ones(1), classes=9, train=False
     )
-    for batch, labels in loader.epoch(0):
+    for batch, labels, _ in loader.epoch(0):
         assert batch.shape[1:] == (1, 12, 12)
         torch.testing.assert_close(batch[:, 0, 0, 0] * 255, labels.float())
 
@@ -611,7 +612,7 @@ def test_written_shards_hold_the_folder(image_tree, tmp_path, packed):
             assert contents[f"{row:08d}.png"] == file.read_bytes()
             assert found.classes[int(contents[f"{row:08d}.cls"])] == file.parent.name
         loader = make(shards, train=False, classes=2, batch_size=48)
-        (_, labels) = next(iter(loader.epoch(0)))
+        labels = next(iter(loader.epoch(0))).labels
         in_order = [found.classes.index(file.parent.name) for file in files]
         assert (labels.tolist() == in_order) == (split == "test")
         assert sorted(labels.tolist()) == in_order
@@ -667,7 +668,7 @@ def test_gpu_batches_are_those_of_the_cpu(source, policy):
     loaders = [make(source, augment=augment, device=device) for device in ("cpu", "cuda")]
     for epoch in range(2):
         batches = zip(*(loader.epoch(epoch) for loader in loaders), strict=True)
-        for (images, labels), (on_gpu, gpu_labels) in batches:
+        for (images, labels, _), (on_gpu, gpu_labels, _) in batches:
             assert on_gpu.is_cuda
             assert gpu_labels.is_cuda
             assert on_gpu.is_contiguous(memory_format=torch.channels_last)
@@ -680,7 +681,7 @@ def test_gpu_batches_are_those_of_the_cpu(source, policy):
 def test_gpu_batches_outlive_the_next_ones(source):
     loader = make(source, device="cuda", train=False, prefetch=1)
     kept, copies = [], []
-    for images, _ in loader.epoch(0):
+    for images, *_ in loader.epoch(0):
         kept.append(images)
         copies.append(images.cpu())
     for images, copy in zip(kept, copies, strict=True):
@@ -695,7 +696,7 @@ def test_gpu_jpegs_are_decoded_as_pillow_does_within_a_few_grey_levels(tmp_path)
         paths.append(str(tmp_path / f"{row}.jpg"))
     source = Files(tuple(paths), torch.zeros(8, dtype=torch.int64))
     loader = make(source, device="cuda", train=False, finish="uint8", batch_size=8)
-    (images, _) = next(iter(loader.epoch(0)))
+    images = next(iter(loader.epoch(0))).images
     for path, image in zip(paths, images.cpu(), strict=True):
         expected = decode_image(Path(path).read_bytes(), 16).astype(np.int32)
         assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 6

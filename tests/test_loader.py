@@ -38,10 +38,11 @@ def numbers(batch: torch.Tensor) -> list[int]:
 def test_an_epoch_visits_each_image_at_most_once_with_its_label():
     loader = make()
     seen = []
-    for images, labels in loader.epoch(0):
+    for images, labels, indices in loader.epoch(0):
         assert images.shape == (6, 3, 9, 8)
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert labels.tolist() == [n % CLASSES for n in numbers(images)]
+        assert indices.tolist() == numbers(images)
         seen += numbers(images)
     assert len(loader) == 3
     assert len(set(seen)) == len(seen) == 18
@@ -49,14 +50,14 @@ def test_an_epoch_visits_each_image_at_most_once_with_its_label():
 
 def test_without_drop_last_an_epoch_is_exactly_the_data_set():
     loader = make(drop_last=False)
-    batches = [numbers(images) for images, _ in loader.epoch(0)]
+    batches = [numbers(batch.images) for batch in loader.epoch(0)]
     assert [len(batch) for batch in batches] == [6, 6, 6, 5] == [6] * (len(loader) - 1) + [5]
     assert sorted(n for batch in batches for n in batch) == list(range(COUNT))
 
 
 def test_epochs_differ_and_seeds_differ_and_the_same_one_repeats():
     def first(seed: int, epoch: int) -> list[int]:
-        return numbers(next(make(seed=seed).epoch(epoch))[0])
+        return numbers(next(make(seed=seed).epoch(epoch)).images)
 
     assert first(0, 0) == first(0, 0)
     assert first(0, 0) != first(0, 1)
@@ -68,9 +69,9 @@ def test_a_batch_is_a_function_of_seed_epoch_and_step(policy: str):
     loader = make(augment=parse_augment(policy) if policy == "none" else tamed(policy))
     whole = list(loader.epoch(3))
     again = list(make(augment=loader.augment).epoch(3, first_step=2))
-    for (images, labels), (images_again, labels_again) in zip(whole[2:], again, strict=True):
-        assert torch.equal(images, images_again)
-        assert torch.equal(labels, labels_again)
+    for batch, other in zip(whole[2:], again, strict=True):
+        for name, value in batch._asdict().items():
+            assert torch.equal(value, getattr(other, name)), name
 
 
 def tamed(policy: str) -> Augment:
@@ -87,14 +88,14 @@ def test_ranks_share_out_what_one_process_would_see(drop_last: bool):
     ]
     assert len(alone) == len(ranks[0]) == len(ranks[1])
     steps = zip(alone.epoch(1), *(rank.epoch(1) for rank in ranks), strict=True)
-    for (images, labels), *parts in steps:
-        assert torch.equal(images, torch.cat([part for part, _ in parts]))
-        assert torch.equal(labels, torch.cat([part for _, part in parts]))
+    for whole, *parts in steps:
+        for name, value in whole._asdict().items():
+            assert torch.equal(value, torch.cat([getattr(part, name) for part in parts])), name
 
 
 def test_mixed_batches_carry_the_parts_of_their_classes():
     loader = make(augment=Augment(mixup=1.0))
-    images, labels = next(loader.epoch(0))
+    images, labels, _ = next(loader.epoch(0))
     assert labels.shape == (6, CLASSES)
     torch.testing.assert_close(labels.sum(1), torch.ones(6))
     # Plain images of the numbers a and b mixed by w have the value w a + (1 - w) b everywhere.

@@ -1,4 +1,4 @@
-"""What a training takes its batches from, whichever way the data set is held."""
+"""Chooses and opens what training and evaluation read, however the data set is held."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfast.data.augment import Augment
+from resfast.data.augment import Augment, ResizeBy
+from resfast.data.batch import BatchSource
 from resfast.data.dataset import Dataset, Files, Loader, Shards, Stream
+from resfast.data.device_batches import DeviceBatches
 from resfast.data.resident import ResidentLoader, resident_batches
 from resfast.data.split import split_last, split_validation
 from resfast.data.statistics import channel_mean_std
@@ -26,8 +28,8 @@ def choose_loader(asked: Loader, data: Dataset | Stream, device: torch.device) -
     if isinstance(data, Stream):
         return "dali"
     if asked == "auto":
+        # On a CPU the data set is in memory already.
         needed = data.train_images.numel() + data.test_images.numel()
-        # In host memory it is already.
         fits = device.type != "cuda" or needed <= free_memory(device) / 2
         return "resident" if fits else "dali"
     return asked
@@ -40,8 +42,8 @@ def split_sources(
 
     Args:
         data: the data set.
-        val_fraction: part of the training images to hold out, by class, drawn by ``seed``.
-        seed: for that.
+        val_fraction: part of the training images to hold out, by class, chosen at random.
+        seed: of that choice.
         hold_out: how many to hold out instead, the last of each class.
 
     Raises:
@@ -109,7 +111,7 @@ def mean_std(source: Source, image_size: int, **pipeline: Any) -> tuple[Tensor, 
     return mean, torch.where(std > 0, std, 1.0)
 
 
-def train_loader(
+def training_batches(
     source: Source,
     mean: Tensor,
     std: Tensor,
@@ -122,11 +124,35 @@ def train_loader(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
+    resize_by: ResizeBy,
     prefetch: int,
     threads: int,
-) -> Any:
-    """The loader of the training images: a ResidentLoader, or a DaliLoader of the same use."""
-    common = {
+    reuse: BatchSource | None = None,
+) -> BatchSource:
+    """Batches of the training images.
+
+    Args:
+        source: the images.
+        mean: float32 ``[C]`` in units of pixel / 255.
+        std: float32 ``[C]`` in the same units.
+        loader: ``resident`` or ``dali``.
+        image_size: height and width in pixels.
+        batch_size: images a batch.
+        augment: what is done to the images.
+        classes: number of classes.
+        seed: seed of order and augmentation.
+        device: where batches are made.
+        dtype: of the images in a batch.
+        resize_by: how batches of fewer pixels are made.
+        prefetch: batches that DALI prepares ahead.
+        threads: of DALI; 0 for as many as PyTorch uses.
+        reuse: batches of an earlier training that differs in images and seed alone. Where its
+            tensors are part of captured steps, they are filled anew.
+
+    Raises:
+        ResfastError: a value that does not fit the images, or DALI is not installed.
+    """
+    common: dict[str, Any] = {
         "batch_size": batch_size,
         "augment": augment,
         "classes": classes,
@@ -135,13 +161,17 @@ def train_loader(
         "dtype": dtype,
     }
     if loader == "resident":
-        return ResidentLoader(*source, mean, std, **common)
+        assert isinstance(source, tuple)
+        resident = ResidentLoader(*source, mean, std, **common)
+        if isinstance(reuse, DeviceBatches):
+            reuse.loader.copy_from(resident)
+            return reuse
+        return DeviceBatches(resident, resize_by=resize_by)
     from resfast.data.dali import Arrays, DaliLoader
+    from resfast.data.stream_batches import StreamBatches
 
-    if isinstance(source, tuple):
-        source = Arrays(*source)
-    return DaliLoader(
-        source,
+    dali = DaliLoader(
+        Arrays(*source) if isinstance(source, tuple) else source,
         image_size=image_size,
         mean=mean,
         std=std,
@@ -149,6 +179,7 @@ def train_loader(
         threads=threads,
         **common,
     )
+    return StreamBatches(dali, resize_by=resize_by)
 
 
 class EvaluationBatches:
@@ -157,7 +188,7 @@ class EvaluationBatches:
     Args:
         source: what to go through; resident images are moved to ``device`` now.
         mean: float32 ``[C]`` in units of pixel / 255.
-        std: float32 ``[C]``, likewise.
+        std: float32 ``[C]`` in the same units.
         image_size: height and width in pixels.
         batch_size: images a batch; the last may be smaller.
         device: where batches are made.
@@ -212,6 +243,6 @@ class EvaluationBatches:
                 *self.resident, self.mean, self.std, batch_size=self.batch_size, dtype=self.dtype
             )
         else:
-            batches = self.stream.epoch(0)
+            batches = ((batch.images, batch.labels) for batch in self.stream.epoch(0))
         for images, labels in batches:
             yield images, labels if self.numbering is None else self.numbering[labels]

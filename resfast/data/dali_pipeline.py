@@ -61,7 +61,7 @@ def build(
         decoded: what is fed are images instead of file names.
         feed: gives the values of ``fed`` for a batch, and ``StopIteration`` after the last.
         fed: ``data`` (images, or file names as bytes), ``lengths`` of the names, and what else is
-            drawn outside: ``window`` (height and width in parts of sqrt(H W), top and left in
+            random: ``window`` (height and width in parts of sqrt(H W), top and left in
             parts of what is left of the image), ``shift`` (pixels), ``flip``.
         reader: keyword arguments of ``fn.readers.webdataset``, instead of ``feed``.
         window: of a reader: smallest part of the area of a random-resized crop; 1 for none.
@@ -107,26 +107,26 @@ def build(
                 fill_values=0,
             )
             outputs = [labels, sources]
-            draws = _reader_draws(fn, types, window, crop, flip)
+            values = _random_values(fn, types, window, crop, flip)
         else:
             layouts = ["HWC" if decoded and name == "data" else "" for name in fed]
             nodes = fn.external_source(
                 source=feed, num_outputs=len(fed), layout=layouts, batch=True
             )
-            draws = {name: nodes[place] for place, name in enumerate(fed)}
+            values = {name: nodes[place] for place, name in enumerate(fed)}
         if decoded:
-            images = draws["data"].gpu() if on_gpu else draws["data"]
+            images = values["data"].gpu() if on_gpu else values["data"]
             if resized:
-                images = _resize_decoded(dali, images, draws.get("window"), image_size)
+                images = _resize_decoded(dali, images, values.get("window"), image_size)
         else:
             if reader is None:
-                names = fn.slice(draws["data"], start=0, shape=draws["lengths"], axes=[0])
+                names = fn.slice(values["data"], start=0, shape=values["lengths"], axes=[0])
                 encoded = fn.io.file.read(names, dont_use_mmap=True)  # mapping costs more
-            images = _decode(dali, encoded, draws.get("window"), image_size, on_gpu)
-        if "shift" in draws:
+            images = _decode(dali, encoded, values.get("window"), image_size, on_gpu)
+        if "shift" in values:
             images = fn.slice(
                 images,
-                start=draws["shift"],
+                start=values["shift"],
                 shape=[image_size, image_size],
                 axes=[0, 1],
                 out_of_bounds_policy="pad",
@@ -138,7 +138,7 @@ def build(
                 images,
                 mean=mean,
                 std=std,
-                mirror=draws.get("flip", 0),
+                mirror=values.get("flip", 0),
                 dtype=types.FLOAT16 if half else types.FLOAT,
                 output_layout="HWC",
             )
@@ -149,8 +149,8 @@ def build(
     return pipeline
 
 
-def _reader_draws(fn: Any, types: Any, window: float, crop: int, flip: bool) -> dict[str, Any]:
-    draws = {}
+def _random_values(fn: Any, types: Any, window: float, crop: int, flip: bool) -> dict[str, Any]:
+    values = {}
     if window < 1:
         import nvidia.dali.math as dali_math
 
@@ -160,14 +160,14 @@ def _reader_draws(fn: Any, types: Any, window: float, crop: int, flip: bool) -> 
         sides = fn.stack(
             dali_math.exp(half_area - half_ratio), dali_math.exp(half_area + half_ratio)
         )
-        draws["window"] = fn.cat(sides, position)
+        values["window"] = fn.cat(sides, position)
     if crop:
-        values = [float(shift) for shift in range(-crop, crop + 1)]
-        drawn = fn.random.uniform(values=values, shape=[2])
-        draws["shift"] = fn.cast(drawn, dtype=types.INT32)
+        shifts = [float(shift) for shift in range(-crop, crop + 1)]
+        shift = fn.random.uniform(values=shifts, shape=[2])
+        values["shift"] = fn.cast(shift, dtype=types.INT32)
     if flip:
-        draws["flip"] = fn.random.coin_flip()
-    return draws
+        values["flip"] = fn.random.coin_flip()
+    return values
 
 
 def _decode(dali: Any, encoded: Any, window: Any, image_size: int, on_gpu: bool) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +18,21 @@ from resfast.data.augment import (
     statistics,
 )
 from resfast.data.augment import order as shuffle
+from resfast.data.batch import Batch
 from resfast.errors import ResfastError
 from resfast.ops.augment.op import AugmentParams, MixParams, augment, augment_drawn, normalization
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What one epoch does to the images.
+class RandomParams:
+    """What one epoch does to each image.
 
     Attributes:
-        params: one row per image.
-        mix: of :func:`~resfast.data.augment.sample_mixes`; None where nothing is mixed.
+        augment: one row per image.
+        mix: that of :func:`~resfast.data.augment.sample_mixes`; None where nothing is mixed.
     """
 
-    params: AugmentParams
+    augment: AugmentParams
     mix: MixParams | None
 
 
@@ -45,7 +45,7 @@ class ResidentLoader:
         images: uint8 ``[N, H, W, C]``, moved to ``device``.
         labels: int64 ``[N]``.
         mean: float32 ``[C]`` in units of pixel / 255.
-        std: float32 ``[C]``, likewise.
+        std: float32 ``[C]`` in the same units.
         batch_size: images a batch, at most N.
         augment: what is done to the images.
         classes: number of classes; labels are below it.
@@ -53,7 +53,7 @@ class ResidentLoader:
         device: where batches are made.
         dtype: of the images in a batch.
         drop_last: leave out a ragged last batch.
-        rank: which part of every ``world * batch_size`` images is ours, from 0.
+        rank: which part of every ``world * batch_size`` images this process gets, from 0.
         world: how many parts there are; they differ by at most one image in a ragged last step,
             which is left out where it cannot give every rank an image.
 
@@ -99,7 +99,7 @@ class ResidentLoader:
         whole, rest = divmod(self.count, self.batch_size * self.world)
         return whole + (rest >= self.world and not self.drop_last)
 
-    def draw(self, epoch: int) -> Draws:
+    def random_params(self, epoch: int) -> RandomParams:
         """What epoch ``epoch`` (from 0) does to each image, on the loader's device."""
         size, channels = tuple(self.images.shape[1:3]), self.images.shape[3]
         values = {"size": size, "seed": self.seed, "epoch": epoch}
@@ -107,28 +107,25 @@ class ResidentLoader:
             self.augment, self._all, channels=channels, statistics=self._statistics, **values
         )
         mix = sample_mixes(self.augment, self._all, **values)
-        return Draws(params, mix)
+        return RandomParams(params, mix)
 
-    def make(
-        self, indices: Tensor, draws: Draws, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The batch of some images; nothing of it is decided by the host.
+    def make(self, indices: Tensor, params: RandomParams, labels: Tensor | None = None) -> Batch:
+        """The batch of some images, made without any decision of the host.
 
         Args:
             indices: int64 ``[B]``, on the loader's device.
-            draws: of its epoch.
-            labels: int64 ``[B]``, of these images, where they are at hand.
+            params: those of the epoch.
+            labels: int64 ``[B]``, of these images, where they were looked up already.
 
         Returns:
-            images ``[B, C, H, W]`` in ``channels_last`` and the loader's dtype, and labels: int64
-            ``[B]``, or where images are mixed the parts of the classes, float32 ``[B, classes]``.
+            The batch, its images in the loader's dtype.
         """
         labels = self.labels[indices] if labels is None else labels
-        mix = None if draws.mix is None else draws.mix.of_batch(indices)
+        mix = None if params.mix is None else params.mix.of_batch(indices)
         images = augment_drawn(
             self.images,
             indices,
-            draws.params,
+            params.augment,
             self._normalization,
             mix=mix,
             padding=self.augment.padding,
@@ -137,48 +134,41 @@ class ResidentLoader:
         if mix is not None:
             own_part = mix.own_part(*self.images.shape[1:3])
             labels = mixed_labels(labels, self.labels[mix.partner], own_part, self.classes)
-        return images, labels
+        return Batch(images, labels, indices)
 
     def order(self, epoch: int) -> Tensor:
         """The order of the images in epoch ``epoch`` (from 0), int64 ``[N]``."""
         return shuffle(self.count, seed=self.seed, epoch=epoch, device=self.device)
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of one epoch, as of :meth:`make`.
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch, made by :meth:`make`.
 
         Args:
             epoch: epoch, from 0.
             first_step: batches to leave out at the start, to resume inside an epoch.
         """
-        draws, order = self.draw(epoch), self.order(epoch)
+        params, order = self.random_params(epoch), self.order(epoch)
         size = self.batch_size * self.world
         for step in range(first_step, len(self)):
             everyone = order[step * size : (step + 1) * size]
-            yield self.make(everyone.tensor_split(self.world)[self.rank], draws)
+            yield self.make(everyone.tensor_split(self.world)[self.rank], params)
 
-    def take_over(self, other: ResidentLoader) -> None:
-        """Becomes ``other``, which differs in images and seed alone; no tensor moves."""
-        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
-            mine.copy_(theirs)
+    def copy_from(self, other: ResidentLoader) -> None:
+        """Becomes ``other``, which differs in images and seed alone, in the same tensors."""
+        for kept, value in zip(self._tensors(), other._tensors(), strict=True):
+            kept.copy_(value)
         self.seed = other.seed
 
     def _tensors(self) -> list[Tensor]:
         tensors = [self.images, self.labels, self.mean, self.std, *self._normalization]
         return tensors if self._statistics is None else [*tensors, self._statistics]
 
-    def state_dict(self) -> dict[str, Any]:
-        """Empty: the position in the epoch is enough to go on."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state of :meth:`state_dict`."""
-
 
 def check_batch_size(batch_size: int, count: int, world: int = 1) -> None:
     """Checks that a training set has at least one whole batch.
 
     Raises:
-        ResfastError: it has not.
+        ResfastError: it has none.
     """
     if not 1 <= batch_size <= count // world:
         raise ResfastError(
@@ -202,7 +192,7 @@ def resident_batches(
         images: uint8 ``[N, H, W, C]``.
         labels: int64 ``[N]``.
         mean: float32 ``[C]`` in units of pixel / 255.
-        std: float32 ``[C]``, likewise.
+        std: float32 ``[C]`` in the same units.
         batch_size: images a batch; the last may be smaller.
         dtype: of the images in a batch.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from resfast.data.augment import smaller
 from resfast.training import stopping
 from resfast.training.clock import Clock, copy_to_host
 from resfast.training.display import Display
@@ -45,9 +44,9 @@ def train_epoch(
         Interrupted: a signal came; the run was saved.
     """
     epoch, plan = state.epoch, session.plan.epochs[state.epoch]
-    schedule, marks = session.schedule, session.marks
+    schedule, metrics = session.schedule, session.step_metrics
     state.begin_epoch(epoch)
-    watch = LossWatch(marks.losses, marks.correct)
+    watch = LossWatch(metrics.losses, metrics.correct)
     session.step.model.train()
     before, clock = state.epoch_seconds, Clock(session.device)
     if not state.first_step:
@@ -58,7 +57,7 @@ def train_epoch(
         loss, correct, known_steps = watch.poll(step)
         if known_steps and not math.isfinite(loss):
             recorder.settle()
-            bad = first_non_finite(marks.losses[:trained])
+            bad = first_non_finite(metrics.losses[:trained])
             raise state.non_finite(f"the loss is {loss}", epoch, bad)
         schedule.step(plan.first_step + step)
         state.epoch_seconds = before + clock.so_far()
@@ -80,7 +79,8 @@ def train_epoch(
         ):
             state.first_step = trained
             break
-    losses, correct_in_all = copy_to_host(marks.losses[:trained]), copy_to_host(marks.correct)
+    losses = copy_to_host(metrics.losses[:trained])
+    correct_in_all = copy_to_host(metrics.correct)
     seconds, done = clock.stop()  # after the copies, which have arrived once it was read
     return TrainedEpoch(
         epoch, trained, lr, losses, correct_in_all, lambda: before + seconds(), done
@@ -89,9 +89,9 @@ def train_epoch(
 
 def restored_epoch(session: Session, state: TrainingState) -> TrainedEpoch:
     """The first part of an epoch, of a run that was restored within it and trains no further."""
-    steps, marks = state.first_step, session.marks
+    steps, metrics = state.first_step, session.step_metrics
     lr = _last_rate(session, state)
-    losses, correct = marks.losses[:steps].cpu(), marks.correct.cpu()
+    losses, correct = metrics.losses[:steps].cpu(), metrics.correct.cpu()
     return TrainedEpoch(
         state.epoch, steps, lr, losses, correct, lambda: state.epoch_seconds, lambda: True
     )
@@ -121,11 +121,11 @@ def stop_if_asked(
 
 def _choose_images(session: Session, state: TrainingState) -> None:
     """Chooses the images of the epoch, and their order, where that depends on their losses."""
-    if session.marks.image_losses is not None:
+    if session.step_metrics.image_losses is not None:
         state.order = epoch_order(
             session.plan.epochs[state.epoch].kept,
-            session.marks.image_losses,
-            count=session.loader.count,
+            session.step_metrics.image_losses,
+            count=session.train_batches.count,
             seed=session.config.runtime.seed,
             epoch=state.epoch,
         )
@@ -134,25 +134,9 @@ def _choose_images(session: Session, state: TrainingState) -> None:
 def _steps(session: Session, state: TrainingState) -> Iterator[Tensor]:
     """Trains the rest of the epoch; yields the images of each step after it."""
     epoch, first_step = state.epoch, state.first_step
-    plan, config, step, marks = (
-        session.plan.epochs[epoch],
-        session.config,
-        session.step,
-        session.marks,
-    )
-    batches = plan.batches[first_step:]
-    marks.begin(first_step)
-    if session.supply is not None:
-        session.supply.begin(epoch, order=state.order, first=plan.images_in(first_step))
-        for batch in batches:
-            session.make_room(batch)
-            yield step.take(session.supply, marks, batch.images, batch.pixels)
-        return
-    made = session.loader.epoch(epoch, first_step)
-    place = {"seed": config.runtime.seed, "epoch": epoch}
-    for batch, (images, labels) in zip(batches, made, strict=False):
-        session.make_room(batch)
-        by = config.data.resize_by
-        images = smaller(images, batch.pixels, by=by, first=batch.first, **place)
-        marks.add(*step(images, labels), None, None)
-        yield images
+    plan, batches, metrics = session.plan.epochs[epoch], session.train_batches, session.step_metrics
+    metrics.begin(first_step)
+    batches.begin(epoch, first=plan.images_in(first_step), order=state.order)
+    for planned in plan.batches[first_step:]:
+        session.make_room(planned)
+        yield session.step.train_next(batches, metrics, planned.images, planned.pixels)

@@ -85,7 +85,7 @@ def _summary(
         epochs=len(state.history),
         data=data.name,
         data_digest=data.digest,
-        train_images=session.loader.count,
+        train_images=session.train_batches.count,
         test_images=test_images,
         test_accuracy=tested and tested.plain.accuracy,
         test_loss=tested and tested.plain.loss,

@@ -199,7 +199,7 @@ def _announce(session: Session, path: Path, display: Display, new: bool) -> None
     display.say(
         f"{'' if new else 'resuming '}{path}: {config.model.model} "
         f"({session.parameters:,} parameters), {session.data.name} "
-        f"({session.loader.count:,} images), {config.runtime.device} "
+        f"({session.train_batches.count:,} images), {config.runtime.device} "
         f"({runtime.describe(session.device)}), {config.runtime.precision}, "
         f"batch {config.optim.batch_size}, epochs {config.optim.epochs}"
     )

@@ -22,7 +22,7 @@ from resfast.errors import ResfastError
 
 
 @dataclass(frozen=True)
-class Batch:
+class PlannedBatch:
     """One step.
 
     Attributes:
@@ -50,7 +50,7 @@ class Epoch:
     first_step: int
     first_image: int
     kept: int
-    batches: tuple[Batch, ...]
+    batches: tuple[PlannedBatch, ...]
 
     @property
     def images(self) -> int:
@@ -171,7 +171,7 @@ def make_plan(config: Config, images: int, image_size: int) -> Plan:
     first_filtered = max(1, math.ceil(round(data.filter_start * epochs, 9)))
     kept_late = round(data.filter_keep * images)
     result: list[Epoch] = []
-    known: dict[tuple, tuple[Batch, ...]] = {}
+    known: dict[tuple, tuple[PlannedBatch, ...]] = {}
     first_step = first_image = 0
     for number in range(math.ceil(epochs)):
         kept = kept_late if number >= first_filtered else images
@@ -202,7 +202,7 @@ def make_plan(config: Config, images: int, image_size: int) -> Plan:
 
 def _batches(
     config: Config, number: int, kept: int, part: float, image_size: int
-) -> tuple[Batch, ...]:
+) -> tuple[PlannedBatch, ...]:
     """The steps of epoch ``number``, of which the first ``part`` is trained."""
     optim, data = config.optim, config.data
     batches = []
@@ -212,13 +212,13 @@ def _batches(
         size = _at(optim.batch_sizes, here, optim.batch_size)
         if first + size > kept:
             break
-        batches.append(Batch(first, size, _at(data.sizes, here, image_size)))
+        batches.append(PlannedBatch(first, size, _at(data.sizes, here, image_size)))
         first += size
     return tuple(batches)
 
 
 def _at(phases: Phases, place: float, after: int) -> int:
-    """The value of phases at a part of the training, ``after`` behind the last."""
+    """The value of phases at a part of the training; ``after`` the last phase, that."""
     return next((value for value, end in phases if place < end - 1e-9), after)
 
 
@@ -251,7 +251,7 @@ def epoch_order(kept: int, losses: Tensor, *, count: int, seed: int, epoch: int)
     return chosen[torch.argsort(place[chosen])]
 
 
-def weighted_mean(values: Tensor, batches: Iterable[Batch]) -> float:
+def weighted_mean(values: Tensor, batches: Iterable[PlannedBatch]) -> float:
     """Mean of a value of each step over images; of equal batches that of the steps.
 
     Args:

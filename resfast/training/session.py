@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,8 @@ from resfast.config.schema import Config
 from resfast.config.validate import check_budget, size_refused
 from resfast.data import batches as feed
 from resfast.data.augment import generator
+from resfast.data.batch import BatchSource
 from resfast.data.dataset import Dataset, Stream
-from resfast.data.device_batches import Supply
 from resfast.layers import whitening
 from resfast.layers.conv import set_winograd_tile
 from resfast.models.presets import build_model
@@ -29,10 +28,10 @@ from resfast.models.summary import count_macs
 from resfast.optim.optimizers import build_optimizer
 from resfast.optim.schedules import Schedule
 from resfast.training.display import Display
-from resfast.training.plan import Batch, Plan, make_plan
+from resfast.training.plan import Plan, PlannedBatch, make_plan
 from resfast.training.resolve import resolve
 from resfast.training.step import TrainStep
-from resfast.training.step_metrics import Marks
+from resfast.training.step_metrics import StepMetrics
 
 _DROPOUT_STREAM = 4
 
@@ -44,14 +43,14 @@ class Shared:
     Attributes:
         data: the data set, once it was opened.
         step: the training step, once it was compiled.
-        supply: what makes its batches, where the data set lives on the device.
-        marks: what its steps leave behind.
+        train_batches: what makes its batches, where that may be a part of a captured step.
+        step_metrics: what it records.
     """
 
     data: Dataset | Stream | None = None
     step: TrainStep | None = None
-    supply: Supply | None = None
-    marks: Marks | None = None
+    train_batches: BatchSource | None = None
+    step_metrics: StepMetrics | None = None
 
 
 @dataclass
@@ -68,14 +67,13 @@ class Session:
         test_source: test images.
         mean: float32 ``[C]`` in units of pixel / 255.
         std: float32 ``[C]`` in the same units.
-        loader: training batches.
+        train_batches: makes the training batches.
         plan: all steps of the run.
         parameters: of the network.
         macs: multiply-accumulates of an image at the data set's size.
         macs_by_pixels: the same at every size that is trained at.
         step: the training step.
-        supply: makes batches on the device, for a resident loader.
-        marks: losses and correct predictions of an epoch's steps.
+        step_metrics: losses and correct predictions of an epoch's steps.
         compiled: whether the step was compiled by an earlier training.
         whitening_seconds: that the frozen first layer took.
         batch_shape: images and pixels of the latest batch; None before the next one makes room.
@@ -90,14 +88,13 @@ class Session:
     test_source: feed.Source
     mean: Tensor
     std: Tensor
-    loader: Any
+    train_batches: BatchSource
     plan: Plan
     parameters: int
     macs: int
     macs_by_pixels: dict[int, int]
     step: TrainStep
-    supply: Supply | None
-    marks: Marks
+    step_metrics: StepMetrics
     compiled: bool
     whitening_seconds: float
     batch_shape: tuple[int, int] | None = None
@@ -116,8 +113,8 @@ class Session:
             self.config, self.data, source, self.mean, self.std, self.device, dtype or self.dtype
         )
 
-    def make_room(self, batch: Batch) -> None:
-        """Before batches of another shape: memory in pieces of the old one's sizes is no use."""
+    def make_room(self, batch: PlannedBatch) -> None:
+        """Releases cached memory before batches of another shape, whose tensors do not fit it."""
         if self.batch_shape != (batch.images, batch.pixels):
             self.batch_shape = batch.images, batch.pixels
             runtime.release_memory(self.device)
@@ -160,7 +157,7 @@ def open_session(
     )
     pipeline = _pipeline(config)
     mean, std = feed.mean_std(train_source, data.image_size, device=device, **pipeline)
-    loader = feed.train_loader(
+    train_batches = feed.training_batches(
         train_source,
         mean,
         std,
@@ -172,9 +169,11 @@ def open_session(
         seed=config.runtime.seed,
         device=device,
         dtype=dtype,
+        resize_by=config.data.resize_by,
+        reuse=shared.train_batches,
         **pipeline,
     )
-    plan = make_plan(config, loader.count, data.image_size)
+    plan = make_plan(config, train_batches.count, data.image_size)
 
     torch.manual_seed(config.runtime.seed)
     model = build_model(network(config.model), len(data.classes), data.image_size)
@@ -191,23 +190,21 @@ def open_session(
         whitening_seconds = _whiten(model, config, data, train_source, mean, std, device)
     compiled = shared.step is not None
     if shared.step is None:
-        filters = any(epoch.kept < loader.count for epoch in plan.epochs)
-        shared.step = _build_step(model, config, plan, len(loader), device, dtype, filters)
-        shared.marks = Marks(plan.most_steps, loader.count if filters else 0, device)
-        if config.data.loader == "resident":
-            shared.supply = Supply(loader, resize_by=config.data.resize_by)
+        images = train_batches.count
+        filters = any(epoch.kept < images for epoch in plan.epochs)
+        shared.step = _build_step(model, config, plan, len(train_batches), device, dtype, filters)
+        shared.step_metrics = StepMetrics(plan.most_steps, images if filters else 0, device)
+        if train_batches.capturable:  # captured steps know its tensors
+            shared.train_batches = train_batches
     else:
-        assert shared.marks is not None
+        assert shared.step_metrics is not None
         shared.step.reset(model.state_dict())
-        shared.marks.reset()
-        if shared.supply is not None:
-            shared.supply.loader.take_over(loader)
-            loader = shared.supply.loader
-    assert shared.marks is not None
+        shared.step_metrics.reset()
+    assert shared.step_metrics is not None
     return Session(
-        config, data, device, dtype, train_source, val_source, test_source, mean, std, loader, plan,
-        parameters, macs, macs_by_pixels, shared.step, shared.supply, shared.marks, compiled,
-        whitening_seconds,
+        config, data, device, dtype, train_source, val_source, test_source, mean, std,
+        train_batches, plan, parameters, macs, macs_by_pixels, shared.step, shared.step_metrics,
+        compiled, whitening_seconds,
     )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ class TrainingState:
         for name, value in session.step.model.state_dict().items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise self.non_finite(f"weights {name} are not finite", epoch, step)
-        marks, on_cuda = session.marks, session.device.type == "cuda"
+        metrics, on_cuda = session.step_metrics, session.device.type == "cuda"
         seconds = {
             "whitening": self.whitening_seconds,
             "train": self.train_seconds,
@@ -102,16 +102,16 @@ class TrainingState:
             "step": step,
             "training": session.step.state_dict(),
             "schedule": session.schedule.state_dict(),
-            "losses": marks.losses.cpu(),
-            "correct": marks.correct.cpu(),
-            "image_losses": None if marks.image_losses is None else marks.image_losses.cpu(),
+            "losses": metrics.losses.cpu(),
+            "correct": metrics.correct.cpu(),
+            "image_losses": None if metrics.image_losses is None else metrics.image_losses.cpu(),
             "order": None if self.order is None or not step else self.order.cpu(),
             "epoch_seconds": self.epoch_seconds,
             "history": json.dumps([row_values(row) for row in self.history]),
             "best": [self.best, self.best_epoch, self.evaluations_since_best],
             "seconds": seconds,
             "peak_memory": self.peak_memory,
-            "loader": session.loader.state_dict(),
+            "loader": session.train_batches.state_dict(),
             "generator": torch.get_rng_state(),
             "cuda_generator": torch.cuda.get_rng_state(session.device) if on_cuda else None,
         }
@@ -124,7 +124,7 @@ class TrainingState:
         Raises:
             ResfastError: the data set is not the one that the run was trained on.
         """
-        session, marks = self.session, self.session.marks
+        session, metrics = self.session, self.session.step_metrics
         if state["data"] != session.data.digest:
             raise ResfastError(
                 f"cannot resume {self.path}: data {session.data.name} is not what it was trained "
@@ -133,11 +133,11 @@ class TrainingState:
         self.epoch, self.first_step = state["epoch"], state["step"]
         session.step.load_state_dict(state["training"])
         session.schedule.load_state_dict(state["schedule"])
-        session.loader.load_state_dict(state["loader"])
-        marks.losses.copy_(state["losses"])
-        marks.correct.copy_(state["correct"])
-        if marks.image_losses is not None:
-            marks.image_losses.copy_(state["image_losses"])
+        session.train_batches.load_state_dict(state["loader"])
+        metrics.losses.copy_(state["losses"])
+        metrics.correct.copy_(state["correct"])
+        if metrics.image_losses is not None:
+            metrics.image_losses.copy_(state["image_losses"])
             self.order = None if state["order"] is None else state["order"].to(session.device)
         self.epoch_seconds = state["epoch_seconds"]
         source = f"the history in {self.path / records.CHECKPOINT}"

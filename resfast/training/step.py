@@ -2,8 +2,8 @@
 
 On CUDA the whole of it can be captured as one CUDA graph. What changes from step to step then lives
 on the device: learning rates and the weight of an average are rows of a table computed up front,
-a :class:`~resfast.data.device_batches.Supply` has the epoch's order and augmentation, and the step
-itself counts where in them it is.
+a :class:`~resfast.data.device_batches.DeviceBatches` has the epoch's order and random parameters,
+and the step itself counts where in them it is.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from resfast import runtime
 from resfast.config.schema import OptimConfig
 from resfast.cuda_graph import CudaGraph
-from resfast.data.device_batches import Supply
+from resfast.data.batch import BatchSource
 from resfast.layers.norm import set_in_graph
 from resfast.optim.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
 from resfast.optim.optimizers import WHITENING_BIAS
 from resfast.optim.rate_table import RateTable
 from resfast.optim.schedules import Schedule
 from resfast.training.losses import LOSSES
-from resfast.training.step_metrics import Marks
+from resfast.training.step_metrics import StepMetrics
 
 logger = logging.getLogger("resfast")
 
@@ -142,39 +142,30 @@ class TrainStep:
             self.image_losses = rest[0]
         return loss, correct
 
-    def take(self, supply: Supply, marks: Marks, images: int, pixels: int) -> Tensor:
-        """One step on the next batch of a supply; what it leaves behind is marked down.
+    def train_next(
+        self, batches: BatchSource, metrics: StepMetrics, images: int, pixels: int
+    ) -> Tensor:
+        """One step on the next batch of a source.
 
         Args:
-            supply: makes the batch; always the same one where steps are captured.
-            marks: get mean loss, correct predictions and the losses of images; likewise.
+            batches: makes the batch; always the same source where steps are captured.
+            metrics: gets the mean loss, correct predictions and, where kept, the losses of images;
+                always the same where steps are captured.
             images: size of the batch.
             pixels: its height and width.
 
         Returns:
             The batch's images, ``[B, C, H, W]``, valid until the next call.
         """
-        kind, weight = self._next()
-        if self._table is None:
-            batch = self._step_on(supply, marks, images, pixels, kind.moves_average, weight)
-        else:
-            (batch,) = self._own_graph(supply, marks, images, pixels, kind).replay()
-        self.steps += 1
-        return batch
-
-    def _step_on(
-        self,
-        supply: Supply,
-        marks: Marks,
-        images: int,
-        pixels: int,
-        moves_average: bool,
-        weight: float | Tensor,
-    ) -> Tensor:
-        batch, labels, indices = supply.take(images, pixels)
-        loss, correct, *rest = self._step(batch, labels, moves_average, weight)
-        marks.add(loss, correct, rest[0] if rest else None, indices)
-        return batch
+        if self._table is not None and batches.capturable:
+            kind, _ = self._next()
+            (trained,) = self._source_graph(batches, metrics, images, pixels, kind).replay()
+            self.steps += 1
+            return trained
+        batch = batches.next(images, pixels)
+        loss, correct = self(batch.images, batch.labels)
+        metrics.add(loss, correct, self.image_losses, batch.indices)
+        return batch.images
 
     def _next(self) -> tuple[_Kind, float]:
         """Prepares the step to come: its kind, and the weight of its average."""
@@ -255,7 +246,7 @@ class TrainStep:
         labels: Tensor,
         *,
         fall_back: bool,
-        source: tuple[Supply, Marks] | None = None,
+        source: tuple[BatchSource, StepMetrics] | None = None,
         steps: Iterable[int] | None = None,
     ) -> float:
         """Compiles (and captures) every kind of step on a dummy batch.
@@ -267,7 +258,8 @@ class TrainStep:
             images: a batch of the shape, dtype and layout to come.
             labels: its labels.
             fall_back: go on without compilation or capture, and say so, where it fails.
-            source: where :meth:`take` will be called with these, and not the step with batches.
+            source: the source and metrics that :meth:`train_next` will be called with; None where
+                the step will be called with batches.
             steps: of the run that have batches of this shape; by default all.
 
         Returns:
@@ -285,10 +277,10 @@ class TrainStep:
             try:
                 for kind in kinds:
                     self._train_whitening_bias(kind.whitening_bias)
-                    if source is None:
+                    if source is None or not source[0].capturable:
                         self._graph(images, labels, kind)
                     else:
-                        self._own_graph(*source, len(images), images.shape[3], kind)
+                        self._source_graph(*source, len(images), images.shape[3], kind)
             except RuntimeError as error:
                 if not fall_back:
                     raise
@@ -332,16 +324,20 @@ class TrainStep:
         key = kind, images.shape, images.dtype, labels.shape
         return self._captured(key, step, [images, labels])
 
-    def _own_graph(
-        self, supply: Supply, marks: Marks, images: int, pixels: int, kind: _Kind
+    def _source_graph(
+        self, batches: BatchSource, metrics: StepMetrics, images: int, pixels: int, kind: _Kind
     ) -> CudaGraph:
         def step() -> tuple[Tensor, ...]:
             self._table.advance()
-            weight = self._table.average_weight
-            return (self._step_on(supply, marks, images, pixels, kind.moves_average, weight),)
+            batch = batches.next(images, pixels)
+            loss, correct, *rest = self._step(
+                batch.images, batch.labels, kind.moves_average, self._table.average_weight
+            )
+            metrics.add(loss, correct, rest[0] if rest else None, batch.indices)
+            return (batch.images,)
 
-        self._source_tensors = [*supply.tensors, *marks.tensors]
-        return self._captured((kind, images, pixels, id(supply), id(marks)), step, [])
+        self._source_tensors = [*batches.tensors, *metrics.tensors]
+        return self._captured((kind, images, pixels, id(batches), id(metrics)), step, [])
 
     def _captured(
         self, key: Any, step: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]
@@ -423,7 +419,7 @@ class TrainStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a state of :meth:`state_dict`."""
+        """Restores what :meth:`state_dict` returned."""
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["ema"])

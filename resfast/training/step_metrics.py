@@ -1,4 +1,4 @@
-"""What steps leave behind on the device: losses and correct predictions."""
+"""Loss and correct predictions of each step, kept on the device until the epoch is over."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 from resfast import runtime
 
 
-class Marks:
-    """What the steps of an epoch leave behind, on the device.
+class StepMetrics:
+    """Metrics of an epoch's steps, in tensors that never move.
 
     Args:
-        steps: of the longest epoch.
-        images: in the data set, whose latest losses are kept; 0 for none.
-        device: where.
+        steps: steps of the longest epoch.
+        images: images of the data set, whose latest losses are kept; 0 to keep none.
+        device: where they are.
 
     Attributes:
         losses: mean loss of each step, float32 ``[steps]``.
         correct: correct predictions so far, int64 0-d.
-        image_losses: latest loss of each image, float32 ``[images]``, infinite at first; None for
-            none.
+        image_losses: latest loss of each image, float32 ``[images]``, infinite at first; None
+            where they are not kept.
         tensors: all of these, and the step's number.
     """
 
@@ -36,13 +36,13 @@ class Marks:
             self.tensors.append(self.image_losses)
 
     def reset(self) -> None:
-        """As before the first step of a training."""
+        """Forgets everything, for a new training."""
         self.begin()
         if self.image_losses is not None:
             self.image_losses.fill_(math.inf)
 
     def begin(self, step: int = 0) -> None:
-        """Begins an epoch at ``step``; what steps before it left behind is kept."""
+        """Begins an epoch at ``step``; metrics of the steps before it are kept."""
         self._step.fill_(step)
         if not step:
             self.losses.zero_()
@@ -51,19 +51,19 @@ class Marks:
     def add(
         self, loss: Tensor, correct: Tensor, image_losses: Tensor | None, indices: Tensor | None
     ) -> None:
-        """Marks down a step; one too many takes the place of the first.
+        """Records a step; one too many takes the place of the first.
 
         Args:
             loss: mean loss, 0-d.
             correct: number of correct predictions, 0-d.
-            image_losses: loss of each image, ``[B]``; only where they are kept.
-            indices: int64 ``[B]``, the images' places in the data set; likewise.
+            image_losses: loss of each image, ``[B]``; only where losses are kept.
+            indices: int64 ``[B]``, the images' places in the data set; only where losses are kept.
         """
         if self.losses.is_cuda and runtime.has_triton():
-            from resfast.ops.batching import triton as triton_supply
+            from resfast.ops.batching import triton as batching
 
-            marks = self.losses, self.correct, self._step, self.image_losses
-            triton_supply.mark(*marks, loss, correct, image_losses, indices)
+            kept = self.losses, self.correct, self._step, self.image_losses
+            batching.record_step(*kept, loss, correct, image_losses, indices)
             return
         self.losses.index_copy_(0, self._step % len(self.losses), loss[None])
         self.correct += correct

@@ -25,12 +25,13 @@ def warm_up_training(session: Session, display: Display) -> float:
 
 
 def _warm_up_batches(session: Session) -> float:
-    if session.supply is None:
+    batches = session.train_batches
+    if not batches.capturable:  # reading ahead compiles nothing
         return 0.0
     start = time.perf_counter()
     for images, pixels in session.plan.shapes():
-        session.supply.begin(0)
-        session.supply.take(images, pixels)
+        batches.begin(0)
+        batches.next(images, pixels)
     runtime.synchronize(session.device)
     return time.perf_counter() - start
 
@@ -43,7 +44,7 @@ def _compile(session: Session, display: Display) -> float:
     display.say("compiling the training step (up to a minute the first time) …")
     session.step.model.train()
     seconds = 0.0
-    source = None if session.supply is None else (session.supply, session.marks)
+    source = session.train_batches, session.step_metrics
     for size, pixels in session.plan.shapes():
         images, labels = blank_batch(session, size, pixels)
         if config.data.augment.mixes:

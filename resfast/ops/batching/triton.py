@@ -1,6 +1,6 @@
-"""The bookkeeping of a step on CUDA, by Triton: which images are next, and what is marked down.
+"""A step's bookkeeping on CUDA, in Triton: which images are next, and the metrics of a step.
 
-A program each, where PyTorch's operators are a dozen launches a step.
+One program each, where PyTorch's operators would be a dozen launches a step.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 512
-"""Images gone over at a time."""
+"""Images handled at a time."""
 
 
 @triton.jit(do_not_specialize=["images", "count"])
 def _next_kernel(
-    indices, batch_labels, places, order, labels, place, images, count, BLOCK: tl.constexpr
+    indices, batch_labels, positions, order, labels, position, images, count, BLOCK: tl.constexpr
 ):
-    first = tl.load(place)
+    first = tl.load(position)
     tl.debug_barrier()  # all threads have read it
     for start in range(0, images, BLOCK):
         i = start + tl.arange(0, BLOCK)
         at = (first + i) % count
         index = tl.load(order + at, mask=i < images, other=0)
         label = tl.load(labels + index, mask=i < images, other=0)
-        tl.store(places + i, at, mask=i < images)
+        tl.store(positions + i, at, mask=i < images)
         tl.store(indices + i, index, mask=i < images)
         tl.store(batch_labels + i, label, mask=i < images)
-    tl.store(place, first + images)
+    tl.store(position, first + images)
 
 
 @triton.jit(do_not_specialize=["images", "steps"])
-def _mark_kernel(
+def _record_kernel(
     losses,
     correct,
     step,
@@ -60,29 +60,29 @@ def _mark_kernel(
 
 
 def next_batch(
-    order: Tensor, labels: Tensor, place: Tensor, images: int, count: int
+    order: Tensor, labels: Tensor, position: Tensor, images: int, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The next images of an order, which ``place`` then stands behind.
+    """The next images of an order; ``position`` is advanced past them.
 
     Args:
         order: int64 ``[N]``.
         labels: int64 ``[N]``, of the data set.
-        place: int64 ``[1]``, where in the order to begin.
+        position: int64 ``[1]``, where in the order to begin.
         images: B, how many.
-        count: place in the order behind which its first image comes again.
+        count: length of the part of the order that is repeated.
 
     Returns:
-        Places in the data set, labels and places in the order, int64 ``[B]`` each.
+        Indices in the data set, labels and positions in the order, int64 ``[B]`` each.
     """
-    indices, batch_labels, places = (order.new_empty(images) for _ in range(3))
+    indices, batch_labels, positions = (order.new_empty(images) for _ in range(3))
     with torch.cuda.device_of(order):
         _next_kernel[(1,)](
-            indices, batch_labels, places, order, labels, place, images, count, BLOCK=BLOCK
+            indices, batch_labels, positions, order, labels, position, images, count, BLOCK=BLOCK
         )
-    return indices, batch_labels, places
+    return indices, batch_labels, positions
 
 
-def mark(
+def record_step(
     losses: Tensor,
     correct: Tensor,
     step: Tensor,
@@ -93,10 +93,10 @@ def mark(
     indices: Tensor | None,
 ) -> None:
     """Records a step; the arguments are the tensors of
-    :class:`resfast.training.step_metrics.Marks` and those of its ``add``."""
+    ``resfast.training.step_metrics.StepMetrics`` and those of its ``add``."""
     images = 0 if image_losses is None else len(indices)
     with torch.cuda.device_of(losses):
-        _mark_kernel[(1,)](
+        _record_kernel[(1,)](
             losses, correct, step, image_losses, loss, right, batch_losses, indices, images,
             len(losses), BLOCK=BLOCK,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Batches made on the device, and what steps leave behind there."""
+"""Batches made on the device, step metrics kept there, and runs that make use of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from resfast.config.schema import Config
 from resfast.cuda_graph import CudaGraph
 from resfast.data.augment import POLICIES, Augment, parse_augment, smaller
-from resfast.data.device_batches import Supply
+from resfast.data.batch import Batch
+from resfast.data.device_batches import DeviceBatches
 from resfast.data.resident import ResidentLoader
 from resfast.errors import NonFiniteLossError
 from resfast.runs import folder as records
@@ -29,7 +30,7 @@ from resfast.training.loop import Shared, train
 from resfast.training.loss_watch import LossWatch
 from resfast.training.recorder import Recorder
 from resfast.training.state import TrainingState
-from resfast.training.step_metrics import Marks
+from resfast.training.step_metrics import StepMetrics
 from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights, weights
 from tests.triton_code import compiled, interpreted, triton_kernels
@@ -49,15 +50,15 @@ def make(
     return ResidentLoader(images, labels, MEAN, STD, **values)
 
 
-def whole_epoch(supply: Supply, epoch: int) -> list[tuple[Tensor, Tensor]]:
-    supply.begin(epoch)
-    return [supply.take(6, SIZE)[:2] for _ in range(COUNT // 6)]
+def whole_epoch(batches: DeviceBatches, epoch: int) -> list[Batch]:
+    batches.begin(epoch)
+    return [batches.next(6, SIZE) for _ in range(COUNT // 6)]
 
 
-def assert_same(ours: list[tuple[Tensor, ...]], theirs: list[tuple[Tensor, ...]]) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        for a, b in zip(mine, other, strict=True):
-            assert torch.equal(a, b)
+def assert_same(found: list[Batch], expected: list[Batch]) -> None:
+    for batch, other in zip(found, expected, strict=True):
+        for name, value in batch._asdict().items():
+            assert torch.equal(value, getattr(other, name)), name
 
 
 @pytest.mark.parametrize(
@@ -66,24 +67,23 @@ def assert_same(ours: list[tuple[Tensor, ...]], theirs: list[tuple[Tensor, ...]]
 )
 def test_it_makes_the_batches_of_the_loader(policy: str):
     loader = make(policy)
-    supply = Supply(loader)
-    for epoch in (3, 0, 1):  # each replaces what the one before drew
-        assert_same(whole_epoch(supply, epoch), list(loader.epoch(epoch)))
+    batches = DeviceBatches(loader)
+    for epoch in (3, 0, 1):  # each replaces the random parameters of the one before
+        assert_same(whole_epoch(batches, epoch), list(loader.epoch(epoch)))
 
 
 def test_nothing_moves_from_epoch_to_epoch():
-    supply = Supply(make(EVERYTHING), resize_by="crop")
-    loader = supply.loader
-    before = [tensor.data_ptr() for tensor in (*supply.tensors, loader.images, loader.labels)]
-    parts = {f.name for p in (supply._draws.params, supply._draws.mix) for f in fields(p)}
-    drawn = {"shift", "flip", "affine", "color", "cutout", "partner", "weight", "box"}
-    assert parts == drawn
-    assert len(supply.tensors) == 3 + len(parts) - 2  # `affine` here, so no `shift` and `flip`
-    first = whole_epoch(supply, 0)
-    supply.loader.take_over(make(EVERYTHING, pictures=1, seed=9))
-    second = whole_epoch(supply, 0)
-    assert [t.data_ptr() for t in (*supply.tensors, loader.images, loader.labels)] == before
-    assert not torch.equal(first[0][0], second[0][0])
+    batches = DeviceBatches(make(EVERYTHING), resize_by="crop")
+    loader = batches.loader
+    before = [tensor.data_ptr() for tensor in (*batches.tensors, loader.images, loader.labels)]
+    parts = {f.name for p in (batches._params.augment, batches._params.mix) for f in fields(p)}
+    assert parts == {"shift", "flip", "affine", "color", "cutout", "partner", "weight", "box"}
+    assert len(batches.tensors) == 3 + len(parts) - 2  # `affine` here, so no `shift` and `flip`
+    first = whole_epoch(batches, 0)
+    batches.loader.copy_from(make(EVERYTHING, pictures=1, seed=9))
+    second = whole_epoch(batches, 0)
+    assert [t.data_ptr() for t in (*batches.tensors, loader.images, loader.labels)] == before
+    assert not torch.equal(first[0].images, second[0].images)
     assert_same(second, list(make(EVERYTHING, pictures=1, seed=9).epoch(0)))
 
 
@@ -91,67 +91,68 @@ def test_batches_of_any_sizes_and_order_are_made_of_the_same_images():
     loader = make()
     alone = {}
     order = loader.order(2).tolist()
-    for index, image in zip(order, torch.cat([i for i, _ in loader.epoch(2)]), strict=False):
+    images = torch.cat([batch.images for batch in loader.epoch(2)])
+    for index, image in zip(order, images, strict=False):
         alone[index] = image
     chosen = torch.tensor([index for index in (4, 22, 0, 7, 9, 13, 2, 5) if index in alone])
-    supply = Supply(loader)
-    supply.begin(2, order=chosen)
-    made = [supply.take(size, SIZE) for size in (3, 1, len(chosen) - 4)]
-    assert torch.equal(torch.cat([indices for *_, indices in made]), chosen)
-    assert torch.equal(torch.cat([labels for _, labels, _ in made]), chosen % CLASSES)
-    for index, image in zip(chosen.tolist(), torch.cat([i for i, *_ in made]), strict=True):
+    batches = DeviceBatches(loader)
+    batches.begin(2, order=chosen)
+    made = [batches.next(size, SIZE) for size in (3, 1, len(chosen) - 4)]
+    assert torch.equal(torch.cat([batch.indices for batch in made]), chosen)
+    assert torch.equal(torch.cat([batch.labels for batch in made]), chosen % CLASSES)
+    images = torch.cat([batch.images for batch in made])
+    for index, image in zip(chosen.tolist(), images, strict=True):
         assert torch.equal(image, alone[index])
-    supply.begin(2, order=chosen, first=3)
-    assert torch.equal(supply.take(1, SIZE)[0], made[1][0])
+    batches.begin(2, order=chosen, first=3)
+    assert torch.equal(batches.next(1, SIZE).images, made[1].images)
 
 
 @pytest.mark.parametrize("by", ["resize", "crop"])
 def test_smaller_batches_are_those_of_the_host(by: str):
     loader = make(seed=4)
-    supply = Supply(loader, resize_by=by)
+    batches = DeviceBatches(loader, resize_by=by)
     for epoch in (0, 2):
-        supply.begin(epoch)
-        for step, (images, _) in enumerate(loader.epoch(epoch)):
-            expected = smaller(images, 8, by=by, seed=4, epoch=epoch, first=6 * step)
-            ours = supply.take(6, 8)[0]
-            assert ours.shape == (6, 3, 8, 8)
-            assert torch.equal(ours, expected)
+        batches.begin(epoch)
+        for step, batch in enumerate(loader.epoch(epoch)):
+            expected = smaller(batch.images, 8, by=by, seed=4, epoch=epoch, first=6 * step)
+            found = batches.next(6, 8).images
+            assert found.shape == (6, 3, 8, 8)
+            assert torch.equal(found, expected)
 
 
-def test_behind_the_last_image_comes_the_first():
+def test_after_the_last_image_comes_the_first():
     loader = make()
-    supply = Supply(loader)
-    supply.begin(0, first=20)
-    taken = supply.take(6, SIZE)[2]
+    batches = DeviceBatches(loader)
+    batches.begin(0, first=20)
     order = loader.order(0)
-    assert torch.equal(taken, torch.cat([order[20:], order[:3]]))
+    assert torch.equal(batches.next(6, SIZE).indices, torch.cat([order[20:], order[:3]]))
 
 
-def test_marks_are_kept_for_each_step_and_image():
-    marks = Marks(3, 5, torch.device("cpu"))
-    marks.begin()
-    places = [torch.tensor([4, 1]), torch.tensor([0, 3])]
-    marks.add(torch.tensor(2.0), torch.tensor(1), torch.tensor([1.5, 2.5]), places[0])
-    marks.add(torch.tensor(3.0), torch.tensor(2), torch.tensor([2.0, 4.0]), places[1])
-    assert marks.losses.tolist() == [2, 3, 0]
-    assert int(marks.correct) == 3
-    assert marks.image_losses.tolist() == [2.0, 2.5, math.inf, 4.0, 1.5]
-    marks.begin(2)  # a resumed epoch goes on
-    marks.add(torch.tensor(5.0), torch.tensor(0), torch.tensor([7.0]), torch.tensor([2]))
-    assert marks.losses.tolist() == [2, 3, 5]
-    assert int(marks.correct) == 3
-    marks.begin()
-    assert (marks.losses.tolist(), int(marks.correct)) == ([0, 0, 0], 0)
-    assert marks.image_losses.tolist() == [2.0, 2.5, 7.0, 4.0, 1.5]
-    marks.reset()
-    assert marks.image_losses.tolist() == [math.inf] * 5
+def test_metrics_are_kept_for_each_step_and_image():
+    metrics = StepMetrics(3, 5, torch.device("cpu"))
+    metrics.begin()
+    indices = [torch.tensor([4, 1]), torch.tensor([0, 3])]
+    metrics.add(torch.tensor(2.0), torch.tensor(1), torch.tensor([1.5, 2.5]), indices[0])
+    metrics.add(torch.tensor(3.0), torch.tensor(2), torch.tensor([2.0, 4.0]), indices[1])
+    assert metrics.losses.tolist() == [2, 3, 0]
+    assert int(metrics.correct) == 3
+    assert metrics.image_losses.tolist() == [2.0, 2.5, math.inf, 4.0, 1.5]
+    metrics.begin(2)  # a resumed epoch goes on
+    metrics.add(torch.tensor(5.0), torch.tensor(0), torch.tensor([7.0]), torch.tensor([2]))
+    assert metrics.losses.tolist() == [2, 3, 5]
+    assert int(metrics.correct) == 3
+    metrics.begin()
+    assert (metrics.losses.tolist(), int(metrics.correct)) == ([0, 0, 0], 0)
+    assert metrics.image_losses.tolist() == [2.0, 2.5, 7.0, 4.0, 1.5]
+    metrics.reset()
+    assert metrics.image_losses.tolist() == [math.inf] * 5
 
 
 KERNELS = ("interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 def kernels_of(where: str) -> tuple[ModuleType, str]:
-    """The Triton kernels of the bookkeeping, and the device of what they are given."""
+    """The Triton kernels of the bookkeeping, and the device of their arguments."""
     if where == "interpreter":
         return interpreted("batching"), "cpu"
     return triton_kernels("batching"), "cuda"
@@ -163,29 +164,31 @@ def test_the_kernel_takes_the_next_images(where: str, images: int):
     module, device = kernels_of(where)
     order = torch.randperm(700).to(device)
     labels = torch.randint(10, (700,)).to(device)
-    place = torch.tensor([650]).to(device)
-    found = module.next_batch(order, labels, place, images, 690)
-    places = (650 + torch.arange(images).to(device)) % 690
-    for ours, expected in zip(found, (order[places], labels[order[places]], places), strict=True):
-        assert torch.equal(ours, expected)
-    assert place.tolist() == [650 + images]
+    position = torch.tensor([650]).to(device)
+    found = module.next_batch(order, labels, position, images, 690)
+    positions = (650 + torch.arange(images).to(device)) % 690
+    expected = order[positions], labels[order[positions]], positions
+    for value, other in zip(found, expected, strict=True):
+        assert torch.equal(value, other)
+    assert position.tolist() == [650 + images]
 
 
 @pytest.mark.parametrize("where", KERNELS)
 @pytest.mark.parametrize("images", [0, 3, 600])
-def test_the_kernel_marks_down_a_step(where: str, images: int):
+def test_the_kernel_records_a_step(where: str, images: int):
     module, device = kernels_of(where)
-    ours, expected = (Marks(4, 700 if images else 0, torch.device("cpu")) for _ in range(2))
+    start, expected = (StepMetrics(4, 700 if images else 0, torch.device("cpu")) for _ in range(2))
     of_batch = torch.rand(images), torch.randperm(700)[:images]
     given = torch.tensor(2.5), torch.tensor(3), *(of_batch if images else (None, None))
-    for marks in (ours, expected):
-        marks.begin(4)  # one too many
-    mine = [t.to(device) for t in (ours.losses, ours.correct, ours._step)]
-    image_losses = None if ours.image_losses is None else ours.image_losses.to(device)
-    module.mark(*mine, image_losses, *(None if t is None else t.to(device) for t in given))
+    for metrics in (start, expected):
+        metrics.begin(4)  # one too many
+    kept = [t.to(device) for t in (start.losses, start.correct, start._step)]
+    image_losses = None if start.image_losses is None else start.image_losses.to(device)
+    module.record_step(*kept, image_losses, *(None if t is None else t.to(device) for t in given))
     expected.add(*given)
-    for mark, other in zip(mine, (expected.losses, expected.correct, expected._step), strict=True):
-        assert torch.equal(mark.cpu(), other)
+    others = expected.losses, expected.correct, expected._step
+    for value, other in zip(kept, others, strict=True):
+        assert torch.equal(value.cpu(), other)
     if images:
         assert torch.equal(image_losses.cpu(), expected.image_losses)
 
@@ -199,8 +202,8 @@ def test_the_kernels_compile_for_the_architecture(capability: int):
     absent = dict.fromkeys(("image_losses", "batch_losses", "indices"))
     for kernel, missing in (
         (module._next_kernel, {}),
-        (module._mark_kernel, {}),
-        (module._mark_kernel, absent),
+        (module._record_kernel, {}),
+        (module._record_kernel, absent),
     ):
         constants = {"BLOCK": module.BLOCK, **missing}
         own = {name: types.get(name, "*i64") for name in kernel.arg_names if name not in constants}
@@ -227,15 +230,15 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_captured_run_does_what_a_plain_one_does(tiny: Config, captured: None):
     config = change(tiny, **RUN)
-    ours = train(config)
+    captured_run = train(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(resolve, "_resolve_cuda_graph", lambda *args: ("off", None))
-        theirs = train(change(config, name="plain"))
-    for name, value in weights(theirs.path).items():
-        torch.testing.assert_close(weights(ours.path)[name], value, rtol=1e-3, atol=1e-4)
-    for mine, other in zip(whole_rows(ours.path), whole_rows(theirs.path), strict=True):
-        assert mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
-        assert mine["train_accuracy"] == pytest.approx(other["train_accuracy"], abs=0.05)
+        plain_run = train(change(config, name="plain"))
+    for name, value in weights(plain_run.path).items():
+        torch.testing.assert_close(weights(captured_run.path)[name], value, rtol=1e-3, atol=1e-4)
+    for row, other in zip(whole_rows(captured_run.path), whole_rows(plain_run.path), strict=True):
+        assert row["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
+        assert row["train_accuracy"] == pytest.approx(other["train_accuracy"], abs=0.05)
 
 
 def test_a_second_seed_uses_the_graphs_of_the_first(
@@ -363,13 +366,13 @@ def test_losses_are_copied_before_the_clock_is_read(tiny: Config, monkeypatch: p
 
 def test_a_loss_that_becomes_nan_names_its_own_epoch(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     late(monkeypatch)
-    add, calls = Marks.add, []
+    add, calls = StepMetrics.add, []
 
-    def spoil(self: Marks, loss: Tensor, *rest: object) -> None:
+    def spoil(self: StepMetrics, loss: Tensor, *rest: object) -> None:
         calls.append(0)
         add(self, loss * math.nan if len(calls) == 6 else loss, *rest)
 
-    monkeypatch.setattr(Marks, "add", spoil)
+    monkeypatch.setattr(StepMetrics, "add", spoil)
     monkeypatch.setattr(LossWatch, "poll", lambda self, step: (math.nan, 0, 0))
     with pytest.raises(NonFiniteLossError, match="the loss is nan at epoch 2, step 2 of 4"):
         train(change(tiny, eval_every=0, save_seconds=600))

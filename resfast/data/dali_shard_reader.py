@@ -1,0 +1,190 @@
+"""Reads tar shards with DALI from front to back, which is what shards are for.
+
+The order within an epoch is DALI's, and its state has to be saved to go on quickly.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resfast.data import dali_pipeline, shards
+from resfast.data.dali_reader import Reader, ReaderOptions, ReadImages, raise_for_undecodable
+from resfast.data.dataset import Shards
+from resfast.errors import ResfastError
+
+# Odd and otherwise arbitrary; a hash only has to be the same in every run.
+_HASH_FACTOR = 0x9E3779B97F4A7C15
+
+
+class ShardReader(Reader):
+    """Reads shards from front to back; one epoch of DALI's is a fixed number of runs.
+
+    Raises:
+        ResfastError: there are no shards, or one cannot be indexed.
+    """
+
+    def __init__(self, source: Shards, options: ReaderOptions) -> None:
+        if not source.paths:
+            raise ResfastError("the list of shards is empty, at least one was expected")
+        self._index_folder = tempfile.TemporaryDirectory(prefix="resfast-index-")
+        self._indices, count = shards.indexed(source.paths, Path(self._index_folder.name))
+        super().__init__(options, count)
+        self.source = source
+        common = os.path.commonpath([os.path.dirname(path) or "." for path in source.paths])
+        self._prefix = len(os.fsencode(common))
+        self._position = (0, 0)  # of the pipeline: epoch, step
+        largest_part = math.ceil(count / options.world)
+        self._runs = math.ceil(largest_part / options.batch_size)  # of the pipeline, an epoch
+
+    def epoch(self, epoch: int, first_step: int) -> Iterator[ReadImages]:
+        """Batches ``first_step`` and after of an epoch; those before are read again.
+
+        Raises:
+            ResfastError: an image cannot be decoded, or a label is out of range.
+        """
+        if not self.options.train:
+            epoch = self._position[0] + bool(self._position[1] > first_step)  # all are the same
+        self._go_to(epoch * self._runs + first_step)
+        size = self._part_size()
+        for step in range(first_step, len(self)):
+            images, texts, names = self._advance()
+            images = images[: size - step * self.options.batch_size]
+            labels = self._labels_of(texts[: len(images)].numpy(), names[: len(images)].numpy())
+            indices = self._indices_of(names[: len(images)].numpy())
+            yield ReadImages(images, labels, indices)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the shards are read, after the last batch that was yielded.
+
+        Tensors and numbers only, so that ``torch.load(weights_only=True)`` reads it.
+        """
+        if self._pipeline is None:
+            return {}
+        state = np.frombuffer(self._pipeline.checkpoint(), np.uint8).copy()
+        epoch, step = self._position
+        return {
+            "pipeline": torch.from_numpy(state),
+            "epoch": epoch,
+            "step": step,
+            **self._identity(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a position, from which ``epoch(e, first_step)`` goes on.
+
+        Raises:
+            ResfastError: it is of other shards, another batch size, seed or rank.
+        """
+        if not state:
+            return
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ResfastError(
+                    f"the saved position in the shards is of {name} {state[name]}, but this run "
+                    f"has {name} {value}: use the same shards and options to go on"
+                )
+        self._pipeline = self._build(checkpoint=state["pipeline"].numpy().tobytes())
+        self._position = (state["epoch"], state["step"])
+
+    def _identity(self) -> dict[str, int]:
+        options = self.options
+        return {
+            "count": self.count,
+            "batch_size": options.batch_size,
+            "seed": options.seed,
+            "rank": options.rank,
+            "world": options.world,
+        }
+
+    def _part_size(self) -> int:
+        first, end = (  # as DALI divides shards among ranks
+            self.count * rank // self.options.world
+            for rank in (self.options.rank, self.options.rank + 1)
+        )
+        return end - first
+
+    def _go_to(self, wanted: int) -> None:
+        reached = self._position[0] * self._runs + self._position[1]
+        if reached > wanted:
+            self._pipeline, self._position, reached = None, (0, 0), 0
+        for _ in range(wanted - reached):
+            self._advance()
+
+    def _advance(self) -> tuple[Tensor, ...]:
+        try:
+            outputs = self._run()
+        except RuntimeError:
+            self._pipeline, self._position = None, (0, 0)
+            raise_for_undecodable(
+                (f"{name} in {path}", data)
+                for path in self.source.paths
+                for name, data in shards.images_of(path)
+            )
+            raise
+        epoch, step = self._position
+        self._position = (epoch, step + 1) if step + 1 < self._runs else (epoch + 1, 0)
+        return outputs
+
+    def _labels_of(self, characters: np.ndarray, names: np.ndarray) -> Tensor:
+        """Labels from the text of ``.cls`` files, uint8 ``[B, digits]``."""
+        labels = np.zeros(len(characters), np.int64)
+        wrong = np.zeros(len(characters), bool)
+        for column in characters.T:
+            digit = (column >= 48) & (column <= 57)
+            labels = np.where(digit, 10 * labels + (column - 48), labels)
+            wrong |= ~digit & ~np.isin(column, np.frombuffer(b"\0\t\n\r ", np.uint8))
+        classes = self.options.classes
+        wrong |= (labels >= classes) | ~((characters >= 48) & (characters <= 57)).any(1)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise ResfastError(
+                f"the sample {_text(names[row])} has the class {_text(characters[row])!r}; "
+                f"expected a number from 0 to {classes - 1}"
+            )
+        return torch.from_numpy(labels).to(self.options.device)
+
+    def _indices_of(self, names: np.ndarray) -> Tensor:
+        """A hash of each sample's shard, place and name, below the shards' common folder."""
+        names = names[:, self._prefix :].astype(np.uint64)
+        powers = np.cumprod(np.full(names.shape[1], _HASH_FACTOR, np.uint64))
+        indices = (names * powers).sum(1, dtype=np.uint64).astype(np.int64)
+        return torch.from_numpy(indices).to(self.options.device)
+
+    def _build(self, checkpoint: bytes | None = None) -> Any:
+        options = self.options
+        reader: dict[str, Any] = {
+            "paths": list(self.source.paths),
+            "index_paths": self._indices,
+            "shard_id": options.rank,
+            "num_shards": options.world,
+        }
+        if options.train:
+            reader |= {
+                "random_shuffle": True,
+                "shuffle_after_epoch": True,
+                "shuffle_after_epoch_seed": options.seed % 2**31,
+            }
+        else:
+            reader["stick_to_shard"] = True
+        alone = options.finish == "dali"
+        return dali_pipeline.build(
+            reader=reader,
+            window=self.window,
+            crop=options.augment.crop if alone else 0,
+            flip=alone and options.augment.flip != "none",
+            checkpoint=checkpoint,
+            **self._pipeline_options(),
+        )
+
+
+def _text(values: np.ndarray) -> str:
+    return values.tobytes().rstrip(b"\0 \r\n\t").decode("utf-8", "backslashreplace")
