@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from resfast.config.schema import Config, OptimConfig
 from resfast.cuda_graph import CudaGraph
+from resfast.layers.conv import set_winograd_tile
+from resfast.layers.norm import in_captured_step
 from resfast.optim.averaging import Average, ema_weight, lookahead_weight
 from resfast.optim.optimizers import build_optimizer
 from resfast.optim.schedules import Schedule
@@ -122,6 +124,42 @@ def assert_same(first: TrainStep, second: TrainStep) -> None:
         one, other = (getattr(step, model).state_dict() for step in (first, second))
         for name, value in one.items():
             assert torch.equal(value, other[name]), (model, name)
+
+
+def attributes(model: nn.Module) -> dict[str, set[str]]:
+    """Names of the attributes of every module that is not one of resfast's."""
+    return {
+        name: set(vars(module))
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("resfast.")
+    }
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_training_writes_no_attribute_onto_the_modules_of_others(captured: bool):
+    step = make_step(captured, **CONFIGS["adamw, ema"])
+    before = attributes(Net())
+    assert {"", "norm", "conv1", "head"} <= set(before)
+    set_winograd_tile(step.model, 4)
+    step.warm_up(*batch(99), fall_back=False)
+    run(step, last=2)
+    assert attributes(step.model) == attributes(step.evaluated_model) == before
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("captured", [False, True])
+def test_only_the_networks_of_captured_steps_are_run_as_such(captured: bool, compile: bool):
+    step, seen = make_step(captured, compile=compile, accumulate=2), []
+    call = step._loss
+
+    def watched(*args: Tensor) -> tuple[Tensor, ...]:
+        seen.append(in_captured_step())
+        return call(*args)
+
+    step._loss = watched
+    run(step, last=2)
+    assert set(seen) == {captured}
+    assert not in_captured_step()
 
 
 # -- averages -----------------------------------------------------------------------------------

@@ -1,12 +1,17 @@
 """Batch norm with an optional max pool before it and a residual and activation after it.
 
-In bfloat16 training on a CPU with AVX512-BF16, or in a CUDA graph, pooling, norm, addition and
-activation are one operator, :func:`resfast.ops.norm_act.op.batch_norm_act`. Everywhere else, in
-eval mode and under tracers the modules run one by one. Outside a CUDA graph the operator is not
-used on CUDA: its launch overhead on the host exceeds that of the modules, and the GPU would wait.
+In bfloat16 training on a CPU with AVX512-BF16, or on CUDA within :func:`captured_step`, pooling,
+norm, addition and activation are one operator, :func:`resfast.ops.norm_act.op.batch_norm_act`.
+Everywhere else, in eval mode and under tracers the modules run one by one. Outside a CUDA graph the
+operator is not used on CUDA: its launch overhead on the host exceeds that of the modules, and the
+GPU would wait.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +23,27 @@ from resfast.ops.conv.reference import ACTIVATIONS
 
 LEAST_CHANNELS = 16
 """With fewer channels less than half of a vector would be used."""
+
+_CAPTURED_STEP: ContextVar[bool] = ContextVar("resfast_captured_step", default=False)
+
+
+@contextlib.contextmanager
+def captured_step(captured: bool = True) -> Iterator[None]:
+    """Within it, networks are part of a training step that is captured as a CUDA graph, or not.
+
+    Enter it outside of a compiled function: torch.compile guards on the value, so that each value
+    has one compiled version. Other threads have a value of their own.
+    """
+    token = _CAPTURED_STEP.set(captured)
+    try:
+        yield
+    finally:
+        _CAPTURED_STEP.reset(token)
+
+
+def in_captured_step() -> bool:
+    """Whether the caller is within :func:`captured_step`."""
+    return _CAPTURED_STEP.get()
 
 
 def norm_act(
@@ -88,9 +114,9 @@ def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
         return False
     from resfast.ops.norm_act import op as kernel
 
-    on_cuda = x.device.type == "cuda"
     return (
-        (getattr(bn, "in_graph", False) if on_cuda else kernel.available(x.device))
+        (x.device.type != "cuda" or in_captured_step())
+        and kernel.available(x.device)
         and x.dim() == 4
         and x.shape[1] == bn.num_features >= LEAST_CHANNELS
         and _count(x, pool) > 1
@@ -129,17 +155,3 @@ def _fused(
         bn.running_mean.lerp_(mean, bn.momentum)
         bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
     return out
-
-
-def set_in_graph(model: nn.Module, in_graph: bool) -> None:
-    """Says of every batch norm whether its training steps are captured as a CUDA graph.
-
-    Only then, and where the device has the kernels, are they the operator there.
-    """
-    from resfast.ops.norm_act import op as kernel
-
-    device = next((tensor.device for tensor in model.buffers()), None)
-    in_graph = in_graph and device is not None and kernel.available(device)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.in_graph = in_graph

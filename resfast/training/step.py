@@ -23,7 +23,7 @@ from resfast import runtime
 from resfast.config.schema import OptimConfig
 from resfast.cuda_graph import CudaGraph
 from resfast.data.batch import BatchSource
-from resfast.layers.norm import set_in_graph
+from resfast.layers.norm import captured_step
 from resfast.optim.averaging import Average, ema_weight, lookahead_weight, moves_lookahead
 from resfast.optim.optimizers import WHITENING_BIAS
 from resfast.optim.rate_table import RateTable
@@ -91,7 +91,7 @@ class TrainStep:
         if self._whitening_bias is not None and not self._whitening_bias.requires_grad:
             self._whitening_bias = None
         self._loss = self._forward
-        set_in_graph(model, captured)
+        self._is_captured = captured
         if compile:
             limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
             torch._dynamo.config.recompile_limit = limit
@@ -201,17 +201,21 @@ class TrainStep:
         """Adds the gradients of a batch; what :meth:`_forward` gives for it."""
         size = math.ceil(len(images) / self.config.accumulate)
         if size == len(images):
-            loss, *rest = self._loss(images, labels)
+            loss, *rest = self._loss_of(images, labels)
             self.scaler.scale(loss).backward()
             return loss.detach(), *rest
         loss, correct, image_losses = 0.0, 0, []
         for part, part_labels in zip(images.split(size), labels.split(size), strict=True):
-            mean, right, *rest = self._loss(part, part_labels)
+            mean, right, *rest = self._loss_of(part, part_labels)
             mean = mean * (len(part) / len(images))
             self.scaler.scale(mean).backward()
             loss, correct = loss + mean.detach(), correct + right
             image_losses += rest
         return loss, correct, *([torch.cat(image_losses)] if image_losses else [])
+
+    def _loss_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        with captured_step(self._is_captured):
+            return self._loss(images, labels)
 
     # -- what changes from step to step -----------------------------------------------------------
 

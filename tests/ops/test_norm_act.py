@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import itertools
 import re
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -449,12 +450,12 @@ def test_function_does_what_the_modules_do(device, activation, pool, monkeypatch
     ours, theirs = (nn.BatchNorm2d(32, momentum=0.4, device=device) for _ in range(2))
     nn.init.normal_(ours.weight)
     theirs.load_state_dict(ours.state_dict())
-    norm.set_in_graph(ours, True)
     results = []
 
     def run() -> None:
-        results.append(norm_act(x, ours, activation, residual, pool))
-        results.append(norm_act(x, ours, activation, residual, pool))
+        with norm.captured_step():
+            results.append(norm_act(x, ours, activation, residual, pool))
+            results.append(norm_act(x, ours, activation, residual, pool))
 
     assert calls_of(run, monkeypatch) == 2
     with monkeypatch.context() as patch:
@@ -470,10 +471,46 @@ def test_function_does_what_the_modules_do(device, activation, pool, monkeypatch
 def test_steps_on_cuda_that_are_not_captured_run_as_modules(monkeypatch):
     bn, x = nn.BatchNorm2d(32).cuda(), bf16(2, 32, 4, 4).cuda()
     assert calls_of(lambda: norm_act(x, bn, "relu"), monkeypatch) == 0
-    norm.set_in_graph(bn, True)
-    assert calls_of(lambda: norm_act(x, bn, "relu"), monkeypatch) == 1
-    norm.set_in_graph(bn, False)
+    with norm.captured_step():
+        assert calls_of(lambda: norm_act(x, bn, "relu"), monkeypatch) == 1
+        with norm.captured_step(False):
+            assert calls_of(lambda: norm_act(x, bn, "relu"), monkeypatch) == 0
     assert calls_of(lambda: norm_act(x, bn, "relu"), monkeypatch) == 0
+
+
+def test_a_captured_step_ends_with_its_block_and_is_that_of_one_thread():
+    seen = []
+
+    def fail() -> None:
+        with norm.captured_step():
+            thread = threading.Thread(target=lambda: seen.append(norm.in_captured_step()))
+            thread.start()
+            thread.join()
+            seen.append(norm.in_captured_step())
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert [*seen, norm.in_captured_step()] == [False, True, False]
+
+
+def test_a_compiled_function_has_one_version_inside_a_captured_step_and_one_outside():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: x + 1 if norm.in_captured_step() else x - 1, backend=backend, fullgraph=True
+    )
+    results = []
+    for captured in (True, False, True, True, False):
+        with norm.captured_step(captured):
+            results.append(compiled(torch.zeros(())).item())
+    assert results == [1, -1, 1, 1, -1]
+    assert len(graphs) == 2
 
 
 def _hooked() -> nn.BatchNorm2d:
@@ -583,7 +620,6 @@ def test_compiled_network_on_cuda_computes_what_the_modules_do(name, monkeypatch
     images = torch.randn(64, 3, 32, 32, device="cuda").contiguous(memory_format=LAST)
     labels = torch.arange(64, device="cuda") % 10
     assert kernel.available(images.device)
-    norm.set_in_graph(ours, True)
 
     def loss_of(model: nn.Module, enabled: bool) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
@@ -595,14 +631,16 @@ def test_compiled_network_on_cuda_computes_what_the_modules_do(name, monkeypatch
     torch._dynamo.reset()
     step = torch.compile(loss_of)
     before = copy.deepcopy(ours.state_dict())
-    step(ours, True).backward()  # compiles
+    with norm.captured_step():
+        step(ours, True).backward()  # compiles
     ours.load_state_dict(before)
     ours.zero_grad()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = step(ours, True)
-        loss.backward()
+        with norm.captured_step():
+            loss = step(ours, True)
+            loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     monkeypatch.setattr(norm, "_applies", lambda *_: False)
