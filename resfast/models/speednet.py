@@ -103,8 +103,8 @@ class SpeedNetSpec:
                 raise ResfastError(f"{name} {as_text(getattr(self, name))} must all be at least 1")
         if not set(self.strides) <= {1, 2}:
             raise ResfastError(
-                f"strides {as_text(self.strides)} of a speednet must all be 1 (no max pool) or 2 "
-                "(a max pool)"
+                f"strides {as_text(self.strides)} must all be 2 (a max pool) or 1 (no max pool) in "
+                "a speednet"
             )
         if self.whitening_kernel < 1:
             raise ResfastError(
