@@ -137,7 +137,7 @@ def test_plans_that_do_not_fit_the_images_are_refused(values: dict, said: str):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"sizes": ((24, 0.8), (28, 0.5))}, "--sizes 24:0.8,28:0.5 .*rising parts"),
+        ({"sizes": ((24, 0.8), (28, 0.5))}, "--sizes 24:0.8,28:0.5 .*increasing fractions"),
         ({"sizes": ((24, 1.5),)}, "--sizes 24:1.5"),
         ({"sizes": ((0, 0.5),)}, "--sizes 0:0.5"),
         ({"batch_sizes": ((8, 0.0),)}, "--batch-sizes 8:0"),

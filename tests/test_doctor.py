@@ -103,7 +103,7 @@ def test_without_torch_every_line_is_still_there(tmp_path, monkeypatch):
     assert list(lines) == list(doctor.PROBES)
     assert lines["Python"].state == "ok"
     assert lines["torch"].state == "problem"
-    assert lines["CPU"] == Line("CPU", "missing", "not examined: there is no module torch")
+    assert lines["CPU"] == Line("CPU", "missing", "not checked: module torch is not installed")
 
 
 # -- single probes -----------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_absent_packages_are_named_with_the_command_that_installs_them(monkeypat
     assert (line.state, line.todo) == ("problem", "pip install pillow tyro")
     line = the_line("optional")
     assert line.state == "missing"
-    assert line.text.startswith("not installed: onnx ")
+    assert line.text.startswith("not installed: onnx (")
 
 
 @pytest.mark.parametrize(("version", "state"), [("2.10.1+cu126", "problem"), ("2.11.0", "ok")])
@@ -204,8 +204,8 @@ def test_cuda_kernels_must_be_built_for_the_device(record, state, said, tmp_path
     ("missing", "gpu", "state", "said"),
     [
         ("/x/_CUDA.so cannot be loaded (no libcudart)", False, "problem", "no libcudart"),
-        ("they were not built when", False, "missing", "of no use without a GPU: they were"),
-        ("they were not built when", True, "missing", "cuDNN takes their place: they were"),
+        ("they were not built when", False, "missing", "not needed without a GPU: they were"),
+        ("they were not built when", True, "missing", "cuDNN is used instead: they were"),
         ("RESFAST_CUDA is 0", True, "missing", "RESFAST_CUDA is 0"),
     ],
 )

@@ -448,12 +448,12 @@ def test_wrong_images_are_one_sentence(run, here, capsys):
     error = fails(capsys, predict.main, run, "a.png", "gone.png")
     assert "gone.png does not exist" in error
     assert "holds no images" in fails(capsys, predict.main, run, "empty")
-    assert "unknown kind '.tiff'" in fails(capsys, predict.main, run, "x.tiff")
+    assert "unknown type '.tiff'" in fails(capsys, predict.main, run, "x.tiff")
     error = fails(capsys, predict.main, run, "a.png", "bad.png")
     assert "bad.png is not a readable" in error
     assert "--skip-corrupt" in error
     assert "beside 1 other" in fails(capsys, predict.main, run, "a.png", "empty")
-    assert "no images were named" in fails(capsys, predict.main, run)
+    assert "no images were given" in fails(capsys, predict.main, run)
     assert "--top 0" in fails(capsys, predict.main, run, "a.png", "--top", "0")
     assert "all 1 images are corrupt" in fails(
         capsys, predict.main, run, "bad.png", "--skip-corrupt"
@@ -468,7 +468,7 @@ def test_corrupt_image_files_are_left_out_when_told(run, here, capsys):
     assert predict.main(args) == 0
     captured = capsys.readouterr()
     assert [line for line in captured.out.splitlines() if line[0] != " "] == ["a.png", "a.png"]
-    assert "left out 1 corrupt images (bad.png)" in captured.err
+    assert "skipped 1 corrupt images (bad.png)" in captured.err
 
 
 # -- predict: folders --------------------------------------------------------------------------
@@ -503,7 +503,7 @@ def test_a_folder_becomes_a_csv_of_relative_paths(run, pile, here, capsys):
 def test_a_csv_that_exists_is_kept_unless_told(run, pile, here, capsys):
     (here / "predictions.csv").write_text("mine")
     error = fails(capsys, predict.main, run, "pile")
-    assert "predictions.csv exists" in error
+    assert "predictions.csv already exists" in error
     assert "--overwrite" in error
     assert (here / "predictions.csv").read_text() == "mine"
     assert predict.main([str(run), "pile", "--overwrite", "--device", "cpu"]) == 0
@@ -531,7 +531,7 @@ def test_a_corrupt_image_of_a_folder_is_named_or_left_out(run, pile, here, capsy
     assert "pile/deep/bad.jpg is not a readable" in fails(capsys, predict.main, run, "pile")
     assert not (here / "predictions.csv").exists()
     assert predict.main([str(run), "pile", "--skip-corrupt", "--device", "cpu"]) == 0
-    assert "left out 1 corrupt images (deep/bad.jpg)" in capsys.readouterr().err
+    assert "skipped 1 corrupt images (deep/bad.jpg)" in capsys.readouterr().err
     assert [row[1] for row in rows(here / "predictions.csv")] == ["0", "1", "2"]
 
 
@@ -620,7 +620,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(run, here, protocol, cap
         content = {"data": pixels(), "ids": call}
         (here / "x.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
         error = fails(capsys, predict.main, run, "x.pkl")
-        assert "x.pkl was refused" in error
+        assert "x.pkl was rejected" in error
         assert sorted(p.name for p in here.iterdir()) == ["x.pkl"]
 
 
@@ -630,7 +630,7 @@ def test_pickles_cannot_forge_objects_in_arrays(here):
     for array in (objects, structured):
         for protocol in (2, 5):
             (here / "x.pkl").write_bytes(pickle.dumps(array, protocol=protocol))
-            with pytest.raises(ResfastError, match="was refused"):
+            with pytest.raises(ResfastError, match="was rejected"):
                 open_images([here / "x.pkl"])
     # Attributes set on what a pickle can name must not stick.
     (here / "x.pkl").write_bytes(
@@ -654,7 +654,7 @@ def test_pickles_cannot_forge_objects_in_arrays(here):
         (pixels()[:0], "no images"),
         (np.zeros((0, 3072), np.uint8), "no images"),
         (np.zeros((), np.uint8), "expected uint8"),
-        (np.array([None]), "not a readable .npy|was refused"),
+        (np.array([None]), "not a readable .npy|was rejected"),
     ],
 )
 def test_wrong_arrays_are_one_sentence(run, here, array, match, capsys):
@@ -716,7 +716,7 @@ def test_predict_from_python_takes_files_and_arrays(trained, run, here):
         assert names == ["blue", "green", "red"] * 2
     with pytest.raises(ResfastError, match="the array holds float32"):
         resfast.predict(trained, torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ResfastError, match="no images were named"):
+    with pytest.raises(ResfastError, match="no images were given"):
         resfast.predict(trained, [])
     with pytest.raises(ResfastError, match="--top 0"):
         resfast.predict(trained, pixels(), top=0)

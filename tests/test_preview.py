@@ -155,7 +155,7 @@ def test_images_are_enlarged_by_a_whole_factor(size: int, factor: int):
         ({"images": 0}, "--images 0 is out of range: expected 1 to 40"),
         ({"images": 41}, "--images 41 is out of range: expected 1 to 40"),
         ({"epochs": ()}, r"--epochs \(none\): expected one or more"),
-        ({"epochs": (0, -1)}, "--epochs 0 -1: expected one or more, each from 0"),
+        ({"epochs": (0, -1)}, "--epochs 0 -1: expected one or more, counted from 0"),
         ({"policies": {"x": Augment(crop=12)}}, "crop=12 does not fit images of 12x12 pixels"),
     ],
 )
@@ -202,7 +202,7 @@ def test_the_command_writes_a_sheet_of_every_named_policy(
         (["--preview", "file/out.png", "--data", "digits"], "cannot create the folder file"),
         (["--preview", "folder.png", "--data", "digits"], "cannot write folder.png"),
         (["--shards", "out", "--data", "digits"], "packs an image folder, not --data digits"),
-        (["--shards", "out", "--data", "folder:"], "write --data folder:PATH"),
+        (["--shards", "out", "--data", "folder:"], "use --data folder:PATH"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(

@@ -384,7 +384,7 @@ def test_list_and_summary_show_speednets(capsys: pytest.CaptureFixture[str]):
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
     assert "2,487,504  convolutions 3,3,3  channels 64,192,256  stem 16" in out
-    assert "speednet             of your own: --convolutions" in out
+    assert "speednet             custom: --convolutions" in out
     assert main(["--summary", "--model", "speednet-94"]) == 0
     out = capsys.readouterr().out
     assert "2,487,504" in out

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, one-sentence errors, and callable modules."""
+"""Shared by all commands: exit codes, one-sentence errors, and callable modules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def program(command: str) -> str:
 
 
 def parse(kind: type[T], args: Sequence[str] | None, command: str, default: T | None = None) -> T:
-    """Reads the command line into the dataclass ``kind``; groups become plain options."""
+    """Parses the command line into the dataclass ``kind``; options carry no group prefix."""
     import tyro
 
     prog, markers = program(command), (tyro.conf.OmitArgPrefixes,)
@@ -50,7 +50,8 @@ def run(main: Callable[[], int | None]) -> int:
     """Runs a command; turns errors that a user can act on into one sentence and an exit code.
 
     Returns:
-        0, 2 for bad input, 3 for a loss that is not finite, 130 or 143 after SIGINT or SIGTERM.
+        0, 2 for bad input, 3 for a loss that is not finite, 130 or 143 after SIGINT or SIGTERM, 141
+        if the reader of standard output is gone.
     """
     escape_unencodable()
     logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
@@ -83,7 +84,7 @@ def make_callable(module: str, home: str, name: str) -> None:
 
     Args:
         module: name of the module to make callable.
-        home: module that defines the function; imported on the first call, since that is slow.
+        home: module that defines the function; slow to import, so imported on the first call.
         name: name of the function.
     """
 

@@ -27,7 +27,7 @@ class Options:
     """
 
     preview: Path | None = None
-    """PNG to write: a contact sheet of training images plain and under each policy."""
+    """PNG to write: a contact sheet of training images, unaugmented and under each policy."""
     shards: Path | None = None
     """Folder to write WebDataset tar shards of --data folder:PATH to."""
     data: str = "auto"
@@ -38,18 +38,18 @@ class Options:
     image_size: int = 32
     """Height and width that all images are resized to, in pixels."""
     skip_corrupt: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
+    """Skip images that cannot be decoded instead of stopping."""
     augment: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Policy to show, in the notation of train's --augment; may be repeated (not given: every
     named policy)."""
     images: int = 10
-    """Images in a row of the contact sheet."""
+    """Images per row of the contact sheet."""
     seed: int = 0
-    """Seed of the choice of images and of the augmentation."""
+    """Seed for choosing the images and for augmentation."""
     epochs: tuple[int, ...] = (0, 1)
-    """Epochs shown, a row of each policy for each."""
+    """Epochs to show; each policy gets one row per epoch."""
     images_per_shard: int = 10_000
-    """Images in each shard but the last, which holds the rest."""
+    """Images per shard; the last shard of a split holds the rest."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -98,7 +98,7 @@ def _shards(options: Options, destination: Path) -> None:
     kind, _, location = options.data.partition(":")
     if kind != "folder" or not location:
         raise ResfastError(
-            f"--shards packs an image folder, not --data {options.data}: write --data folder:PATH"
+            f"--shards packs an image folder, not --data {options.data}: use --data folder:PATH"
         )
     from resfast.data.shards import write_shards
 

@@ -34,23 +34,23 @@ class Options:
     data_dir: Path | None = None
     """Where data sets are looked for, downloaded to and cached (None: the run's own)."""
     tta: Literal["auto"] | TTA = "auto"
-    """Test-time augmentation scored beside the plain images (auto: the run's own)."""
+    """Test-time augmentation to score besides the plain images (auto: the run's own)."""
     weights: Which = "final"
     """Weights of the last epoch, or of the best evaluation."""
     device: str = "auto"
-    """cpu, cuda, cuda:N, or auto: CUDA if there is one."""
+    """cpu, cuda, cuda:N, or auto: CUDA if available."""
     precision: Precision = "auto"
-    """Compute dtype; auto: the run's own, or on another kind of device the hardware's choice."""
+    """Compute dtype; auto: the run's own, or the hardware's default on another kind of device."""
     batch_size: int | None = None
-    """Images a step (None: the run's own)."""
+    """Images per step (None: the run's own)."""
     skip_corrupt: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
+    """Skip images that cannot be decoded instead of stopping."""
     out: Path | None = None
     """Folder for the two files (None: the run's)."""
 
 
 def table(result: Result) -> str:
-    """A line per class: images, correct ones, accuracy, and its most frequent wrong answer."""
+    """A line per class: images, correct, accuracy, and the class it is most often mistaken for."""
     width = max(len("class"), *(len(name) for name in result.classes))
     lines = [f"{'class':<{width}}  {'images':>7}  {'correct':>7}  {'accuracy':>8}  mistaken for"]
     for index, name in enumerate(result.classes):

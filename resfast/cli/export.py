@@ -22,31 +22,31 @@ class Options:
     """Writes a trained network as a file that runs without resfast.
 
     torch-export: a .pt2 for torch.export.load. onnx: an .onnx for ONNX Runtime and others. aoti: a
-    .pt2 compiled by AOTInductor for processors like this one. What was written is loaded again and
-    compared with the run. Exit codes: 0 written, 2 bad input or logits that differ.
+    .pt2 compiled by AOTInductor for processors like this one. The file is loaded again and compared
+    with the run. Exit codes: 0 written, 2 bad input or logits that differ.
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Folder of the run, runs/NAME, or a .safetensors file of one."""
     format: Format
-    """Kind of file."""
+    """File format."""
     output: Path | None = None
     """File to write or replace (None: export/model.pt2, model.onnx or model-aoti.pt2 in the run's
     folder)."""
     dtype: Dtype = "float32"
-    """What it computes in; onnx: float32 or float16."""
+    """Compute dtype; onnx: float32 or float16."""
     batch: int | None = None
-    """The one batch size that it takes (None: any)."""
+    """Fixed batch size (None: any)."""
     normalize: bool = True
-    """Take raw pixels, uint8 [N, H, W, 3], and normalize them inside; otherwise take normalized
+    """Accept raw pixels, uint8 [N, H, W, 3], and normalize them inside; otherwise accept normalized
     images, float32 [N, 3, H, W]."""
     opset: int | None = None
-    """Opset of onnx, 18 to 25 (None: the exporter's own)."""
+    """ONNX opset, 18 to 25 (None: the exporter's default)."""
     weights: Which = "final"
     """Weights of the last epoch, or of the best evaluation."""
     device: str = "cpu"
-    """Where torch-export and aoti files are to run: cpu, cuda, cuda:N, or auto: CUDA if there is
-    one."""
+    """Device that torch-export and aoti files will run on: cpu, cuda, cuda:N, or auto: CUDA if
+    available."""
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""``resfast COMMAND ARGS…``: the console script, which runs one of the commands.
+"""``resfast COMMAND ARGS…``: the console script, which dispatches to the commands.
 
 Only the chosen command is imported, so that ``resfast --help`` does not wait for torch.
 """
@@ -19,13 +19,13 @@ COMMANDS = {
     "predict": ("resfast.cli.predict", "classify images with a run"),
     "export": ("resfast.cli.export", "write a run as a file that runs without resfast"),
     "data": ("resfast.cli.data", "preview augmentations, or pack an image folder as shards"),
-    "doctor": ("resfast.cli.doctor.main", "check what of this machine resfast can use"),
+    "doctor": ("resfast.cli.doctor.main", "check what resfast can use on this machine"),
 }
 """Module and summary of each command."""
 
 
 def usage() -> str:
-    """The commands, a line each."""
+    """The help text, with one line per command."""
     lines = [f"  {name:<9} {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
@@ -60,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
     command = importlib.import_module(COMMANDS[name][0]).main
     if args is not None:
         return command(arguments[1:])
-    # Without arguments, as by python -m: training then counts its seconds from the process's start.
+    # Called without arguments, as by python -m: train then counts time from the process's start.
     sys.argv = [f"{CONSOLE_SCRIPT} {name}", *arguments[1:]]
     return command()
 

@@ -1,4 +1,4 @@
-"""``resfast predict RUN IMAGE…``: classifies images, on the screen or into a CSV file."""
+"""``resfast predict RUN IMAGE…``: classifies images; prints the result or writes a CSV file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from resfast.data.unlabelled import Batch, Files, Rows, open_images
 from resfast.errors import ResfastError
 from resfast.inference import load as inference
 from resfast.inference.load import TrainedRun, Which
-from resfast.inference.predict import Answers, answer, check_options, named_pairs
+from resfast.inference.predict import Predictions, check_options, classify, named_pairs
 from resfast.inference.scoring import TTA
 from resfast.runtime import Precision
 
@@ -35,14 +35,14 @@ DEFAULT_CSV = Path("predictions.csv")
 class Options:
     """Classifies images with a trained network.
 
-    Image files are answered on the screen; a folder, a .npy or a pickle in a CSV file with the
-    columns ID and Labels. Exit codes: 0 done, 2 bad input.
+    Predictions for image files are printed; those for a folder, a .npy or a pickle go to a CSV file
+    with the columns ID and Labels. Exit codes: 0 done, 2 bad input.
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Folder of the run, runs/NAME, or a .safetensors file of one."""
     images: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGE…")]]
-    """Image files; or one folder of images, .npy file or pickle of the classic CIFAR kind."""
+    """Image files; or one folder of images, .npy file, or pickle in CIFAR's format."""
     top: int = 5
     """Classes shown for each image."""
     tta: TTA = "none"
@@ -50,72 +50,73 @@ class Options:
     weights: Which = "final"
     """Weights of the last epoch, or of the best evaluation."""
     device: str = "auto"
-    """cpu, cuda, cuda:N, or auto: CUDA if there is one."""
+    """cpu, cuda, cuda:N, or auto: CUDA if available."""
     precision: Precision = "auto"
-    """Compute dtype; auto: the run's own, or on another kind of device the hardware's choice."""
+    """Compute dtype; auto: the run's own, or the hardware's default on another kind of device."""
     batch_size: int | None = None
-    """Images a step (None: the run's own)."""
+    """Images per step (None: the run's own)."""
     skip_corrupt: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
+    """Skip images that cannot be decoded instead of stopping."""
     csv: Path | None = None
-    """CSV file to write (None: predictions.csv, or none at all for image files)."""
+    """CSV file to write (None: predictions.csv, or no file if image files are given)."""
     names: bool = False
     """Write class names to the CSV instead of class indices."""
     overwrite: bool = False
-    """Replace a CSV file that exists."""
+    """Replace an existing CSV file."""
 
 
-def listing(run: TrainedRun, answers: Answers) -> str:
+def listing(run: TrainedRun, predictions: Predictions) -> str:
     """Each image with its classes below it, most probable first."""
-    pairs = named_pairs(run, answers)
+    pairs = named_pairs(run, predictions)
     width = max(len(name) for row in pairs for name, _ in row)
     lines = []
-    for name, row in zip(answers.ids, pairs, strict=True):
+    for name, row in zip(predictions.ids, pairs, strict=True):
         lines.append(name)
         lines += [f"  {label:<{width}}  {probability:>7.2%}" for label, probability in row]
     return "\n".join(lines)
 
 
 def check_csv(path: Path, overwrite: bool) -> None:
-    """Refuses a CSV path that could not be written, before the work is done.
+    """Rejects a CSV path that cannot be written, before any work is done.
 
     Raises:
-        ResfastError: it exists and is not to be replaced, is a folder, or its folder is missing.
+        ResfastError: the file exists and ``overwrite`` is false, the path is a folder, or its
+            folder does not exist.
     """
     if path.is_dir():
         raise ResfastError(f"--csv {path} is a folder; expected the name of a file")
     if path.exists() and not overwrite:
         raise ResfastError(
-            f"{path} exists; choose another file with --csv, or replace it with --overwrite"
+            f"{path} already exists; choose another file with --csv, or replace it with --overwrite"
         )
     if not path.parent.is_dir():
         raise ResfastError(f"the folder of --csv {path} does not exist; create {path.parent} first")
 
 
-def write_csv(path: Path, run: TrainedRun, answers: Answers, names: bool) -> None:
+def write_csv(path: Path, run: TrainedRun, predictions: Predictions, names: bool) -> None:
     """Writes the most probable class of every image, atomically.
 
     Args:
         path: UTF-8 file with the header ``ID,Labels``.
-        run: whose classes they are.
-        answers: what to write.
-        names: class names instead of class indices.
+        run: names the classes.
+        predictions: what to write.
+        names: write class names instead of class indices.
 
     Raises:
-        ResfastError: it could not be written; an old file is intact.
+        ResfastError: the file cannot be written; an existing file is left intact.
     """
-    labels: list[Any] = answers.labels[:, 0].tolist()
+    labels: list[Any] = predictions.labels[:, 0].tolist()
     if names:
         labels = [run.classes[label] for label in labels]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(HEADER)
-    writer.writerows(zip(answers.ids, labels, strict=True))
+    writer.writerows(zip(predictions.ids, labels, strict=True))
     try:
         atomic.write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise ResfastError(
-            f"cannot write {path}: {error.strerror or error}; choose another place with --csv"
+            f"cannot write {path}: {error.strerror or error}; choose another path with --csv"
         ) from None
 
 
@@ -126,8 +127,8 @@ def main(args: Sequence[str] | None = None) -> int:
         options = entry.parse(Options, args, COMMAND)
         check_options(options.top, options.tta)
         source = open_images([path.expanduser() for path in options.images])
-        shown = isinstance(source, Files) and not options.images[0].expanduser().is_dir()
-        target = options.csv if shown else options.csv or DEFAULT_CSV
+        printed = isinstance(source, Files) and not options.images[0].expanduser().is_dir()
+        target = options.csv if printed else options.csv or DEFAULT_CSV
         if target is not None:
             target = target.expanduser()
             check_csv(target, options.overwrite)
@@ -140,7 +141,7 @@ def main(args: Sequence[str] | None = None) -> int:
         inference.prepare(run)
         for note in _notes(source, run.image_size):
             print(note, file=sys.stderr, flush=True)
-        answers = answer(
+        predictions = classify(
             run,
             source,
             top=options.top,
@@ -149,24 +150,24 @@ def main(args: Sequence[str] | None = None) -> int:
             skip_corrupt=options.skip_corrupt,
             progress=_progress,
         )
-        if answers.left_out:
-            some = ", ".join(answers.left_out[:3]) + (", …" if len(answers.left_out) > 3 else "")
+        if skipped := predictions.skipped:
+            examples = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
             print(
-                f"left out {len(answers.left_out):,} corrupt images ({some})",
+                f"skipped {len(skipped):,} corrupt images ({examples})",
                 file=sys.stderr,
                 flush=True,
             )
-        if shown:
-            print(listing(run, answers))
+        if printed:
+            print(listing(run, predictions))
         if target is not None:
-            write_csv(target, run, answers, options.names)
+            write_csv(target, run, predictions, options.names)
             last = len(run.classes) - 1
             kind = (
                 "class names"
                 if options.names
                 else f"class indices, 0 ({run.classes[0]}) to {last} ({run.classes[last]})"
             )
-            print(f"wrote {len(answers.ids):,} predictions to {target} ({kind})")
+            print(f"wrote {len(predictions.ids):,} predictions to {target} ({kind})")
 
     return entry.run(command)
 

@@ -33,17 +33,17 @@ class Start:
     resume: Path | None = None
     """Resume an interrupted run, runs/NAME."""
     list: bool = False
-    """Print the recipes and models with their parameter counts, and stop."""
+    """Print the recipes and models with their parameter counts, and exit."""
     summary: bool = False
-    """Print the network layer by layer, and stop."""
+    """Print the network layer by layer, and exit."""
     profile: Path | None = None
     """Train for a few steps only, write a Chrome trace of them to this file, print the slowest
-    operators and how the step compares with a matrix product, and stop."""
+    operators and how the step compares with a matrix product, and exit."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """Trains a CIFAR-scale ResNet and leaves weights, metrics and plots in runs/NAME.
+    """Trains a CIFAR-scale ResNet and writes weights, metrics and plots to runs/NAME.
 
     Exit codes: 0 trained, 2 bad input, 3 the loss is not finite, 130 interrupted and saved.
     """
@@ -57,7 +57,7 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
 
     Raises:
         ResfastError: an unknown recipe, an unreadable configuration, or two sources of defaults.
-        SystemExit: help was asked for, or an option is unknown or malformed (code 2).
+        SystemExit: help was requested (code 0), or an option is unknown or malformed (code 2).
     """
     start, _ = tyro.cli(
         Start,
@@ -70,7 +70,7 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
     given = [name for name in ("recipe", "config", "resume") if getattr(start, name) is not None]
     if len(given) > 1:
         raise ResfastError(
-            f"--{given[0]} and --{given[1]} both set where to start from; choose one"
+            f"--{given[0]} and --{given[1]} both set the starting values; choose one"
         )
     if start.resume is not None:
         default = load(start.resume / "config.json")
@@ -88,7 +88,7 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
 
 
 def _pick_recipe(config: Config, target: float, max_seconds: float) -> str:
-    """Name of the recipe for a target and a limit of seconds; prints which and why."""
+    """Name of the recipe for a target and a time limit; prints the reason for the choice."""
     from resfast import runtime
     from resfast.runs.targets import pick
 
@@ -128,8 +128,8 @@ def print_list() -> None:
     print("\nmodels (--model NAME), parameters for 10 classes")
     for name, spec in PRESETS.items():
         print(f"  {name:<20} {counts[name]:>11,}  {spec}")
-    print("  resnet               your own: --blocks 2,1,1,1 --channels 64,128,256,512 …")
-    print("  speednet             your own: --convolutions 2,2,2 --channels 64,256,256 …")
+    print("  resnet               custom: --blocks 2,1,1,1 --channels 64,128,256,512 …")
+    print("  speednet             custom: --convolutions 2,2,2 --channels 64,256,256 …")
 
 
 def print_summary(config: Config) -> None:
@@ -168,7 +168,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _process_seconds() -> float:
-    """Seconds since this process began; 0 where the system does not tell."""
+    """Seconds since this process started; 0 where that cannot be determined."""
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
             ticks = int(file.read().rpartition(")")[2].split()[19])  # proc(5): field 22

@@ -26,7 +26,7 @@ def flatten(config: Config) -> dict[str, Any]:
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
     """Fields that differ and would change the result, with both values.
 
-    A relative and an absolute path to the same data agree.
+    A relative and an absolute path to the same data count as equal.
     """
     first, second = flatten(config), flatten(other)
     differing = {

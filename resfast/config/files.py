@@ -1,4 +1,4 @@
-"""Writes a configuration as JSON and reads it back, config.json of older versions included."""
+"""Writes a configuration as JSON and reads it back, including the JSON of older versions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def from_json(text: str, source: str) -> Config:
         source: name of the file, for the error message.
 
     Raises:
-        ResfastError: not JSON, an unknown field, or a value of the wrong type.
+        ResfastError: invalid JSON, an unknown field, or a value of the wrong type.
     """
     try:
         return _with_surrogates(ADAPTER.validate_json(_without_surrogates(_upgrade(text))))
@@ -43,7 +43,7 @@ def describe(error: pydantic.ValidationError) -> str:
 
 
 # Bytes of a file name that are not UTF-8 are lone surrogates in Python, U+DC80 to U+DCFF. JSON can
-# hold them and pydantic refuses them, so that they pass it as characters of private use.
+# hold them but pydantic rejects them, so they pass through it as private-use characters.
 _PRIVATE = {code: 0x10F000 + code - 0xDC80 for code in range(0xDC80, 0xDD00)}
 _SURROGATES = {private: code for code, private in _PRIVATE.items()}
 

@@ -1,4 +1,4 @@
-"""Where the data of a configuration lie, independent of the current folder."""
+"""Makes the paths to a configuration's data absolute, so that they hold in any current folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from resfast.data.sources import SOURCES
 
 
 def absolute_data(data: str) -> str:
-    """``data`` with an absolute path, where it names one.
+    """``data`` with its path, if it has one, made absolute.
 
-    Links and ``..`` are left as they are, since the folder may be meant by that name.
+    Links and ``..`` are not resolved: the user may mean the link, whatever it points to.
     """
     kind, colon, location = data.partition(":")
     if not (colon and location and kind + colon in SOURCES):
@@ -22,7 +22,7 @@ def absolute_data(data: str) -> str:
 
 
 def absolute_paths(config: Config) -> Config:
-    """The configuration with absolute paths to its data and to the folder of data sets."""
+    """The configuration with ``data`` and ``data_dir`` as absolute paths."""
     data = config.data
     return replace(
         config,

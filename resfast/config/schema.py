@@ -2,8 +2,8 @@
 
 The command line is generated from it, a recipe is an instance of it, and a run saves it as JSON
 that can start the same run again. Groups are nested dataclasses. ``None`` means "decided from the
-model, the data or the machine"; before a run saves it,
-:func:`resfast.training.resolve.resolve` replaces what depends on data and machine.
+model, the data or the machine"; :func:`resfast.training.resolve.resolve` fills in what depends on
+data and machine before a run saves it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from resfast.models.speednet import FinalPool, Padding
 
 @dataclass(frozen=True)
 class Expected:
-    """What the error for a value out of range says is expected, where bounds alone are unclear."""
+    """Describes the accepted values in error messages, where the bounds alone are unclear."""
 
     text: str
 
 
-# Ranges. resfast.config.validate checks them and words the error.
+# Ranges. resfast.config.validate checks them and writes the error message.
 NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
 PositiveInt = Annotated[int, pydantic.Field(ge=1)]
 NonNegative = Annotated[float, pydantic.Field(ge=0)]
@@ -43,10 +43,10 @@ OpenFraction = Annotated[float, pydantic.Field(gt=0, lt=1)]
 Accuracy = Annotated[float, pydantic.Field(gt=0, le=1), Expected("an accuracy, 0.94 for 94 %")]
 
 
-def _written(
+def _text_option(
     metavar: str, parse: Callable[[str], Any], kind: type, show: Callable[[Any], str]
 ) -> tyro.constructors.PrimitiveConstructorSpec:
-    """An option with one argument that ``parse`` reads (or a ValueError) and ``show`` prints."""
+    """A one-argument option: ``parse`` reads it or raises ValueError, ``show`` prints it."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -82,14 +82,14 @@ def _int_list(text: str) -> tuple[int, ...]:
 
 IntList = Annotated[
     tuple[int, ...],
-    _written("N,N,…", _int_list, tuple, lambda values: ",".join(map(str, values))),
+    _text_option("N,N,…", _int_list, tuple, lambda values: ",".join(map(str, values))),
 ]
 """``2,1,1,1`` on the command line, a tuple of integers in Python."""
 
 OptionalBool = Annotated[bool | None, _choice(bool)]
 
 Phases = tuple[tuple[PositiveInt, PositiveFraction], ...]
-"""Values with the fraction of the training, 0 to 1, up to which each holds."""
+"""Values, each with the fraction of training, 0 to 1, up to which it applies."""
 
 
 def _phases(text: str) -> Phases:
@@ -97,7 +97,9 @@ def _phases(text: str) -> Phases:
         items = (part.split(":") for part in text.split(",") if part != "")
         return tuple((int(value), float(end)) for value, end in items)
     except ValueError:
-        raise ValueError(f"{text!r} is not a list of VALUE:PART such as 24:0.5,28:0.8") from None
+        raise ValueError(
+            f"{text!r} is not a list of VALUE:FRACTION such as 24:0.5,28:0.8"
+        ) from None
 
 
 def phases_text(phases: Phases) -> str:
@@ -107,10 +109,10 @@ def phases_text(phases: Phases) -> str:
 
 PhaseList = Annotated[
     Phases,
-    _written("N:PART,…", _phases, tuple, phases_text),
+    _text_option("N:FRACTION,…", _phases, tuple, phases_text),
     Expected(
-        "VALUE:PART,… with whole values of at least 1 and rising parts of the training, above 0 "
-        "and at most 1"
+        "VALUE:FRACTION,… with whole values of at least 1 and increasing fractions of training, "
+        "above 0 and at most 1"
     ),
 ]
 """``24:0.5,28:0.8`` on the command line, ``((24, 0.5), (28, 0.8))`` in Python."""
@@ -123,7 +125,7 @@ def _augment(text: str) -> Augment:
         raise ValueError(str(error)) from None
 
 
-AugmentOption = Annotated[Augment, _written("POLICY", _augment, Augment, str)]
+AugmentOption = Annotated[Augment, _text_option("POLICY", _augment, Augment, str)]
 """``standard,mixup=0.2`` on the command line, an ``Augment`` in Python."""
 
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -161,11 +163,11 @@ class ModelConfig:
     dropout: float | None = None
     """Probability of dropping a feature before each dense layer."""
     zero_init_residual: bool = False
-    """Start the last norm of each block at zero."""
+    """Initialize the scale of the last norm of each block to zero."""
     dirac_init: OptionalBool = None
-    """Start convolutions as the identity on their first channels."""
+    """Initialize convolutions to the identity on their first channels."""
     freeze_norm_scale: OptionalBool = None
-    """Leave the scale of batch norms at 1 instead of training it."""
+    """Keep the scale of batch norms at 1 instead of training it."""
     residual: OptionalBool = None
     """Speednet: identity shortcut around all but the first convolution of stages with three or
     more."""
@@ -181,7 +183,7 @@ class ModelConfig:
     final_pool: Annotated[FinalPool | None, _choice(FinalPool)] = None
     """Speednet: global max or average pooling before the logits, or both."""
     logit_scale: float | None = None
-    """Speednet: factor that the logits are multiplied by."""
+    """Speednet: factor applied to the logits."""
     head_std: float | None = None
     """Speednet: standard deviation of the last layer's initial weights (0: torch's default)."""
     norm_momentum: float | None = None
@@ -189,7 +191,7 @@ class ModelConfig:
     norm_eps: float | None = None
     """Speednet: epsilon of batch norms, added to the variance."""
     param_budget: NonNegativeInt = 0
-    """Refuse a network with more parameters than this (0: no budget)."""
+    """Reject a network with more parameters than this (0: no budget)."""
 
 
 @dataclass(frozen=True)
@@ -206,30 +208,29 @@ class DataConfig:
     image_size: int = 32
     """Height and width that all images are resized to, in pixels."""
     skip_corrupt: bool = False
-    """Leave out images that cannot be decoded instead of stopping."""
+    """Skip images that cannot be decoded instead of stopping."""
     val_fraction: BelowOne = 0.0
     """Fraction of the training set held out for validation, best weights and early stopping."""
     hold_out: NonNegativeInt = 0
     """Training images to hold out, as a number instead of a fraction: the last ones of each class,
-    equally many per class, whatever the seed (0: none)."""
+    the same number per class, independent of the seed (0: none)."""
     sizes: PhaseList = ()
-    """Progressive image sizes: heights and widths in pixels, each used up to a fraction of the
-    training. 24:0.5,28:0.8 trains at 24 in the first half, at 28 up to 80 % and at full size after
+    """Progressive image sizes: heights and widths in pixels, each used up to a fraction of
+    training. 24:0.5,28:0.8 trains at 24 for the first half, at 28 up to 80 % and at full size after
     that."""
     resize_by: Literal["resize", "crop"] = "resize"
     """How augmented images are brought to a size of --sizes: antialiased bilinear resizing, or a
     random crop."""
     filter_start: Fraction = 1.0
-    """Fraction of the training after which epochs leave out the images with the lowest loss."""
+    """Fraction of training after which epochs skip the images with the lowest loss."""
     filter_keep: PositiveFraction = 1.0
     """Fraction of the images that those epochs keep (1: all)."""
     augment: AugmentOption = POLICIES["light"]
     """Augmentation: a policy (none, light, standard, strong, report-001), values such as
-    crop=4,flip=alternating,cutout=8,mixup=0.2, or a policy followed by values that override its
-    own."""
+    crop=4,flip=alternating,cutout=8,mixup=0.2, or a policy followed by values that override it."""
     loader: Literal["auto", "resident", "dali"] = "auto"
     """Where batches come from: the data set decoded on the device (resident), a DALI pipeline
-    that decodes during training (dali), or auto: resident where the set fits in half of the free
+    that decodes during training (dali), or auto: resident if the data set fits in half of the free
     memory."""
     prefetch: PositiveInt = 2
     """DALI: batches prepared in advance."""
@@ -242,22 +243,22 @@ class OptimConfig:
     __pydantic_config__ = _STRICT
 
     epochs: PositiveInt | AtLeastOne | None = None
-    """Passes over the training set; with a fraction, as in 5.5, the last one is cut short (None:
+    """Passes over the training set; with a fraction, as in 5.5, the last one ends early (None:
     70, or 14 for a data set below 10,000 images)."""
     batch_size: PositiveInt | None = None
     """Images per step (None: 128, or 64 for a data set below 10,000 images)."""
     batch_sizes: PhaseList = ()
-    """Batch sizes used before --batch-size, each up to a fraction of the training, as in
+    """Batch sizes used before --batch-size, each up to a fraction of training, as in
     256:0.3,512:0.7."""
     accumulate: PositiveInt = 1
     """Parts that a batch is split into to save memory; their gradients are added. Batch norm sees
     one part at a time."""
     optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
-    """Optimizer; sgd uses Nesterov momentum; muon orthogonalises the updates of convolution filters
+    """Optimizer; sgd uses Nesterov momentum; muon orthogonalizes the updates of convolution filters
     and trains everything else with sgd."""
     lr: Positive = 0.1
-    """Peak learning rate, of the convolution filters where --head-lr or --bias-lr is given. An
-    adapted batch size scales all learning rates."""
+    """Peak learning rate of all parameters for which --head-lr and --bias-lr give no other. When
+    the batch size is adapted to a small data set, all learning rates are scaled with it."""
     head_lr: Positive | None = None
     """Peak learning rate of the weights of dense layers (None: --lr)."""
     bias_lr: Positive | None = None
@@ -277,23 +278,23 @@ class OptimConfig:
     decay_norm_bias: bool = False
     """Decay norm parameters and biases too."""
     newton_schulz_steps: PositiveInt = 5
-    """Muon: Newton-Schulz iterations of the orthogonalisation."""
+    """Muon: Newton-Schulz iterations of the orthogonalization."""
     normalize_filters: bool = False
     """Muon: before each step, rescale the weight of every convolution to the norm sqrt(filters)."""
     whitening_bias_epochs: NonNegative = 0.0
-    """Epochs in which the bias of a whitening first layer is trained, while its learning rate falls
-    from --bias-lr to 0 (0: never)."""
+    """Epochs during which the bias of a whitening first layer is trained, with a learning rate that
+    falls from --bias-lr to 0 (0: never)."""
     schedule: Literal["onecycle", "cosine", "linear", "plateau", "multistep", "constant"] = (
         "onecycle"
     )
     """Learning rate schedule; all but plateau change the rate every batch."""
     anneal: Literal["cos", "linear"] = "cos"
-    """Shape of the rise and the fall of one-cycle."""
+    """Shape of one-cycle's rise and fall."""
     cycle_momentum: bool = False
     """One-cycle: lower momentum from 0.95 to 0.85 while the learning rate rises, then raise it
     again."""
     warmup: Fraction = 0.3
-    """Fraction of the training in which the learning rate rises."""
+    """Fraction of training during which the learning rate rises."""
     start_factor: PositiveFraction = 0.04
     """Initial learning rate as a fraction of the peak."""
     end_factor: Fraction = 1e-4
@@ -301,13 +302,13 @@ class OptimConfig:
     milestones: IntList = ()
     """Multistep: epochs at which the learning rate is multiplied by --gamma."""
     gamma: OpenFraction = 0.1
-    """Factor that multistep and plateau multiply the learning rate by."""
+    """Factor by which multistep and plateau multiply the learning rate."""
     patience: NonNegativeInt = 5
     """Plateau: epochs without a better accuracy before the learning rate falls."""
     clip_value: NonNegative = 0.0
     """Clip each gradient to this absolute value (0: off)."""
     clip_norm: NonNegative = 0.0
-    """Clip the norm of all gradients to this (0: off)."""
+    """Clip the norm of all gradients together to this (0: off)."""
     label_smoothing: BelowOne = 0.0
     """Probability mass spread evenly over all classes."""
     ema: BelowOne = 0.0
@@ -317,10 +318,10 @@ class OptimConfig:
     """Steps between moves of the slow weights towards the trained ones. Training then continues
     from the slow weights, which are evaluated and saved (0: off)."""
     lookahead_decay: BelowOne = 0.95
-    """Lookahead: fraction of the slow weights kept per step at the end of the training."""
+    """Lookahead: fraction of the slow weights kept per step at the end of training."""
     lookahead_power: NonNegative = 3.0
-    """Lookahead: at a fraction t of the training, what the slow weights keep is multiplied by t to
-    this power (0: constant)."""
+    """Lookahead: at a fraction t of training, the fraction kept is multiplied by t to this power
+    (0: constant)."""
 
 
 @dataclass(frozen=True)
@@ -340,11 +341,11 @@ class EvalConfig:
     """Fraction of the images that get the mirrored view, which includes those that get the
     translated ones: those with the least confident prediction from the image alone (1: all)."""
     score_test: bool = True
-    """Score the test images. Without, choices are made on held-out images and the test images are
+    """Score the test images. If off, choices are made on held-out images and the test images are
     not used."""
     fuse: bool = False
     """Evaluate a fused copy of the network (resfast.fuse) in the compute dtype. Fusing counts as
-    evaluation time, and timing its kernels before the training as compilation time."""
+    evaluation time, and timing its kernels before training as compilation time."""
     eval_every: NonNegativeInt = 1
     """Epochs between evaluations (0: only after the last)."""
     eval_batch_size: PositiveInt = 1000
@@ -363,28 +364,28 @@ class RuntimeConfig:
     __pydantic_config__ = _STRICT
 
     device: str = "auto"
-    """cpu, cuda, cuda:N, or auto: CUDA if there is one."""
+    """cpu, cuda, cuda:N, or auto: CUDA if available."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Compute dtype under autocast; auto: bf16 where the hardware has it, else fp16 on CUDA and
     fp32 on the CPU."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; auto: where a compiler is present and the run is long enough to gain."""
+    """torch.compile; auto: if there is a compiler and the run is long enough to benefit."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Capture the training step as one CUDA graph; auto: where device and options allow it."""
+    """Capture the training step as one CUDA graph; auto: if device and options allow it."""
     tf32: bool = True
     """Let fp32 matrix products and convolutions use TF32 on CUDA."""
     threads: NonNegativeInt = 0
     """CPU threads (0: torch's default)."""
     winograd_tile: Literal[2, 3, 4] = 2
     """Bf16 training on the CPU: output size of the largest Winograd tiles of 3x3 convolutions; 4
-    takes about half as many multiplications, with 3 times the rounding error. Smaller tiles are
-    used for image sizes that they fit better."""
+    takes about half as many multiplications, with 3 times the rounding error. Image sizes that
+    smaller tiles fit better use those."""
     tune_allocator: bool = True
     """Keep freed memory in the process instead of returning it to the operating system every
     step."""
     seed: NonNegativeInt = 0
-    """Seed of the weights, the order of the images, augmentation, dropout and the held-out
-    images."""
+    """Seed of the initial weights, the order of the images, augmentation, dropout and the choice of
+    held-out images."""
 
 
 @dataclass(frozen=True)
@@ -398,16 +399,16 @@ class RunConfig:
     out: Path = Path("runs")
     """Folder that holds the runs."""
     runs: PositiveInt = 1
-    """Number of trainings, with the seeds --seed, --seed + 1, …, each in its own folder inside the
-    run's, and statistics over them."""
+    """Number of training runs, with the seeds --seed, --seed + 1, …, each in its own folder inside
+    the run's, and statistics over them."""
     max_seconds: Positive | None = None
     """Stop and save after this many seconds of training; compiling and loading do not count."""
     save_seconds: NonNegative = 15.0
-    """Minimum time between two checkpoints, in seconds; the last epoch is always saved."""
+    """Minimum time between checkpoints, in seconds; the last epoch is always saved."""
     tensorboard: bool = False
     """Write TensorBoard events to the run's folder."""
     wandb: bool = False
-    """Log to Weights & Biases (its own environment variables apply)."""
+    """Log to Weights & Biases, which is configured by its own environment variables."""
 
 
 @dataclass(frozen=True)
@@ -417,7 +418,7 @@ class Config:
     __pydantic_config__ = _STRICT
 
     recipe: tyro.conf.Suppress[str] = "default"
-    """Recipe that the run started from (a record; the values are below)."""
+    """Recipe that the run started from, for the record only; the values are below."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -427,4 +428,4 @@ class Config:
 
 
 ADAPTER = pydantic.TypeAdapter(Config)
-"""Validates configurations, wherever they come from."""
+"""Validates configurations from any source."""

@@ -1,8 +1,8 @@
-"""Checks a configuration as far as is possible without data and device.
+"""Checks of a configuration that need neither data nor a device.
 
-The range of a single option is declared on its field in :mod:`resfast.config.schema`; the rules
-between options are the functions below. What depends on the data set or the machine is checked in
-:mod:`resfast.training.resolve`.
+The range of a single option is declared on its field in :mod:`resfast.config.schema`; rules that
+relate several options are the functions below. What depends on the data set or the machine is
+checked in :mod:`resfast.training.resolve`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _RANGE_ERRORS = {
     "less_than",
     "less_than_equal",
 }
-_FEWEST_CLASSES = 2
+_MIN_CLASSES = 2
 
 
 def check(config: Config) -> None:
-    """Checks every value that can be checked without data, device or a built network.
+    """Checks every value that can be checked without data, a device or a built network.
 
     Raises:
-        ResfastError: the first bad value, what was expected and what to do.
+        ResfastError: names the first bad value, what was expected and what to do.
     """
     check_fields(config)
     _check_scoring(config)
@@ -64,28 +64,28 @@ def check_fields(config: Config) -> None:
     """Checks each value by itself against the type and range of its field.
 
     Raises:
-        ResfastError: the first bad value, and what was expected.
+        ResfastError: names the first bad value and what was expected.
     """
     try:
         ADAPTER.validate_python(asdict(config))
     except pydantic.ValidationError as error:
-        raise ResfastError(_sentence(config, error)) from None
+        raise ResfastError(_message(config, error)) from None
 
 
-def _sentence(config: Config, error: pydantic.ValidationError) -> str:
+def _message(config: Config, error: pydantic.ValidationError) -> str:
     """What is wrong with the first bad field."""
-    found = error.errors()
-    group, *path = found[0]["loc"]
+    errors = error.errors()
+    group, *path = errors[0]["loc"]
     if not path or not isinstance(path[0], str):
-        return f"{group}: {found[0]['msg']}"
+        return f"{group}: {errors[0]['msg']}"
     name = path[0]
     option, value = "--" + name.replace("_", "-"), getattr(getattr(config, group), name)
-    same = {e["type"] for e in found if e["loc"][:2] == (group, name)}
-    if same <= _RANGE_ERRORS:
+    types = {e["type"] for e in errors if e["loc"][:2] == (group, name)}
+    if types <= _RANGE_ERRORS:
         hint = _hints(type(getattr(config, group)))[name]
         shown = phases_text(value) if name in ("sizes", "batch_sizes") else value
         return _out_of_range(option, shown, expectation(hint))
-    return f"{option} {value!r} is invalid: {found[0]['msg']}"
+    return f"{option} {value!r} is invalid: {errors[0]['msg']}"
 
 
 def _out_of_range(option: str, value: object, expected: str) -> str:
@@ -158,7 +158,7 @@ def _check_optimizer(config: Config) -> None:
     for name, unset in (("normalize_filters", False), ("sgd_momentum", None)):
         if getattr(optim, name) != unset:
             raise ResfastError(
-                f"--{name.replace('_', '-')} is an option of muon, and the optimizer is "
+                f"--{name.replace('_', '-')} is an option of muon, but the optimizer is "
                 f"{optim.optimizer}; leave it out or choose --optimizer muon"
             )
 
@@ -172,10 +172,11 @@ def _check_schedule(config: Config) -> None:
     if optim.schedule == "multistep" and not optim.milestones:
         raise ResfastError("--schedule multistep needs --milestones, for example 30,60")
     if list(optim.milestones) != sorted({m for m in optim.milestones if m >= 1}):
-        raise ResfastError(_out_of_range("--milestones", milestones, "rising epochs of at least 1"))
+        expected = "increasing epochs of at least 1"
+        raise ResfastError(_out_of_range("--milestones", milestones, expected))
     epochs = optim.epochs
     if optim.schedule == "multistep" and epochs is not None and optim.milestones[-1] >= epochs:
-        expected = f"epochs before the last of {epochs}"
+        expected = f"epochs below --epochs {epochs}"
         raise ResfastError(_out_of_range("--milestones", milestones, expected))
 
 
@@ -186,10 +187,10 @@ def _check_loggers(config: Config) -> None:
 
 
 def check_network(config: Config) -> None:
-    """Builds the network to check its parameter count and the image sizes that it can take.
+    """Builds the network to check its parameter count and the image sizes that it accepts.
 
-    The number of classes of a folder or of shards is not known before it is opened. Parameters are
-    then counted for two classes, the fewest possible; the training counts them again.
+    The number of classes of a folder or of shards is unknown until it is opened. Parameters are
+    then counted for two classes, the minimum; training counts them again.
 
     Raises:
         ResfastError: a network above the budget, or an image size that does not fit the images or
@@ -197,9 +198,9 @@ def check_network(config: Config) -> None:
     """
     data = config.data
     check_sizes(data.sizes, data.image_size)
-    # Not on the meta device, whose first use imports for seconds.
+    # Not on the meta device: its first use takes seconds for imports.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        classes = known_classes(data.data) or _FEWEST_CLASSES
+        classes = known_classes(data.data) or _MIN_CLASSES
         model = build_model(network(config.model), classes, data.image_size).eval()
         check_budget(config.model, count_parameters(model))
         for size, _ in data.sizes:
@@ -217,7 +218,7 @@ def check_sizes(sizes: Phases, image_size: int) -> None:
         image_size: height and width of the images, in pixels.
 
     Raises:
-        ResfastError: one is.
+        ResfastError: a phase is larger.
     """
     for size, _ in sizes:
         if size > image_size:
@@ -239,7 +240,7 @@ def check_budget(config: ModelConfig, parameters: int) -> None:
     """Checks a parameter count against ``--param-budget``.
 
     Raises:
-        ResfastError: the network has more parameters than the budget.
+        ResfastError: the network has more parameters than the budget allows.
     """
     if config.param_budget and parameters > config.param_budget:
         raise ResfastError(

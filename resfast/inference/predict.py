@@ -1,4 +1,4 @@
-"""``resfast.predict(run, images)``: classifies images."""
+"""``resfast.predict(run, images)``: classifies unlabelled images."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from resfast.runtime import Precision
 
 
 @dataclass
-class Answers:
+class Predictions:
     """The most probable classes of every image.
 
     Attributes:
-        ids: what each image is called.
+        ids: name of each image.
         labels: int64 ``[N, top]``, most probable first.
         probabilities: float32 ``[N, top]``.
-        left_out: IDs of corrupt images that were left out.
+        skipped: IDs of corrupt images that were skipped.
     """
 
     ids: list[str] = field(default_factory=list)
     labels: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     probabilities: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    left_out: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
 
-def answer(
+def classify(
     run: TrainedRun,
     source: Files | Rows,
     *,
@@ -45,38 +45,39 @@ def answer(
     batch_size: int | None = None,
     skip_corrupt: bool = False,
     progress: Callable[[Iterator[Batch], int], Any] = lambda batches, count: batches,
-) -> Answers:
-    """Classifies images batch by batch; see :func:`predict` for the arguments.
+) -> Predictions:
+    """Classifies images batch by batch; see :func:`predict` for the other arguments.
 
     Args:
-        progress: wraps the iterator of batches, given their count too.
+        progress: called with the iterator of batches and their number; returns the iterator that is
+            used instead.
     """
     check_options(top, tta)
     batch_size = run.checked_batch_size(batch_size)
     top = min(top, len(run.classes))
-    answers = Answers()
+    predictions = Predictions()
     labels, probabilities = [], []
     batches = source.batches(run.image_size, batch_size, skip_corrupt)
-    for ids, images, left_out in progress(batches, -(-len(source.ids) // batch_size)):
+    for ids, images, skipped in progress(batches, -(-len(source.ids) // batch_size)):
         best = run.probabilities(images, tta, batch_size=batch_size).topk(top)
         labels.append(best.indices)
         probabilities.append(best.values)
-        answers.ids += ids
-        answers.left_out += left_out
-    if not answers.ids:
+        predictions.ids += ids
+        predictions.skipped += skipped
+    if not predictions.ids:
         raise ResfastError(
-            f"all {len(answers.left_out):,} images are corrupt, for example {answers.left_out[0]}; "
-            "expected at least one that can be decoded"
+            f"all {len(predictions.skipped):,} images are corrupt, for example "
+            f"{predictions.skipped[0]}; expected at least one that can be decoded"
         )
-    answers.labels, answers.probabilities = torch.cat(labels), torch.cat(probabilities)
-    return answers
+    predictions.labels, predictions.probabilities = torch.cat(labels), torch.cat(probabilities)
+    return predictions
 
 
 def check_options(top: int, tta: str) -> None:
-    """Refuses values that :func:`predict` cannot work with.
+    """Checks the options of :func:`predict`.
 
     Raises:
-        ResfastError: ``top`` is below 1, or there is no such test-time augmentation.
+        ResfastError: ``top`` is below 1, or ``tta`` is unknown.
     """
     if top < 1:
         raise ResfastError(f"--top {top} is out of range: expected at least 1")
@@ -97,23 +98,24 @@ def predict(
     """Classifies images.
 
     Args:
-        run: a run or its weights, see :func:`resfast.load`, or what that returned (then
-            ``weights``, ``device`` and ``precision`` are not looked at).
+        run: path of a run or its weights, see :func:`resfast.load`, or a loaded run (``weights``,
+            ``device`` and ``precision`` are then ignored).
         images: image files; a folder of them, a ``.npy`` or a pickle; or uint8 ``[N, H, W, 3]``,
             ``[N, 3, H, W]`` or ``[N, 3072]``. They are resized to the run's image size.
-        top: classes wanted for each image.
+        top: number of classes to return for each image.
         tta: test-time augmentation.
         weights: ``final`` or ``best``.
-        device: as of :func:`resfast.load`.
-        precision: likewise.
-        batch_size: images a step (None: the run's own).
+        device: see :func:`resfast.load`.
+        precision: see :func:`resfast.load`.
+        batch_size: images per step (None: the run's own).
 
     Returns:
-        For each image, those of a folder sorted by their path, up to ``top`` pairs of class name
-        and probability (0 to 1), most probable first.
+        For each image, up to ``top`` pairs of class name and probability (0 to 1), most probable
+        first. Images of a folder are sorted by path.
 
     Raises:
-        ResfastError: no such run, or images that cannot be read or have another dtype or shape.
+        ResfastError: the run does not exist, or the images cannot be read or have the wrong dtype
+            or shape.
     """
     check_options(top, tta)
     source: Files | Rows
@@ -125,12 +127,13 @@ def predict(
         source = open_images([Path(path).expanduser() for path in paths])
     if not isinstance(run, TrainedRun):
         run = inference.load(run, weights=weights, device=device, precision=precision)
-    return named_pairs(run, answer(run, source, top=top, tta=tta, batch_size=batch_size))
+    return named_pairs(run, classify(run, source, top=top, tta=tta, batch_size=batch_size))
 
 
-def named_pairs(run: TrainedRun, answers: Answers) -> list[list[tuple[str, float]]]:
+def named_pairs(run: TrainedRun, predictions: Predictions) -> list[list[tuple[str, float]]]:
     """For each image, pairs of class name and probability, most probable first."""
+    labels, probabilities = predictions.labels.tolist(), predictions.probabilities.tolist()
     return [
         [(run.classes[label], value) for label, value in zip(row, values, strict=True)]
-        for row, values in zip(answers.labels.tolist(), answers.probabilities.tolist(), strict=True)
+        for row, values in zip(labels, probabilities, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""Probes of what was installed and where it runs: Python, packages, devices, data, caches."""
+"""Probes of the installation and the machine: Python, packages, devices, data, caches."""
 
 from __future__ import annotations
 
@@ -160,16 +160,16 @@ def probe_cache(options: Options) -> Iterator[Line]:
         with tempfile.TemporaryFile(dir=exists):
             pass
     except OSError as error:
-        text = f"{exists} is not writable ({error.strerror}); measured choices are not kept"
+        text = f"{exists} is not writable ({error.strerror}); measured choices are not cached"
         yield Line("cache", "missing", text, "set XDG_CACHE_HOME to a writable folder")
         return
-    kept = []
+    files = []
     for path in sorted(folder.glob("conv-*.json")):
         try:
-            kept.append(f"{len(json.loads(path.read_text(encoding='utf-8')))} in {path.name}")
+            files.append(f"{len(json.loads(path.read_text(encoding='utf-8')))} in {path.name}")
         except (OSError, ValueError, TypeError) as error:
-            kept.append(f"{path.name} is unreadable ({error}) and will be rewritten")
-    text = f"{folder}, measured choices: {', '.join(kept) or 'none yet'}"
+            files.append(f"{path.name} is unreadable ({error}) and will be rewritten")
+    text = f"{folder}, measured choices: {', '.join(files) or 'none yet'}"
     yield Line("cache", "ok", text)
 
 
@@ -177,13 +177,13 @@ def probe_data(options: Options) -> Iterator[Line]:
     from resfast.errors import ResfastError
 
     try:
-        yield _found(options.data, Path(options.data_dir).expanduser())
+        yield _locate(options.data, Path(options.data_dir).expanduser())
     except ResfastError as error:
         yield Line("data", "problem", str(error))
 
 
-def _found(data: str, data_dir: Path) -> Line:
-    """Where ``data`` is, without downloading or decoding it."""
+def _locate(data: str, data_dir: Path) -> Line:
+    """Finds ``data`` without downloading or decoding it."""
     from resfast.data import folder, shards
     from resfast.data.sources import CHOICES
     from resfast.errors import ResfastError, nearest
@@ -221,11 +221,11 @@ def _found(data: str, data_dir: Path) -> Line:
     if check_integrity(archive, cifar.tgz_md5):
         return Line("data", "ok", f"{archive}, not unpacked yet")
     state = "damaged" if archive.exists() else "missing"
-    otherwise = "digits are used instead" if data == "auto" else "the training ends with an error"
+    otherwise = "digits are used instead" if data == "auto" else "training stops with an error"
     return Line(
         "data",
         "missing" if data == "auto" else "problem",
-        f"{archive} is {state}; with a network it is downloaded, otherwise {otherwise}",
+        f"{archive} is {state}; with network access it is downloaded, otherwise {otherwise}",
         f"put an intact {cifar.filename} into {data_dir}, or name other data with --data",
     )
 
@@ -246,5 +246,5 @@ def probe_allocator(options: Options) -> Iterator[Line]:
     if runtime.tune_allocator():
         yield Line("allocator", "ok", "glibc's, which training and inference tune")
     else:
-        text = "not glibc's: memory goes back to the kernel after each step"
+        text = "not glibc's: freed memory returns to the operating system after each step"
         yield Line("allocator", "missing", text)

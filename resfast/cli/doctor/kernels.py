@@ -1,4 +1,4 @@
-"""Probes of the compiled kernels and of the compilers that make them."""
+"""Probes of the compiled kernels and of the compilers that build them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def probe_cpp_kernels(options: Options) -> Iterator[Line]:
     elif "cannot be loaded" in extension.MISSING:
         yield Line("C++ kernels", "problem", extension.MISSING, REBUILD)
     else:
-        text = f"slower PyTorch code takes their place: {extension.MISSING}"
+        text = f"slower PyTorch code is used instead: {extension.MISSING}"
         yield Line("C++ kernels", "missing", text, REBUILD)
 
 
@@ -52,7 +52,7 @@ def probe_cuda_kernels(options: Options) -> Iterator[Line]:
         yield Line("CUDA kernels", "problem", missing, REBUILD)
         return
     if missing is not None:
-        text = f"{'cuDNN takes their place' if count else 'of no use without a GPU'}: {missing}"
+        text = f"{'cuDNN is used instead' if count else 'not needed without a GPU'}: {missing}"
         yield Line("CUDA kernels", "missing", text, REBUILD if count else "")
         return
     try:
@@ -66,9 +66,9 @@ def probe_cuda_kernels(options: Options) -> Iterator[Line]:
         "with CUTLASS" if built.get("cutlass") else "without CUTLASS"
     )
     capabilities = [torch.cuda.get_device_capability(index) for index in range(count)]
-    bare = {c for c in capabilities if not any(covers(name, c) for name in architectures)}
-    if bare:
-        wanted = ";".join(dotted(c) + "a" * (c == (9, 0)) for c in sorted(bare))
+    uncovered = {c for c in capabilities if not any(covers(name, c) for name in architectures)}
+    if uncovered:
+        wanted = ";".join(dotted(c) + "a" * (c == (9, 0)) for c in sorted(uncovered))
         text += f", but not for this machine's {wanted}"
         todo = f"rebuild them with TORCH_CUDA_ARCH_LIST='{wanted}' in the environment"
         yield Line("CUDA kernels", "problem", text, todo)
@@ -95,7 +95,7 @@ def probe_triton(options: Options) -> Iterator[Line]:
     needed = torch.cuda.is_available()
     state: State = "problem" if needed else "missing"
     if not installed("triton"):
-        text = "not installed; augmentation, add_relu and torch.compile on CUDA need it"
+        text = "not installed; many CUDA kernels and torch.compile on CUDA need it"
         yield Line("Triton", state, text, "pip install triton")
         return
     import triton
@@ -122,7 +122,7 @@ def _compile_triton(capability: int) -> None:
     pointers = dict.fromkeys(("out", "grad", "result"), "*bf16")
     signature = {**pointers, "count": "i32", "BLOCK": "constexpr"}
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder  # so that nothing cached hides a broken compiler
+        os.environ["TRITON_CACHE_DIR"] = folder  # a cached kernel would hide a broken compiler
         source = ASTSource(_backward_kernel, signature, {(4,): 256})
         triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
@@ -135,7 +135,7 @@ def probe_compiler(options: Options) -> Iterator[Line]:
     missing = runtime.compiler_missing(torch.device("cpu"))
     if missing:
         text = f"{missing}; without one there are no C++ kernels and no torch.compile"
-        yield Line("C++ compiler", "missing", text, "install g++, or name one in CXX")
+        yield Line("C++ compiler", "missing", text, "install g++, or set CXX to a compiler")
         return
     names = (os.environ.get("CXX") or "g++", "clang++")
     path = next(found for name in names if (found := shutil.which(name)))
@@ -153,14 +153,14 @@ def probe_nvcc(options: Options) -> Iterator[Line]:
     assert spec.loader is not None
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    why = build.obstacle()
-    if why is not None:
-        yield Line("nvcc", "missing", f"the CUDA kernels cannot be built: {why}")
+    obstacle = build.obstacle()
+    if obstacle is not None:
+        yield Line("nvcc", "missing", f"the CUDA kernels cannot be built: {obstacle}")
         return
     path, cutlass = build.find_nvcc(), build.find_cutlass()
     text = f"{build.nvcc_version(path)} ({path})"
     if cutlass is None:
-        text += "; no CUTLASS, so the kernels for Hopper are left out"
+        text += "; no CUTLASS, so the kernels for Hopper are not built"
         yield Line("nvcc", "missing", text, "pip install --no-deps nvidia-cutlass")
     else:
         yield Line("nvcc", "ok", f"{text}, CUTLASS in {cutlass}")

@@ -1,6 +1,6 @@
 """Input and output of the doctor's probes, and functions that several probes use.
 
-Standard library only: any other import belongs inside a probe, whose process may crash over it.
+Standard library only: any other import belongs inside a probe, where a crash is contained.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def dotted(version: Sequence[int]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where the text is empty."""
+    """The first line of an error's text, or its type if the text is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -78,7 +78,7 @@ def driver() -> str:
 
 
 def output_of(*command: str) -> str:
-    """Output of a program; empty where it is missing, fails or takes too long."""
+    """Output of a program; empty if it is missing, fails or takes too long."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

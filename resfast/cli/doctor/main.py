@@ -1,12 +1,12 @@
-"""``resfast doctor``: what of this machine resfast can use, a line each.
+"""``resfast doctor``: checks what resfast can use on this machine, one line per check.
 
-Every line is ``ok``, ``missing`` (it is optional, and the line says what takes its place) or
-``problem`` (something is broken), with what to do. The exit code is 1 where there is a problem.
-It needs no GPU and no network, and leaves nothing behind. Options: ``--data SPEC`` and
-``--data-dir DIR`` as the training takes them, ``--json``.
+Every line is ``ok``, ``missing`` (optional; the line says what is used instead) or ``problem``
+(something is broken; the line says what to do). The exit code is 1 if there is a problem. It needs
+no GPU and no network, and leaves nothing behind. Options: ``--data SPEC`` and ``--data-dir DIR`` as
+for training, ``--json``.
 
-Only the standard library is imported before a probe runs, and the probes run in a process of their
-own: a library that crashes or hangs while it is loaded becomes a line as well.
+Only the standard library is imported before a probe runs, and the probes run in a separate process:
+a library that crashes or hangs on import becomes a line too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from resfast.cli.doctor import environment, kernels
 from resfast.cli.doctor.line import PACKAGE, Line, Options, first_line
 
 TIME_LIMIT_S = 60.0
-"""Limit for all probes together, which take a few seconds."""
+"""Time limit for all probes together, which normally take a few seconds."""
 
 PROBES: dict[str, Callable[[Options], Iterator[Line]]] = {
     "resfast": environment.probe_resfast,
@@ -55,7 +55,7 @@ def probe(name: str, options: Options) -> list[Line]:
         lines.extend(PROBES[name](options))
     except Exception as error:  # noqa: BLE001  # one probe must not stop the others
         if isinstance(error, ModuleNotFoundError) and error.name and name != error.name:
-            text = f"not examined: there is no module {error.name}"
+            text = f"not checked: module {error.name} is not installed"
             lines.append(Line(name, "missing", text))
         else:
             text = f"{type(error).__name__}: {first_line(error)}"
@@ -64,16 +64,17 @@ def probe(name: str, options: Options) -> list[Line]:
 
 
 def examine(options: Options, time_limit_s: float = TIME_LIMIT_S) -> list[Line]:
-    """The lines of all probes, which run in a process of their own.
+    """The lines of all probes, which run in a separate process.
 
     Args:
         options: arguments of the probes.
-        time_limit_s: limit for a process of probes, in seconds; the probe that exceeds it failed.
+        time_limit_s: limit for a process of probes, in seconds; the probe then running has failed,
+            and the rest run in a new process.
     """
     lines: list[Line] = []
-    left = list(PROBES)
-    while left:
-        request = json.dumps([left, asdict(options)])
+    remaining = list(PROBES)
+    while remaining:
+        request = json.dumps([remaining, asdict(options)])
         command = [
             sys.executable,
             "-c",
@@ -89,44 +90,44 @@ def examine(options: Options, time_limit_s: float = TIME_LIMIT_S) -> list[Line]:
                 timeout=time_limit_s,
             )
             output, errors, code = done.stdout, done.stderr, done.returncode
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            how = f"it ended the process ({how})"
+            cause = f"signal {-code}" if code < 0 else f"exit code {code}"
+            failure = f"it ended the process ({cause})"
         except subprocess.TimeoutExpired as error:
             output, errors = error.stdout or b"", error.stderr or b""
-            how = f"it did not answer within {time_limit_s:.0f} s"
-        for answer in output.splitlines():
-            left.pop(0)
-            lines += [Line(**line) for line in json.loads(answer)]
-        if left:
+            failure = f"it did not answer within {time_limit_s:.0f} s"
+        for result in output.splitlines():
+            remaining.pop(0)
+            lines += [Line(**line) for line in json.loads(result)]
+        if remaining:
             last = errors.decode(errors="replace").strip().rpartition("\n")[2]
             todo = "repair or reinstall it"
-            lines.append(Line(left.pop(0), "problem", f"{how} {last}".rstrip(), todo))
+            lines.append(Line(remaining.pop(0), "problem", f"{failure} {last}".rstrip(), todo))
     return lines
 
 
 def child() -> None:
     """Run by :func:`examine`: prints a line of JSON for each probe named in the arguments."""
-    # Keeps what libraries print out of the answers.
-    answers: Any = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    # Sends what libraries print to standard error, so that only results are on standard output.
+    results: Any = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     names, options = json.loads(sys.argv[1])
     for name in names:
-        print(json.dumps([asdict(line) for line in probe(name, Options(**options))]), file=answers)
+        print(json.dumps([asdict(line) for line in probe(name, Options(**options))]), file=results)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     escape_unencodable()
-    # argparse, since tyro may be what is missing.
+    # argparse, since tyro itself may be missing.
     parser = argparse.ArgumentParser(program("doctor"), description=__doc__.split("\n")[0])
     parser.add_argument("--data", default=Options.data, help="data set, as for training")
     parser.add_argument("--data-dir", default=Options.data_dir, help="where data sets are kept")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    given = parser.parse_args(args)
-    lines = examine(Options(given.data, given.data_dir))
-    fine = not any(line.state == "problem" for line in lines)
-    if given.json:
-        print(json.dumps({"ok": fine, "lines": [asdict(line) for line in lines]}, indent=2))
+    parsed = parser.parse_args(args)
+    lines = examine(Options(parsed.data, parsed.data_dir))
+    ok = not any(line.state == "problem" for line in lines)
+    if parsed.json:
+        print(json.dumps({"ok": ok, "lines": [asdict(line) for line in lines]}, indent=2))
     else:
         print(*lines, sep="\n")
-    return 0 if fine else 1
+    return 0 if ok else 1

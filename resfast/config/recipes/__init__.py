@@ -1,7 +1,7 @@
 """Named configurations, one complete TOML file each; compare two with ``diff``.
 
-A file names every field of every group but ``run``, in the order of the dataclasses. A field whose
-value is None, which TOML cannot express, is a comment that says what it is decided from.
+A file names every field of every group but ``run``, in the order of the dataclasses. TOML has no
+None, so a field whose value is None is a comment that says where its value comes from.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def read(path: Path) -> tuple[Config, str]:
     """A recipe's configuration and its one-line summary.
 
     Raises:
-        ResfastError: not TOML, a field that is missing or unknown, or a value of the wrong type or
-            out of its range.
+        ResfastError: invalid TOML, a missing or unknown field, or a value of the wrong type or out
+            of range.
     """
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -57,14 +57,14 @@ RECIPES: dict[str, Config] = {name: config for name, (config, _) in _READ.items(
 """Recipe name to configuration."""
 
 SUMMARIES: dict[str, str] = {name: summary for name, (_, summary) in _READ.items()}
-"""Recipe name to one line about it."""
+"""Recipe name to its one-line summary."""
 
 
 def recipe(name: str) -> Config:
     """A recipe by name.
 
     Raises:
-        ResfastError: an unknown name, with the nearest known one.
+        ResfastError: an unknown name; the message suggests the nearest known one.
     """
     if name not in RECIPES:
         raise ResfastError(
