@@ -276,7 +276,7 @@ def test_a_missing_path_is_an_error(load, tmp_path):
 
 
 def test_an_empty_path_is_an_error(load):
-    with pytest.raises(ResfastError, match="names no path"):
+    with pytest.raises(ResfastError, match="has no path"):
         load("")
 
 
@@ -420,7 +420,7 @@ def test_a_corrupt_image_is_an_error_that_names_it_or_is_skipped(
         lines.clear()
         skipping = load(path, skip_corrupt=True)
         assert skipping.skipped == ("train/cat/1.png",)
-        assert sum("left out 1 corrupt images" in line for line in lines) == 1
+        assert sum("skipped 1 corrupt images" in line for line in lines) == 1
         assert skipping.train_labels.tolist() == [0, 0, 1, 1, 1]
         expected = np.asarray(Image.open(tree / "train/cat/2.png"))
         assert np.array_equal(skipping.train_images[1].numpy(), expected)

@@ -164,7 +164,7 @@ def test_what_cannot_be_selected_from_is_refused(images: Tensor, labels: Tensor)
     with pytest.raises(ValueError, match=r"tta_mirror is 2"):
         evaluate(Small(), given, tta="shift", tta_mirror=2)
     for option in ("tta_select", "tta_mirror"):
-        with pytest.raises(ValueError, match="need them again"):
+        with pytest.raises(ValueError, match="iterate twice"):
             evaluate(Small(), iter(given), tta="shift", **{option: 0.5})
     evaluate(Small(), iter(given), tta="flip", tta_select=0.5)  # nothing to select for
 
@@ -236,7 +236,7 @@ def test_many_small_batches_score_like_one_large_batch():
     images, labels = torch.randn(300, 3, 8, 8), torch.randint(5, (300,))
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
     many = list(zip(images.split(2), labels.split(2), strict=True))
-    assert len(many) > evaluation._Rows.BATCHES
+    assert len(many) > evaluation._Rows.INITIAL_BATCHES
     options = {"tta": "multi-crop", "tta_select": 0.3, "tta_mirror": 0.6}
     for ours, theirs in zip(
         evaluate_both(model, many, **options),
@@ -249,7 +249,7 @@ def test_many_small_batches_score_like_one_large_batch():
 
 def test_what_a_batch_leaves_behind_goes_to_one_place():
     kept, places = evaluation._Rows(), set()
-    for _ in range(evaluation._Rows.BATCHES):
+    for _ in range(evaluation._Rows.INITIAL_BATCHES):
         kept.add(torch.randn(3, 10))
         places.add(kept.all().data_ptr())
     assert len(places) == 1

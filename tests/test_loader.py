@@ -227,8 +227,8 @@ def test_the_last_of_each_class_are_held_out_whatever_the_seed(image_tree: Path,
     ("val_fraction", "hold_out", "said"),
     [
         (0.1, 10, "--val-fraction 0.1 and --hold-out 10 both hold out images; choose one"),
-        (0, 5, "--hold-out 5 cannot be shared out among 2 classes.*for example 4"),
-        (0, 1, "--hold-out 1 cannot be shared out among 2 classes.*for example 2"),
+        (0, 5, "--hold-out 5 cannot be divided equally among 2 classes.*for example 4"),
+        (0, 1, "--hold-out 1 cannot be divided equally among 2 classes.*for example 2"),
         (0, 48, "--hold-out 48 takes 24 images of each class.*choose at most 46"),
     ],
 )

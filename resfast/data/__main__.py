@@ -1,4 +1,4 @@
-"""``python -m resfast.data``: a picture of what augmentation does, and image folders as shards."""
+"""``python -m resfast.data``: the same as ``resfast data``."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Decoded data sets kept on disk: one safetensors file per content, image size and format.
+"""On-disk cache of decoded data sets: one safetensors file per content, image size and format.
 
-A file is named after the BLAKE2b key of what it was made from, so a changed image means another
-file, and it carries the digest of its own tensors, so a damaged file is seen and made again.
+A file is named after the BLAKE2b hash of its source, so changed images mean a new file. It stores
+the digest of its tensors, so a damaged file is detected and rebuilt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 def content_key(
     update: Callable[[Callable[[bytes], Any]], None], *, image_size: int, skip_corrupt: bool
 ) -> str:
-    """The cache key, 32 hex digits: ``update`` feeds the source's bytes to the hash it is given."""
+    """The cache key, 32 hex digits; ``update`` passes the source's bytes to its argument."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"resfast {FORMAT_VERSION} {image_size} {skip_corrupt:d}\n".encode())
     update(digest.update)
@@ -32,9 +32,9 @@ def content_key(
 
 
 def load(path: Path, image_size: int, report: Callable[[str], None]) -> dict[str, Any] | None:
-    """The fields of the ``Dataset`` (its name apart) kept in ``path``, or None.
+    """The fields, except the name, of the ``Dataset`` cached in ``path``.
 
-    None when there is no such file, or when it is damaged, which is reported.
+    Returns None if the file does not exist or is damaged; damage is reported.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -52,13 +52,13 @@ def load(path: Path, image_size: int, report: Callable[[str], None]) -> dict[str
         }
         _validate(fields, image_size)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        report(f"the cache {path} cannot be used ({error}) and is made again")
+        report(f"the cache {path} cannot be used ({error}); rebuilding it")
         return None
     return fields
 
 
 def store(path: Path, dataset: Dataset, report: Callable[[str], None]) -> None:
-    """Keep ``dataset`` in ``path``; a folder that cannot be written is reported, not an error."""
+    """Caches ``dataset`` in ``path``; failure to write is reported but is not an error."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -76,13 +76,13 @@ def store(path: Path, dataset: Dataset, report: Callable[[str], None]) -> None:
             save_file({name: getattr(dataset, name) for name in TENSORS}, temporary, metadata)
         size = path.stat().st_size
     except (OSError, SafetensorError) as error:
-        report(f"the decoded images are not cached, as {path.parent} cannot be written ({error})")
+        report(f"the decoded images are not cached: {path.parent} cannot be written ({error})")
     else:
         report(f"cached as {path} ({size / 2**20:.1f} MiB)")
 
 
 def _validate(fields: Mapping[str, Any], image_size: int) -> None:
-    """Raise ``ValueError`` unless ``fields`` are what :func:`store` was given."""
+    """Raises ``ValueError`` unless ``fields`` are as :func:`store` wrote them."""
     for split in ("train", "test"):
         images, labels = fields[f"{split}_images"], fields[f"{split}_labels"]
         expected = (len(labels), image_size, image_size, 3)
@@ -91,6 +91,6 @@ def _validate(fields: Mapping[str, Any], image_size: int) -> None:
         if labels.dtype != torch.int64 or labels.ndim != 1:
             raise ValueError(f"{split} labels are {labels.dtype} {tuple(labels.shape)}")
         if labels.min() < 0 or labels.max() >= len(fields["classes"]):
-            raise ValueError(f"{split} labels leave the range of {len(fields['classes'])} classes")
+            raise ValueError(f"{split} labels exceed {len(fields['classes'])} classes")
     if tensor_digest(fields, fields["classes"]) != fields["digest"]:
-        raise ValueError("its tensors differ from its digest")
+        raise ValueError("its tensors do not match its digest")

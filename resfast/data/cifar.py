@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, downloaded and unpacked by torchvision where they are not on disk."""
+"""CIFAR-10 and CIFAR-100, downloaded and unpacked by torchvision if they are not on disk."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ DOWNLOAD_STALL_S = 60.0
 
 
 def open_cifar10(request: Request) -> Dataset:
-    """CIFAR-10 as torchvision keeps it in ``data_dir``, fetched first if it is not there."""
+    """CIFAR-10 as torchvision stores it in ``data_dir``, downloaded if it is missing."""
     return _open("cifar10", request)
 
 
 def open_cifar100(request: Request) -> Dataset:
-    """CIFAR-100, as :func:`open_cifar10`."""
+    """CIFAR-100; see :func:`open_cifar10`."""
     return _open("cifar100", request)
 
 
@@ -61,13 +61,13 @@ def _open(name: str, request: Request) -> Dataset:
 
 
 def _prepare(name: str, kind: Any, data_dir: Path, report: Callable[[str], None]) -> None:
-    """Leave an intact, unpacked CIFAR in ``data_dir`` or raise ``DataUnavailableError``."""
+    """Makes sure ``data_dir`` has an intact, unpacked CIFAR or raises ``DataUnavailableError``."""
     from torchvision.datasets.utils import check_integrity, download_url
 
     unpacked, archive = data_dir / kind.base_folder, data_dir / kind.filename
-    wanted = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
     try:
-        damaged = [file for file, md5 in wanted if not check_integrity(unpacked / file, md5)]
+        damaged = [file for file, md5 in files if not check_integrity(unpacked / file, md5)]
         if not damaged:
             return
         if archive.exists():
@@ -82,11 +82,11 @@ def _prepare(name: str, kind: Any, data_dir: Path, report: Callable[[str], None]
         else:
             if problem := _unreachable(kind.url):
                 raise _unavailable(
-                    name, kind, data_dir, f"it is not there and {kind.url} {problem}"
+                    name, kind, data_dir, f"it does not exist and {kind.url} {problem}"
                 )
             report(f"downloading {kind.url} to {data_dir}")
             data_dir.mkdir(parents=True, exist_ok=True)
-            # Into a folder of its own: a download cut short must not pass for the archive.
+            # Into a separate folder: a partial download must not be taken for the archive.
             with (
                 tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary,
                 _stall_limit(),
@@ -96,23 +96,23 @@ def _prepare(name: str, kind: Any, data_dir: Path, report: Callable[[str], None]
                 shutil.move(Path(temporary) / kind.filename, archive)
         report(f"unpacking {archive}")
         with contextlib.redirect_stdout(sys.stderr):
-            kind(data_dir, train=False, download=True)  # finds the archive, so fetches nothing
+            kind(data_dir, train=False, download=True)  # finds the archive, so downloads nothing
     except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:  # URLError is an OSError
         raise _unavailable(name, kind, data_dir, f"preparing it failed ({error})") from error
 
 
-def _unavailable(name: str, kind: Any, data_dir: Path, why: str) -> DataUnavailableError:
+def _unavailable(name: str, kind: Any, data_dir: Path, reason: str) -> DataUnavailableError:
     return DataUnavailableError(
-        f"{name} was looked for in {data_dir} but {why}",
-        f"put an intact {kind.filename} into {data_dir} (a damaged one removed), or use "
+        f"{name} was looked for in {data_dir} but {reason}",
+        f"put an intact {kind.filename} into {data_dir} (replacing a damaged one), or use "
         "--data folder:PATH with your own images, or --data digits, which needs no download",
     )
 
 
 def _unreachable(url: str) -> str:
-    """Why ``url`` cannot be fetched, or "".
+    """Why ``url`` cannot be downloaded, or "" if it can.
 
-    In a thread because no socket timeout bounds the lookup of a host name.
+    Asks in a thread, because socket timeouts do not cover DNS lookups.
     """
     answer: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -136,10 +136,10 @@ def _unreachable(url: str) -> str:
 
 @contextlib.contextmanager
 def _stall_limit() -> Iterator[None]:
-    """A default socket timeout, as torchvision's download sets none."""
-    before = socket.getdefaulttimeout()
+    """Sets a default socket timeout, because torchvision's download sets none."""
+    previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_STALL_S)
     try:
         yield
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(previous)

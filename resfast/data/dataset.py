@@ -1,6 +1,6 @@
-"""What a data set is once it is opened: images in memory, or lists of files on disk.
+"""Opened data sets: images in memory, or lists of files on disk.
 
-This module knows no source and imports none: see resfast.data.sources for those.
+This module does not know the sources of data; those are in resfast.data.sources.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Dataset:
     test_labels: Tensor
     classes: tuple[str, ...]
     digest: str  # hex digest of the four tensors and the class names
-    skipped: tuple[str, ...] = ()  # corrupt files left out under skip_corrupt
+    skipped: tuple[str, ...] = ()  # corrupt files omitted because of skip_corrupt
 
     @property
     def image_size(self) -> int:
@@ -56,11 +56,11 @@ class Files:
     labels: Tensor
 
     def __len__(self) -> int:
-        """Images."""
+        """Number of images."""
         return len(self.paths)
 
     def __getitem__(self, indices: Tensor) -> Files:
-        """Some of them."""
+        """The images at ``indices``, int64 ``[n]``."""
         return Files(tuple(self.paths[i] for i in indices.tolist()), self.labels[indices])
 
 
@@ -70,14 +70,14 @@ class Shards:
 
     Attributes:
         paths: tar archives.
-        count: images in all of them.
+        count: total number of images.
     """
 
     paths: tuple[str, ...]
     count: int
 
     def __len__(self) -> int:
-        """Images."""
+        """Number of images."""
         return self.count
 
 
@@ -90,7 +90,7 @@ class Stream:
         train: training images.
         test: test images.
         classes: class names, in the order of the labels.
-        image_size: height and width that images are given, in pixels.
+        image_size: height and width that images are resized to, in pixels.
         digest: hex digest of names, sizes and classes.
     """
 
@@ -104,17 +104,17 @@ class Stream:
 
 @dataclass(frozen=True)
 class Request:
-    """What a source is asked for.
+    """A request to a source of data.
 
     Attributes:
         data: the value of ``--data``.
-        location: what follows the colon in ``data``, or "".
+        location: the part of ``data`` after the colon, or "".
         data_dir: where data sets are looked for, downloaded to and cached.
         image_size: height and width of the images, in pixels.
-        skip_corrupt: leave out images that cannot be decoded.
-        loader: how the data set is to be held, see :func:`resfast.data.sources.open_data`.
-        device: where batches will be made.
-        report: is given one line for each step worth knowing.
+        skip_corrupt: skip images that cannot be decoded.
+        loader: how the data set is held, see :func:`resfast.data.sources.open_data`.
+        device: where batches will be produced.
+        report: called with a line of text for each notable step.
     """
 
     data: str
@@ -128,7 +128,7 @@ class Request:
 
 
 class DataUnavailableError(ResfastError):
-    """A data set that is neither on disk nor to be fetched; ``reason`` leaves out the remedies."""
+    """A data set that is not on disk and cannot be fetched; ``reason`` excludes the remedy."""
 
     def __init__(self, reason: str, remedy: str):
         super().__init__(f"{reason}: {remedy}")
@@ -140,7 +140,7 @@ def print_to_stderr(line: str) -> None:
 
 
 def check_image_size(image_size: int) -> None:
-    """Raises ``ResfastError`` for a height and width, in pixels, that no loader takes."""
+    """Raises ``ResfastError`` for an unsupported height and width, in pixels."""
     if not MIN_IMAGE_SIZE <= image_size <= MAX_IMAGE_SIZE:
         raise ResfastError(
             f"image size {image_size} is out of range, expected {MIN_IMAGE_SIZE} to "
@@ -149,24 +149,24 @@ def check_image_size(image_size: int) -> None:
 
 
 def refuse_skipping(request: Request) -> None:
-    """Raises ``ResfastError`` if corrupt images are to be left out of a stream."""
+    """Raises ``ResfastError`` if skipping corrupt images is requested of a stream."""
     if request.skip_corrupt:
         raise ResfastError(
             "--skip-corrupt needs --loader resident: DALI stops at a corrupt image and names it; "
-            "remove or replace those images"
+            "remove or replace such images"
         )
 
 
 def make_dataset(
     name: str, tensors: dict[str, Tensor], classes: tuple[str, ...], skipped: tuple[str, ...] = ()
 ) -> Dataset:
-    """A data set of the four CPU tensors that :class:`Dataset` names, with its digest."""
+    """A data set from its four CPU tensors by name, with its digest."""
     digest = tensor_digest(tensors, classes)
     return Dataset(name=name, **tensors, classes=classes, digest=digest, skipped=skipped)
 
 
 def tensor_digest(tensors: Mapping[str, Tensor], classes: tuple[str, ...]) -> str:
-    """The digest, 32 hex digits, of the four CPU tensors of a data set and of its class names."""
+    """Digest, 32 hex digits, of the four CPU tensors of a data set and its class names."""
     digest = hashlib.blake2b(json.dumps(classes).encode(), digest_size=16)
     for name in TENSORS:
         tensor = tensors[name]

@@ -1,7 +1,8 @@
 """Images in ``train/<class>/*`` and ``test/<class>/*``, in a directory or a tar archive.
 
-Both kinds are read in two passes: names first, which fixes the rows, then bytes, decoded straight
-into one uint8 array per split. An archive is read as a stream and nothing is extracted to disk.
+Both kinds are read in two passes: first names, which determine the rows, then bytes, decoded
+directly into one uint8 array per split. An archive is read as a stream; nothing is extracted to
+disk.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".
 _LAYOUT = "train/<class>/* and test/<class>/*"
 _READ = 1 << 20
 
-# A batch of images goes to a thread when its files are on average at least this large. In smaller
-# ones the interpreter's own work dominates and threads only contend for its lock: with 2 cores,
-# JPEGs of 1 KB took 1.7 times as long in threads, and those of 30 KB 0.7 times.
+# A batch of images is decoded in a thread if its files are on average at least this large. For
+# smaller files the interpreter dominates and threads only contend for its lock: on 2 cores, JPEGs
+# of 1 KB took 1.7 times as long in threads, those of 30 KB 0.7 times.
 _THREAD_BYTES = 8 << 10
 _BATCH_IMAGES, _BATCH_BYTES = 256, 8 << 20
 
@@ -46,10 +47,10 @@ Key = tuple[str, str, str]  # split, class, path inside the class folder with "/
 
 @dataclass
 class Listing:
-    """What a tree holds: images by key (with the source's own handle), folders, other files."""
+    """Contents of a tree: images by key (with the source's handle), classes, ignored files."""
 
     images: dict[Key, Any] = field(default_factory=dict)
-    classes: dict[str, set[str]] = field(default_factory=dict)  # split -> its class folders
+    classes: dict[str, set[str]] = field(default_factory=dict)  # split to its class folders
     ignored: int = 0
 
     def add_file(self, parts: tuple[str, ...], handle: object) -> None:
@@ -62,7 +63,7 @@ class Listing:
 
 
 class Directory:
-    """A tree in a directory. Links are followed; hidden files and folders are left out."""
+    """A tree in a directory. Links are followed; hidden files and folders are skipped."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -79,30 +80,30 @@ class Directory:
             nested = sorted(p.parent for p in self.path.glob("*/train") if p.is_dir())
             if nested:
                 raise ResfastError(
-                    f"{self.path} has no train and no test folder but {nested[0]} has: "
+                    f"{self.path} has no train or test folder but {nested[0]} does: "
                     f"use --data folder:{nested[0]}"
                 )
         return listing
 
     def walk(
-        self, folder: str, parts: tuple[str, ...], above: frozenset[object], listing: Listing
+        self, folder: str, parts: tuple[str, ...], ancestors: frozenset[object], listing: Listing
     ) -> None:
         with _readable(folder):
             status = os.stat(folder)
-            here = (status.st_dev, status.st_ino)
-            if here in above:
-                return  # a link to a folder that holds it
+            identity = (status.st_dev, status.st_ino)
+            if identity in ancestors:
+                return  # a link to a folder that contains it
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    inside = (*parts, entry.name)
+                    path = (*parts, entry.name)
                     if entry.name.startswith("."):
                         continue
                     if entry.is_dir():
-                        if len(inside) == 2:
+                        if len(path) == 2:
                             listing.classes[parts[0]].add(entry.name)
-                        self.walk(entry.path, inside, above | {here}, listing)
+                        self.walk(entry.path, path, ancestors | {identity}, listing)
                     elif entry.is_file() or entry.is_symlink():  # a broken link fails when read
-                        listing.add_file(inside, entry.path)
+                        listing.add_file(path, entry.path)
                     else:
                         listing.ignored += 1
 
@@ -118,13 +119,13 @@ class Directory:
 
 
 class Archive:
-    """A tree in a tar archive, plain or compressed; it may sit under one top folder."""
+    """A tree in a tar archive, plain or compressed; it may be inside one top-level folder."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def scan(self) -> Listing:
-        files: dict[tuple[str, ...], int] = {}  # the last of several members of one name counts
+        files: dict[tuple[str, ...], int] = {}  # of members with the same name, the last counts
         folders: set[tuple[str, ...]] = set()
         for ordinal, member, parts, _ in self._members():
             if member.isdir():
@@ -134,14 +135,14 @@ class Archive:
         top = self._top(files.keys() | folders)
         listing = Listing()
         for parts in folders:
-            inside = parts[len(top) :]
-            if parts[: len(top)] == top and len(inside) in (1, 2) and inside[0] in SPLITS:
-                listing.classes.setdefault(inside[0], set()).update(inside[1:])
+            path = parts[len(top) :]
+            if parts[: len(top)] == top and len(path) in (1, 2) and path[0] in SPLITS:
+                listing.classes.setdefault(path[0], set()).update(path[1:])
         for parts, ordinal in files.items():
-            inside = parts[len(top) :]
-            if parts[: len(top)] == top and len(inside) > 1 and inside[0] in SPLITS:
-                listing.classes.setdefault(inside[0], set())
-                listing.add_file(inside, ordinal)
+            path = parts[len(top) :]
+            if parts[: len(top)] == top and len(path) > 1 and path[0] in SPLITS:
+                listing.classes.setdefault(path[0], set())
+                listing.add_file(path, ordinal)
         return listing
 
     def _top(self, names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
@@ -151,7 +152,7 @@ class Archive:
         if len(tops) > 1:
             raise ResfastError(
                 f"{self.path} holds several trees ({', '.join(sorted(t for (t,) in tops))}) but "
-                f"one of {_LAYOUT} was expected: pack the one you want by itself"
+                f"one of {_LAYOUT} was expected: pack only the one you want"
             )
         return tops.pop()
 
@@ -167,7 +168,7 @@ class Archive:
                 yield keys[ordinal], self._guarded(file.read)
 
     def _guarded(self, step: Callable[[], Any]) -> Any:
-        """``step()``, with whatever a broken archive makes it raise turned into one error."""
+        """``step()``, with any exception that a broken archive causes raised as ResfastError."""
         try:
             return step()
         except (
@@ -181,7 +182,7 @@ class Archive:
     def _members(
         self,
     ) -> Iterator[tuple[int, tarfile.TarInfo, tuple[str, ...], tarfile.TarFile]]:
-        """Each file and folder, with its ordinal and the visible parts of its name."""
+        """Each visible file and folder: ordinal, member, parts of its name, and the archive."""
         with _readable(self.path), _decompressed(self.path) as stream:
             opened = partial(
                 tarfile.open, fileobj=stream, mode="r|", bufsize=1 << 18, tarinfo=_StrictTarInfo
@@ -189,7 +190,7 @@ class Archive:
             with self._guarded(opened) as tar:
                 ordinal = 0
                 while (member := self._guarded(tar.next)) is not None:
-                    tar.members.clear()  # it would keep every header in memory
+                    tar.members.clear()  # otherwise it keeps every header in memory
                     parts = self._parts(member)
                     if parts and not any(part.startswith(".") for part in parts):
                         yield ordinal, member, parts, tar
@@ -201,8 +202,8 @@ class Archive:
         parts = member.name.split("/")
         if member.name.startswith("/") or ".." in parts:
             raise ResfastError(
-                f"{self.path} has the member {member.name!r}, whose path leaves the archive's own "
-                "folder, but only relative paths inside it are read: pack the tree again"
+                f"{self.path} has the member {member.name!r}, whose path points outside the "
+                "archive, but only relative paths inside it are read: pack the tree again"
             )
         if not (member.isfile() or member.isdir()):
             raise ResfastError(
@@ -213,7 +214,7 @@ class Archive:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """``tarfile`` takes a cut or broken header for the archive's end; here it is an error."""
+    """Raises an error for a truncated or broken header, which tarfile treats as the end."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
@@ -226,7 +227,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def open_source(path: Path) -> Directory | Archive:
-    """The tree at ``path``; ``ResfastError`` when nothing there can be one."""
+    """The tree at ``path``. Raises ``ResfastError`` if it is not a directory or a tar archive."""
     expected = f"expected a directory or a tar archive ({', '.join(ARCHIVE_SUFFIXES)}) of {_LAYOUT}"
     with _readable(path):
         if path.is_dir():
@@ -248,11 +249,16 @@ def read(
     skip_corrupt: bool,
     report: Callable[[str], None],
 ) -> tuple[dict[str, Tensor], tuple[str, ...], tuple[str, ...]]:
-    """Decode every image of ``source``.
+    """Decodes every image of ``source``.
 
-    Returns the tensors ``{split}_images`` (uint8 ``[N, image_size, image_size, 3]``, RGB) and
-    ``{split}_labels`` (int64 ``[N]``) by name, the sorted class names, and the paths of corrupt
-    images that ``skip_corrupt`` left out. Rows are sorted by class, then by path.
+    Returns:
+        The tensors ``{split}_images`` (uint8 ``[N, image_size, image_size, 3]``, RGB) and
+        ``{split}_labels`` (int64 ``[N]``) by name, the sorted class names, and the paths of corrupt
+        images that were skipped. Rows are sorted by class, then by path.
+
+    Raises:
+        ResfastError: the layout is wrong, an image is corrupt and ``skip_corrupt`` is false, a
+            class has no intact image, the source changes while it is read, or memory runs out.
     """
     classes = check_listing(source.path, listing)
     rows = {split: sorted(k for k in listing.images if k[0] == split) for split in SPLITS}
@@ -268,29 +274,29 @@ def read(
         gib = len(listing.images) * image_size**2 * 3 / 2**30
         raise ResfastError(
             f"{len(listing.images):,} images of {image_size}x{image_size} need {gib:.1f} GiB of "
-            "memory, more than there is: choose a smaller image size or fewer images"
+            "memory, more than is available: choose a smaller image size or fewer images"
         ) from error
 
     places = {key: images[split][row] for split in SPLITS for row, key in enumerate(rows[split])}
     corrupt: dict[Key, str] = {}
-    seen = 0
-    for batch_seen, failures in decode_all(source.blobs(listing), places, image_size):
-        seen += batch_seen
+    count = 0
+    for batch_count, failures in decode_all(source.blobs(listing), places, image_size):
+        count += batch_count
         corrupt.update(failures)
         if failures and not skip_corrupt:
             key, reason = failures[0]
             raise ResfastError(
                 f"{_shown(source.path, key)} is not a readable JPEG, PNG or WebP image ({reason}): "
-                "replace it, or leave such images out with --skip-corrupt"
+                "replace it, or skip such images with --skip-corrupt"
             )
-    if seen != len(places):
+    if count != len(places):
         raise ResfastError(
-            f"{source.path} changed while it was read ({seen:,} of {len(places):,} images came): "
+            f"{source.path} changed while it was read ({count:,} of {len(places):,} images read): "
             "run again when nothing writes to it"
         )
 
     tensors: dict[str, Tensor] = {}
-    number = {name: label for label, name in enumerate(classes)}
+    label_of = {name: label for label, name in enumerate(classes)}
     for split in SPLITS:
         kept = [row for row, key in enumerate(rows[split]) if key not in corrupt]
         if len(kept) < len(rows[split]):
@@ -298,21 +304,20 @@ def read(
                 if new != old:
                     images[split][new] = images[split][old]
         tensors[f"{split}_images"] = torch.from_numpy(images[split][: len(kept)])
-        labels = torch.tensor([number[rows[split][row][1]] for row in kept], dtype=torch.int64)
+        labels = torch.tensor([label_of[rows[split][row][1]] for row in kept], dtype=torch.int64)
         tensors[f"{split}_labels"] = labels
         present = {rows[split][row][1] for row in kept}
         for name in classes:
             if name not in present:
                 raise ResfastError(
-                    f"the class {name!r} in {_shown(source.path, (split, name))} is empty once its "
-                    "corrupt images are left out, at least one image per class was expected: "
-                    "replace them"
+                    f"the class {name!r} in {_shown(source.path, (split, name))} has only corrupt "
+                    "images, at least one intact image per class was expected: replace them"
                 )
     return tensors, classes, tuple("/".join(key) for key in sorted(corrupt))
 
 
 def check_listing(path: Path, listing: Listing) -> tuple[str, ...]:
-    """The sorted class names, or ``ResfastError`` for a tree that cannot be trained on."""
+    """The sorted class names. Raises ``ResfastError`` for a tree that cannot be trained on."""
     for split in SPLITS:
         if split not in listing.classes:
             raise ResfastError(
@@ -323,14 +328,13 @@ def check_listing(path: Path, listing: Listing) -> tuple[str, ...]:
     if not train:
         raise ResfastError(
             f"{_shown(path, ('train',))} has no class folders, expected {_LAYOUT}: "
-            "put the images of each class in a folder of its name"
+            "put the images of each class in a folder with its name"
         )
     if train != test:
         missing, extra = (", ".join(sorted(s)) or "none" for s in (train - test, test - train))
         raise ResfastError(
             f"the classes in {_shown(path, ('test',))} differ from the training classes "
-            f"(missing: {missing}; extra: {extra}), the same folders were expected: "
-            "add, remove or rename them"
+            f"(missing: {missing}; extra: {extra}): add, remove or rename folders until they match"
         )
     filled = {key[:2] for key in listing.images}
     for split in SPLITS:
@@ -345,10 +349,10 @@ def check_listing(path: Path, listing: Listing) -> tuple[str, ...]:
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
-    """Decode one JPEG, PNG or WebP file into uint8 ``[size, size, 3]`` RGB.
+    """Decodes one JPEG, PNG or WebP file into uint8 ``[size, size, 3]`` RGB.
 
-    EXIF orientation is honoured, 16-bit grey is scaled to 8 bits, and transparency is dropped. An
-    image of another size is cut to a centred square and resized, antialiased bicubic.
+    EXIF orientation is applied, 16-bit grey is scaled to 8 bits, and transparency is dropped. An
+    image of another size is cropped to the centre square and resized, antialiased bicubic.
     Raises one of ``_decode_errors()`` for a corrupt image or a decompression bomb.
     """
     from PIL import Image, ImageOps
@@ -380,7 +384,7 @@ def _to_rgb(image: Any) -> Any:
 
 
 def _decode_errors() -> tuple[type[BaseException], ...]:
-    """What Pillow's readers raise for broken files."""
+    """The exceptions that Pillow's readers raise for broken files."""
     from PIL import Image
 
     return (
@@ -393,7 +397,7 @@ def _decode_errors() -> tuple[type[BaseException], ...]:
 def decode_all(
     blobs: Iterable[tuple[Key, bytes]], places: dict[Key, np.ndarray], size: int
 ) -> Iterator[tuple[int, list[tuple[Key, str]]]]:
-    """Decode ``blobs`` into ``places``; yields counts and failures, batch by batch, in order."""
+    """Decodes ``blobs`` into ``places``; yields counts and failures, batch by batch, in order."""
     errors = _decode_errors()
 
     def decode(batch: list[tuple[Key, bytes]]) -> tuple[int, list[tuple[Key, str]]]:
@@ -444,7 +448,7 @@ def read_file(path: str) -> bytes:
 
 
 def size_of(file: str) -> int:
-    """Bytes of a file, or ``ResfastError`` when it cannot be read."""
+    """Size of a file in bytes. Raises ``ResfastError`` if it cannot be read."""
     try:
         return os.stat(file).st_size
     except OSError as error:
@@ -459,14 +463,14 @@ def _readable(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ResfastError(
-            f"{error.filename or path} cannot be read ({error.strerror or error}), a readable file "
-            "or folder was expected: check its permissions and that it is still there"
+            f"{error.filename or path} cannot be read ({error.strerror or error}): check that it "
+            "still exists, and its permissions"
         ) from error
 
 
 @contextlib.contextmanager
 def _decompressed(path: Path) -> Iterator[BinaryIO]:
-    """``path`` opened for reading, decompressed by what its first bytes say."""
+    """``path`` opened for reading, decompressed according to its magic number."""
     openers = {b"\x1f\x8b": gzip.GzipFile, b"\xfd7zXZ\0": lzma.LZMAFile, b"BZh": bz2.BZ2File}
     with open(path, "rb") as file:
         magic = file.read(6)

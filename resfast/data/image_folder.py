@@ -1,7 +1,6 @@
 """``--data folder:PATH``: an image folder decoded into memory, or left encoded as a stream.
 
-How the folder or archive is read lies in resfast.data.folder, and the cache of what was decoded in
-resfast.data.cache.
+resfast.data.folder reads the folder or archive, resfast.data.cache caches the decoded images.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from resfast.runtime import free_memory
 
 
 def open_folder(request: Request) -> Dataset | Stream:
-    """An image folder or a tar archive of one.
+    """Opens an image folder or a tar archive of one.
 
     A folder is streamed if the loader is ``dali``, or if it is ``auto`` and the decoded images
     would take more than half of the free memory.
     """
     if not request.location:
         raise ResfastError(
-            "--data folder: names no path, expected folder:PATH of a directory or a tar archive: "
-            "write the path after the colon"
+            "--data folder: has no path, expected folder:PATH of a directory or a tar archive: "
+            "add the path after the colon"
         )
     path = Path(request.location).expanduser()
     listing = None
@@ -47,12 +46,13 @@ def open_folder(request: Request) -> Dataset | Stream:
                 if request.loader == "auto":
                     request.report(
                         f"{request.data} takes {needed / 2**30:.1f} GiB decoded, more than half of "
-                        "the free memory: streaming it through DALI (--loader resident to hold it)"
+                        "the free memory: streaming it through DALI (to load it anyway: --loader "
+                        "resident)"
                     )
                 return _open_stream(request, path, listing)
         elif request.loader == "dali" and path.exists():
             raise ResfastError(
-                f"--loader dali cannot read inside the archive {path}; unpack it, or turn it into "
+                f"--loader dali cannot read inside the archive {path}; unpack it, or convert it to "
                 f"shards with python -m resfast.data --shards DIR --data {request.data}"
             )
     return _load(request, path, listing)
@@ -68,8 +68,8 @@ def _load(request: Request, path: Path, listing: folder.Listing | None) -> Datas
         image_size=request.image_size,
         skip_corrupt=request.skip_corrupt,
     )
-    kept = request.data_dir / "cache" / f"{key}.safetensors"
-    fields = cache.load(kept, request.image_size, request.report)
+    cached = request.data_dir / "cache" / f"{key}.safetensors"
+    fields = cache.load(cached, request.image_size, request.report)
     if fields is not None:
         dataset = Dataset(name=request.data, **fields)
     else:
@@ -78,11 +78,11 @@ def _load(request: Request, path: Path, listing: folder.Listing | None) -> Datas
             request.data,
             *folder.read(source, listing, request.image_size, request.skip_corrupt, request.report),
         )
-        cache.store(kept, dataset, request.report)
+        cache.store(cached, dataset, request.report)
     if dataset.skipped:
-        shown = ", ".join(dataset.skipped[:3]) + (", ..." if len(dataset.skipped) > 3 else "")
+        examples = ", ".join(dataset.skipped[:3]) + (", …" if len(dataset.skipped) > 3 else "")
         request.report(
-            f"left out {len(dataset.skipped):,} corrupt images of {source.path} ({shown})"
+            f"skipped {len(dataset.skipped):,} corrupt images of {source.path} ({examples})"
         )
     return dataset
 
@@ -90,7 +90,7 @@ def _load(request: Request, path: Path, listing: folder.Listing | None) -> Datas
 def _open_stream(request: Request, path: Path, listing: folder.Listing) -> Stream:
     refuse_skipping(request)
     classes = folder.check_listing(path, listing)
-    number = {name: label for label, name in enumerate(classes)}
+    label_of = {name: label for label, name in enumerate(classes)}
     digest = hashlib.blake2b(repr(classes).encode(), digest_size=16)
     parts = {}
     for split in folder.SPLITS:
@@ -100,7 +100,7 @@ def _open_stream(request: Request, path: Path, listing: folder.Listing) -> Strea
             digest.update(
                 f"{'/'.join(key)}\0{folder.size_of(file)}\0".encode("utf-8", "surrogateescape")
             )
-        labels = torch.tensor([number[key[1]] for key in keys], dtype=torch.int64)
+        labels = torch.tensor([label_of[key[1]] for key in keys], dtype=torch.int64)
         parts[split] = Files(tuple(paths), labels)
     return Stream(
         request.data,

@@ -1,4 +1,4 @@
-"""A contact sheet of augmentation policies, made by the operator that training uses."""
+"""A contact sheet of augmentation policies, produced by the operator that training uses."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def contact_sheet(
     seed: int = 0,
     epochs: Sequence[int] = (0, 1),
 ) -> Image.Image:
-    """Training images plain, and then under each policy in each epoch.
+    """Training images without augmentation, and then under each policy in each epoch.
 
-    Every image is a batch of its own, so that a row shows several draws of what a policy draws
-    once a batch (MixUp or CutMix, lambda and box). Otherwise they are what training with this seed
-    sees in these epochs.
+    Every image is a separate batch, so that a row shows several draws of the parameters that are
+    shared by a batch (MixUp or CutMix, lambda and box). Otherwise the images are what training with
+    this seed sees in these epochs.
 
     Args:
-        dataset: its training images are shown, of as many classes as there is room for.
+        dataset: its training images are shown, from as many classes as fit.
         policies: heading to policy.
-        images: images in a row, 1 to 100 and no more than there are.
-        seed: seed of the choice of images and of the augmentation.
-        epochs: a row of each policy for each.
+        images: images per row, 1 to 100 and at most the size of the training set.
+        seed: seed for choosing the images and for augmentation.
+        epochs: epochs to show; each policy gets one row per epoch.
 
     Returns:
         The sheet, RGB.
@@ -60,12 +60,13 @@ def contact_sheet(
     Raises:
         ResfastError: a number out of range, or a policy that does not fit the images.
     """
-    most = min(MAX_IMAGES, len(dataset.train_images))
-    if not 1 <= images <= most:
-        raise ResfastError(f"--images {images} is out of range: expected 1 to {most}")
+    limit = min(MAX_IMAGES, len(dataset.train_images))
+    if not 1 <= images <= limit:
+        raise ResfastError(f"--images {images} is out of range: expected 1 to {limit}")
     if not epochs or not all(0 <= epoch < 2**32 for epoch in epochs):
         raise ResfastError(
-            f"--epochs {' '.join(map(str, epochs)) or '(none)'}: expected one or more, each from 0"
+            f"--epochs {' '.join(map(str, epochs)) or '(none)'}: expected one or more, counted "
+            "from 0"
         )
     height, width = dataset.train_images.shape[1:3]
     for policy in policies.values():
@@ -83,10 +84,10 @@ def contact_sheet(
     for heading, policy in policies.items():
         sheet.heading(heading, str(policy))
         for epoch in epochs:
-            pixels, parts = augmented(dataset, policy, chosen, mean, std, seed=seed, epoch=epoch)
+            pixels, labels = augmented(dataset, policy, chosen, mean, std, seed=seed, epoch=epoch)
             sheet.images(f"epoch {epoch}", pixels)
             if policy.mixes:
-                sheet.captions([_parts(row, dataset.classes) for row in parts])
+                sheet.captions([_label_lines(row, dataset.classes) for row in labels])
     return sheet.finish()
 
 
@@ -100,19 +101,19 @@ def augmented(
     seed: int,
     epoch: int,
 ) -> tuple[Tensor, Tensor]:
-    """Training images after augmentation, each in a batch of its own.
+    """Training images after augmentation, each in a separate batch.
 
     Args:
-        dataset: where they come from.
-        policy: what is done to them.
-        indices: int64 ``[B]`` into its training images.
-        mean: float32 ``[C]`` in units of pixel / 255: what is cut out shows it.
-        std: float32 ``[C]``, likewise.
+        dataset: the data set.
+        policy: the augmentation.
+        indices: int64 ``[B]`` into the training images.
+        mean: float32 ``[C]`` in units of pixel / 255; fills cutout's squares.
+        std: float32 ``[C]``, in the same units.
         seed: seed of the run.
         epoch: epoch, from 0.
 
     Returns:
-        uint8 ``[B, H, W, C]``, and the parts of the classes, float32 ``[B, classes]``.
+        Images uint8 ``[B, H, W, C]``, and their soft labels, float32 ``[B, classes]``.
     """
     images, labels = dataset.train_images, dataset.train_labels
     count, height, width, channels = images.shape
@@ -121,63 +122,63 @@ def augmented(
         sample_mix(policy, index, count=count, size=size, seed=seed, epoch=epoch)
         for index in indices.split(1)
     ]
-    drawn = [mix for mix in mixes if mix is not None]
-    used, mix, parts = (
+    params_of_mixes = [mix for mix in mixes if mix is not None]
+    sources, mix, soft_labels = (
         indices,
         None,
         mixed_labels(labels[indices], labels[indices], torch.ones(batch), len(dataset.classes)),
     )
-    if drawn:
-        partner = torch.cat([one.partner for one in drawn])
-        used = torch.cat([indices, partner])
+    if params_of_mixes:
+        partner = torch.cat([one.partner for one in params_of_mixes])
+        sources = torch.cat([indices, partner])
         mix = MixParams(
             partner=torch.arange(batch, 2 * batch),
-            weight=torch.cat([one.weight for one in drawn]),
-            box=torch.cat([one.box for one in drawn]),
+            weight=torch.cat([one.weight for one in params_of_mixes]),
+            box=torch.cat([one.box for one in params_of_mixes]),
         )
-        parts = mixed_labels(
+        soft_labels = mixed_labels(
             labels[indices], labels[partner], mix.own_part(*size), len(dataset.classes)
         )
-    part = images[used]
+    source_images = images[sources]
     params = sample(
         policy,
-        used,
+        sources,
         size=size,
         channels=channels,
         seed=seed,
         epoch=epoch,
-        statistics=statistics(part),
+        statistics=statistics(source_images),
     )
     result = augment(
-        part, torch.arange(batch), params, mean, std, mix=mix, padding=policy.padding
+        source_images, torch.arange(batch), params, mean, std, mix=mix, padding=policy.padding
     ).permute(0, 2, 3, 1)
     pixels = (result * std + mean) * 255
-    return pixels.round().clamp(0, 255).to(torch.uint8), parts
+    return pixels.round().clamp(0, 255).to(torch.uint8), soft_labels
 
 
 def _one_of_each_class(dataset: Dataset, images: int, seed: int) -> Tensor:
-    """Indices of random training images: one of each class, then a second of each, and so on."""
+    """Indices of random training images: one per class, then a second per class, and so on."""
     shuffled = order(len(dataset.train_labels), seed=seed, epoch=0, device="cpu")
     labels = dataset.train_labels[shuffled]
     by_class = [shuffled[labels == label].tolist() for label in range(len(dataset.classes))]
-    turns = (index for turn in zip_longest(*by_class) for index in turn if index is not None)
-    return torch.tensor(list(islice(turns, images)))
+    interleaved = (index for turn in zip_longest(*by_class) for index in turn if index is not None)
+    return torch.tensor(list(islice(interleaved, images)))
 
 
-def _parts(row: Tensor, classes: Sequence[str]) -> list[str]:
-    """Classes that a label is made of, the largest first, in per cent that add up to 100."""
-    number = int(row.argmax())
-    percent = round(100 * float(row[number]))
-    lines = [f"{percent} % {classes[number]}"]
+def _label_lines(row: Tensor, classes: Sequence[str]) -> list[str]:
+    """The classes of a soft label, largest first, in per cent that add up to 100."""
+    largest = int(row.argmax())
+    percent = round(100 * float(row[largest]))
+    lines = [f"{percent} % {classes[largest]}"]
     if percent < 100:
         rest = row.clone()
-        rest[number] = -1
+        rest[largest] = -1
         lines.append(f"{100 - percent} % {classes[int(rest.argmax())]}")
     return lines
 
 
 class _Sheet:
-    """Rows of images drawn from top to bottom, with their labels."""
+    """Rows of images with labels, drawn from top to bottom."""
 
     def __init__(self, columns: int, height: int, width: int) -> None:
         factor = max(1, round(_CELL / max(height, width)))
@@ -185,14 +186,14 @@ class _Sheet:
         self.columns = columns
         self.width = 2 * _MARGIN + _SIDE_LABEL + columns * (self.cell_width + _GAP) - _GAP
         self.strips: list[Image.Image] = []
-        # Pillow's own font has too few characters; this one comes with matplotlib.
+        # Pillow's built-in font has too few characters; this one comes with matplotlib.
         fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         self.title_font = ImageFont.truetype(fonts / "DejaVuSans-Bold.ttf", _TITLE_SIZE)
         self.text_font = ImageFont.truetype(fonts / "DejaVuSans.ttf", _TEXT_SIZE)
         self.caption_font = ImageFont.truetype(fonts / "DejaVuSans.ttf", _CAPTION_SIZE)
 
     def heading(self, title: str, text: str, rule: bool = True) -> None:
-        """A title, and below it ``text``, broken at commas; above it a line."""
+        """A title with ``text`` below it, wrapped at commas, and optionally a line above."""
         width = self.width - 2 * _MARGIN
         titles = _wrapped(title, self.title_font, width)
         lines = [] if text == title else _wrapped(text, self.text_font, width)
@@ -221,7 +222,7 @@ class _Sheet:
             strip.paste(cell, (self._left(column), 0))
 
     def captions(self, columns: Sequence[Sequence[str]]) -> None:
-        """Lines of small text under (or over) each image, shortened to its width."""
+        """Lines of small text below (or above) each image, shortened to its width."""
         step = _CAPTION_SIZE + 3
         _, draw = self._strip(step * max(map(len, columns)) + _GAP)
         for column, lines in enumerate(columns):
@@ -232,7 +233,7 @@ class _Sheet:
                 draw.text((x, y), line, font=self.caption_font, fill=_INK, anchor="ma")
 
     def finish(self) -> Image.Image:
-        """All rows below each other."""
+        """The finished sheet: all rows, top to bottom."""
         height = sum(strip.height for strip in self.strips) + _MARGIN
         sheet = Image.new("RGB", (self.width, height), _BACKGROUND)
         y = 0

@@ -1,4 +1,4 @@
-"""Images of one size made into images of another, on the CPU, as they are loaded."""
+"""Resizes images on the CPU while they are loaded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""WebDataset shards: tar archives of ``KEY.jpg``, ``KEY.png`` or ``KEY.webp`` beside ``KEY.cls``.
+"""WebDataset shards: tar archives of ``KEY.jpg``, ``KEY.png`` or ``KEY.webp`` with ``KEY.cls``.
 
-``KEY.cls`` is the number of the class as text. Shards are read from front to back, which disks and
-network file systems do far faster than they open single files. Beside each shard lies an index
-``NAME.idx`` (the format of DALI's ``wds2idx``), so that nobody has to read the archive to count it.
+``KEY.cls`` is the index of the class as text. Shards are read sequentially, which is far faster on
+disks and network file systems than opening single files. Each shard has an index ``NAME.idx`` (the
+format of DALI's ``wds2idx``) next to it, so samples can be counted without reading the archive.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _SHUFFLE_SEED = 0
 
 
 def open_shards(request: Request) -> Stream:
-    """``--data shards:PATH``: a folder that :func:`write_shards` filled."""
+    """Opens ``--data shards:PATH``, a folder written by :func:`write_shards`."""
     if request.loader == "resident":
         raise ResfastError(
-            f"--loader resident cannot read shards, and {request.data} is read as a stream: use "
-            "dali or auto, or --data folder:PATH with the images"
+            f"--loader resident cannot read shards ({request.data}): use dali or auto, or --data "
+            "folder:PATH with the images"
         )
     refuse_skipping(request)
     found = read_shards(Path(request.location).expanduser())
@@ -70,35 +70,36 @@ def write_shards(
 ) -> list[Path]:
     """Packs an image folder into shards ``{train,test}-NNNNN.tar``.
 
-    The files are stored as they are. Training images are shuffled, always in the same way, because
-    a reader of shards only shuffles what lies near together; test images are sorted by class, then
-    by path. ``classes.json`` is written last: with it the shards are complete.
+    Files are stored unchanged. Training images are shuffled, always in the same order, because a
+    reader of shards only shuffles nearby samples; test images are sorted by class, then by path.
+    ``classes.json`` is written last and marks the shards as complete.
 
     Args:
         path: ``train/<class>/*`` and ``test/<class>/*``, in a directory or a tar archive. The
-            images of an archive are first copied, one after another, to a temporary file in
-            ``destination``.
-        destination: folder for the shards, made if it is not there.
-        images_per_shard: images in every shard but the last of its split, from 1.
-        report: is given one line for each step worth knowing.
+            images of an archive are first copied to one temporary file in ``destination``.
+        destination: folder for the shards, created if it does not exist.
+        images_per_shard: images in every shard except the last of its split, at least 1.
+        report: called with a line of text for each notable step.
 
     Returns:
-        The shards.
+        Paths of the shards.
 
     Raises:
-        ResfastError: ``path`` is no such tree, ``destination`` has shards already or cannot be
+        ResfastError: ``path`` is not such a tree, ``destination`` already has shards or cannot be
             written, or ``images_per_shard`` is out of range.
     """
     if images_per_shard < 1:
-        raise ResfastError(f"images per shard {images_per_shard} is out of range: expected 1 up")
+        raise ResfastError(
+            f"--images-per-shard {images_per_shard} is out of range: expected at least 1"
+        )
     if (destination / LISTING).exists():
         raise ResfastError(
-            f"{destination} has shards already ({LISTING}): choose another folder, or remove them"
+            f"{destination} already has shards ({LISTING}): choose another folder, or remove them"
         )
     source = open_source(path)
     listing = source.scan()
     classes = check_listing(path, listing)
-    number = {name: label for label, name in enumerate(classes)}
+    label_of = {name: label for label, name in enumerate(classes)}
     report(f"packing {len(listing.images):,} images from {path} into {destination}")
     shards: dict[str, list[Path]] = {split: [] for split in SPLITS}
     counts = {}
@@ -118,7 +119,7 @@ def write_shards(
                     shard = destination / f"{split}-{first // images_per_shard:05d}.tar"
                     chosen = rows[first : first + images_per_shard]
                     samples = ((row, keys[row], read(keys[row])) for row in chosen)
-                    _write_shard(shard, samples, number)
+                    _write_shard(shard, samples, label_of)
                     shards[split].append(shard)
         content = {
             "classes": classes,
@@ -128,8 +129,8 @@ def write_shards(
         atomic.write_bytes(destination / LISTING, json.dumps(content, indent=1).encode())
     except OSError as error:
         raise ResfastError(
-            f"cannot write shards to {destination}: {error.strerror or error}; free space or mend "
-            "the permissions"
+            f"cannot write shards to {destination}: {error.strerror or error}; free some space or "
+            "fix the permissions"
         ) from error
     return [shard for split in SPLITS for shard in shards[split]]
 
@@ -143,7 +144,7 @@ def _shuffled(count: int) -> list[int]:
 
 
 def _spooled(blobs: Iterator[tuple[Key, bytes]], spool: BinaryIO) -> Callable[[Key], bytes]:
-    """Copies ``blobs`` to a file; reads one of them back."""
+    """Copies ``blobs`` to a file and returns a function that reads one of them back."""
     places = {}
     for key, data in blobs:
         places[key] = (spool.tell(), len(data))
@@ -158,13 +159,13 @@ def _spooled(blobs: Iterator[tuple[Key, bytes]], spool: BinaryIO) -> Callable[[K
 
 
 def _write_shard(
-    shard: Path, samples: Iterator[tuple[int, Key, bytes]], number: dict[str, int]
+    shard: Path, samples: Iterator[tuple[int, Key, bytes]], label_of: dict[str, int]
 ) -> None:
     with atomic.replacing(shard) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
             for row, key, data in samples:
                 extension = key[2].rpartition(".")[2].lower()
-                label = str(number[key[1]]).encode()
+                label = str(label_of[key[1]]).encode()
                 for suffix, content in ((extension, data), ("cls", label)):
                     member = tarfile.TarInfo(f"{row:08d}.{suffix}")
                     member.size = len(content)
@@ -176,7 +177,7 @@ def _write_shard(
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """What :func:`write_shards` left in a folder."""
+    """Contents of a folder written by :func:`write_shards`."""
 
     classes: tuple[str, ...]
     train: Shards
@@ -184,7 +185,7 @@ class ShardFolder:
 
 
 def read_shards(destination: Path) -> ShardFolder:
-    """The shards that :func:`write_shards` left in a folder.
+    """The shards in a folder written by :func:`write_shards`.
 
     Raises:
         ResfastError: the folder, its ``classes.json`` or a shard is missing or unreadable.
@@ -192,10 +193,10 @@ def read_shards(destination: Path) -> ShardFolder:
     listing = destination / LISTING
     remedy = "write shards with python -m resfast.data --shards DIR --data folder:PATH"
     if not destination.is_dir():
-        raise ResfastError(f"{destination} is not a folder, one of shards was expected: {remedy}")
+        raise ResfastError(f"{destination} is not a folder, expected a folder of shards: {remedy}")
     if not listing.exists():
         raise ResfastError(
-            f"{destination} has no {LISTING}, so it has no shards or was not finished: {remedy}"
+            f"{destination} has no {LISTING}: its shards are missing or incomplete: {remedy}"
         )
     try:
         content = json.loads(read_file(str(listing)))
@@ -216,11 +217,11 @@ def read_shards(destination: Path) -> ShardFolder:
 
 
 def index_lines(path: Path, *, shown: Path | None = None) -> list[str]:
-    """The index of one shard, of which each sample has an image and a ``.cls``.
+    """The index of one shard, in which each sample has an image and a ``.cls``.
 
     Args:
         path: the shard.
-        shown: its name in errors.
+        shown: the shard's name in error messages (None: ``path``).
 
     Returns:
         The lines of an index in the format of DALI's ``wds2idx``, version 1.2.
@@ -241,22 +242,22 @@ def index_lines(path: Path, *, shown: Path | None = None) -> list[str]:
         image = next((extension for extension in IMAGE_EXTENSIONS if extension in parts), None)
         label = parts.get("cls")
         if image is None or label is None:
-            lacks = f"no {key}.cls" if image else f"no image {key}.{'|'.join(IMAGE_EXTENSIONS)}"
+            missing = f"{key}.cls" if image else f"image {key}.{'|'.join(IMAGE_EXTENSIONS)}"
             raise ResfastError(
-                f"{shown or path} has {lacks}: each sample needs an image and its class number "
+                f"{shown or path} has no {missing}: each sample needs an image and its class index "
                 "as KEY.cls"
             )
         if not 0 < label[1] <= _MAX_LABEL_BYTES:
             raise ResfastError(
-                f"{label[2]} in {shown or path} has {label[1]} bytes; expected a class number"
+                f"{label[2]} in {shown or path} has {label[1]} bytes; expected a class index"
             )
-        # The name comes last in a component and ends at a space.
+        # The name is the last field of a component and ends at a space.
         components = [(image, *parts[image]), ("cls", *label)]
         lines.append(
             " ".join(f"{ext} {at} {size} {name}" for ext, at, size, name in components) + "\n"
         )
     if not lines:
-        raise ResfastError(f"{shown or path} has no sample: expected KEY.jpg beside KEY.cls")
+        raise ResfastError(f"{shown or path} has no samples: expected KEY.jpg with KEY.cls")
     return [f"v1.2 {len(lines)}\n", *lines]
 
 
@@ -266,21 +267,21 @@ def _members(path: Path, shown: Path) -> Iterator[tarfile.TarInfo]:
             yield from tar
     except tarfile.TarError as error:
         raise ResfastError(
-            f"{shown} is not an uncompressed tar archive ({error}): shards are read in place, "
-            "unpack a compressed one first"
+            f"{shown} is not an uncompressed tar archive ({error}): shards are read in place, so "
+            "decompress it first"
         ) from error
     except OSError as error:
         raise ResfastError(f"{shown} cannot be read ({error.strerror or error})") from error
 
 
 def indexed(paths: Sequence[str], folder: Path) -> tuple[list[str], int]:
-    """The indices of shards and their number of samples together.
+    """Paths of the shards' indices, and the total number of samples.
 
-    An index that lies beside its shard and is not older is taken; the others are made by reading
-    the shards' headers and written to ``folder``.
+    An index next to its shard is used unless it is older; other indices are created from the
+    shard's headers and written to ``folder``.
 
     Raises:
-        ResfastError: as of :func:`index_lines`.
+        ResfastError: see :func:`index_lines`.
     """
     indices, count = [], 0
     for ordinal, path in enumerate(map(Path, paths)):

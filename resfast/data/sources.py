@@ -1,7 +1,7 @@
 """Opens the data set that ``--data`` names.
 
-A new source is one module with a function from Request to Dataset or Stream, and one entry of
-SOURCES.
+To add a source, write a module with a function from Request to Dataset or Stream, and add an entry
+to SOURCES.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def _open_auto(request: Request) -> Dataset:
         return open_cifar10(request)
     except DataUnavailableError as error:
         request.report(
-            f"NOT CIFAR-10: --data auto wanted it, but {error.reason}; using the small digits "
-            "data set of scikit-learn instead; choose with --data "
+            f"NOT CIFAR-10: --data auto looked for it, but {error.reason}; using scikit-learn's "
+            "small digits data set instead; choose with --data "
             f"{' | '.join(CHOICES[1:])}"
         )
         return open_digits(request)
@@ -46,8 +46,8 @@ class Source:
     """A kind of data set.
 
     Attributes:
-        open: opens it.
-        classes: number of classes, where it is known before the data set is opened.
+        open: opens the data set.
+        classes: number of classes, if it is known before the data set is opened.
     """
 
     open: Callable[[Request], Dataset | Stream]
@@ -62,15 +62,15 @@ SOURCES: dict[str, Source] = {
     "folder:": Source(open_folder),
     "shards:": Source(open_shards),
 }
-"""Sources by the start of ``--data``, which includes the colon where a path follows."""
+"""Sources by the start of ``--data``, including the colon if a path follows."""
 CHOICES = tuple(f"{key}PATH" if key.endswith(":") else key for key in SOURCES)
 
 
 def known_classes(data: str) -> int | None:
-    """Number of classes of ``data``, or None where it is not known before ``data`` is opened."""
+    """Number of classes of ``data``, or None if it is unknown until ``data`` is opened."""
     kind, colon, _ = data.partition(":")
     source = SOURCES.get(kind + colon)
-    return None if source is None else source.classes
+    return source.classes if source else None
 
 
 def open_data(
@@ -83,17 +83,17 @@ def open_data(
     device: torch.device | str = "cpu",
     report: Callable[[str], None] = print_to_stderr,
 ) -> Dataset | Stream:
-    """Opens a data set; takes the arguments of :func:`load_dataset` and:
+    """Opens a data set. Arguments not listed are those of :func:`load_dataset`.
 
     Args:
-        data: also ``shards:PATH``, a folder that ``python -m resfast.data --shards`` wrote.
-        loader: ``resident`` decodes all of it into memory; ``dali`` leaves an image folder or
-            shards encoded; ``auto`` is ``resident`` where the decoded set fits half of the free
+        data: also ``shards:PATH``, a folder written by ``python -m resfast.data --shards``.
+        loader: ``resident`` decodes everything into memory; ``dali`` leaves an image folder or
+            shards encoded; ``auto`` is ``resident`` if the decoded images fit in half of the free
             memory of the host and of ``device``.
-        device: where batches will be made.
+        device: where batches will be produced.
 
     Raises:
-        ResfastError: see :func:`load_dataset`; or the loader cannot read this kind of data.
+        ResfastError: as for :func:`load_dataset`, or the loader cannot read this kind of data.
     """
     check_image_size(image_size)
     kind, colon, location = data.partition(":")
@@ -125,16 +125,20 @@ def load_dataset(
     skip_corrupt: bool = False,
     report: Callable[[str], None] = print_to_stderr,
 ) -> Dataset:
-    """Load ``data``: ``cifar10``, ``cifar100``, ``digits``, ``folder:PATH`` or ``auto``.
+    """Loads a data set into memory.
 
-    ``folder:PATH`` is a directory or a tar archive of ``train/<class>/*`` and ``test/<class>/*``;
-    its decoded images are kept under ``data_dir/cache``. ``auto`` is CIFAR-10 where it is on disk
-    or can be downloaded, otherwise digits, which is reported. ``image_size`` is the height and
-    width in pixels of every image returned. ``report`` is called with one line for each step worth
-    knowing.
+    Args:
+        data: ``cifar10``, ``cifar100``, ``digits``, ``folder:PATH`` or ``auto``. ``folder:PATH`` is
+            a directory or a tar archive of ``train/<class>/*`` and ``test/<class>/*``; its decoded
+            images are cached under ``data_dir/cache``. ``auto`` is CIFAR-10 if it is on disk or can
+            be downloaded, otherwise digits, which is reported.
+        data_dir: where data sets are looked for, downloaded to and cached.
+        image_size: height and width of the returned images, in pixels.
+        skip_corrupt: skip images that cannot be decoded.
+        report: called with a line of text for each notable step.
 
-    Raises ``ResfastError`` for a bad value, and for data that is missing, damaged or laid out
-    differently.
+    Raises:
+        ResfastError: a bad value, or data that is missing, damaged or laid out differently.
     """
     opened = open_data(
         data,

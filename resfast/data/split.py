@@ -11,23 +11,33 @@ from resfast.errors import ResfastError
 
 
 def split_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split indices of ``labels`` (int64 ``[N]``) into training and validation, by class.
+    """Stratified random split of the images into training and validation.
 
-    Returns ``(train_indices, val_indices)``, sorted int64 on the CPU. The validation part has
-    ``round(N * fraction)`` images, and of each class its share rounded up or down. The same
-    ``seed`` gives the same split. Raises ``ResfastError`` when either part would be empty.
+    The same ``seed`` gives the same split.
+
+    Args:
+        labels: int64 ``[N]``.
+        fraction: fraction held out for validation: ``round(N * fraction)`` images, and of each
+            class its share rounded up or down.
+        seed: seed of the split.
+
+    Returns:
+        ``(train_indices, val_indices)``, sorted int64 on the CPU.
+
+    Raises:
+        ResfastError: ``fraction`` is out of range, or one part would be empty.
     """
     if not 0 < fraction < 1:
         raise ResfastError(
             f"validation fraction {fraction} is out of range, expected more than 0 and less than 1"
-            ": choose for example 0.1"
+            ": choose, for example, 0.1"
         )
     labels = labels.cpu()
     total = round(len(labels) * fraction)
     if not 0 < total < len(labels):
         raise ResfastError(
-            f"validation fraction {fraction} of {len(labels)} images leaves one part empty, at "
-            "least one image in each was expected: choose another fraction or more images"
+            f"validation fraction {fraction} of {len(labels)} images leaves training or validation "
+            "empty, at least one image in each was expected: choose another fraction or more images"
         )
     members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
     shares = [len(indices) * fraction for indices in members]
@@ -43,27 +53,34 @@ def split_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
 
 
 def split_last(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Holds out the last ``count / classes`` images of each class of ``labels`` (int64 ``[N]``).
+    """Holds out the last ``count / classes`` images of each class.
 
-    Returns ``(train_indices, val_indices)``, sorted int64 on the CPU, a function of the data set
-    alone. Raises ``ResfastError`` when ``count`` is no multiple of the classes, or a class would
-    have no image left.
+    Args:
+        labels: int64 ``[N]``.
+        count: images to hold out, a multiple of the number of classes.
+
+    Returns:
+        ``(train_indices, val_indices)``, sorted int64 on the CPU.
+
+    Raises:
+        ResfastError: ``count`` is not a multiple of the number of classes, or would leave a class
+            without training images.
     """
     labels = labels.cpu()
     members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
-    each, rest = divmod(count, len(members))
-    if rest or each < 1:
+    per_class, rest = divmod(count, len(members))
+    if rest or per_class < 1:
         nearest = max(1, round(count / len(members))) * len(members)
         raise ResfastError(
-            f"--hold-out {count} cannot be shared out among {len(members)} classes, as many images "
-            f"of each were expected: choose a multiple of {len(members)}, for example {nearest}"
+            f"--hold-out {count} cannot be divided equally among {len(members)} classes: choose a "
+            f"multiple of {len(members)}, for example {nearest}"
         )
     smallest = min(map(len, members))
-    if each >= smallest:
+    if per_class >= smallest:
         raise ResfastError(
-            f"--hold-out {count} takes {each} images of each class, and the smallest has "
+            f"--hold-out {count} takes {per_class} images of each class, but the smallest has "
             f"{smallest}: choose at most {(smallest - 1) * len(members)}"
         )
     chosen = torch.zeros(len(labels), dtype=torch.bool)
-    chosen[torch.cat([indices[-each:] for indices in members])] = True
+    chosen[torch.cat([indices[-per_class:] for indices in members])] = True
     return torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the channels of a data set, exact to the last bit."""
+"""Mean and standard deviation of the channels of a data set, from exact integer sums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from resfast.errors import ResfastError
 def channel_mean_std(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation of each channel of uint8 ``[N, H, W, C]`` images.
 
-    Both are float32 ``[C]`` on the CPU in units of pixel / 255. Sums are integers and so exact.
+    Both are float32 ``[C]`` on the CPU in units of pixel / 255. Raises ``ResfastError`` for images
+    of another dtype or shape.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.numel() == 0:
         raise ResfastError(

@@ -25,17 +25,17 @@ _KINDS = (
 _SHAPES = "uint8 [N, H, W, 3], [N, 3, H, W] or [N, 3072] with H equal to W"
 
 Batch = tuple[Sequence[str], Tensor, list[str]]
-"""IDs, their images uint8 ``[B, H, W, C]``, and the IDs of corrupt images that were left out."""
+"""IDs, their images uint8 ``[B, H, W, C]``, and the IDs of corrupt images that were skipped."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Image files, decoded as the training's are, one batch at a time.
+    """Image files, decoded in the same way as training images, one batch at a time.
 
     Attributes:
-        ids: what each image is called in the answer.
-        paths: where it is.
-        ignored: files of the folder that are no images.
+        ids: name of each image in the predictions.
+        paths: path of each image.
+        ignored: number of files in the folder that are not images.
     """
 
     ids: list[str]
@@ -43,10 +43,10 @@ class Files:
     ignored: int = 0
 
     def batches(self, size: int, batch_size: int, skip_corrupt: bool) -> Iterator[Batch]:
-        """Images of ``size`` pixels.
+        """Images of ``size`` x ``size`` pixels.
 
         Raises:
-            ResfastError: an image cannot be read, or not be decoded and that is not to be skipped.
+            ResfastError: an image cannot be read, or is corrupt and ``skip_corrupt`` is false.
         """
         for start in range(0, len(self.ids), batch_size):
             rows = range(start, min(start + batch_size, len(self.ids)))
@@ -59,7 +59,7 @@ class Files:
                     if not skip_corrupt:
                         raise ResfastError(
                             f"{self.paths[int(row)]} is not a readable JPEG, PNG or WebP image "
-                            f"({reason}): replace it, or leave such images out with --skip-corrupt"
+                            f"({reason}): replace it, or skip such images with --skip-corrupt"
                         )
                     corrupt.add(int(row))
             kept = [row for row in rows if row not in corrupt]
@@ -75,7 +75,7 @@ class Rows:
     """Images of one array.
 
     Attributes:
-        ids: what each row is called in the answer.
+        ids: name of each image in the predictions.
         array: uint8 ``[N, H, W, 3]``, H equal to W, any strides.
     """
 
@@ -83,7 +83,7 @@ class Rows:
     array: np.ndarray
 
     def batches(self, size: int, batch_size: int, skip_corrupt: bool) -> Iterator[Batch]:
-        """Images of ``size`` pixels, resized where they are not."""
+        """Images of ``size`` x ``size`` pixels, resized if necessary."""
         for start in range(0, len(self.array), batch_size):
             rows = slice(start, start + batch_size)
             images = torch.from_numpy(np.array(self.array[rows], order="C"))
@@ -91,14 +91,15 @@ class Rows:
 
 
 def open_images(paths: Sequence[Path]) -> Files | Rows:
-    """What a command line names: image files, or one folder or array.
+    """Opens image files, or one folder or array.
 
     Raises:
-        ResfastError: nothing, several of which one is no image file, a missing file, one of an
-            unknown kind, a folder without images, or a file that holds no array of images.
+        ResfastError: there are no paths, several paths of which one is not an image file, a missing
+            file, a file of unknown type, a folder without images, or a file that does not hold an
+            array of images.
     """
     if not paths:
-        raise ResfastError(f"no images were named; expected {_KINDS}")
+        raise ResfastError(f"no images were given; expected {_KINDS}")
     for path in paths:
         try:
             if not path.exists():
@@ -113,11 +114,11 @@ def open_images(paths: Sequence[Path]) -> Files | Rows:
         if is_folder or path.suffix.lower() in (".npy", *PICKLE_SUFFIXES):
             if len(paths) > 1:
                 raise ResfastError(
-                    f"{path} is not an image file and stands beside {len(paths) - 1} other names; "
+                    f"{path} is not an image file but was given with {len(paths) - 1} other paths; "
                     "expected image files, or a single folder, .npy or .pkl: run them one by one"
                 )
         else:
-            raise ResfastError(f"{path} is of an unknown kind {path.suffix!r}; expected {_KINDS}")
+            raise ResfastError(f"{path} has unknown type {path.suffix!r}; expected {_KINDS}")
     first = paths[0]
     if first.is_dir():
         return _open_folder(first)
@@ -129,14 +130,14 @@ def open_images(paths: Sequence[Path]) -> Files | Rows:
 
 
 def _open_folder(path: Path) -> Files:
-    # The training's own walk, so that links and hidden files are treated alike; an unlabelled
-    # folder is to it one class without a name.
+    # The same walk as for training, so that links and hidden files are treated alike; it sees an
+    # unlabelled folder as one class without a name.
     listing = folder.Listing()
     folder.Directory(path).walk(os.fspath(path), ("", ""), frozenset(), listing)
     if not listing.images:
         raise ResfastError(
             f"{path} holds no images; expected {', '.join(folder.IMAGE_SUFFIXES)} files in it or "
-            f"below it, found {listing.ignored:,} others: name another folder"
+            f"below it, found {listing.ignored:,} others: choose another folder"
         )
     found = sorted((key[2], handle) for key, handle in listing.images.items())
     return Files([name for name, _ in found], [file for _, file in found], listing.ignored)
@@ -156,14 +157,19 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def checked(array: Any, ids: Any, source: str) -> tuple[Sequence[str], np.ndarray]:
-    """IDs and a view ``[N, H, W, 3]`` of an array in any of the accepted shapes."""
+    """IDs and a view ``[N, H, W, 3]`` of an array in any of the accepted shapes.
+
+    Raises:
+        ResfastError: wrong type, dtype or shape, no images, or IDs that do not fit; ``source``
+            names the array in the message.
+    """
     if not isinstance(array, np.ndarray):
         raise ResfastError(f"{source} holds a {type(array).__name__}; expected an array {_SHAPES}")
     shape = array.shape
     if array.dtype != np.uint8:
         raise ResfastError(
             f"{source} holds {array.dtype} {list(shape)}; expected {_SHAPES}, raw pixels of 0 to "
-            "255: convert it with .astype(numpy.uint8) if that is what it holds"
+            "255: convert it with .astype(numpy.uint8) if it holds such pixels"
         )
     if len(shape) == 2 and shape[1] == 3072:
         array = array.reshape(-1, 3, 32, 32)
@@ -182,7 +188,7 @@ def _ids(ids: Any, count: int, source: str) -> Sequence[str]:
     values = ids.reshape(-1).tolist() if isinstance(ids, np.ndarray) else ids
     if not isinstance(values, list | tuple) or len(values) != count:
         found = f"{len(values):,} ids" if isinstance(values, list | tuple) else repr(type(values))
-        raise ResfastError(f"{source} has {found} for {count:,} images; expected one each")
+        raise ResfastError(f"{source} has {found} for {count:,} images; expected one id per image")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | str | bytes):
             raise ResfastError(
@@ -198,11 +204,11 @@ def _ids(ids: Any, count: int, source: str) -> Sequence[str]:
 
 
 class _Forbidden(pickle.UnpicklingError):
-    """A pickle asks for something that is no part of an array."""
+    """A pickle asks for something other than arrays, containers, numbers and text."""
 
 
 class _Dtype:
-    """Stands for ``numpy.dtype`` in a pickle: numbers and text, no objects and no fields."""
+    """Replaces ``numpy.dtype`` in a pickle: numbers and text, no objects and no fields."""
 
     __slots__ = ("value",)
 
@@ -220,7 +226,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for ``numpy.ndarray`` in a pickle."""
+    """Replaces ``numpy.ndarray`` in a pickle."""
 
     __slots__ = ("value",)
 
@@ -239,14 +245,14 @@ def _from_buffer(raw: Any, dtype: _Dtype, shape: Any, order: str, axes: Any = No
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays, containers, numbers and text, and looks nothing up by name.
+    """Reads arrays, containers, numbers and text, and imports nothing.
 
-    What a pickle calls is not NumPy's own code but the few lines here, which rebuild an array from
-    its bytes: NumPy's trust what a pickle says about memory.
+    A pickle calls the few functions here, which rebuild an array from its bytes, instead of
+    NumPy's, which trust the pickle about memory.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        # Bound methods and builtins: a pickle cannot set attributes on them.
+        # Bound methods and strings: a pickle cannot set attributes on them.
         package = module.replace("numpy._core", "numpy.core")
         known: dict[tuple[str, str], Any] = {
             ("numpy", "ndarray"): "ndarray",
@@ -280,18 +286,18 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _read_pickle(path: Path) -> tuple[Any, Any]:
-    """The images and the IDs (or None) of a pickle, without running any code that is in it."""
+    """The images and the IDs (or None) of a pickle, without running any code in it."""
     expected = (
-        "expected a pickle of an array, or of a dict with the images under 'data' and, if there "
-        "are any, their numbers under 'ids'"
+        "expected a pickle of an array, or of a dict with the images under 'data' and, optionally, "
+        "their IDs under 'ids'"
     )
     try:
         with open(path, "rb") as file:
             content = _ArrayUnpickler(file, encoding="bytes").load()
     except _Forbidden as error:
         raise ResfastError(
-            f"{path} was refused: it asks for {error}, and only arrays of numbers are read from a "
-            "pickle, as anything else could run code; save the images with numpy.save as .npy"
+            f"{path} was rejected: it asks for {error}, but only arrays of numbers are read from a "
+            "pickle, since anything else could run code; save the images as .npy with numpy.save"
         ) from None
     except (
         pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, AttributeError, KeyError,

@@ -1,8 +1,8 @@
-"""Augmentation: the policy, which is data, and the sampler, which draws parameters from it.
+"""Augmentation: the policy, which is data, and the sampler, which draws random parameters from it.
 
-What is drawn for an image is a pure function of (policy, seed, epoch, index of the image): it does
-not depend on the batch, on the number of workers or ranks, or on the device, and nothing has to be
-saved to draw it again. :func:`resfast.ops.augment.op.augment` carries it out.
+The parameters of an image are a pure function of (policy, seed, epoch, index of the image): they
+do not depend on the batch, the number of workers or ranks, or the device, and can be drawn again
+without saved state. :func:`resfast.ops.augment.op.augment` applies them.
 
 Shapes: N images in the data set, B rows, H x W pixels, C channels.
 """

@@ -1,4 +1,4 @@
-"""What auto-contrast and contrast need to know of an image, found once for each data set."""
+"""Statistics of each image that auto-contrast and contrast need, computed once per data set."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 1 << 20  # with its sums, what a cache holds
+_CHUNK_BYTES = 1 << 20  # fits in a CPU cache together with its sums
 
 
 def statistics(images: Tensor) -> Tensor:
-    """Least, greatest and mean value of each channel of each image, float32 ``[N, C, 3]``.
+    """Minimum, maximum and mean of each channel of each image, float32 ``[N, C, 3]``.
 
     Args:
-        images: uint8 ``[N, H, W, C]``, contiguous. They are read in pieces of 1 MiB or one image.
+        images: uint8 ``[N, H, W, C]``, contiguous; read in chunks of 1 MiB or one image.
 
     Raises:
         TypeError: ``images`` is not uint8.
@@ -26,19 +26,19 @@ def statistics(images: Tensor) -> Tensor:
         raise ValueError(f"images are {list(images.shape)}; expected [N, H, W, C]")
     count, height, width, channels = images.shape
     result = torch.empty((count, channels, 3), device=images.device)
-    at_once = max(1, _CHUNK_BYTES // images[:1].numel()) if count else 1
-    for chunk, out in zip(images.split(at_once), result.split(at_once), strict=True):
+    per_chunk = max(1, _CHUNK_BYTES // images[:1].numel()) if count else 1
+    for chunk, out in zip(images.split(per_chunk), result.split(per_chunk), strict=True):
         rows = chunk.reshape(-1, height, width * channels)
         shape = (-1, width, channels)
-        out[..., 0] = _over_rows(torch.minimum, rows).view(shape).amin(1)
-        out[..., 1] = _over_rows(torch.maximum, rows).view(shape).amax(1)
-        total = _over_rows(torch.add, rows.int()).view(shape).sum(1)  # exact
+        out[..., 0] = _reduce_rows(torch.minimum, rows).view(shape).amin(1)
+        out[..., 1] = _reduce_rows(torch.maximum, rows).view(shape).amax(1)
+        total = _reduce_rows(torch.add, rows.int()).view(shape).sum(1)  # exact
         out[..., 2] = total.double() / (height * width)
     return result
 
 
-def _over_rows(combine: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
-    """``[N, H, M]`` to ``[N, M]`` by halves; torch's own reductions are 10 times slower here."""
+def _reduce_rows(combine: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
+    """``[N, H, M]`` to ``[N, M]`` by halving; torch's own reductions are 10 times slower here."""
     while (count := rows.shape[1]) > 1:
         half = count // 2
         last = rows[:, 2 * half :]

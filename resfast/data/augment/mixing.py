@@ -25,99 +25,99 @@ def sample_mix(
     seed: int,
     epoch: int,
 ) -> MixParams | None:
-    """Draws what the images of one batch are mixed with, without waiting for the device.
+    """Draws the MixUp or CutMix parameters of one batch, without synchronizing with the device.
 
-    The partner of an image is any image of the data set and a function of (seed, epoch, index).
-    The choice between MixUp and CutMix, lambda and the box hold for the batch and are a function
-    of (seed, epoch, first index of the batch).
+    The partner of an image may be any image of the data set and depends on (seed, epoch, index).
+    The choice between MixUp and CutMix, lambda and the box are shared by the batch and depend on
+    (seed, epoch, first index of the batch).
 
     Args:
         augment: the policy.
-        indices: int64 ``[B]``, the batch's places in the data set.
+        indices: int64 ``[B]``, the batch's indices into the data set.
         count: images in the data set, below 2^31.
         size: height and width of the images, in pixels.
         seed: seed of the run.
         epoch: epoch, from 0.
 
     Returns:
-        One row per entry of ``indices``, on its device; None where the policy mixes nothing.
+        One row per entry of ``indices``, on its device; None if the policy does not mix images.
 
     Raises:
         TypeError: ``indices`` is not int64.
-        ValueError: ``count`` or epoch is out of range.
+        ValueError: ``count`` or ``epoch`` is out of range.
     """
     batch = len(indices)
     if not augment.mixes:
         return None
     partner = _partners(indices, count=count, seed=seed, epoch=epoch)
-    weight, box = _mixings(augment, indices[:1], size=size, seed=seed, epoch=epoch)
+    weight, box = _weights_and_boxes(augment, indices[:1], size=size, seed=seed, epoch=epoch)
     return MixParams(partner, weight.expand(batch).contiguous(), box.expand(batch, 4).contiguous())
 
 
 def sample_mixes(
     augment: Augment, indices: Tensor, *, size: tuple[int, int], seed: int, epoch: int
 ) -> MixParams | None:
-    """:func:`sample_mix` for all batches of an epoch at once; ``indices`` are those of all images.
+    """:func:`sample_mix` for all batches of an epoch at once; ``indices`` covers all images.
 
     Returns:
         One row per image of the data set: its partner, and the weight and box of a batch that
-        begins with it, for :meth:`~resfast.ops.augment.op.MixParams.of_batch`.
+        starts with it, for :meth:`~resfast.ops.augment.op.MixParams.of_batch`.
     """
     if not augment.mixes:
         return None
     return MixParams(
         _partners(indices, count=len(indices), seed=seed, epoch=epoch),
-        *_mixings(augment, indices, size=size, seed=seed, epoch=epoch),
+        *_weights_and_boxes(augment, indices, size=size, seed=seed, epoch=epoch),
     )
 
 
 def mixed_labels(labels: Tensor, partner_labels: Tensor, own_part: Tensor, classes: int) -> Tensor:
-    """Labels of mixed images: the part of each class, float32 ``[B, classes]``.
+    """Soft labels of mixed images: the weight of each class, float32 ``[B, classes]``.
 
     Args:
-        labels: int64 ``[B]``, of the own images.
-        partner_labels: int64 ``[B]``, of those they are mixed with.
+        labels: int64 ``[B]``, of the images.
+        partner_labels: int64 ``[B]``, of the images they are mixed with.
         own_part: float32 ``[B]``, :meth:`~resfast.ops.augment.op.MixParams.own_part`.
         classes: number of classes.
     """
-    numbers = torch.arange(classes, device=labels.device)
+    class_indices = torch.arange(classes, device=labels.device)
     own_part = own_part[:, None]
-    own, partner = labels[:, None] == numbers, partner_labels[:, None] == numbers
+    own, partner = labels[:, None] == class_indices, partner_labels[:, None] == class_indices
     return own * own_part + partner * (1 - own_part)
 
 
 def _partners(indices: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:
-    """The image that each is mixed with, int64 ``[B]``."""
+    """Index of the image that each image is mixed with, int64 ``[B]``."""
     if not 1 <= count < 2**31:
         raise ValueError(f"count {count} is out of range; expected 1 to 2^31 - 1")
     return below(philox(indices, seed=seed, epoch=epoch, stream=PARTNER)[0], count)
 
 
-def _mixings(
+def _weights_and_boxes(
     augment: Augment, firsts: Tensor, *, size: tuple[int, int], seed: int, epoch: int
 ) -> tuple[Tensor, Tensor]:
-    """Weight ``[F]`` and box ``[F, 4]`` of the batches that begin with the images ``firsts``."""
-    drawn = philox(firsts, seed=seed, epoch=epoch, stream=MIX)
-    chance = uniform(drawn[1])
-    weight = torch.ones_like(chance)
-    box = torch.zeros((len(chance), 4), dtype=torch.int32, device=firsts.device)
+    """Weight ``[F]`` and box ``[F, 4]`` of the batches that start with the images ``firsts``."""
+    words = philox(firsts, seed=seed, epoch=epoch, stream=MIX)
+    probability = uniform(words[1])
+    weight = torch.ones_like(probability)
+    box = torch.zeros((len(probability), 4), dtype=torch.int32, device=firsts.device)
     if augment.cutmix:
-        side = (1 - _beta(chance, augment.cutmix)).sqrt()
+        side = (1 - _beta(probability, augment.cutmix)).sqrt()
         height, width = ((side * pixels).round().to(torch.int64) for pixels in size)
-        box = boxes(drawn[2], drawn[3], height, width, size)
+        box = boxes(words[2], words[3], height, width, size)
     if augment.mixup:
-        weight = _beta(chance, augment.mixup)
+        weight = _beta(probability, augment.mixup)
     if augment.mixup and augment.cutmix:
-        cuts = drawn[0] < 2**31
+        cuts = words[0] < 2**31
         weight = torch.where(cuts, 1.0, weight)
         box = torch.where(cuts[:, None], box, 0)
     return weight, box
 
 
-def _beta(chance: Tensor, alpha: float) -> Tensor:
-    """Draws from Beta(alpha, alpha): its quantiles at ``chance``, float32 in [0, 1)."""
-    table = _beta_quantiles(alpha, chance.device)
-    position = chance * _QUANTILES
+def _beta(probability: Tensor, alpha: float) -> Tensor:
+    """Quantiles of Beta(alpha, alpha) at ``probability``, which is float32 in [0, 1)."""
+    table = _beta_quantiles(alpha, probability.device)
+    position = probability * _QUANTILES
     index = position.long()
     low = table[index]
     return low + (table[index + 1] - low) * (position - index)

@@ -1,4 +1,4 @@
-"""The policy: what is done to training images, as data, and its spelling on the command line."""
+"""Augmentation policies as data, and their notation on the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_ANGLE = 30.0
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to training images. 0, ``none`` or, of ``resize``, 1 leave a step out.
+    """The augmentation of training images. 0, ``none`` or ``resize=1`` turns a step off.
 
     Raises:
         ResfastError: a value out of range.
@@ -24,37 +24,40 @@ class Augment:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     crop: int = 0
-    """Largest random translation along either side, in pixels."""
+    """Maximum random translation along each axis, in pixels."""
     padding: Padding = "reflect"
-    """What a translation or rotation shifts in: the reflected image, or black (zero)."""
+    """Fills the border that translation or rotation exposes: the reflected image, or black
+    (zero)."""
     flip: Flip = "none"
-    """Mirroring left to right: each image with probability 1/2 (random), or so in epoch 0 and in
-    each later epoch exactly the images that were not in the one before (alternating; Jordan,
+    """Horizontal flip: each image with probability 1/2 (random), or the same in epoch 0 and in
+    each later epoch exactly the images not flipped in the one before (alternating; Jordan,
     "94% on CIFAR-10 in 3.29 Seconds", arXiv:2404.00498, section 3.6)."""
     resize: float = 1.0
-    """Random-resized crop (Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842): a
-    window of this part of the image's area up to all of it, width to height 3/4 to 4/3, clipped to
-    the image and stretched to its size, bilinear."""
+    """Random-resized crop (Szegedy et al., "Going Deeper with Convolutions", arXiv:1409.4842):
+    minimum area of the window as a fraction of the image's; its aspect ratio is 3/4 to 4/3. It is
+    clipped to the image and stretched to its size, bilinear."""
     rotate: float = 0.0
-    """Largest rotation about the image's centre, in degrees either way, at most 30, bilinear."""
+    """Maximum rotation about the image's centre in either direction, in degrees, at most 30,
+    bilinear."""
     cutout: int = 0
-    """Side of a square set to the mean, in pixels, its centre anywhere in the image (DeVries and
+    """Side of a square set to the mean, in pixels, centred anywhere in the image (DeVries and
     Taylor, arXiv:1708.04552)."""
     brightness: float = 0.0
     """Pixels are multiplied by a factor from 1 - this to 1 + this."""
     contrast: float = 0.0
-    """The distance to the image's mean grey is multiplied by a factor from 1 ± this."""
+    """The difference from the image's mean grey is multiplied by a factor from 1 ± this."""
     saturation: float = 0.0
-    """The distance to the pixel's own grey is multiplied by a factor from 1 ± this."""
+    """The difference from the pixel's own grey is multiplied by a factor from 1 ± this."""
     autocontrast: float = 0.0
     """Probability of stretching each channel to 0 … 255."""
     grey: float = 0.0
-    """Probability of turning the image grey."""
+    """Probability of converting the image to grey."""
     mixup: float = 0.0
-    """Alpha of MixUp, its lambda from Beta(alpha, alpha) (Zhang et al., arXiv:1710.09412)."""
+    """MixUp: lambda is drawn from Beta(alpha, alpha) with this alpha (Zhang et al.,
+    arXiv:1710.09412)."""
     cutmix: float = 0.0
-    """Alpha of CutMix, likewise (Yun et al., arXiv:1905.04899). With MixUp too, each batch takes
-    one of the two with probability 1/2."""
+    """CutMix: lambda is drawn from Beta(alpha, alpha) with this alpha (Yun et al.,
+    arXiv:1905.04899). If MixUp is on too, each batch uses one of the two with probability 1/2."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -62,11 +65,11 @@ class Augment:
 
     @property
     def mixes(self) -> bool:
-        """Whether images are mixed with others, so that labels are parts of classes."""
+        """Whether images are mixed with others, which makes labels soft."""
         return bool(self.mixup or self.cutmix)
 
     def __str__(self) -> str:
-        """What differs from doing nothing, as :func:`parse_augment` reads it, or ``none``."""
+        """The steps that are on, in the notation of :func:`parse_augment`, or ``none``."""
         changed = [
             f"{field.name}={_text(getattr(self, field.name))}"
             for field in fields(self)
@@ -77,7 +80,7 @@ class Augment:
 
 _DEFAULTS = {field.name: field.default for field in fields(Augment)}
 _WORDS = {"padding": get_args(Padding), "flip": get_args(Flip)}
-_MOST = {"rotate": _MAX_ANGLE, "mixup": math.inf, "cutmix": math.inf}
+_MAX_VALUES = {"rotate": _MAX_ANGLE, "mixup": math.inf, "cutmix": math.inf}
 
 
 def _text(value: float | str) -> str:
@@ -95,15 +98,17 @@ def _check_value(name: str, value: object) -> None:
             raise ResfastError(f"{shown} is unknown: expected {', '.join(_WORDS[name])}{hint}")
     elif isinstance(default, int):
         if type(value) is not int or value < 0:
-            raise ResfastError(f"{shown} is out of range: expected a whole number of pixels, 0 up")
+            raise ResfastError(
+                f"{shown} is out of range: expected a whole number of pixels, at least 0"
+            )
     else:
-        most = _MOST.get(name, 1.0)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and 0 <= value <= most):
-            expected = "a number, 0 up" if math.isinf(most) else f"0 to {most:g}"
+        limit = _MAX_VALUES.get(name, 1.0)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and 0 <= value <= limit):
+            expected = "a number of at least 0" if math.isinf(limit) else f"0 to {limit:g}"
             raise ResfastError(f"{shown} is out of range: expected {expected}")
         if name == "resize" and not value:
-            raise ResfastError(f"{shown} is out of range: expected more than 0, at most 1")
+            raise ResfastError(f"{shown} is out of range: expected above 0, at most 1")
 
 
 _STANDARD = Augment(crop=4, flip="alternating", cutout=8)
@@ -111,7 +116,7 @@ POLICIES: dict[str, Augment] = {
     "none": Augment(),
     "light": Augment(crop=2, flip="alternating"),
     "standard": _STANDARD,
-    # MixUp's alpha is in the range its paper finds best for ImageNet, CutMix's is its paper's.
+    # MixUp's alpha is in the range its paper finds best for ImageNet; CutMix's is from its paper.
     "strong": replace(
         _STANDARD,
         rotate=15,
@@ -121,7 +126,7 @@ POLICIES: dict[str, Augment] = {
         mixup=0.2,
         cutmix=1.0,
     ),
-    # A report that names its steps and not their strengths: these are ours.
+    # The report names its steps but not their strengths; these are ours.
     "report-001": Augment(
         crop=4,
         flip="random",
@@ -142,11 +147,12 @@ def parse_augment(text: str) -> Augment:
     """Reads a policy: ``standard``, ``crop=4,flip=alternating`` or ``standard,cutout=0``.
 
     Args:
-        text: items parted by commas: the name of a policy of :data:`POLICIES` (none where there is
-            no name), then values that override its own.
+        text: comma-separated items: optionally the name of a policy in :data:`POLICIES` (default
+            ``none``), then values that override it.
 
     Raises:
-        ResfastError: an unknown name, key or value, with the nearest known one, or a key twice.
+        ResfastError: an unknown name, key or value (the message suggests the nearest known one), or
+            a repeated key.
     """
     policy = POLICIES["none"]
     values: dict[str, int | float | str] = {}
@@ -159,7 +165,7 @@ def parse_augment(text: str) -> Augment:
             known = (*POLICIES, *_DEFAULTS)
             hint = nearest(key, known)
             if key in POLICIES:
-                hint = ": the name of a policy stands first"
+                hint = ": the name of a policy must come first"
             elif key in _DEFAULTS:
                 hint = f": give {key} a value, {key}={_example(key)}"
             raise ResfastError(
@@ -179,16 +185,16 @@ def parse_augment(text: str) -> Augment:
         except ValueError:
             expected = "a whole number" if kind is int else "a number"
             raise ResfastError(
-                f"--augment {text!r}: {key}={value} is not {expected}; write for example "
+                f"--augment {text!r}: {key}={value} is not {expected}; for example, use "
                 f"{key}={_example(key)}"
             ) from None
     return replace(policy, **values)
 
 
 def _example(key: str) -> str:
-    used = (getattr(policy, key) for policy in POLICIES.values())
+    values = (getattr(policy, key) for policy in POLICIES.values())
     return next(
-        (_text(value) for value in used if value != _DEFAULTS[key]), _WORDS.get(key, ".")[-1]
+        (_text(value) for value in values if value != _DEFAULTS[key]), _WORDS.get(key, ".")[-1]
     )
 
 
@@ -196,25 +202,25 @@ def check_augment(augment: Augment, height: int, width: int) -> None:
     """Checks that the steps of ``augment`` fit images of ``height`` x ``width`` pixels.
 
     Raises:
-        ResfastError: one does not.
+        ResfastError: a step does not fit.
     """
-    least, most = sorted((height, width))
+    short, long = sorted((height, width))
     images = f"images of {height}x{width} pixels"
-    if augment.crop >= least:
+    if augment.crop >= short:
         raise ResfastError(
-            f"--augment crop={augment.crop} does not fit {images}: choose crop=0 to {least - 1}"
+            f"--augment crop={augment.crop} does not fit {images}: choose crop=0 to {short - 1}"
         )
-    if augment.cutout > least:
+    if augment.cutout > short:
         raise ResfastError(
-            f"--augment cutout={augment.cutout} does not fit {images}: choose cutout=0 to {least}"
+            f"--augment cutout={augment.cutout} does not fit {images}: choose cutout=0 to {short}"
         )
     if augment.rotate:
-        # The corners of a long image swing past the one reflection that pads its short side.
+        # The corners of a long image rotate past the single reflection that pads its short side.
         angle = math.radians(augment.rotate)
-        reach = math.cos(angle) * (least - 1) + math.sin(angle) * (most - 1)
-        if reach > 3 * (least - 1):
+        reach = math.cos(angle) * (short - 1) + math.sin(angle) * (long - 1)
+        if reach > 3 * (short - 1):
             raise ResfastError(
-                f"--augment rotate={_text(augment.rotate)} turns {images} beyond their padding: "
+                f"--augment rotate={_text(augment.rotate)} rotates {images} beyond their padding: "
                 "choose a smaller angle, or rotate=0"
             )
 

@@ -1,4 +1,4 @@
-"""Batches at a smaller size than the data set's, for training at progressive sizes."""
+"""Shrinks batches to less than the data set's image size, for progressive image sizes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ ResizeBy = Literal["resize", "crop"]
 def smaller(
     images: Tensor, pixels: int, *, by: ResizeBy, seed: int, epoch: int, first: int
 ) -> Tensor:
-    """A batch at a smaller size, for training at progressive sizes.
+    """Shrinks a batch, for training at progressive image sizes.
 
-    ``resize`` is antialiased bilinear, as torchvision's and Pillow's, as two matrix products.
-    ``crop`` shows a window whose place is drawn for each image, a function of (seed, epoch, place
+    ``resize`` is antialiased bilinear, like torchvision's and Pillow's, done as two matrix
+    products. ``crop`` takes a random window of each image, which depends on (seed, epoch, position
     in the epoch).
 
     Args:
         images: ``[B, C, H, W]`` in ``channels_last``, augmented.
         pixels: height and width of the result, at most H and W.
-        by: how.
+        by: method.
         seed: seed of the run.
         epoch: epoch, from 0.
-        first: place of the first image in the epoch's order.
+        first: position of the first image in the epoch's order.
 
     Returns:
-        ``[B, C, pixels, pixels]`` in ``channels_last``, of the same dtype; ``images`` itself where
-        it has that size.
+        ``[B, C, pixels, pixels]`` in ``channels_last``, of the same dtype; ``images`` itself if
+        it already has that size.
 
     Raises:
         ValueError: ``pixels`` is larger than the images.
@@ -61,26 +61,26 @@ def resized(images: Tensor, pixels: int) -> Tensor:
 
 
 def crop_words(places: Tensor, *, seed: int, epoch: int) -> Tensor:
-    """What :func:`cropped` draws windows from, int64 ``[2, P]``, for places in the epoch."""
+    """Random words for :func:`cropped`, int64 ``[2, P]``, for positions in the epoch's order."""
     return philox(places, seed=seed, epoch=epoch, stream=CROP)[:2]
 
 
 def cropped(images: Tensor, pixels: int, words: Tensor) -> Tensor:
-    """:func:`smaller` by showing a window, drawn from ``words`` of :func:`crop_words`."""
+    """:func:`smaller` by cropping to a window drawn from the ``words`` of :func:`crop_words`."""
     batch, _, height, width = images.shape
     rows = images.permute(0, 2, 3, 1)
     window = torch.arange(pixels, device=images.device)
     y = below(words[0], height - pixels + 1)[:, None] + window
     x = below(words[1], width - pixels + 1)[:, None] + window
-    number = torch.arange(batch, device=images.device)[:, None, None]
-    return rows[number, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    image = torch.arange(batch, device=images.device)[:, None, None]
+    return rows[image, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
 
 @cache
 def _bilinear(
     size: int, smaller: int, channels: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Weights of pixels with interleaved channels, ``[smaller * channels, size * channels]``."""
+    """Weights for rows of interleaved channels, ``[smaller * channels, size * channels]``."""
     scale = size / smaller
     centre = (torch.arange(smaller, dtype=torch.float64) + 0.5) * scale
     distance = torch.arange(size) + 0.5 - centre[:, None]

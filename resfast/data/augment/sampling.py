@@ -1,4 +1,4 @@
-"""Random parameters of the geometry and the color of images: :func:`sample`."""
+"""Random parameters of geometric and color augmentation: :func:`sample`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from resfast.data.augment.geometry import affine_maps, boxes, crop_windows, either_way
+from resfast.data.augment.geometry import affine_maps, boxes, crop_windows, symmetric_uniform
 from resfast.data.augment.policy import Augment, check_augment, needs_statistics
 from resfast.data.augment.streams import (
     CHANCE,
@@ -35,30 +35,30 @@ def sample(
     epoch: int,
     statistics: Tensor | None = None,
 ) -> AugmentParams:
-    """Draws what is done to some images in one epoch, without waiting for the device.
+    """Draws the augmentation of some images in one epoch, without synchronizing with the device.
 
-    Without rotation and random-resized crop, the geometry is ``shift`` and ``flip`` (exact); with
-    one of them it is all in ``affine``. The steps of the color run in the order auto-contrast,
-    brightness, contrast, saturation, grey without clamping in between, as one matrix; auto-contrast
-    and contrast look at the whole source image. torchvision clamps after each step and looks at
-    what it crops before.
+    Without rotation and random-resized crop, the geometry is in ``shift`` and ``flip`` (exact);
+    with either, all of it is in ``affine``. The color steps run in the order auto-contrast,
+    brightness, contrast, saturation, grey, as one matrix without clamping in between. Auto-contrast
+    and contrast use the whole source image. torchvision clamps after each step and uses the cropped
+    image.
 
     Args:
         augment: the policy.
-        indices: int64 ``[B]``, the images' places in the data set.
+        indices: int64 ``[B]``, the images' indices into the data set.
         size: height and width of the images, in pixels.
-        channels: their channels. Saturation and grey need 3, and do nothing with another number.
+        channels: channels of the images. Saturation and grey need 3 and are ignored otherwise.
         seed: seed of the run.
         epoch: epoch, from 0.
         statistics: of these images, one row per entry of ``indices``; see :func:`statistics`.
 
     Returns:
-        One row per entry of ``indices``, on its device; None for what is off.
+        One row per entry of ``indices``, on its device; None for steps that are off.
 
     Raises:
         ResfastError: the policy does not fit the images.
         TypeError: ``indices`` is not int64.
-        ValueError: ``statistics`` is missing or of another shape, or epoch is out of range.
+        ValueError: ``statistics`` is missing or has the wrong shape, or ``epoch`` is out of range.
     """
     check_augment(augment, *size)
     if needs_statistics(augment):
@@ -73,8 +73,8 @@ def sample(
 
     shift = flip = affine = cutout = None
     if augment.crop:
-        drawn = below(words(SHIFT)[:2], 2 * augment.crop + 1) - augment.crop
-        shift = drawn.to(torch.int32).T.contiguous()
+        offsets = below(words(SHIFT)[:2], 2 * augment.crop + 1) - augment.crop
+        shift = offsets.to(torch.int32).T.contiguous()
     if augment.flip != "none":
         alternating = augment.flip == "alternating"
         flip = words(FLIP, 0 if alternating else epoch)[0] < 2**31
@@ -83,14 +83,14 @@ def sample(
     if augment.rotate or augment.resize < 1:
         angle = window = None
         if augment.rotate:
-            angle = either_way(words(ROTATE)[0], math.radians(augment.rotate))
+            angle = symmetric_uniform(words(ROTATE)[0], math.radians(augment.rotate))
         if augment.resize < 1:
             window = crop_windows(words(RESIZE), augment.resize, size)
         affine = affine_maps(size, shift, flip, angle, window)
         shift = flip = None
     if augment.cutout:
-        drawn = words(CUTOUT)
-        cutout = boxes(drawn[0], drawn[1], augment.cutout, augment.cutout, size)
+        centre = words(CUTOUT)
+        cutout = boxes(centre[0], centre[1], augment.cutout, augment.cutout, size)
     steps = [augment.brightness, augment.contrast, augment.autocontrast]
     if channels == 3:
         steps += [augment.saturation, augment.grey]
@@ -107,7 +107,7 @@ def _color(
     luma = _LUMA if channels == 3 else (1 / channels,) * channels
     brightness, contrast, saturation, _ = uniform(jitter)[..., None] * 2 - 1
     stretched, grey, _, _ = uniform(chances)[..., None]
-    # Up to saturation each channel is its own: gain * pixel + bias.
+    # Up to saturation, channels are independent: gain * pixel + bias.
     gain = torch.ones((jitter.shape[1], channels), device=jitter.device)
     bias = torch.zeros_like(gain)
     if augment.autocontrast and statistics is not None:
@@ -134,5 +134,5 @@ def _color(
 
 
 def _weighted(values: Tensor, weights: tuple[float, ...]) -> Tensor:
-    """``[B, 1]`` from ``[B, C]``; added up in one order, so that devices agree."""
+    """Weighted sum ``[B, 1]`` of ``[B, C]``, in a fixed order so that all devices agree."""
     return sum(values[:, c] * weight for c, weight in enumerate(weights))[:, None]

@@ -1,4 +1,4 @@
-"""The streams of random words that augmentation draws from, and the order of an epoch."""
+"""Philox streams used by augmentation, and the order of an epoch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from resfast.ops.philox.op import philox
 
-# Streams of Philox, with what its four words decide. A stream is drawn only where it is used, and
-# no draw looks at another's: changing one augmentation leaves the others' draws as they are.
+# Streams of Philox, with what their four words decide. Streams are independent, so changing one
+# augmentation does not change the random parameters of the others.
 SHIFT = 1  # rows, columns
 FLIP = 2  # mirrored or not
 ROTATE = 3  # angle
@@ -19,12 +19,12 @@ CHANCE = 7  # auto-contrast, grey
 MIX = 8  # MixUp or CutMix, lambda, centre's row, column
 PARTNER = 9  # second image
 ORDER = 10  # key of the shuffle, two words
-CROP = 11  # top, left of the window that a smaller batch shows
-WINDOW_STREAM = 32  # random-resized crop by DALI, of images at their full size: as RESIZE
+CROP = 11  # top, left of the window that progressive image sizes crop to
+WINDOW_STREAM = 32  # as RESIZE, for random-resized crop in DALI on full-size images
 
 
 def generator(seed: int, *stream: int) -> torch.Generator:
-    """A CPU generator that depends on ``seed`` and the numbers of ``stream`` alone."""
+    """A CPU generator that depends only on ``seed`` and the numbers of ``stream``."""
     value = seed & 0xFFFFFFFFFFFFFFFF
     for number in stream:  # splitmix64 over the numbers
         value = (value + 0x9E3779B97F4A7C15 * (number + 1)) & 0xFFFFFFFFFFFFFFFF
@@ -42,5 +42,5 @@ def order(count: int, *, seed: int, epoch: int, device: torch.device | str) -> T
 
 
 def below(words: Tensor, bound: int) -> Tensor:
-    """int64 in 0 … bound - 1, uniform: floor(u * bound) for u = words / 2^32, exactly."""
+    """Uniform int64 in 0 … bound - 1: floor(u * bound) for u = words / 2^32, exactly."""
     return (words * bound) >> 32
