@@ -391,7 +391,7 @@ def test_logits_that_are_not_finite_are_refused(run, tmp_path):
         ("tflite", {}, "format 'tflite' is unknown; choose torch-export, onnx, aoti"),
         ("torch-export", {"dtype": "int8"}, "dtype 'int8' is unknown; choose float32, bfloat16"),
         ("torch-export", {"batch": 0}, "--batch 0 is out of range"),
-        ("torch-export", {"opset": 20}, "--opset 20 is for --format onnx, and this is torch-exp"),
+        ("torch-export", {"opset": 20}, "--opset 20 is for --format onnx, but this is torch-exp"),
         ("onnx", {"opset": 17}, "--opset 17 is out of range: expected 18 to 25"),
         ("onnx", {"dtype": "bfloat16"}, "bfloat16 .* choose float32 or float16"),
         ("torch-export", {"output": "net.onnx"}, r"net\.onnx must end in \.pt2"),
@@ -454,7 +454,7 @@ def test_a_disk_that_cannot_be_written_leaves_the_old_file(trained, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(ResfastError, match="No space left on device; choose another place with"):
+    with pytest.raises(ResfastError, match="No space left on device; choose another path with"):
         export(trained, output=output)
     assert output.read_text() == "old"
 

@@ -1,8 +1,8 @@
 """``resfast.export(run, format)``: a trained network as a file that runs without resfast.
 
-The network is traced by ``torch.export`` with its batch
-norms folded, the normalization of the images included, and plain PyTorch operators alone. What was
-written is loaded again and compared with the run before it takes its place.
+``torch.export`` traces the network with its batch norms folded, image normalization included, and
+only standard PyTorch operators. The file is loaded again and compared with the run before it
+replaces an existing one.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ Format = Literal["torch-export", "onnx", "aoti"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 FILES = {"torch-export": "model.pt2", "onnx": "model.onnx", "aoti": "model-aoti.pt2"}
 LIMITS = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 1e-1}
-"""Largest relative error (Frobenius norm) against the run's float32 logits: several times what
-rounding makes of the deepest networks here, and far below what a wrong graph does."""
+"""Largest accepted relative error (Frobenius norm) against the run's float32 logits: several times
+the rounding error of the deepest networks here, and far below the error of a wrong graph."""
 OPSETS = (18, 25)
-"""Lowest and highest opset that the ONNX exporter can be asked for."""
+"""Lowest and highest opset that the ONNX exporter accepts."""
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_CHECKED = 64
-"""Images that an exported network is compared on, at least."""
+_MIN_CHECK_IMAGES = 64
+"""Minimum number of images on which an exported network is compared with the run."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What :func:`export` wrote.
+    """Result of :func:`export`.
 
     Attributes:
         path: the file.
         metadata: the metadata in the file.
         max_error: largest absolute difference from the run's float32 logits.
         relative_error: Frobenius norm of the differences over that of the logits.
-        agreement: fraction of the images classified as by the run, 0 to 1.
+        agreement: fraction of the images that get the same class as from the run, 0 to 1.
         images: number of images compared.
     """
 
@@ -102,43 +102,45 @@ def export(
 ) -> Exported:
     """Writes a trained network as a file that runs without resfast, and checks it.
 
-    The file takes uint8 ``[N, H, W, 3]``, RGB pixels, H and W the run's image size, or, without
-    ``normalize``, float32 ``[N, 3, H, W]`` of ``(pixel / 255 - mean) / std``. It returns float32
-    ``[N, classes]``, logits. Class names, mean, standard deviation, test accuracy and more are its
-    metadata: ``metadata_props`` in ONNX, the extra file ``metadata.json`` with ``torch.export``,
-    ``get_metadata()`` with AOTInductor.
+    The exported network takes RGB pixels, uint8 ``[N, H, W, 3]`` at the run's image size, or,
+    without ``normalize``, float32 ``[N, 3, H, W]`` of ``(pixel / 255 - mean) / std``. It returns
+    logits, float32 ``[N, classes]``. The metadata holds class names, mean, standard deviation, test
+    accuracy and more: ``metadata_props`` in ONNX, the extra file ``metadata.json`` with
+    ``torch.export``, ``get_metadata()`` with AOTInductor.
 
     Args:
-        run: a run or its weights, see :func:`resfast.load`, or what that returned (then
-            ``weights`` and ``device`` are not looked at).
+        run: path of a run or its weights, see :func:`resfast.load`, or a loaded run (``weights``
+            and ``device`` are then ignored).
         format: ``torch-export``, ``onnx`` or ``aoti``.
-        output: file to write or replace (None: in the folder ``export`` of the run's).
-        dtype: what it computes in: ``float32``, ``bfloat16`` (not in ONNX) or ``float16``.
-        batch: the one batch size that it takes (None: any).
-        normalize: whether raw pixels are normalized inside.
-        opset: of ONNX, 18 to 25 (None: the exporter's own).
+        output: file to write or replace (None: in the folder ``export`` inside the run's).
+        dtype: compute dtype: ``float32``, ``bfloat16`` (not in ONNX) or ``float16``.
+        batch: fixed batch size (None: any).
+        normalize: whether the exported network normalizes raw pixels.
+        opset: ONNX opset, 18 to 25 (None: the exporter's default).
         weights: ``final`` or ``best``.
-        device: where ``torch-export`` and ``aoti`` files are to run, as of :func:`resfast.load`.
-        report: is given one line for each step worth knowing.
+        device: device that ``torch-export`` and ``aoti`` files will run on, see
+            :func:`resfast.load`.
+        report: called with a line of text for each notable step.
 
     Returns:
-        Where it is and how close it comes to the run.
+        The path of the file and how close its logits are to the run's.
 
     Raises:
-        ResfastError: no such run, a package or compiler is missing, a value out of range, a file
-            that cannot be written, or one whose logits differ; an old file is intact.
+        ResfastError: the run does not exist, a package or compiler is missing, a value is out of
+            range, the file cannot be written, or its logits differ; an existing file is then left
+            intact.
     """
     _check(format, dtype, batch, opset)
     if not isinstance(run, TrainedRun):
         run = inference.load(run, weights=weights, device=device, precision="fp32")
     if format == "aoti" and (missing := runtime.compiler_missing(run.device)):
         raise ResfastError(
-            f"--format aoti compiles the network, and {missing}; install it (CXX names another "
-            "C++ compiler) or choose --format torch-export"
+            f"--format aoti compiles the network, but {missing}; install it (or set CXX to another "
+            "C++ compiler), or choose --format torch-export"
         )
     default = run.path / "export" / FILES[format]
     target = _target(default if output is None else Path(output).expanduser(), default.suffix)
-    run = dataclasses.replace(run, dtype=torch.float32)  # what the file is compared with
+    run = dataclasses.replace(run, dtype=torch.float32)  # reference for the comparison
     metadata = _metadata(run, format, dtype, batch, normalize)
     network = _Portable(run, getattr(torch, dtype), normalize).eval()
     images = _images(run, batch)
@@ -168,12 +170,12 @@ def _check(format: str, dtype: str, batch: int | None, opset: int | None) -> Non
         raise ResfastError(f"--batch {batch} is out of range: expected at least 1")
     if format != "onnx":
         if opset is not None:
-            raise ResfastError(f"--opset {opset} is for --format onnx, and this is {format}")
+            raise ResfastError(f"--opset {opset} is for --format onnx, but this is {format}")
         return
     if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
         raise ResfastError(
             f"--opset {opset} is out of range: expected {OPSETS[0]} to {OPSETS[1]}; leave it out "
-            "for the exporter's own"
+            "for the exporter's default"
         )
     if dtype == "bfloat16":
         raise ResfastError(
@@ -188,7 +190,7 @@ def _check(format: str, dtype: str, batch: int | None, opset: int | None) -> Non
 
 
 def _target(path: Path, suffix: str) -> Path:
-    """A file that can be written to, its folder made."""
+    """Checks the output path and creates its folder."""
     if path.is_dir():
         raise ResfastError(f"--output {path} is a folder; expected the name of a {suffix} file")
     if path.suffix != suffix:
@@ -203,14 +205,14 @@ def _move(draft: Path, target: Path) -> None:
             shutil.copyfile(draft, temporary)
     except OSError as error:
         raise ResfastError(
-            f"cannot write {target}: {error.strerror or error}; choose another place with --output"
+            f"cannot write {target}: {error.strerror or error}; choose another path with --output"
         ) from None
 
 
 def _metadata(
     run: TrainedRun, format: str, dtype: str, batch: int | None, normalize: bool
 ) -> dict[str, str]:
-    """What a user of the file must know; all of it text, lists as JSON."""
+    """What a user of the file needs to know, as strings; lists are JSON."""
     n, size = batch or "N", run.image_size
     images = (
         f"uint8 [{n}, {size}, {size}, 3], RGB pixels of 0 to 255"
@@ -243,7 +245,7 @@ def _metadata(
 
 
 class _Portable(nn.Module):
-    """A run's network from images to float32 logits, batch norms folded, in PyTorch's operators."""
+    """A run's network from images to float32 logits: batch norms folded, PyTorch operators only."""
 
     def __init__(self, run: TrainedRun, dtype: torch.dtype, normalize: bool) -> None:
         super().__init__()
@@ -265,7 +267,7 @@ class _Portable(nn.Module):
         return self.network(x.to(self.dtype)).float()
 
     def prepared(self, images: Tensor) -> Tensor:
-        """The input for uint8 ``[N, H, W, 3]``: the same, or normalized."""
+        """The network's input for images uint8 ``[N, H, W, 3]``: unchanged, or normalized."""
         return images if self.normalize else self._normalized(images)
 
     def _normalized(self, images: Tensor) -> Tensor:
@@ -273,7 +275,7 @@ class _Portable(nn.Module):
 
 
 class _Conv(nn.Module):
-    """:class:`ConvBiasAct` in PyTorch's operators, which compilers know how to fuse."""
+    """:class:`ConvBiasAct` with PyTorch operators, which compilers can fuse."""
 
     def __init__(self, conv: ConvBiasAct) -> None:
         super().__init__()
@@ -289,7 +291,7 @@ class _Conv(nn.Module):
 
 
 class _Block(nn.Module):
-    """:class:`BasicBlock` as its two layers."""
+    """:class:`BasicBlock` as two separate layers."""
 
     def __init__(self, conv1: nn.Module, conv2: nn.Module) -> None:
         super().__init__()
@@ -300,52 +302,55 @@ class _Block(nn.Module):
 
 
 class _GlobalAvgPool2d(nn.Module):
-    """``nn.AdaptiveAvgPool2d(1)``, without the strides that its decomposition puts into a graph."""
+    """``nn.AdaptiveAvgPool2d(1)``, whose own decomposition would put strides into the graph."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3), keepdim=True)
 
 
 def _trace(network: nn.Module, images: Tensor, batch: int | None) -> ExportedProgram:
-    # An example of one image would bind a batch size that is to be free.
+    # An example of one image would specialize the graph to batch size 1.
     example = images[: batch or 2]
     shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     program = torch.export.export(network, (example,), dynamic_shapes=shapes)
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+        node.meta.pop("stack_trace", None)  # contains paths of this machine
         if getattr(node.target, "namespace", "aten") == "resfast":
-            raise ResfastError(f"{node.target} is left in the network; report the run's model")
+            raise ResfastError(
+                f"the exported network still calls {node.target}; please report this and the "
+                "run's model"
+            )
     return program
 
 
 def _images(run: TrainedRun, batch: int | None) -> Tensor:
     """Smooth random images, uint8 ``[n, H, W, 3]`` on the CPU, n a multiple of the batch size."""
-    count = -(-_CHECKED // (batch or 1)) * (batch or 1)
-    colours = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    smooth = F.interpolate(colours, run.image_size, mode="bicubic").clamp(0, 1)
+    count = -(-_MIN_CHECK_IMAGES // (batch or 1)) * (batch or 1)
+    colors = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(colors, run.image_size, mode="bicubic").clamp(0, 1)
     return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _compare(
     run: TrainedRun,
-    written: Callable[[Tensor], Tensor],
+    exported: Callable[[Tensor], Tensor],
     images: Tensor,
     inputs: Tensor,
     batch: int | None,
 ) -> dict[str, Any]:
-    """How far the logits of a file are from the run's, as fields of :class:`Exported`."""
-    wanted = run.logits(images)
-    # Where any batch size is promised: all at once, then threes and a last one by itself.
-    found = [
-        torch.cat([written(part).cpu() for part in inputs.split(size)])
+    """Compares the exported network's logits with the run's: the fields of :class:`Exported`."""
+    expected = run.logits(images)
+    # If any batch size is allowed: all images at once, then batches of 3 and a last one of 1.
+    actual = [
+        torch.cat([exported(chunk).cpu() for chunk in inputs.split(size)])
         for size in ((batch,) if batch else (len(inputs), 3))
     ]
-    wanted, found = wanted.repeat(len(found), 1), torch.cat(found)
-    difference = found - wanted
+    expected, actual = expected.repeat(len(actual), 1), torch.cat(actual)
+    difference = actual - expected
     return {
         "max_error": float(difference.abs().max()),
-        "relative_error": float(difference.norm() / wanted.norm()),
-        "agreement": float((found.argmax(1) == wanted.argmax(1)).float().mean()),
+        "relative_error": float(difference.norm() / expected.norm()),
+        "agreement": float((actual.argmax(1) == expected.argmax(1)).float().mean()),
         "images": len(images),
     }
 
@@ -356,11 +361,12 @@ def _compare(
 def _write(
     program: ExportedProgram, path: Path, metadata: dict[str, str], opset: int | None
 ) -> None:
-    """Writes a draft of the file, its metadata in it."""
+    """Writes a draft of the file, including the metadata."""
     match metadata["format"]:
         case "torch-export":
             extra = {METADATA: json.dumps(metadata, indent=2)}
-            with warnings.catch_warnings():  # channels_last weights; the comparison is the proof
+            # Caused by channels_last weights; the comparison shows that the file is right.
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "No complete tensor found in the group")
                 torch.export.save(program, path, extra_files=extra)
         case "onnx":
@@ -374,22 +380,22 @@ def _write_onnx(
 ) -> None:
     import onnx
 
-    made = torch.onnx.export(
+    onnx_program = torch.onnx.export(
         program,
         verbose=False,
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes={"images": {0: "batch"}},  # names it; a fixed one stays
+        dynamic_shapes={"images": {0: "batch"}},  # names the dimension; a fixed size stays fixed
         opset_version=opset,
     )
-    made.model.metadata_props.update(metadata)
-    made.save(path, external_data=False)
+    onnx_program.model.metadata_props.update(metadata)
+    onnx_program.save(path, external_data=False)
     onnx.checker.check_model(path, full_check=True)
-    found = next(o.version for o in onnx.load(path).opset_import if o.domain == "")
-    if opset not in (None, found):
+    actual = next(o.version for o in onnx.load(path).opset_import if o.domain == "")
+    if opset not in (None, actual):
         raise ResfastError(
-            f"this onnxscript cannot make opset {opset}, and made {found}; update it, or leave "
-            "--opset out"
+            f"this version of onnxscript cannot write opset {opset} and wrote {actual}; update "
+            "onnxscript, or leave --opset out"
         )
 
 
@@ -397,19 +403,19 @@ def _write_aoti(program: ExportedProgram, path: Path, metadata: dict[str, str]) 
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import CppCompileError, InductorError
 
-    # On the CPU freezing packs the weights for oneDNN, where the batch size is fixed.
+    # On the CPU, freezing packs the weights for oneDNN if the batch size is fixed.
     configs = {"aot_inductor.metadata": metadata, "freezing": metadata["device"] == "cpu"}
     try:
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
     except (CppCompileError, InductorError) as error:
         raise ResfastError(
             f"AOTInductor cannot compile the network ({str(error).splitlines()[0]}); check the "
-            "compiler (CXX names another), or choose --format torch-export"
+            "compiler (or set CXX to another), or choose --format torch-export"
         ) from error
 
 
 def _load(format: str, path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A file as a function of images on the device."""
+    """Loads a file as a function from images on the device to logits."""
     match format:
         case "torch-export":
             return torch.export.load(path).module()

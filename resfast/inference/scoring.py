@@ -15,7 +15,8 @@ from resfast.data.resident import resident_batches
 
 TTA = Literal["none", "flip", "shift", "multi-crop"]
 
-# Rows and columns of a frame of one pixel that a view starts at: image moved down-right, up-left, …
+# Top-left corners of the views inside the image padded by one pixel: the image moved down-right,
+# up-left, …
 _MOVES = {"shift": ((0, 0), (2, 2)), "multi-crop": ((0, 0), (2, 2), (0, 2), (2, 0))}
 
 
@@ -58,10 +59,10 @@ def predict(
         std: float32 ``[C]``, in the same units.
         batch_size: images per step.
         dtype: compute dtype under autocast.
-        tta: ``flip`` averages the logits of each image and its mirror; ``shift`` averages those
-            (weight 1/2) and the same two of the image moved by one pixel up-left and down-right
-            (Jordan, arXiv:2404.00498, section 3.5); ``multi-crop`` moves it up-right and down-left
-            too, ten views in all.
+        tta: ``flip`` averages the logits of each image and its mirror image; ``shift`` averages
+            these (weight 1/2) with those of the image and mirror image moved by one pixel up-left
+            and down-right (Jordan, arXiv:2404.00498, section 3.5); ``multi-crop`` also moves them
+            up-right and down-left, ten views in all.
 
     Returns:
         float32 ``[N, classes]`` on the same device.
@@ -86,7 +87,7 @@ def _logits(model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA) -> tu
 def _first_views(
     model: nn.Module, batch: Tensor, dtype: torch.dtype, tta: TTA
 ) -> tuple[Tensor, Tensor]:
-    """Logits of the images, and their mean with those of the mirrored ones."""
+    """Logits of the images, and the mean of these and the mirrored images' logits."""
     plain = _forward(model, batch, dtype)
     return plain, plain if tta == "none" else _with_mirror(model, batch, dtype, plain)
 
@@ -97,7 +98,7 @@ def _forward(model: nn.Module, batch: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _with_mirror(model: nn.Module, batch: Tensor, dtype: torch.dtype, plain: Tensor) -> Tensor:
-    """Mean of the logits of the images, ``plain``, and of the mirrored ones."""
+    """Mean of the images' logits, ``plain``, and the mirrored images' logits."""
     return (plain + _forward(model, batch.flip(3), dtype)) / 2
 
 
@@ -154,22 +155,28 @@ def evaluate_both(
             one batch. With ``tta_select`` or ``tta_mirror`` they are iterated again.
         dtype: compute dtype under autocast; float32 for none.
         tta: see :func:`predict`.
-        tta_select: fraction of the images, above 0, that get all views: the least confident ones
-            by the image and its mirror image (selective test-time augmentation).
-        tta_mirror: fraction of the images, above 0, that get the mirrored view: the least confident
-            ones by the image alone. The images with all views are chosen among them.
+        tta_select: fraction of the images, above 0, that get all views: those with the least
+            confident prediction from the image and its mirror image (selective test-time
+            augmentation).
+        tta_mirror: fraction of the images, above 0, that get the mirrored view: those with the
+            least confident prediction from the image alone. The images that get all views are
+            chosen among them.
+
+    Returns:
+        The results without and with test-time augmentation.
 
     Raises:
-        ValueError: a fraction is out of range, or the batches can be iterated only once.
+        ValueError: a fraction is out of range, or the batches are needed twice and can be iterated
+            only once.
     """
     for name, fraction in (("tta_select", tta_select), ("tta_mirror", tta_mirror)):
         if not 0 < fraction <= 1:
-            raise ValueError(f"{name} is {fraction}; expected more than 0, at most 1")
+            raise ValueError(f"{name} is {fraction}; expected above 0, at most 1")
     some_mirrored = tta != "none" and tta_mirror < 1
     selective = some_mirrored or (tta in _MOVES and tta_select < 1)
     if selective and isinstance(batches, Iterator):
         raise ValueError(
-            "batches is an iterator, and tta_select and tta_mirror need them again; pass a list"
+            "batches is an iterator, but tta_select and tta_mirror iterate twice; pass a list"
         )
     was_training = model.training
     model.eval()
@@ -223,11 +230,11 @@ def _batches_of(
         in_batch = chosen[(chosen >= start) & (chosen < end)] - start
         rows.append(images.permute(0, 2, 3, 1)[in_batch])
         start = end
-        waiting = sum(map(len, rows))
-        while waiting >= size:
+        pending = sum(map(len, rows))
+        while pending >= size:
             joined = torch.cat(rows)
             yield joined[:size].permute(0, 3, 1, 2), chosen[done : done + size]
-            rows, done, waiting = [joined[size:]], done + size, waiting - size
+            rows, done, pending = [joined[size:]], done + size, pending - size
     if done < len(chosen):
         yield torch.cat(rows).permute(0, 3, 1, 2), chosen[done:]
 
@@ -235,12 +242,12 @@ def _batches_of(
 class _Rows:
     """Concatenates the rows of all batches in one growing buffer.
 
-    A tensor kept for each batch would fragment the memory that the activations of the next one
-    reuse: 0.7 GiB more for 47,500 images on the CPU.
+    Keeping one tensor per batch would fragment the memory that activations reuse: 0.7 GiB more for
+    47,500 images on the CPU.
     """
 
-    BATCHES = 64
-    """Initial capacity, in batches as large as the first; doubled when it is full."""
+    INITIAL_BATCHES = 64
+    """Initial capacity, in batches as large as the first; doubled when full."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -249,7 +256,7 @@ class _Rows:
     def add(self, rows: Tensor) -> None:
         end = self.count + len(rows)
         if self.buffer is None:
-            self.buffer = rows.new_empty(self.BATCHES * len(rows), *rows.shape[1:])
+            self.buffer = rows.new_empty(self.INITIAL_BATCHES * len(rows), *rows.shape[1:])
         if end > len(self.buffer):
             larger = rows.new_empty(max(end, 2 * len(self.buffer)), *rows.shape[1:])
             larger[: self.count] = self.buffer[: self.count]
@@ -258,7 +265,7 @@ class _Rows:
         self.count = end
 
     def all(self) -> Tensor:
-        """All rows, once at least one batch was added."""
+        """All rows; needs at least one added batch."""
         return self.buffer[: self.count]
 
 
