@@ -77,7 +77,7 @@ def test_the_rate_of_a_matrix_product_is_that_of_its_best_size(monkeypatch: pyte
 
 
 def test_bad_profiles_are_named(tiny: Config, tmp_path: Path):
-    with pytest.raises(ResfastError, match="at least 8 training steps, and there are 4"):
+    with pytest.raises(ResfastError, match="at least 8 training steps, but there are 4"):
         profile(change(tiny, epochs=1), tmp_path / "trace.json")
     with pytest.raises(ResfastError, match="there is no folder"):
         profile(tiny, tmp_path / "missing" / "trace.json")

@@ -1,4 +1,4 @@
-"""Seconds of an epoch, and copies of its losses, without making the host wait for the device."""
+"""Times work on the device, and copies tensors to the host, without synchronizing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Clock:
-    """Seconds since it was made; on CUDA, of the work queued on the device after it was made.
+    """Seconds since construction; on CUDA, of the work queued on the device since then.
 
     Args:
-        device: whose work is timed.
+        device: the device whose work is timed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,15 +21,15 @@ class Clock:
         self.event = _event() if device.type == "cuda" else None
 
     def so_far(self) -> float:
-        """Seconds as the host sees them."""
+        """Seconds since construction on the host's clock."""
         return time.perf_counter() - self.start
 
     def stop(self) -> tuple[Callable[[], float], Callable[[], bool]]:
         """Reads the clock.
 
         Returns:
-            A function that waits for the reading and returns it in seconds, and one that says
-            whether it would return at once.
+            A function that waits for the reading and returns it in seconds, and one that tells
+            whether the first would return at once.
         """
         if self.event is None:
             seconds = self.so_far()
@@ -50,7 +50,7 @@ def _event() -> torch.cuda.Event:
 
 
 def copy_to_host(values: Tensor) -> Tensor:
-    """A copy in host memory; from CUDA it may not have arrived when this returns."""
+    """A copy in host memory; a copy from CUDA may still be in flight on return."""
     if not values.is_cuda:
         return values.clone()
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)

@@ -1,4 +1,4 @@
-"""What a user sees while a run goes on: a live bar on a terminal, plain lines elsewhere."""
+"""Progress output of a run: a live bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Display:
     """Reports a run to a console.
 
     Args:
-        console: where to; standard output by default.
+        console: where to print; standard output by default.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -35,11 +35,11 @@ class Display:
         self.evaluated_on = "test"
 
     def say(self, line: str) -> None:
-        """One plain line, above the bar if there is one."""
+        """Prints one plain line, above the bar if there is one."""
         self.console.print(line, markup=False)
 
     def start(self, epochs: int, steps: int, evaluated_on: str) -> None:
-        """Begins the display of training: ``steps`` batches in all, in ``epochs`` epochs."""
+        """Starts the display of training: ``steps`` batches in total, in ``epochs`` epochs."""
         self.epochs, self.evaluated_on = epochs, evaluated_on
         self.say(HEADER.format(set=evaluated_on))
         if self.console.is_terminal:
@@ -65,7 +65,7 @@ class Display:
         lr: float,
         images_per_second: float,
     ) -> None:
-        """Moves the bar to ``done`` batches; a NaN value is not known yet and left out."""
+        """Moves the bar to ``done`` batches; NaN means not known yet and is not shown."""
         if self.progress is None:
             return
         parts = [f"lr {lr:.2g}"]
@@ -75,9 +75,14 @@ class Display:
             parts.append(f"{images_per_second:,.0f} images/s")
         self.progress.update(self.task, completed=done, epoch=epoch + 1, status="  ".join(parts))
 
-    def epoch(self, row: EpochRow, left: float) -> None:
-        """The line of a finished epoch; ``left`` is the estimate of what remains, in seconds."""
-        loss, accuracy = row.eval_loss, row.eval_accuracy
+    def epoch(self, row: dict[str, Any], left: float) -> None:
+        """Prints the line of a finished epoch.
+
+        Args:
+            row: as in metrics.jsonl.
+            left: estimated remaining time, in seconds.
+        """
+        loss, accuracy = row["eval_loss"], row["eval_accuracy"]
         width = max(4, len(self.evaluated_on)) + 5
         cells = [
             f"{row.epoch:>3}/{self.epochs:<3}",

@@ -1,4 +1,4 @@
-"""Follows the loss while an epoch goes on."""
+"""Follows the loss during an epoch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _POLL_STEPS = 8
 
 
 class LossWatch:
-    """Follows the loss of the latest steps without making the host wait for the device.
+    """Follows the latest loss without making the host wait for the device.
 
     On the CPU every value is known at once. On CUDA the values are copied to pinned memory in the
-    background; a copy that has not arrived yet is polled again at a later step.
+    background; a copy still in flight is polled again at a later step.
 
     Args:
-        losses: mean loss of each step, float32 ``[steps]``, filled as the epoch goes on.
+        losses: mean loss of each step, float32 ``[steps]``, filled during the epoch.
         correct: correct predictions so far, int64 0-d.
     """
 
@@ -31,14 +31,14 @@ class LossWatch:
             self.pending: int | None = None
 
     def poll(self, step: int) -> tuple[float, int, int]:
-        """Latest loss, correct predictions so far, and the number of steps that they cover."""
+        """Latest known loss and correct predictions, and the number of steps that they cover."""
         if not self.asynchronous:
             return float(self.losses[step]), int(self.correct), step + 1
         if self.pending is not None and self.event.query():
             self.last, self.correct_so_far = float(self.host[0]), int(self.host[1])
             self.known_steps, self.pending = self.pending, None
         if self.pending is None and step % _POLL_STEPS == 0:
-            # A NaN or infinity anywhere so far makes the sum so.
+            # Makes the loss NaN if any loss so far is NaN or infinite.
             loss = self.losses[step] + 0 * self.losses[: step + 1].sum()
             values = torch.stack([loss.double(), self.correct.double()])
             self.host.copy_(values, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Losses of training. A new loss is one entry of ``LOSSES``."""
+"""Training losses. To add a loss, add an entry to ``LOSSES``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, reduction: 
 LOSSES: dict[str, Callable[[Tensor, Tensor, float, str], Tensor]] = {
     "cross_entropy": _cross_entropy,
 }
-"""Name to a function of logits, float32 ``[B, classes]``, labels, int64 ``[B]`` or the parts of the
-classes, float32 ``[B, classes]``, label smoothing and ``mean`` or ``none`` as reduction; it returns
+"""Name to loss function. Arguments: logits, float32 ``[B, classes]``; labels, int64 ``[B]`` or soft
+labels, float32 ``[B, classes]``; label smoothing; and the reduction, ``mean`` or ``none``. Returns
 the mean, 0-d, or the loss of each image, ``[B]``."""

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""Profiles a training step: time by operator, and comparison with a matrix product."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from resfast.training import loop as trainer
 TOP = 15
 """Operators in the table."""
 _STEPS = {"cpu": (2, 3, 3), "cuda": (10, 20, 5)}
-"""Steps to settle, to time without the profiler and to record, by device."""
-_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
+"""Numbers of steps to warm up, to time without the profiler, and to record, by device."""
+_MATRIX_SIZES = {"cpu": (512, 1024, 2048), "cuda": (4096, 8192, 16384)}
 
 
 @dataclass(frozen=True)
 class Operator:
-    """What one kind of operator or kernel took.
+    """Time spent in one operator or kernel.
 
     Attributes:
-        name: its name; of fused code the names of what was fused.
-        seconds: a step, without what it called.
-        share: of all operators' time, 0 to 1.
-        calls: a step.
+        name: its name; for fused code, the names of the fused operators.
+        seconds: seconds per step, excluding operators that it calls.
+        share: fraction of all operators' time, 0 to 1.
+        calls: calls per step.
     """
 
     name: str
@@ -45,17 +45,17 @@ class Operator:
 
 @dataclass(frozen=True)
 class Profile:
-    """Of a training step.
+    """Profile of a training step.
 
     Attributes:
-        step_seconds: mean of the steps that were timed without the profiler.
-        images: of a batch.
-        size: their height and width, in pixels.
-        flops: of a step by the direct method, 2 an addition with multiplication, backward twice the
-            forward.
-        matmul_flops: operations a second of a matrix product in the compute dtype, measured here.
-        operators: those that took most, longest first.
-        trace: the file that was written.
+        step_seconds: mean duration of the steps timed without the profiler.
+        images: batch size.
+        size: height and width of the images, in pixels.
+        flops: FLOPs per step of direct convolution, 2 per multiply-add, with the backward pass
+            counted as twice the forward pass.
+        matmul_flops: FLOP/s of a matrix product in the compute dtype, measured on this device.
+        operators: the slowest operators, slowest first.
+        trace: path of the trace.
     """
 
     step_seconds: float
@@ -80,7 +80,7 @@ class Profile:
             f"{1000 * self.step_seconds:.2f} ms, {self.images / self.step_seconds:,.0f} images/s"
         )
         lines.append(
-            f"MFU {self.mfu:.1%}: {self.flops / 1e9:,.1f} GFLOP a step (3 x 2 x MACs x images; "
+            f"MFU {self.mfu:.1%}: {self.flops / 1e9:,.1f} GFLOP per step (3 x 2 x MACs x images; "
             f"Winograd needs fewer) against {self.matmul_flops / 1e9:,.0f} GFLOP/s of a matrix "
             "product measured here"
         )
@@ -89,25 +89,25 @@ class Profile:
 
 
 def profile(config: Config, path: str | Path) -> Profile:
-    """Trains for a few steps and records them; leaves no run behind.
+    """Trains for a few steps and profiles them; leaves no run behind.
 
-    The steps are the first of the real training, compilation and a few steps to settle left out. A
-    recipe that begins with small images or batches is therefore profiled with these.
+    The steps are the first of the actual training, after compilation and a few warm-up steps. A
+    recipe that starts with small images or batches is therefore profiled with those.
 
     Args:
-        config: what to train.
+        config: configuration of the training.
         path: the Chrome trace to write (JSON).
 
     Returns:
         The times of the operators and of the step, and how they compare with a matrix product.
 
     Raises:
-        ResfastError: bad input, a training with too few steps, or a trace that cannot be written.
+        ResfastError: bad input, too few training steps, or a trace that cannot be written.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise ResfastError(
-            f"--profile {path}: there is no folder {path.parent}; make it or choose another place"
+            f"--profile {path}: there is no folder {path.parent}; create it or choose another path"
         )
     if config.run.runs > 1:
         raise ResfastError(f"--profile and --runs {config.run.runs} exclude each other; choose one")
@@ -123,7 +123,7 @@ def profile(config: Config, path: str | Path) -> Profile:
         device = runtime.resolve_device(config.runtime.device)
         precision = runtime.resolve_precision(config.runtime.precision, device)
         recorder, shared = _Recorder(device, runtime.DTYPES[precision]), trainer.Shared()
-        # So that the loops that were generated for the CPU show up by their names.
+        # Makes loops generated for the CPU appear in the profile by name.
         with torch._inductor.config.patch("cpp.enable_kernel_profile", True):
             try:
                 trainer.train(config, shared=shared, after_step=recorder)
@@ -133,19 +133,19 @@ def profile(config: Config, path: str | Path) -> Profile:
                 raise KeyboardInterrupt from None
             else:
                 raise ResfastError(
-                    f"--profile needs at least {sum(recorder.steps)} training steps, and there are "
-                    f"{recorder.seen}; ask for more --epochs or a smaller --batch-size"
+                    f"--profile needs at least {sum(recorder.steps)} training steps, but there are "
+                    f"{recorder.seen}; use more --epochs or a smaller --batch-size"
                 )
     recorder.save(path)
     return recorder.result(shared.step.model, path)
 
 
 class _Recorded(Exception):
-    """All steps wanted were recorded."""
+    """Ends the training once all requested steps are recorded."""
 
 
 class _Recorder:
-    """Called after each step of a training: times some steps, then records some."""
+    """Callback after each training step: times some steps, then records some."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -156,18 +156,18 @@ class _Recorder:
         self.profiler = torch.profiler.profile(activities=activities)
 
     def __call__(self, step: int, images: Tensor) -> None:
-        settle, timed, recorded = self.steps
+        warm_up, timed, recorded = self.steps
         self.seen = step + 1
-        if self.seen == settle:
+        if self.seen == warm_up:
             self.matmul_flops = matmul_flops(self.device, self.dtype)
             runtime.synchronize(self.device)
             self.start = time.perf_counter()
-        elif self.seen == settle + timed:
+        elif self.seen == warm_up + timed:
             runtime.synchronize(self.device)
             self.step_seconds = (time.perf_counter() - self.start) / timed
             self.images, self.size = len(images), images.shape[2]
             self.profiler.start()
-        elif self.seen == settle + timed + recorded:
+        elif self.seen == warm_up + timed + recorded:
             runtime.synchronize(self.device)
             self.profiler.stop()
             raise _Recorded
@@ -180,7 +180,7 @@ class _Recorder:
             atomic.save(path, file.read_bytes())
 
     def result(self, model: nn.Module, path: Path) -> Profile:
-        """What was found of the training of ``model``."""
+        """The profile of the training of ``model``."""
         steps = self.steps[2]
         cuda = self.device.type == "cuda"
         key = "self_device_time_total" if cuda else "self_cpu_time_total"
@@ -205,9 +205,9 @@ class _Recorder:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product: the best of a few square sizes, 5 times each."""
+    """FLOP/s of a matrix product: the best of a few square sizes, 5 repetitions each."""
     best = 0.0
-    for size in _SIZES[device.type]:
+    for size in _MATRIX_SIZES[device.type]:
         left = torch.randn(size, size, device=device).to(dtype)
         right = torch.randn(size, size, device=device).to(dtype)
         left @ right

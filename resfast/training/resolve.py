@@ -1,4 +1,4 @@
-"""Replaces the undecided values of a configuration by those for the data set and machine."""
+"""Fills in the values of a configuration that depend on the data set and the machine."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from resfast.errors import ResfastError
 from resfast.training.step import why_not_captured
 
 SMALL_DATA_IMAGES = 10_000
-"""Training sets below this many images get the small values where none were asked for."""
+"""Training sets with fewer images than this use the ``SMALL_DATA`` values, unless set."""
 EPOCHS, SMALL_DATA_EPOCHS = 70, 14
 BATCH_SIZE, SMALL_DATA_BATCH_SIZE = 128, 64
 COMPILE_WORTH_IMAGES = 100_000
-"""Under ``compile=auto`` a CPU run that sees fewer images than this is over before compiling
-has paid for itself."""
+"""With ``compile=auto``, a CPU run that trains on fewer images than this in total ends before
+compilation pays off."""
 
 
 def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[Config, list[str]]:
-    """A configuration without open values, for this data set and this machine.
+    """The configuration with all undecided values set, for this data set and machine.
 
     Args:
-        config: what was asked for.
+        config: the requested configuration.
         data: the data set.
-        train_images: images trained on, the held-out part taken off.
+        train_images: number of training images, without the held-out ones.
 
     Returns:
         The configuration, with absolute paths so that the run can be used from any folder, and a
-        sentence for each value that was adapted.
+        sentence for each choice worth reporting.
 
     Raises:
         ResfastError: a value that does not fit the data or the machine.
     """
     notes: list[str] = []
-    optim, asked = config.optim, config.optim
+    optim, requested = config.optim, config.optim
     small = train_images < SMALL_DATA_IMAGES
     adapted = []
     if optim.epochs is None:
@@ -50,7 +50,8 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
         optim = replace(optim, batch_size=batch)
         if small:
             # SGD: Goyal et al., arXiv:1706.02677; Adam: Malladi et al., arXiv:2205.10287.
-            # Muon's updates have a norm of their own, like Adam's; what it leaves to SGD has not.
+            # The norm of Muon's updates, like Adam's, does not depend on the gradient's; the
+            # parameters that Muon leaves to SGD scale as for SGD.
             power = 1.0 if optim.optimizer == "sgd" else 0.5
             others = 1.0 if optim.optimizer == "muon" else power
             lr = _scaled(optim.lr, batch, power)
@@ -65,7 +66,7 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
             }
             optim = replace(optim, lr=lr, **rates)
     if adapted:
-        options = [o for o in ("epochs", "batch_size") if getattr(asked, o) is None]
+        options = [o for o in ("epochs", "batch_size") if getattr(requested, o) is None]
         notes.append(
             f"adapted to {train_images:,} training images: {', '.join(adapted)} "
             f"(set {' and '.join('--' + o.replace('_', '-') for o in options)} to choose)"
@@ -73,22 +74,22 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
     device = runtime.resolve_device(config.runtime.device)
     precision = runtime.resolve_precision(config.runtime.precision, device)
     images = round(optim.epochs * train_images)
-    compile, why = _resolve_compile(config.runtime.compile, device, images)
-    if why:
-        notes.append(why)
-    cuda_graph, why = _resolve_cuda_graph(config.runtime.cuda_graph, device, precision, optim)
-    if why:
-        notes.append(why)
+    compile, note = _resolve_compile(config.runtime.compile, device, images)
+    if note:
+        notes.append(note)
+    cuda_graph, note = _resolve_cuda_graph(config.runtime.cuda_graph, device, precision, optim)
+    if note:
+        notes.append(note)
     loader = choose_loader(config.data.loader, data, device)
     if loader == "dali":
-        for option, given in (
+        for option, is_set in (
             ("batch-sizes", optim.batch_sizes),
             ("filter-keep", config.data.filter_keep < 1),
         ):
-            if given:
+            if is_set:
                 raise ResfastError(
-                    f"--{option} needs --loader resident: DALI is told its batches ahead; hold "
-                    "the set in memory, or leave the option out"
+                    f"--{option} needs --loader resident, because DALI prepares batches in "
+                    "advance; load the data set into memory, or leave the option out"
                 )
     resolved = replace(
         config,
@@ -109,35 +110,35 @@ def _scaled(lr: float, batch: int, power: float) -> float:
     return float(f"{lr * (batch / BATCH_SIZE) ** power:.4g}")
 
 
-def _resolve_compile(asked: str, device: torch.device, images: int) -> tuple[str, str | None]:
-    if asked == "off":
+def _resolve_compile(requested: str, device: torch.device, images: int) -> tuple[str, str | None]:
+    if requested == "off":
         return "off", None
     missing = runtime.compiler_missing(device)
-    if missing and asked == "on":
+    if missing and requested == "on":
         raise ResfastError(
             f"--compile on is not possible: {missing}; install one or use --compile auto"
         )
     if missing:
         return "off", f"training without torch.compile: {missing}"
-    if asked == "auto" and device.type == "cpu" and images < COMPILE_WORTH_IMAGES:
+    if requested == "auto" and device.type == "cpu" and images < COMPILE_WORTH_IMAGES:
         return "off", (
-            f"training without torch.compile: {images:,} images in all are fewer than the "
-            f"{COMPILE_WORTH_IMAGES:,} from which compiling pays (--compile on to force it)"
+            f"training without torch.compile: it pays off from {COMPILE_WORTH_IMAGES:,} images in "
+            f"total, and this run has {images:,} (--compile on to force it)"
         )
-    return asked, None
+    return requested, None
 
 
 def _resolve_cuda_graph(
-    asked: str, device: torch.device, precision: str, optim: OptimConfig
+    requested: str, device: torch.device, precision: str, optim: OptimConfig
 ) -> tuple[str, str | None]:
-    if asked == "off":
+    if requested == "off":
         return "off", None
     on_cuda = device.type == "cuda"
     reason = f"the device is {device}"
     if on_cuda:
         reason = why_not_captured(optim, runtime.DTYPES[precision])
-    if reason and asked == "on":
+    if reason and requested == "on":
         raise ResfastError(f"--cuda-graph on is not possible: {reason}; use --cuda-graph auto")
     if reason:
         return "off", f"training without a CUDA graph: {reason}" if on_cuda else None
-    return asked, None
+    return requested, None

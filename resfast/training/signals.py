@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a run to save and stop."""
+"""Makes SIGINT and SIGTERM save and stop a run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While it is active, SIGINT and SIGTERM are noted; a second one stops at once.
+    """Context manager that records SIGINT and SIGTERM; a second signal stops at once.
 
     Args:
-        say: is given one line when the first signal comes.
+        say: called with a line of text when the first signal arrives.
 
     Attributes:
         received: number of the first signal, or None.
@@ -37,7 +37,7 @@ class StopSignals:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signum
-        self.say("stopping after this step; once more to stop without saving")
+        self.say("stopping after this step; interrupt again to stop without saving")
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():

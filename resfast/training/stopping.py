@@ -1,4 +1,4 @@
-"""When a training ends: at its last epoch, a target, without progress, or at a limit of time."""
+"""When training stops: after the last epoch, at a target, without progress, or at a time limit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from resfast.training.state import TrainingState
 
 
 def is_finished(state: TrainingState, display: Display) -> bool:
-    """Whether training has reached its end; an early one is said, and kept in ``stopped``."""
+    """Whether training is over; an early stop is displayed and recorded in ``stopped``."""
     evaluation = state.session.config.evaluation
     if evaluation.target is not None and state.best >= evaluation.target:
         display.say(
@@ -26,14 +26,14 @@ def is_finished(state: TrainingState, display: Display) -> bool:
 
 
 def out_of_time(state: TrainingState, display: Display, epoch_seconds: float) -> bool:
-    """Whether ``--max-seconds`` are over, ``epoch_seconds`` into the epoch; says so."""
+    """Whether ``--max-seconds`` is reached, ``epoch_seconds`` into the epoch; displays it."""
     limit = state.session.config.run.max_seconds
     seconds = state.whitening_seconds + state.train_seconds + epoch_seconds
     if limit is None or seconds < limit:
         return False
     display.say(
-        f"limit of {limit:g} seconds of training reached: stopping; go on with --resume "
-        f"{state.path} --max-seconds and a higher one"
+        f"limit of {limit:g} seconds of training reached: stopping; continue with --resume "
+        f"{state.path} and a higher --max-seconds"
     )
     state.stopped = "max_seconds"
     return True
