@@ -268,7 +268,7 @@ def _update_triton(
         steps=group["newton_schulz_steps"],
         normalize=group["normalize_filters"],
         coefficients=COEFFICIENTS,
-        least=muon.LEAST_NORM,
+        min_norm=muon.LEAST_NORM,
     )
 
 

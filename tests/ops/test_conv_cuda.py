@@ -1,7 +1,7 @@
 """What must hold of the choice among the CUDA convolutions.
 
-Without a GPU the choice is tested with ways that run on the CPU and times that are made up, and the
-real ways with kernels that the CPU computes in their place.
+Without a GPU the choice is tested with candidates that run on the CPU and made-up times, and the
+real candidates with kernels that run on the CPU instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from resfast.ops import extension
 from resfast.ops.conv import choice as conv_choice
 from resfast.ops.conv import cuda as conv_cuda
 from resfast.ops.conv import reference as conv_reference
-from resfast.ops.conv.cuda import Way
+from resfast.ops.conv.cuda import Candidate
 from resfast.ops.conv.op import ConvBiasAct, conv2d_bias_act
 
 ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
@@ -102,14 +102,14 @@ class Fake:
         self.wrong: dict[str, Callable[..., Tensor]] = {}
         self.spread = 1.0
 
-    def ways(self, args: tuple[Any, ...]) -> dict[str, Way]:
+    def candidates(self, args: tuple[Any, ...]) -> dict[str, Candidate]:
         rest = args[4:]
 
         def right(*tensors: Tensor) -> Tensor:
             return conv_reference.conv2d_bias_act(*tensors, *rest)
 
         names = [*self.seconds, "torch"]
-        return {name: Way(name, self.wrong.get(name, right)) for name in names}
+        return {name: Candidate(name, self.wrong.get(name, right)) for name in names}
 
     def times(self, calls: dict[str, Any], fresh: Callable[[], Any]) -> conv_choice.Times:
         fresh()
@@ -120,7 +120,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     one = Fake(ours_2x1=3, ours_0x2=2, hopper_4=5, cudnn=4)
-    monkeypatch.setattr(conv_cuda, "_ways", one.ways)
+    monkeypatch.setattr(conv_cuda, "_candidates", one.candidates)
     monkeypatch.setattr(conv_cuda, "seconds", one.times)
     stand_in_for_a_gpu(monkeypatch)
     return one
@@ -299,7 +299,7 @@ def test_way_with_a_wrong_result_or_an_error_is_never_chosen(
     with caplog.at_level(logging.WARNING, "resfast"):
         assert chosen(args) == "cudnn"
     assert fake.measured == [("hopper:4", "cudnn")]
-    assert "ours:0,2 is left out of the choice" in caplog.text
+    assert "ours:0,2 failed and is not used" in caplog.text
     assert "no kernel image is available (" in caplog.text
     assert "ours:2,1 is not accurate enough" in caplog.text
 
@@ -337,7 +337,7 @@ def test_no_memory_to_measure_settles_nothing(
         patch.setattr(conv_cuda, "_exact", full)
         plan = conv_cuda.plan(*arguments())
     assert (plan.algorithm, plan.settled) == ("ours:2,1", False)
-    assert "no GPU memory to measure the convolution of [3, 16, 6, 5]" in caplog.text
+    assert "not enough GPU memory to measure the convolution of [3, 16, 6, 5]" in caplog.text
     assert chosen() == "ours:0,2"
 
 
@@ -357,8 +357,8 @@ def test_given_tensors_are_not_written_by_the_measurement(fake: Fake) -> None:
     fake.wrong = {"ours:2,1": spoils}
     args = arguments()
     before = [tensor.clone() for tensor in args[:4]]
-    ways = {"ours:2,1": fake.ways(args)["ours:2,1"]}
-    assert conv_cuda._fastest("key", ways, args) == "ours:2,1"
+    candidates = {"ours:2,1": fake.candidates(args)["ours:2,1"]}
+    assert conv_cuda._fastest("key", candidates, args) == "ours:2,1"
     assert all(torch.equal(a, b) for a, b in zip(args, before, strict=False))
 
 
@@ -431,7 +431,7 @@ def test_times_are_taken_in_turns_after_a_warm_up_without_what_is_done_between_t
     assert log == [*turn, "a", *turn, "b"] * (conv_cuda.ROUNDS + 2)
 
 
-# -- the ways, with kernels that the CPU computes --------------------------------------------------
+# -- the candidates, with kernels that run on the CPU ------------------------------------------
 
 SHAPES = [
     (3, 16, 24, 6, 5, 3, 1, 1),
@@ -445,7 +445,7 @@ SHAPES = [
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """The real ways, with our operators on the CPU, and cuDNN's; yields what was called."""
+    """The real candidates, with our operators on the CPU, and cuDNN's; yields what was called."""
     if extension.CUDA_MISSING is not None:
         pytest.skip(f"no CUDA kernels: {extension.CUDA_MISSING}")
     called = set()
@@ -507,13 +507,13 @@ def test_every_way_gets_the_arguments_that_it_takes(
     for i, shape in enumerate(SHAPES):
         bias, residual = i % 2 == 0, i % 3 == 0
         args = arguments(shape, dtype=dtype, activation=activation, bias=bias, residual=residual)
-        ways = conv_cuda._ways(args)
-        kinds = [name.partition(":")[0] for name in ways]
+        candidates = conv_cuda._candidates(args)
+        kinds = [name.partition(":")[0] for name in candidates]
         assert kinds[0] == "ours"
         assert kinds[-2:] == ["cudnn", "torch"]
-        for name, way in ways.items():
-            assert way.name == name
-            assert_right(conv_cuda._call(way, args)(), args)
+        for name, candidate in candidates.items():
+            assert candidate.name == name
+            assert_right(conv_cuda._call(candidate, args)(), args)
     assert "ours" in emulated
     assert ("cudnn" if activation == "relu" else "epilogue") in emulated
     if hasattr(torch.ops.resfast, "conv2d_hopper") and dtype != torch.float32:
@@ -543,15 +543,15 @@ def test_kernels_are_left_out_where_the_gpu_is_too_old_or_they_were_not_built(
     emulated: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(conv_cuda, "_capability", lambda device: (7, 5))
-    assert list(conv_cuda._ways(arguments())) == ["cudnn", "torch"]
-    assert list(conv_cuda._ways(arguments(activation="silu"))) == ["torch"]
+    assert list(conv_cuda._candidates(arguments())) == ["cudnn", "torch"]
+    assert list(conv_cuda._candidates(arguments(activation="silu"))) == ["torch"]
     monkeypatch.setattr(conv_cuda, "_capability", lambda device: (8, 6))
-    kinds = {name.partition(":")[0] for name in conv_cuda._ways(arguments())}
+    kinds = {name.partition(":")[0] for name in conv_cuda._candidates(arguments())}
     assert kinds == {"ours", "cudnn", "torch"}
     monkeypatch.setattr(conv_cuda, "_built", lambda name: False)
-    assert list(conv_cuda._ways(arguments())) == ["cudnn", "torch"]
+    assert list(conv_cuda._candidates(arguments())) == ["cudnn", "torch"]
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
-    assert list(conv_cuda._ways(arguments())) == ["torch"]
+    assert list(conv_cuda._candidates(arguments())) == ["torch"]
 
 
 def test_convolution_beyond_the_positions_of_our_kernel_is_left_to_others(
@@ -561,7 +561,7 @@ def test_convolution_beyond_the_positions_of_our_kernel_is_left_to_others(
     weight = torch.zeros(8, 8, 1, 1, dtype=torch.bfloat16)
     args = (x, weight, None, None, [1, 1], [0, 0], "relu", 0.01)
     with caplog.at_level(logging.WARNING, "resfast"):
-        assert "cudnn" in conv_cuda._ways(args)
+        assert "cudnn" in conv_cuda._candidates(args)
     assert "too large for the CUDA kernel's 32-bit positions" in caplog.text
 
 
@@ -595,8 +595,8 @@ def test_every_way_is_right_on_the_gpu(
                 shape, dtype=dtype, activation=activation, residual=residual, bias=bias,
                 device="cuda",
             )  # fmt: skip
-            for way in conv_cuda._ways(args).values():
-                assert_right(conv_cuda._call(way, args)(), args)
+            for candidate in conv_cuda._candidates(args).values():
+                assert_right(conv_cuda._call(candidate, args)(), args)
 
 
 @pytest.mark.gpu
@@ -609,7 +609,9 @@ def test_choice_is_made_kept_and_right_on_the_gpu(activation: str, cache: Path) 
     assert module.weight.is_contiguous(memory_format=torch.channels_last)
     assert_right(module(x, residual), args)
     ((key, name),) = json.loads(cache.read_text()).items() if cache.exists() else ((None, None),)
-    assert key is None or (name in conv_cuda._ways(args) and torch.cuda.get_device_name() in key)
+    assert key is None or (
+        name in conv_cuda._candidates(args) and torch.cuda.get_device_name() in key
+    )
     assert_right(conv2d_bias_act(x, weight, bias, residual, **rest), args)
     assert_right(torch.compile(module)(x, residual), args)
 

@@ -162,7 +162,7 @@ def test_the_triton_kernels_do_a_step(
         steps=steps,
         normalize=normalize,
         coefficients=COEFFICIENTS,
-        least=kernels.LEAST_NORM,
+        min_norm=kernels.LEAST_NORM,
         dtype=torch.float32 if where == "interpreter" else torch.bfloat16,
     )
     for before, gradient, buffer, after, velocity in zip(
@@ -186,7 +186,7 @@ def test_the_triton_kernels_compile_for_the_architecture(capability: int):
     module = triton_kernels("muon")
     half = dict.fromkeys(("out", "x", "factor", "update"), "*bf16")
     signature = dict.fromkeys(("weight", "grad", "buffer", "sums", "rate"), "*fp32") | half
-    signature |= dict.fromkeys(("momentum", "least", "a", "b", "c"), "fp32")
+    signature |= dict.fromkeys(("momentum", "min_norm", "a", "b", "c"), "fp32")
     signature |= dict.fromkeys(("decay", "scale", "norm"), "fp32")
     signature |= dict.fromkeys(("count", "parts", "size", "length", "stride"), "i32")
     squares = {"step": 1, "NORMALIZE": True, "TILE": module.TILE, "DEPTH": module.DEPTH}

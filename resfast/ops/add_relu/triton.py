@@ -1,4 +1,4 @@
-"""``resfast::add_relu`` and its backward on CUDA: a Triton kernel each, one pass over memory."""
+"""``resfast::add_relu`` and its backward on CUDA: one Triton kernel each, one pass over memory."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def _backward_kernel(out, grad, result, count, BLOCK: tl.constexpr):
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
-    """Launches the kernel; arguments of :mod:`resfast.ops.add_relu.op`, already checked."""
+    """Launches the kernel; arguments as in :mod:`resfast.ops.add_relu.op`, already checked."""
     return _launch(_forward_kernel, *_aligned(x, residual))
 
 
 def add_relu_backward(grad: Tensor, result: Tensor) -> Tensor:
-    """Likewise."""
+    """Launches the backward kernel."""
     result, grad = _aligned(result, grad)
     return _launch(_backward_kernel, grad, result)
 
 
 def _aligned(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Both dense, and in one order: that of ``torch.empty_like(first)``."""
+    """Both tensors, dense and with the strides of ``torch.empty_like(first)``."""
     out = []
-    order = torch.empty_like(first, device="meta").stride()
+    strides = torch.empty_like(first, device="meta").stride()
     for tensor in (first, second):
-        if tensor.stride() != order:
+        if tensor.stride() != strides:
             copy = torch.empty_strided(
-                tensor.shape, order, dtype=tensor.dtype, device=tensor.device
+                tensor.shape, strides, dtype=tensor.dtype, device=tensor.device
             )
             tensor = copy.copy_(tensor)
         out.append(tensor)

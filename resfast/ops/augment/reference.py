@@ -1,6 +1,6 @@
-"""Every operator in plain PyTorch: what the kernels are tested against, on any device.
+"""Reference implementations in plain PyTorch, against which the kernels are tested.
 
-They take the place of the C++ kernels where the extension was not built.
+They run on any device, and replace the C++ kernels if the extension was not built.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MASK32 = 0xFFFFFFFF
 
 
 def philox(indices: Tensor, seed: int, epoch: int, stream: int) -> Tensor:
-    """Philox 4x32-10; arguments and result as of :func:`resfast.ops.philox.op.philox`."""
+    """Philox 4x32-10; arguments and result as for :func:`resfast.ops.philox.op.philox`."""
     low = indices & _MASK32
     words = [
         low,
@@ -25,7 +25,7 @@ def philox(indices: Tensor, seed: int, epoch: int, stream: int) -> Tensor:
     ]
     key = [seed & _MASK32, (seed >> 32) & _MASK32]
     for _ in range(10):
-        # The products wrap modulo 2^64, so that shifting and masking still finds both halves.
+        # The products wrap modulo 2^64; shifting and masking still extracts both halves.
         first, second = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
         words = [
             ((second >> 32) & _MASK32) ^ words[1] ^ key[0],
@@ -134,7 +134,7 @@ def _fetch(images: Tensor, rows: Tensor, y: Tensor, x: Tensor, zero_padding: boo
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:
-    """Mirrored once at either border, which is not repeated; what is still outside, at its edge."""
+    """Reflects once at either border without repeating it, then clamps to the image."""
     position = position.abs()
     position = torch.where(position >= size, 2 * (size - 1) - position, position)
     return position.clamp(0, size - 1)
@@ -150,20 +150,20 @@ def batch_norm_act(
     negative_slope: float,
     pool: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`resfast.ops.norm_act.op.batch_norm_act`; of any floating dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    values = (F.max_pool2d(x, 2) if pool else x).to(wide)
+    """See :func:`resfast.ops.norm_act.op.batch_norm_act`; any floating-point dtype."""
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    values = (F.max_pool2d(x, 2) if pool else x).to(compute_dtype)
     var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
     out = F.batch_norm(
         values,
         None,
         None,
-        *(None if t is None else t.to(wide) for t in (weight, bias)),
+        *(None if t is None else t.to(compute_dtype) for t in (weight, bias)),
         True,
         0,
         eps,
     )
     if residual is not None:
-        out = out + residual.to(wide)
+        out = out + residual.to(compute_dtype)
     out = conv_reference.ACTIVATIONS[activation](out, negative_slope)
     return out.to(x.dtype), mean.detach(), var.detach()

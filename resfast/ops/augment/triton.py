@@ -1,9 +1,9 @@
 """``resfast::augment`` on CUDA: one Triton kernel.
 
-The result is written in 16-byte vectors. A vector of channels_last memory begins in the middle of
-a pixel where the channels do not divide its length, so a thread prepares the few whole pixels that
-its vector touches, and then picks by ``phase``, the channel it begins with. Every read is clamped
-into the images, whatever the parameters say.
+The result is written in 16-byte vectors. If the number of channels does not divide the length of a
+vector, vectors start in the middle of a pixel. A thread therefore computes all pixels that its
+vector overlaps and selects elements by ``phase``, the channel that the vector starts with. Reads
+are clamped to the images for any parameters.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-"""Without fused multiply-add a rotation is rounded as by the CPU's kernels."""
+"""Without fused multiply-add, rotations round as in the CPU kernels."""
 BLOCK = 1024
-"""Elements of the result that a program writes at once: 16 bytes a thread in a half format."""
+"""Elements that a program writes at once: 16 bytes per thread in a 16-bit dtype."""
 MAX_STEPS = 4
-"""Blocks of one image that a program writes one after the other, before another takes over."""
+"""Maximum number of blocks of one image that one program writes."""
 
 
 @triton.jit
 def _row(table, index, LENGTH: tl.constexpr):
-    """The numbers of one row of a table; none for no table."""
+    """The values of one row of a table; empty if there is no table."""
     values = ()
     if table is not None:
         for i in tl.static_range(LENGTH):
@@ -35,7 +35,7 @@ def _row(table, index, LENGTH: tl.constexpr):
 
 @triton.jit
 def _image(images, index, count, shift, flip, affine, color, cutout, SIZE, CHANNELS: tl.constexpr):
-    """An image's address, and its row of each table."""
+    """The address of an image and its row in each table."""
     index = tl.minimum(tl.maximum(index, 0), count - 1).to(tl.int64)
     return (
         images + index * SIZE,
@@ -68,7 +68,7 @@ def _fetch(
     CHANNELS: tl.constexpr,
     ZERO_PADDING: tl.constexpr,
 ):
-    """The channels of the pixels at ``y`` and ``x``, float32."""
+    """The channels of the source pixels at ``y`` and ``x``, float32."""
     values = ()
     if ZERO_PADDING:
         inside = (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
@@ -99,7 +99,7 @@ def _prepared(
     CHANNELS: tl.constexpr,
     ZERO_PADDING: tl.constexpr,
 ):
-    """The channels of one image's result at ``y`` and ``x``, before mixing."""
+    """The channels of one augmented image at ``y`` and ``x``, before mixing."""
     if len(affine) > 0:
         source_y = affine[0] * y + affine[1] * x + affine[2]
         source_x = affine[3] * y + affine[4] * x + affine[5]
@@ -171,10 +171,10 @@ def _augment_kernel(
     PARTS: tl.constexpr,
 ):
     SIZE: tl.constexpr = HEIGHT * WIDTH * CHANNELS
-    ALIGNED: tl.constexpr = VECTOR % CHANNELS == 0  # every vector begins with channel 0
+    ALIGNED: tl.constexpr = VECTOR % CHANNELS == 0  # every vector starts with channel 0
     SPAN: tl.constexpr = VECTOR if ALIGNED else VECTOR + CHANNELS - 1
     PLAIN: tl.constexpr = affine is None and color is None and partner is None
-    UNROLL: tl.constexpr = STEPS if PLAIN else 1  # a long body takes long to compile
+    UNROLL: tl.constexpr = STEPS if PLAIN else 1  # unrolling a long body compiles slowly
     program = tl.program_id(0)
     batch = (program // PARTS).to(tl.int64)
     offset, scale = _row(offset, 0, CHANNELS), _row(scale, 0, CHANNELS)
@@ -191,7 +191,7 @@ def _augment_kernel(
         phase = 0 if ALIGNED else (first - pixel * CHANNELS).to(tl.int32)[:, None]
         result = tl.full((CHUNKS, VECTOR), 0, tl.float32)
         for i in tl.static_range((SPAN + CHANNELS - 1) // CHANNELS):
-            if WIDTH * CHANNELS % VECTOR == 0:  # a vector lies within one row
+            if WIDTH * CHANNELS % VECTOR == 0:  # a vector never crosses rows
                 y = pixel // WIDTH
                 x = pixel - y * WIDTH + i
             else:
@@ -209,11 +209,11 @@ def _augment_kernel(
                     value = values[c]
                     if partner is not None:
                         value = w * value + (1 - w) * others[c]
-                    # Element j shows the value that is phase values further on; j is known at
-                    # compile time, so that of all these selections CHANNELS - 1 remain.
+                    # Element j takes the value at position j + phase. Because j is known at
+                    # compile time, only CHANNELS - 1 of these selections remain.
                     ahead = i * CHANNELS + c - j
-                    shown = (ahead == 0) | ((ahead == phase) & (ahead > 0) & (ahead < CHANNELS))
-                    result = tl.where(shown, value[:, None], result)
+                    selected = (ahead == 0) | ((ahead == phase) & (ahead > 0) & (ahead < CHANNELS))
+                    result = tl.where(selected, value[:, None], result)
         element = (first.to(tl.int32))[:, None] + j
         target = out + batch * SIZE + element
         if SIZE % (CHUNKS * VECTOR * STEPS) == 0:
@@ -238,10 +238,10 @@ def augment(
     zero_padding: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Launches the kernel; arguments of :mod:`resfast.ops.augment.op`, already checked.
+    """Launches the kernel; arguments as in :mod:`resfast.ops.augment.op`, already checked.
 
     Returns:
-        ``[B, C, H, W]`` of ``dtype`` in ``channels_last`` memory. Nothing waits for the device.
+        ``[B, C, H, W]`` of ``dtype`` in ``channels_last`` memory. Does not synchronize.
     """
     count, height, width, channels = images.shape
     out = torch.empty((len(indices), height, width, channels), dtype=dtype, device=images.device)
@@ -258,10 +258,10 @@ def augment(
 def layout(
     height: int, width: int, channels: int, zero_padding: bool, dtype: torch.dtype
 ) -> dict[str, int | bool]:
-    """The kernel's compile-time constants for images of a size.
+    """The kernel's compile-time constants for an image size.
 
     Raises:
-        ValueError: an image of 2^31 bytes or more, which the kernel cannot address.
+        ValueError: an image has 2^31 bytes or more, which the kernel cannot address.
     """
     size = height * width * channels
     if size >= 2**31:

@@ -1,8 +1,8 @@
-"""The choice among several ways to compute a convolution: measured once, then kept.
+"""Chooses among several implementations of a convolution: measured once, then cached.
 
-:mod:`resfast.ops.conv.cpu` and :mod:`resfast.ops.conv.cuda` offer the ways and time them.
-``RESFAST_CONV`` names one to be taken wherever it applies: one variable for both devices, so the
-names of the other device are passed over.
+:mod:`resfast.ops.conv.cpu` and :mod:`resfast.ops.conv.cuda` provide the candidates and time them.
+``RESFAST_CONV`` forces one wherever it applies. The variable is shared by both devices, so names
+that belong to the other device are ignored.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NAMES = {
     "cuda": ("ours", "hopper", "cudnn", "torch"),
 }
 NUMBERED = re.compile(r"ours:\d+,\d+|hopper:\d+")
-"""One kernel of ours on CUDA: ``ours:TILE,SPLITS``, ``hopper:CONFIGURATION``."""
+"""One of our CUDA kernels: ``ours:TILE,SPLITS``, ``hopper:CONFIGURATION``."""
 MEASURE_SECONDS = 0.04
-"""Spent on each way of each shape on the CPU."""
+"""Time to measure each candidate for each shape on the CPU."""
 MAX_SPREAD = 1.5
-"""Median over shortest time up to which a measurement is kept for other processes."""
+"""Largest ratio of median to shortest time at which a choice is cached for other processes."""
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 Call = Callable[[], Tensor]
@@ -44,9 +44,9 @@ Times = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Plan:
-    """How convolutions of one shape are computed: ``run(x, residual)``, to a given ``shape``.
+    """How to compute convolutions of one shape: ``run(x, residual)``, which returns ``shape``.
 
-    One that is not ``settled`` is a guess where nothing could be measured: ask again next time.
+    A plan that is not ``settled`` is a guess, because nothing could be measured; ask again later.
     """
 
     algorithm: str
@@ -61,7 +61,7 @@ def warn_once(message: str) -> None:
 
 
 def forced(device: str) -> str | None:
-    """What RESFAST_CONV names of a device's ways, if anything."""
+    """The candidate of this device that RESFAST_CONV names, if any."""
     named = os.environ.get("RESFAST_CONV")
     if not named:
         return None
@@ -77,13 +77,13 @@ def forced(device: str) -> str | None:
 def describe_sizes(
     x: Tensor, weight: Tensor, stride: list[int], padding: list[int], has_residual: bool
 ) -> str:
-    """The part of a key that says what is convolved."""
+    """The part of a cache key that describes the convolution."""
     sizes = (x.shape, weight.shape, stride, padding)
     return "-".join(",".join(map(str, part)) for part in sizes) + f"-{has_residual:d}"
 
 
 def versions() -> str:
-    """The part of a key that says by which software."""
+    """The part of a cache key that describes the software."""
     from resfast import __version__
 
     built = extension.fingerprint()
@@ -94,7 +94,7 @@ def versions() -> str:
 
 
 def near(exact: Tensor, max_error: float) -> Callable[[Tensor], bool]:
-    """Whether a result is right: by root mean square, relative to that of the exact one."""
+    """A predicate: the RMS error of a result, relative to the RMS of ``exact``, is small enough."""
     limit = max_error * exact.square().mean().sqrt()
     return lambda out: bool((out.to(exact.dtype) - exact).square().mean().sqrt() <= limit)
 
@@ -107,35 +107,35 @@ def fastest(
     trusted: str,
     what: str,
 ) -> tuple[str, bool]:
-    """The fastest of the ways whose result is right.
+    """The fastest candidate whose result is accurate.
 
     Args:
-        calls: each way by its name, on given arguments.
-        is_right: says so of a result, as :func:`near` does.
-        seconds: times of each.
-        trusted: the name of the way that needs no check, and is taken where no other works.
-        what: is computed, for messages.
+        calls: candidates by name, bound to their arguments.
+        is_right: whether a result is accurate, such as :func:`near` returns.
+        seconds: measures the candidates.
+        trusted: name of the candidate that is not checked and is the fallback if no other works.
+        what: description of the computation for messages.
 
     Returns:
-        Its name, and whether its times agree, so that the choice is worth keeping: they do not on a
-        busy machine.
+        The name, and whether its times are consistent, so that the choice can be cached; on a busy
+        machine they are not.
     """
-    good = {}
+    accurate = {}
     for name, call in calls.items():
         try:
             if name == trusted or is_right(call()):
-                good[name] = call
+                accurate[name] = call
             else:
-                warn_once(f"{name} is not accurate enough for {what}, and is left out")
-        except RuntimeError as error:  # of CUDA, of a library, or out of memory
+                warn_once(f"{name} is not accurate enough for {what} and is not used")
+        except RuntimeError as error:  # from CUDA or a library, or out of memory
             if name == trusted:
                 raise
-            first = str(error).partition("\n")[0]
-            warn_once(f"{name} is left out of the choice for a convolution: {first} ({what})")
-    if not good:
-        warn_once(f"{trusted} computes {what}: none of {', '.join(calls)} works")
+            first_line = str(error).partition("\n")[0]
+            warn_once(f"{name} failed and is not used for {what}: {first_line}")
+    if not accurate:
+        warn_once(f"using {trusted} for {what}: none of {', '.join(calls)} works")
         return trusted, False
-    times = seconds(good)
+    times = seconds(accurate)
     chosen = min(times, key=lambda name: min(times[name]))
     shortest = {name: min(values) for name, values in times.items()}
     logger.debug("%s: %s of %s", what, chosen, shortest)
@@ -144,7 +144,7 @@ def fastest(
 
 
 def host_seconds(calls: Mapping[str, Call]) -> Times:
-    """Times on the CPU, measured in turns, so that a busy machine slows all of them alike."""
+    """Times on the CPU, measured in turns so that other load slows all candidates alike."""
     times: Times = {name: [] for name in calls}
     end, rounds = time.perf_counter() + MEASURE_SECONDS * len(calls), 0
     while rounds < 3 or (time.perf_counter() < end and rounds < 100):
@@ -156,13 +156,13 @@ def host_seconds(calls: Mapping[str, Call]) -> Times:
     return times
 
 
-# -- memory ----------------------------------------------------------------------------------------
+# -- cache -----------------------------------------------------------------------------------------
 
 
 class Choices:
-    """Names of ways by a key, kept in a file between processes.
+    """Names of the chosen candidates by key, cached in a file between processes.
 
-    The key holds all that the choice depends on: machine, versions, dtype, sizes.
+    The key contains everything that the choice depends on: machine, versions, dtype, sizes.
     """
 
     def __init__(self, file: str) -> None:
@@ -175,7 +175,7 @@ class Choices:
         return Path(base) / "resfast" / self.file
 
     def get(self, key: str, names: Iterable[str]) -> str | None:
-        """The choice for a key, where it is one of ``names``."""
+        """The choice for a key, if there is one and it is among ``names``."""
         path = self.path()
         if path not in self._known:
             self._known[path] = _read(path)
@@ -183,7 +183,7 @@ class Choices:
         return name if name in names else None
 
     def put(self, key: str, name: str, *, keep: bool) -> None:
-        """Remembers a choice, and with ``keep`` for other processes too."""
+        """Stores a choice; with ``keep``, for other processes too."""
         path = self.path()
         self._known.setdefault(path, {})[key] = name
         if not keep:
@@ -194,11 +194,11 @@ class Choices:
             atomic.write_bytes(path, json.dumps(merged, indent=0, sort_keys=True).encode())
         except OSError as error:
             warn_once(
-                f"{path} cannot be written ({error}); convolutions are measured in each process"
+                f"{path} cannot be written ({error}); every process measures convolutions again"
             )
 
     def forget(self) -> None:
-        """What is remembered in this process; the file stays."""
+        """Clears the choices of this process; the file is kept."""
         self._known.clear()
 
 
@@ -208,9 +208,9 @@ def _read(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        warn_once(f"{path} is ignored: it cannot be read ({error}); it is written anew")
+        warn_once(f"{path} is ignored and will be rewritten: it cannot be read ({error})")
         return {}
     if not isinstance(choices, dict):
-        warn_once(f"{path} is ignored: it does not hold choices of algorithms; it is written anew")
+        warn_once(f"{path} is ignored and will be rewritten: it does not hold choices")
         return {}
     return {key: name for key, name in choices.items() if isinstance(name, str)}

@@ -10,9 +10,9 @@
   wasted on edges (``csrc/cpu/conv/conv_direct.cpp``); fast for batches that fill groups of 32.
 
 The last three are for bfloat16. :class:`~resfast.ops.conv.op.ConvBiasAct` asks for a plan once per
-shape; the choice is kept in ``$XDG_CACHE_HOME/resfast/conv-cpu.json``, by processor, version, shape
-and number of threads, unless the machine was too busy to tell. ``RESFAST_CONV=oneDNN``, ``gemm``,
-``winograd`` or ``direct`` takes that algorithm wherever it applies.
+shape. The choice is cached in ``$XDG_CACHE_HOME/resfast/conv-cpu.json`` by processor, version,
+shape and number of threads, unless the machine was too busy to measure. ``RESFAST_CONV=oneDNN``,
+``gemm``, ``winograd`` or ``direct`` forces that algorithm wherever it applies.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ ONEDNN_NAMES = {
     "relu": "relu",
     "leaky_relu": "leaky_relu",
     "silu": "swish",
-    "gelu": "gelu",  # of erf, by the algorithm that is given beside it
+    "gelu": "gelu",  # exact GELU, with the algorithm argument "none"
 }
 TILES = (4, 3, 2)
-"""Sides of tiles for stride 1, the largest first."""
-MOST_GROUP_BYTES = 16 * 2**20
-"""Of a group of images that the direct kernels lay out at a time, each thread its own."""
+"""Output sizes of Winograd tiles for stride 1, largest first."""
+MAX_GROUP_BYTES = 16 * 2**20
+"""Maximum size of a group of images that a thread of the direct kernels lays out at once."""
 MAX_ERROR = 0.02
-"""Of a candidate, root mean square relative to that of the result: a few roundings to bfloat16."""
+"""Maximum RMS error of a candidate relative to the result's RMS: a few roundings to bfloat16."""
 
 
 def conv2d_bias_act(
@@ -58,7 +58,7 @@ def conv2d_bias_act(
     activation: str,
     negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
 ) -> Tensor:
-    """The operator, for a weight that is not known to stay the same: oneDNN."""
+    """The operator for weights that may change between calls: oneDNN."""
     run = _onednn(x, weight, bias, stride, padding, activation, negative_slope, 2, None)
     return run(x, residual)
 
@@ -75,7 +75,7 @@ def plan(
     packed: dict[Any, Any],
     largest_tile: int = 2,
 ) -> Plan:
-    """The algorithm for arguments like these; ``packed`` keeps the weights between plans."""
+    """The algorithm for arguments like these; ``packed`` caches packed weights between plans."""
     tile = fastest_tile(x, max(stride), padding[0], largest_tile)
     args = (x, weight, bias, stride, padding, activation, negative_slope, tile, packed)
     names = [name for name in ALGORITHMS if _applies(name, x, weight, stride, padding)]
@@ -96,13 +96,13 @@ def plan(
 
 
 def fastest_tile(x: Tensor, stride: int, padding: int, largest: int = max(TILES)) -> int:
-    """The tile of fewest multiplications for an image size: a smaller one where edges waste it.
+    """The tile with the fewest multiplications for an image size, including waste at the edges.
 
     Args:
         x: ``[N, C, H, W]``.
-        stride: of rows and columns.
-        padding: likewise.
-        largest: the tile to take at most.
+        stride: stride of rows and columns.
+        padding: padding of rows and columns.
+        largest: the largest tile allowed.
     """
     if stride != 1:
         return 2
@@ -111,7 +111,7 @@ def fastest_tile(x: Tensor, stride: int, padding: int, largest: int = max(TILES)
         rows, columns = (-(-(size + 2 * padding - 2) // tile) for size in x.shape[2:])
         return rows * columns * (tile + 2) ** 2
 
-    # A loop: torch.compile breaks the graph at min with a key (2.11) and of a generator (2.15).
+    # torch.compile breaks the graph at min() with a key (2.11) and of a generator (2.15).
     best = min(TILES)
     for tile in reversed(TILES):
         if tile <= largest and points(tile) <= points(best):
@@ -143,24 +143,24 @@ def group_images(columns: int) -> int:
     """Images that the direct kernels lay out as one group (``csrc/cpu/conv/conv_direct.h``).
 
     Args:
-        columns: of the result.
+        columns: width of the result.
     """
     return max(2, 32 // math.gcd(columns, 32))
 
 
 def group_is_small(x: Tensor, columns: int) -> bool:
-    """Whether a group of images takes little memory.
+    """Whether a group of images takes at most :data:`MAX_GROUP_BYTES`.
 
     Args:
         x: ``[N, C, H, W]``, input of a convolution or gradient of its result.
-        columns: of the result.
+        columns: width of the result.
     """
-    return group_images(columns) * x.shape[1:].numel() * 2 <= MOST_GROUP_BYTES
+    return group_images(columns) * x.shape[1:].numel() * 2 <= MAX_GROUP_BYTES
 
 
 @functools.cache
 def has_amx() -> bool:
-    """Whether the kernels are built and this processor has AMX for bfloat16."""
+    """Whether the kernels were built and this processor has AMX for bfloat16."""
     return _has_kernels() and torch.ops.resfast.conv_bf16_amx()
 
 
@@ -169,7 +169,7 @@ def has_amx() -> bool:
 
 @functools.cache
 def _onednn_has(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's convolution takes ``dtype`` on this processor."""
+    """Whether oneDNN's convolution supports ``dtype`` on this processor."""
     if not torch.backends.mkldnn.is_available() or not hasattr(
         torch.ops.mkldnn, "_convolution_pointwise"
     ):
@@ -211,13 +211,13 @@ def _onednn(
     rest = (padding, stride, [1, 1], 1)
     unary = torch.ops.mkldnn._convolution_pointwise.default
     binary = torch.ops.mkldnn._convolution_pointwise.binary
-    fused = activation in ("none", "relu")  # what oneDNN's binary form takes after the sum
+    fused = activation in ("none", "relu")  # oneDNN's binary form fuses only these after the sum
     attribute = "relu" if activation == "relu" else None
     act = conv_reference.ACTIVATIONS[activation]
     channels_last = torch.channels_last
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
-        kind = x.dtype
+        input_dtype = x.dtype
         x = x.to(dtype).contiguous(memory_format=channels_last)
         if residual is None:
             out = unary(x, weight, bias, *rest, name, scalars, "none" if name == "gelu" else "")
@@ -226,7 +226,7 @@ def _onednn(
             out = binary(x, residual, weight, bias, *rest, "add", 1.0, attribute, [], "")
             if not fused:
                 out = act(out, negative_slope)
-        return out.to(kind).contiguous(memory_format=channels_last)
+        return out.to(input_dtype).contiguous(memory_format=channels_last)
 
     return run
 
@@ -234,7 +234,7 @@ def _onednn(
 # -- our kernels -----------------------------------------------------------------------------------
 
 
-def _own(
+def _resfast(
     name: str,
     x: Tensor,
     weight: Tensor,
@@ -251,7 +251,7 @@ def _own(
     if key not in packed:
         pack = getattr(torch.ops.resfast, f"conv_{name}_pack")
         packed[key] = pack(weight.contiguous(), *(stride[:1] if tiles else ()), *tiles)
-    ready, kernel = packed[key], getattr(torch.ops.resfast, f"conv_{name}").default
+    packed_weight, kernel = packed[key], getattr(torch.ops.resfast, f"conv_{name}").default
     geometry = [*weight.shape, *stride, *padding]
     code = list(conv_reference.ACTIVATIONS).index(activation)
     channels_last = torch.channels_last
@@ -260,16 +260,16 @@ def _own(
         x = x.contiguous(memory_format=channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=channels_last)
-        return kernel(x, ready, bias, residual, geometry, code, negative_slope, *tiles)
+        return kernel(x, packed_weight, bias, residual, geometry, code, negative_slope, *tiles)
 
     return run
 
 
 BUILDERS: dict[str, Callable[..., Run]] = {
     "oneDNN": _onednn,
-    "gemm": functools.partial(_own, "gemm"),
-    "winograd": functools.partial(_own, "winograd"),
-    "direct": functools.partial(_own, "direct"),
+    "gemm": functools.partial(_resfast, "gemm"),
+    "winograd": functools.partial(_resfast, "winograd"),
+    "direct": functools.partial(_resfast, "direct"),
 }
 
 
@@ -278,7 +278,7 @@ BUILDERS: dict[str, Callable[..., Run]] = {
 
 @torch.inference_mode()
 def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[str, bool]:
-    """The fastest of the algorithms whose result on these very numbers is good enough."""
+    """The fastest of the algorithms that are accurate on these arguments."""
     x, weight, bias, stride, padding, activation, negative_slope, *_ = args
     exact = conv_reference.conv2d_bias_act(
         x.float(),
@@ -290,7 +290,7 @@ def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[st
         activation,
         negative_slope,
     )
-    if not exact.isfinite().all():  # nothing can be compared with it
+    if not exact.isfinite().all():  # comparison is impossible
         return "oneDNN", False
     runs = {name: BUILDERS[name](*args[:-1], {}) for name in names}
     return conv_choice.fastest(

@@ -1,17 +1,17 @@
 """``resfast::conv2d_bias_act`` on CUDA: our kernels and cuDNN's, the fastest by measurement.
 
-- ``ours:TILE,SPLITS``: the implicit GEMM of ``csrc/cuda/conv/conv.cuh``; every shape and dtype.
-- ``hopper:CONFIGURATION``: TMA and wgmma with CUTLASS (``csrc/cuda/conv_hopper/``), on sm_90 only.
-- ``cudnn``: its fused calls for ReLU; for others its convolution, then our epilogue.
-- ``torch``: one operation after the other, where nothing else works.
+- ``ours:TILE,SPLITS``: the implicit GEMM of ``csrc/cuda/conv.cuh``; every shape and dtype.
+- ``hopper:CONFIGURATION``: TMA and wgmma, on CUTLASS (``csrc/cuda/hopper.cu``), on sm_90 alone.
+- ``cudnn``: cuDNN's fused calls for ReLU; otherwise its convolution, followed by our epilogue.
+- ``torch``: unfused PyTorch operators, the fallback if nothing else works.
 
-Each shape is measured once on each kind of GPU, and the choice is kept in
-``$XDG_CACHE_HOME/resfast/conv-cuda.json``. What is measured is the time on the GPU, which is what
-counts under CUDA graphs and for large batches, with weights that have left the L2 cache and an
-input that was just written, as between the layers of a network.
+Each shape is measured once on each kind of GPU, and the choice is cached in
+``$XDG_CACHE_HOME/resfast/conv-cuda.json``. Measured is the time on the GPU, which is what matters
+with CUDA graphs and large batches, with weights evicted from the L2 cache and an input that was
+just written, as between the layers of a network.
 
-``RESFAST_CONV=ours``, ``hopper``, ``cudnn`` or ``torch`` takes only those that are named so, and
-``ours:2,1`` that very one, wherever it applies.
+``RESFAST_CONV=ours``, ``hopper``, ``cudnn`` or ``torch`` allows only candidates of that kind, and
+``ours:2,1`` only that one, wherever it applies.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ from resfast.ops.conv.choice import Call, Plan, Times
 from resfast.ops.conv.reference import channels_last
 
 CHOICES = conv_choice.Choices("conv-cuda.json")
-MOST_OF_OURS = 6
-"""Tiles and splits that are measured, of those that ``csrc/cuda/conv/conv_plan.h`` thinks best."""
-MOST_OF_HOPPER = 6
+MAX_OURS = 6
+"""Tiles and splits that are measured, of those that ``csrc/cuda/conv_plan.h`` thinks best."""
+MAX_HOPPER = 6
 ROUNDS = 12
 FLUSHES = 4
-"""Times that as much as the L2 cache holds is written before each call. It also gives the processor
-the time to launch what is measured before the GPU comes to it."""
-ROWS = 4
-"""Of the first and of the last images, on which a result is checked."""
+"""Number of times that the L2 cache is overwritten before each call. This also lets the CPU launch
+the measured call before the GPU reaches it."""
+CHECKED_IMAGES = 4
+"""Results are checked on this many of the first and of the last images."""
 MAX_ERROR, MAX_ERROR_FLOAT32 = 0.02, 1e-4
-"""Of a way, root mean square relative to that of the result; the second without TF32."""
+"""Maximum RMS error relative to the result's RMS; the second is for float32 without TF32."""
 
 Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[int], list[int], str, float]
-"""Those of the operator."""
+"""Arguments of the operator."""
 
 
 @dataclass(frozen=True)
-class Way:
-    """``run(x, weight, bias, residual)``, with the bias as ``prepare_bias(bias, weight)`` gives it.
+class Candidate:
+    """``run(x, weight, bias, residual)``, with the bias prepared by ``prepare_bias(bias, weight)``.
 
-    All tensors of images and filters come in ``channels_last``, and so does the result.
+    x, weight and residual are in ``channels_last``, and so is the result.
     """
 
     name: str
@@ -63,24 +63,24 @@ class Way:
 
 
 def conv2d_bias_act(*args: Any) -> Tensor:
-    """The operator, for a weight that is not known to stay the same."""
+    """The operator for weights that may change between calls."""
     args = _with_slope(*args)
     x, weight, bias, residual = args[:4]
-    way, _ = _choose(args)
-    return way.run(
+    candidate, _ = _choose(args)
+    return candidate.run(
         channels_last(x),
         channels_last(weight),
-        way.prepare_bias(bias, weight),
+        candidate.prepare_bias(bias, weight),
         None if residual is None else channels_last(residual),
     )
 
 
 def plan(*args: Any) -> Plan:
-    """The way for arguments like these; the weight and the bias stay those that are given here."""
+    """The plan for arguments like these, with this weight and this bias."""
     args = _with_slope(*args)
     weight, bias, has_residual = channels_last(args[1]), args[2], args[3] is not None
-    way, settled = _choose(args)
-    run, bias = way.run, way.prepare_bias(bias, weight)
+    candidate, settled = _choose(args)
+    run, bias = candidate.run, candidate.prepare_bias(bias, weight)
 
     def planned(x: Tensor, residual: Tensor | None) -> Tensor:
         if has_residual:
@@ -88,23 +88,23 @@ def plan(*args: Any) -> Plan:
         return run(channels_last(x), weight, bias, residual)
 
     shape = conv_reference.output_shape(args[0], weight, *args[4:6])
-    return Plan(way.name, torch.Size(shape), planned, settled)
+    return Plan(candidate.name, torch.Size(shape), planned, settled)
 
 
 def tf32(dtype: torch.dtype) -> bool:
-    """Whether a convolution of this dtype may be rounded to TF32, by torch's switches for cuDNN."""
-    # Set by torch.backends.cudnn.allow_tf32 too, which cannot always be read.
+    """Whether torch's cuDNN settings allow TF32 for convolutions of this dtype."""
+    # torch.backends.cudnn.allow_tf32 sets this too, but cannot always be read.
     return dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def may_measure() -> bool:
-    """Not while a CUDA graph is captured: nothing that is launched then runs."""
+    """Whether kernels can be timed: not during CUDA graph capture, where nothing runs."""
     return not torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
 def machine(device: torch.device) -> str:
-    """The part of a key that says where something was measured."""
+    """The part of a cache key that describes the GPU and its software."""
     name, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
     return f"{name}|{capability}|{conv_choice.versions()}|cuDNN {cudnn}"
@@ -114,11 +114,11 @@ def _with_slope(*args: Any) -> Arguments:
     return args if len(args) == 8 else (*args, conv_reference.TORCH_NEGATIVE_SLOPE)
 
 
-# -- the ways --------------------------------------------------------------------------------------
+# -- candidates ------------------------------------------------------------------------------------
 
 
-def _ways(args: Arguments) -> dict[str, Way]:
-    """Those that apply, by name; the first is the best guess, ``torch`` is always the last."""
+def _candidates(args: Arguments) -> dict[str, Candidate]:
+    """The applicable candidates by name: the best guess first, ``torch`` always last."""
     x, weight, _, _, stride, padding, activation, slope = args
     geometry = stride, padding
     capability = _capability(x.device)
@@ -126,30 +126,32 @@ def _ways(args: Arguments) -> dict[str, Way]:
     has_ours = _built("conv2d_cuda") and capability >= runtime.MIN_COMPUTE_CAPABILITY
     if has_ours:
         kernel = torch.ops.resfast.conv2d_cuda.default
-        flat = _offers("conv2d_cuda_candidates", x, weight, *geometry, _processors(x.device))
+        sizes = x, weight, *geometry
+        flat = _configurations("conv2d_cuda_candidates", *sizes, _multiprocessors(x.device))
         for tile, splits in zip(flat[::2], flat[1::2], strict=True):
             rest = (*geometry, activation, slope, tile, splits, tf32(x.dtype))
-            found.append(Way(f"ours:{tile},{splits}", _then(kernel, rest)))
+            found.append(Candidate(f"ours:{tile},{splits}", _bound(kernel, rest)))
     if _built("conv2d_hopper") and capability == (9, 0) and x.dtype != torch.float32:
         kernel = torch.ops.resfast.conv2d_hopper.default
-        for config in _offers("conv2d_hopper_configs", x, weight, *geometry):
+        for config in _configurations("conv2d_hopper_configs", x, weight, *geometry):
             rest = (*geometry, activation, slope, config)
-            found.append(Way(f"hopper:{config}", _then(kernel, rest)))
+            found.append(Candidate(f"hopper:{config}", _bound(kernel, rest)))
     if torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled:
         if activation == "relu":
-            found.append(Way("cudnn", functools.partial(_cudnn_relu, *geometry), _cudnn_bias))
+            run = functools.partial(_cudnn_relu, *geometry)
+            found.append(Candidate("cudnn", run, _cudnn_bias))
         elif has_ours:
             run = functools.partial(_cudnn_then_epilogue, *geometry, activation, slope)
-            found.append(Way("cudnn", run))
-    found.append(Way("torch", functools.partial(_torch, *geometry, activation, slope)))
-    return {way.name: way for way in found}
+            found.append(Candidate("cudnn", run))
+    found.append(Candidate("torch", functools.partial(_torch, *geometry, activation, slope)))
+    return {candidate.name: candidate for candidate in found}
 
 
-def _offers(name: str, *args: Any) -> list[int]:
-    """What one of our kernels lists, best guess first."""
+def _configurations(name: str, *args: Any) -> list[int]:
+    """The configurations that one of our kernels lists, best guess first."""
     try:
         return getattr(torch.ops.resfast, name)(*args)
-    except RuntimeError as error:  # beyond its 32-bit positions; all else is checked before
+    except RuntimeError as error:  # exceeds 32-bit indices; everything else is already checked
         conv_choice.warn_once(str(error).partition("\n")[0])
         return []
 
@@ -164,16 +166,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _then(kernel: Any, rest: tuple) -> Callable[..., Tensor]:
+def _bound(kernel: Any, rest: tuple) -> Callable[..., Tensor]:
     return lambda x, weight, bias, residual: kernel(x, weight, bias, residual, *rest)
 
 
 def _cudnn_bias(bias: Tensor | None, weight: Tensor) -> Tensor:
-    """Of the weight's dtype; torch would make zeros in each call."""
+    """The bias in the weight's dtype; zeros if None, which torch would create in every call."""
     if bias is None:
         return weight.new_zeros(weight.shape[0])
     return bias.to(weight.dtype)
@@ -231,26 +233,26 @@ def _torch(
 # -- choice ----------------------------------------------------------------------------------------
 
 
-_chosen: dict[tuple, Way] = {}
+_chosen: dict[tuple, Candidate] = {}
 
 
-def _choose(args: Arguments) -> tuple[Way, bool]:
-    """The way to take, and whether that is settled: not while nothing can be measured."""
+def _choose(args: Arguments) -> tuple[Candidate, bool]:
+    """The candidate to use, and whether that is final: not while measuring is impossible."""
     x, weight, _, residual, stride, padding, activation, slope = args
     sizes = x.shape, weight.shape, *stride, *padding, residual is None
     named = os.environ.get("RESFAST_CONV")
     key = (*sizes, x.dtype, tf32(x.dtype), x.device, activation, slope, named)
-    way = _chosen.get(key)
-    if way is not None:
-        return way, True
-    way, settled = _choose_among(_ways(args), args)
+    candidate = _chosen.get(key)
+    if candidate is not None:
+        return candidate, True
+    candidate, settled = _choose_among(_candidates(args), args)
     if settled:
-        _chosen[key] = way
-    return way, settled
+        _chosen[key] = candidate
+    return candidate, settled
 
 
 def choice_key(args: Arguments) -> str:
-    """In the file: all that the choice depends on."""
+    """The key in the cache file: everything that the choice depends on."""
     x, weight, _, residual, stride, padding, activation, _ = args
     kinds = "+".join(kind for kind in ("cuda", "hopper") if _built(f"conv2d_{kind}")) or "no"
     precision = "tf32" if tf32(x.dtype) else str(x.dtype).removeprefix("torch.")
@@ -259,42 +261,42 @@ def choice_key(args: Arguments) -> str:
     return "|".join([*parts, conv_choice.forced("cuda") or "any"])
 
 
-def _allowed(ways: dict[str, Way], named: str | None) -> dict[str, Way]:
-    """Of all that apply those that are worth measuring, or those that are named."""
-    if len(ways) > 1 and named != "torch":
-        ways = {name: way for name, way in ways.items() if name != "torch"}
-    of_name = {name: way for name, way in ways.items() if name == named}
-    of_kind = {name: way for name, way in ways.items() if name.partition(":")[0] == named}
-    allowed, counts = {}, {"ours": MOST_OF_OURS, "hopper": MOST_OF_HOPPER}
-    for name, way in (of_name or of_kind or ways).items():
+def _allowed(candidates: dict[str, Candidate], named: str | None) -> dict[str, Candidate]:
+    """The candidates worth measuring, or those that RESFAST_CONV names."""
+    if len(candidates) > 1 and named != "torch":
+        candidates = {name: value for name, value in candidates.items() if name != "torch"}
+    of_name = {name: value for name, value in candidates.items() if name == named}
+    of_kind = {name: value for name, value in candidates.items() if name.partition(":")[0] == named}
+    allowed, counts = {}, {"ours": MAX_OURS, "hopper": MAX_HOPPER}
+    for name, candidate in (of_name or of_kind or candidates).items():
         kind = name.partition(":")[0]
         counts[kind] = counts.get(kind, 1) - 1
         if counts[kind] >= 0:
-            allowed[name] = way
+            allowed[name] = candidate
     return allowed
 
 
-def _choose_among(ways: dict[str, Way], args: Arguments) -> tuple[Way, bool]:
+def _choose_among(candidates: dict[str, Candidate], args: Arguments) -> tuple[Candidate, bool]:
     if args[0].numel() == 0:
-        return ways["torch"], True
-    allowed = _allowed(ways, conv_choice.forced("cuda"))
+        return candidates["torch"], True
+    allowed = _allowed(candidates, conv_choice.forced("cuda"))
     first = next(iter(allowed))
     with torch.cuda.device(args[0].device):
         key = choice_key(args)
         name = first if len(allowed) == 1 else CHOICES.get(key, allowed)
         if not may_measure():
-            return ways[name or first], name is not None
+            return candidates[name or first], name is not None
         if name is None:
             name = _fastest(key, allowed, args)
-        elif name == "cudnn":  # it looks for its fastest algorithm in every process
-            with torch.inference_mode(), _cudnn_searches():
-                _call(ways[name], args)()
-        return ways[name or first], name is not None
+        elif name == "cudnn":  # cuDNN searches for its fastest algorithm in every process
+            with torch.inference_mode(), _cudnn_benchmark():
+                _call(candidates[name], args)()
+        return candidates[name or first], name is not None
 
 
 @contextlib.contextmanager
-def _cudnn_searches() -> Iterator[None]:
-    """cuDNN measures its algorithms in its first call for a shape, and remembers the fastest."""
+def _cudnn_benchmark() -> Iterator[None]:
+    """Lets cuDNN time its algorithms in the first call for a shape and keep the fastest."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -303,22 +305,22 @@ def _cudnn_searches() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _call(way: Way, args: Arguments) -> Call:
+def _call(candidate: Candidate, args: Arguments) -> Call:
     x, weight, bias, residual, *_ = args
     return functools.partial(
-        way.run,
+        candidate.run,
         channels_last(x),
         weight := channels_last(weight),
-        way.prepare_bias(bias, weight),
+        candidate.prepare_bias(bias, weight),
         None if residual is None else channels_last(residual),
     )
 
 
 @torch.inference_mode()
-def _fastest(key: str, ways: dict[str, Way], args: Arguments) -> str | None:
-    """The fastest of the ways whose result on these very numbers is good enough.
+def _fastest(key: str, candidates: dict[str, Candidate], args: Arguments) -> str | None:
+    """The fastest of the candidates that are accurate on these arguments.
 
-    None where that cannot be told: for lack of memory, or of a finite result to compare with.
+    None if that cannot be determined: out of memory, or the exact result is not finite.
     """
     x, weight, bias, residual, *rest = args
     what = f"{list(x.shape)} with {list(weight.shape)} in {x.dtype}"
@@ -326,44 +328,45 @@ def _fastest(key: str, ways: dict[str, Way], args: Arguments) -> str | None:
         exact = _exact(args)
         if not exact.isfinite().all():
             return None
-        # Copies, so that nobody else reads or writes what is measured.
-        given, added = channels_last(x), None if residual is None else residual.clone()
-        scratch = (given.clone(), weight.clone(), bias, added, *rest)
-        calls = {name: _call(way, scratch) for name, way in ways.items()}
+        # Measures on copies, which nothing else reads or writes.
+        original, added = channels_last(x), None if residual is None else residual.clone()
+        scratch = (original.clone(), weight.clone(), bias, added, *rest)
+        calls = {name: _call(candidate, scratch) for name, candidate in candidates.items()}
         loose = x.dtype != torch.float32 or tf32(x.dtype)
         is_right = conv_choice.near(exact, MAX_ERROR if loose else MAX_ERROR_FLOAT32)
-        with _cudnn_searches():
+        with _cudnn_benchmark():
             chosen, steady = conv_choice.fastest(
                 calls,
                 is_right=lambda out: is_right(ends(out)),
-                seconds=functools.partial(seconds, fresh=lambda: scratch[0].copy_(given)),
+                seconds=functools.partial(seconds, fresh=lambda: scratch[0].copy_(original)),
                 trusted="torch",
                 what=what,
             )
     except torch.OutOfMemoryError:
-        conv_choice.warn_once(f"no GPU memory to measure the convolution of {what}: not measured")
+        conv_choice.warn_once(f"not enough GPU memory to measure the convolution of {what}")
         return None
     CHOICES.put(key, chosen, keep=steady)
     return chosen
 
 
 def ends(tensor: Tensor) -> Tensor:
-    """The first and the last images, where a wrong tile would show."""
-    count = tensor.shape[0]
-    return tensor if count <= 2 * ROWS else torch.cat([tensor[:ROWS], tensor[-ROWS:]])
+    """The first and the last images, where a wrong tile would be visible."""
+    if tensor.shape[0] <= 2 * CHECKED_IMAGES:
+        return tensor
+    return torch.cat([tensor[:CHECKED_IMAGES], tensor[-CHECKED_IMAGES:]])
 
 
 def _exact(args: Arguments) -> Tensor:
-    """The result for those images in float64, which no switch of float32 changes."""
+    """The result for the images of :func:`ends` in float64, which TF32 settings do not affect."""
     x, weight, bias, residual, *rest = args
-    some = None if residual is None else ends(residual).double()
+    added = None if residual is None else ends(residual).double()
     bias = None if bias is None else bias.double()
-    out = conv_reference.conv2d_bias_act(ends(x).double(), weight.double(), bias, some, *rest)
-    return out.to(x.dtype).double()  # overflows of the dtype are infinite
+    out = conv_reference.conv2d_bias_act(ends(x).double(), weight.double(), bias, added, *rest)
+    return out.to(x.dtype).double()  # values that overflow the dtype become infinite
 
 
 def seconds(calls: Mapping[str, Call], fresh: Callable[[], Any]) -> Times:
-    """Times on the GPU, measured in turns by events; ``fresh`` writes the input before each."""
+    """Times on the GPU, measured in turns with events; ``fresh`` writes the input before each."""
     flush = torch.empty(_l2_bytes(torch.cuda.current_device()), dtype=torch.uint8, device="cuda")
     times: Times = {name: [] for name in calls}
     for turn in range(ROUNDS + 2):

@@ -1,6 +1,6 @@
 """``resfast::conv2d_bias_act`` and ``resfast::add_relu`` in plain PyTorch.
 
-They run wherever no kernel of our own does, and say what the kernels must compute.
+They define what the kernels must compute, and run where no kernel of ours does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TORCH_NEGATIVE_SLOPE = 0.01
-"""Slope of leaky ReLU that the operators take by default, as ``torch.nn.LeakyReLU`` does."""
+"""Default slope of leaky ReLU, the same as in ``torch.nn.LeakyReLU``."""
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "none": lambda x, negative_slope: x,
     "relu": lambda x, negative_slope: F.relu(x),
@@ -32,7 +32,7 @@ def output_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int
 
 
 def new_map(like: Tensor, sizes: list[int]) -> Tensor:
-    """Fresh ``[N, C, H, W]`` in ``channels_last``, of the dtype and device of ``like``."""
+    """A new tensor ``[N, C, H, W]`` in ``channels_last``, with the dtype and device of ``like``."""
     n, c, h, w = sizes
     return like.new_empty((n, h, w, c)).permute(0, 3, 1, 2)
 
@@ -47,7 +47,7 @@ def conv2d_bias_act(
     activation: str,
     negative_slope: float = TORCH_NEGATIVE_SLOPE,
 ) -> Tensor:
-    """All in float32 (float64 for float64), rounded once to x's dtype; ``channels_last``."""
+    """Computes in float32 (float64 for float64) and rounds once to x's dtype; ``channels_last``."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     out = F.conv2d(
         x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding
@@ -59,7 +59,7 @@ def conv2d_bias_act(
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """``[N, C, H, W]`` in that memory order, copied only where it is in another."""
+    """``[N, C, H, W]`` in ``channels_last`` memory, copied only if necessary."""
     return tensor.contiguous(memory_format=torch.channels_last)
 
 

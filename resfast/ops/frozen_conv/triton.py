@@ -1,6 +1,6 @@
-"""``resfast::frozen_conv_act`` and its backward on CUDA, by Triton.
+"""``resfast::frozen_conv_act`` and its backward on CUDA, in Triton.
 
-A program takes the patches of a block of pixels straight from the images, as rows of a matrix.
+A program gathers the patches of a block of pixels directly from the images, as rows of a matrix.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from resfast.ops.conv.reference import new_map
 from resfast.ops.norm_act.triton import _activated, _before_activation, _plus
 
 BLOCK = 128
-"""Pixels that a program goes over at a time."""
-PROGRAMS = 528
-"""Of the backward, at most: four on each multiprocessor of an H200."""
+"""Pixels per tile."""
+MAX_PROGRAMS = 528
+"""Maximum number of programs of the backward: four per multiprocessor of an H200."""
 INTEGERS = ["pixels", "height", "width", "rows", "columns", "before"]
+"""Arguments excluded from specialization."""
 
 
 @triton.jit
 def _filters(weight, filters, NUMBERS: tl.constexpr, DEPTH: tl.constexpr, FILTERS: tl.constexpr):
-    """The weight as ``[DEPTH, FILTERS]``, zero behind its end."""
+    """The weight as ``[DEPTH, FILTERS]``, padded with zeros."""
     k, f = tl.arange(0, DEPTH), tl.arange(0, FILTERS)
     inside = (k < NUMBERS)[:, None] & (f < filters)[None, :]
     return tl.load(weight + f[None, :] * NUMBERS + k[:, None], mask=inside, other=0.0)
@@ -154,7 +155,7 @@ def forward(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    """Launches the kernel; arguments of :mod:`resfast.ops.frozen_conv.op`, x in channels_last."""
+    """Launches the kernel; arguments as in :mod:`resfast.ops.frozen_conv.op`, x channels_last."""
     (n, _, h, w), (filters, _, kernel, _) = x.shape, weight.shape
     rows, columns = (side + before + behind - kernel + 1 for side in (h, w))
     out = new_map(x, [n, filters, rows, columns])
@@ -179,10 +180,10 @@ def backward(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    """Likewise; the gradient of the bias, float32 ``[K]``."""
+    """Launches the backward kernel; returns the gradient of the bias, float32 ``[K]``."""
     (n, filters, rows, columns), (h, w) = grad.shape, x.shape[2:]
     blocks = triton.cdiv(n * rows * columns, BLOCK)
-    partials = bias.new_zeros((min(blocks, PROGRAMS), filters))
+    partials = bias.new_zeros((min(blocks, MAX_PROGRAMS), filters))
     if blocks:
         matrix = weight.permute(0, 2, 3, 1).contiguous()
         with torch.cuda.device_of(x):

@@ -1,10 +1,10 @@
-"""What Muon does on CUDA: Triton kernels for filters of one shape.
+"""Muon's step on CUDA: Triton kernels for filters of one shape.
 
-A step is one pass over weight, gradient and momentum, then three products an iteration of
-Newton-Schulz, X X^T, a I + b G + c G G and that times X, of which the last one moves the weight.
-Norms are kept as sums of squares of blocks, which whoever needs a norm adds up in one order.
+A step is one pass over weight, gradient and momentum, then three matrix products per Newton-Schulz
+iteration: G = X X^T, a I + b G + c G G, and that times X. The very last one updates the weight.
+Norms are stored as sums of squares per block, which their readers add up in a fixed order.
 
-Shapes: B matrices of ``[S, L]``, S <= L: K filters of n numbers each, transposed where K > n.
+Shapes: B matrices ``[S, L]``, S <= L: K filters of n weights each, transposed if K > n.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-"""Numbers that a program of the first pass goes over."""
+"""Elements per program in the first pass."""
 TILE, DEPTH = 32, 128
-"""Side of a square of X X^T that a program computes, and how much of L it loads at a time."""
+"""Side of the square tile of X X^T that a program computes, and the chunk of L it loads at once."""
 ROWS, COLUMNS, INNER = 64, 64, 64
-"""Likewise of the other products."""
+"""Tile height, tile width and chunk of the inner dimension of the other products."""
 
 
 @triton.jit
@@ -60,12 +60,12 @@ def _nesterov_kernel(
 
 
 @triton.jit
-def _norm(sums, parts, least):
+def _norm(sums, parts, min_norm):
     total = 0.0
     for start in range(0, parts, 1024):
         at = start + tl.arange(0, 1024)
         total += tl.reduce(tl.load(sums + at, mask=at < parts, other=0.0), 0, _add)
-    return tl.maximum(tl.sqrt_rn(total), least)
+    return tl.maximum(tl.sqrt_rn(total), min_norm)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _symmetric_kernel(
     stride,
     step,
     parts,
-    least,
+    min_norm,
     a,
     b,
     c,
@@ -87,7 +87,7 @@ def _symmetric_kernel(
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """x x^T by its lower triangle; a I + b x + c x x^T with POLYNOMIAL, for a symmetric x."""
+    """x x^T from its lower triangle; with POLYNOMIAL, a I + b x + c x x^T for a symmetric x."""
     tiles = (size + TILE - 1) // TILE
     top, left = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     batch = tl.program_id(1).to(tl.int64)
@@ -97,20 +97,20 @@ def _symmetric_kernel(
         total = tl.full((TILE, TILE), 0, tl.float32)
         for start in range(0, length, DEPTH):
             k = start + tl.arange(0, DEPTH)
-            one = tl.load(
+            left_rows = tl.load(
                 x + i[:, None] * stride + k[None, :] * step,
                 mask=(i < size)[:, None] & (k < length)[None, :],
                 other=0.0,
             )
-            other = tl.load(
+            right_columns = tl.load(
                 x + j[None, :] * stride + k[:, None] * step,
                 mask=(j < size)[None, :] & (k < length)[:, None],
                 other=0.0,
             )
-            total = tl.dot(one, other, total)
+            total = tl.dot(left_rows, right_columns, total)
         inside = (i < size)[:, None] & (j < size)[None, :]
         if NORMALIZE:
-            norm = _norm(sums + batch * 2 * parts, parts, least)
+            norm = _norm(sums + batch * 2 * parts, parts, min_norm)
             total = total / (norm * norm)
         if POLYNOMIAL:
             value = tl.load(x + i[:, None] * stride + j[None, :] * step, mask=inside, other=0.0)
@@ -134,7 +134,7 @@ def _apply_kernel(
     stride,
     step,
     parts,
-    least,
+    min_norm,
     decay,
     scale,
     norm,
@@ -146,7 +146,7 @@ def _apply_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
 ):
-    """factor x; with MOVE out is a weight that moves by it."""
+    """out = factor x; with MOVE, out is a weight that is updated by factor x."""
     across = (length + COLUMNS - 1) // COLUMNS
     batch = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
@@ -169,7 +169,7 @@ def _apply_kernel(
         total = tl.dot(left, right, total)
     sums += batch * 2 * parts
     if NORMALIZE:
-        total = total / _norm(sums, parts, least)
+        total = total / _norm(sums, parts, min_norm)
     target = out + batch * size * length + i[:, None] * stride + j[None, :] * step
     inside = (i < size)[:, None] & (j < length)[None, :]
     if MOVE:
@@ -177,7 +177,7 @@ def _apply_kernel(
             rate = tl.load(rate)
         keep = 1.0 - rate * decay
         if KEEP_NORM:
-            keep = keep * norm / _norm(sums + parts, parts, least)
+            keep = keep * norm / _norm(sums + parts, parts, min_norm)
         total = keep * tl.load(target, mask=inside, other=0.0) - rate * scale * total
     tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 
@@ -193,66 +193,70 @@ def step(
     steps: int,
     normalize: bool,
     coefficients: tuple[float, float, float],
-    least: float,
+    min_norm: float,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Moves filters of one shape, without waiting for the device.
+    """Updates filters of one shape, without synchronizing with the device.
 
     Args:
-        weights: float32, K filters each, dense, a filter behind the other in memory.
-        grads: of the same strides.
-        buffers: momentum, likewise.
+        weights: float32, K filters each, dense, with contiguous filters one after another.
+        grads: gradients, with the same strides.
+        buffers: momentum buffers, with the same strides.
         lr: learning rate, a number or a float32 0-d tensor on the device.
-        momentum: of Nesterov.
-        weight_decay: part of itself, times lr, that a weight loses.
-        steps: iterations of Newton-Schulz.
-        normalize: bring each weight to the Frobenius norm sqrt(K) first.
-        coefficients: of the quintic.
-        least: norm that a smaller one is replaced by.
-        dtype: of the factors of products, bfloat16 or float32.
+        momentum: Nesterov momentum.
+        weight_decay: decoupled; a weight loses ``lr * weight_decay`` of itself.
+        steps: Newton-Schulz iterations.
+        normalize: first rescale each weight to the Frobenius norm sqrt(K).
+        coefficients: coefficients of the quintic polynomial.
+        min_norm: lower bound of the norms that are divided by.
+        dtype: dtype of the operands of the products, bfloat16 or float32.
     """
     filters, count = weights[0].shape[0], weights[0].numel()
     length = count // filters
-    strides = length, 1
-    if filters > length:
-        strides = 1, length
+    strides = (1, length) if filters > length else (length, 1)
     small, large = sorted((filters, length))
     batch, parts = len(weights), triton.cdiv(count, BLOCK)
-    new = weights[0].new_empty
+    new_empty = weights[0].new_empty
     x, gram, factor = (
-        new(sizes, dtype=dtype)
-        for sizes in ((batch, count), (batch, small, small), (batch, small, small))
+        new_empty(shape, dtype=dtype)
+        for shape in ((batch, count), (batch, small, small), (batch, small, small))
     )
-    sums = new((batch, 2, parts))
+    sums = new_empty((batch, 2, parts))
     tiles = triton.cdiv(small, TILE) ** 2, batch
     blocks = triton.cdiv(small, ROWS) * triton.cdiv(large, COLUMNS)
-    squares = {"TILE": TILE, "num_warps": 4, "num_stages": 4}
-    sizes = {"ROWS": ROWS, "COLUMNS": COLUMNS, "INNER": INNER, "num_warps": 4}
+    symmetric_options = {"TILE": TILE, "num_warps": 4, "num_stages": 4}
+    tile_sizes = {"ROWS": ROWS, "COLUMNS": COLUMNS, "INNER": INNER, "num_warps": 4}
     rate = {"rate": lr, "RATE_IN_MEMORY": isinstance(lr, Tensor)}
-    scale = math.sqrt(max(1.0, filters / length))
-    moving = {"decay": weight_decay, "scale": scale, "norm": math.sqrt(filters), **rate, **sizes}
+    apply_options = {
+        "decay": weight_decay,
+        "scale": math.sqrt(max(1.0, filters / length)),
+        "norm": math.sqrt(filters),
+        **rate,
+        **tile_sizes,
+    }
     with torch.cuda.device_of(x):
         for b, (weight, grad, buffer) in enumerate(zip(weights, grads, buffers, strict=True)):
             _nesterov_kernel[(parts,)](
                 weight, grad, buffer, x[b], sums[b], momentum, count, parts,
                 NORMALIZE=normalize, BLOCK=BLOCK, num_warps=8,
             )  # fmt: skip
-        for done in range(steps):
-            first, last = done == 0, done + 1 == steps
+        for iteration in range(steps):
+            is_first, is_last = iteration == 0, iteration + 1 == steps
             _symmetric_kernel[tiles](
-                gram, x, sums, small, large, *strides, parts, least, *coefficients,
-                NORMALIZE=first, POLYNOMIAL=False, DEPTH=DEPTH, **squares,
+                gram, x, sums, small, large, *strides, parts, min_norm, *coefficients,
+                NORMALIZE=is_first, POLYNOMIAL=False, DEPTH=DEPTH, **symmetric_options,
             )  # fmt: skip
             _symmetric_kernel[tiles](
-                factor, gram, sums, small, small, small, 1, parts, least, *coefficients,
-                NORMALIZE=False, POLYNOMIAL=True, DEPTH=INNER, **squares,
+                factor, gram, sums, small, small, small, 1, parts, min_norm, *coefficients,
+                NORMALIZE=False, POLYNOMIAL=True, DEPTH=INNER, **symmetric_options,
             )  # fmt: skip
-            moved = None if last else torch.empty_like(x)
-            together = [(moved, factor, x, sums)]
-            for tensors in zip(weights, factor, x, sums, strict=True) if last else together:
-                _apply_kernel[(blocks, 1 if last else batch)](
+            # The last iteration writes to weights, which are separate tensors.
+            next_x = None if is_last else torch.empty_like(x)
+            batched = [(next_x, factor, x, sums)]
+            for tensors in zip(weights, factor, x, sums, strict=True) if is_last else batched:
+                _apply_kernel[(blocks, 1 if is_last else batch)](
                     *tensors, size=small, length=large, stride=strides[0], step=strides[1],
-                    parts=parts, least=least, NORMALIZE=first, MOVE=last,
-                    KEEP_NORM=last and normalize, **moving,
+                    parts=parts, min_norm=min_norm, NORMALIZE=is_first, MOVE=is_last,
+                    KEEP_NORM=is_last and normalize, **apply_options,
                 )  # fmt: skip
-            x = moved
+            x = next_x

@@ -1,23 +1,23 @@
 """``resfast::batch_norm_act`` and its backward on CUDA: two Triton kernels each.
 
-The first reads the maps once and writes sums over its rows, for each channel, to ``partials``; the
-second adds these up, each program for itself, and reads the maps once more. With pooling the first
-reads x and writes the pooled x, which all the others work on, and the last writes the gradient of
-all of x. The order of the additions is fixed, so that results are the same in every run on one
-kind of GPU. Nothing waits for the device.
+The first kernel reads the maps once and each of its programs writes sums per channel to
+``partials``. In the second kernel every program adds these up, and the maps are read once more.
+With pooling, the first forward kernel reads x and writes the pooled x, which the others work on;
+the last backward kernel writes the gradient of the full x. The order of the additions is fixed, so
+results are reproducible on one kind of GPU. Nothing synchronizes with the device.
 
-Maps are matrices here: a row is a pixel of ``[N, H, W]``, a column a channel. Programs stand in a
-grid of blocks of channels by ``programs``, which share the rows out in tiles of ``ROWS * UNROLL``,
-every ``programs``-th to one. The second kernel takes its tiles last first, while the first one's
-last are in the cache. Tiles are read one ahead: the compiler would put off reads to where their
-values are needed, and leave memory idle.
+Maps are treated as matrices: a row is a pixel of ``[N, H, W]``, a column a channel. The grid is
+blocks of channels by ``programs``; tiles of ``ROWS * UNROLL`` rows are distributed round-robin over
+the programs. The second kernel processes its tiles in reverse order, because the last tiles of the
+first are still in the cache. Tiles are prefetched by one iteration; otherwise the compiler would
+delay loads to their first use and leave memory idle.
 
-Variances of parts are put together as by Chan, Golub and LeVeque, "Updating formulae and a
-pairwise algorithm for computing sample variances", 1979; the error function is formula 7.1.26 of
-Abramowitz and Stegun, "Handbook of Mathematical Functions", to 1.5e-7.
+Partial variances are combined as in Chan, Golub and LeVeque, "Updating formulae and a pairwise
+algorithm for computing sample variances", 1979. The error function is formula 7.1.26 of Abramowitz
+and Stegun, "Handbook of Mathematical Functions", accurate to 1.5e-7.
 
 Long because the four kernels and their launchers share one layout of the rows and one set of
-inlined device functions, and a change of it is a change of all of them.
+inlined device functions, and a change to one is a change to all.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from torch import Tensor
 from resfast.ops.conv.reference import channels_last, new_map
 
 WARPS = 16
-PROGRAMS = 1
-"""To a multiprocessor, at most: the second kernels read the sums of each."""
+PROGRAMS_PER_MULTIPROCESSOR = 1
+"""Maximum; kept low because the second kernels read the sums of every program."""
 PARTS = 64
-"""Programs whose sums are read at once."""
+"""Number of programs whose sums are read at once."""
 STATISTICS, POOLING, APPLY, APPLY_TO_TWO = 4, 2, 4, 2
 SUMS, SUMS_OF_THREE, GRADIENT, UNPOOLING = 2, 1, 2, 1
-"""``UNROLL`` of the kernels: vectors of 16 bytes of each map that a thread reads at once. No more
-than keeps the kernels within 128 registers, which is what there is for that many warps."""
+"""``UNROLL`` of the kernels: 16-byte vectors of each map that a thread reads at once, limited by
+the 128 registers per thread that are available with this many warps."""
 INTEGERS = ["rows", "units", "programs", "height", "width"]
-"""What kernels are not compiled for the values of."""
+"""Arguments excluded from specialization."""
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _largest(a, b):
 
 @triton.jit
 def _normal(z):
-    """The distribution function of the normal distribution at z, and exp(-z^2 / 2)."""
+    """The CDF of the standard normal distribution at z, and exp(-z^2 / 2)."""
     root = tl.rsqrt(1.0 + 0.23164189 * tl.abs(z))
     t = root * root  # cheaper than a division
     power = tl.exp2(z * z * -0.72134752)
@@ -94,7 +94,7 @@ def _activated(z, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _before_activation(grad, z, slope, ACTIVATION: tl.constexpr):
-    """The gradient before the activation of z; relu and leaky_relu want no more than z's sign."""
+    """The gradient with respect to z; relu and leaky_relu use only the sign of z."""
     if ACTIVATION == "relu":
         grad = tl.where(z <= 0, 0.0, grad)
     elif ACTIVATION == "leaky_relu":
@@ -110,21 +110,21 @@ def _before_activation(grad, z, slope, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _block(units, VECTOR: tl.constexpr, WHOLE: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of this program: number of channels, its channels, and which of them there are."""
-    channels = units * VECTOR  # so that the compiler knows what divides it
+    """Total number of channels, the channels of this program, and which of these exist."""
+    channels = units * VECTOR  # tells the compiler that VECTOR divides it
     column = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     inside = tl.full((1, CHANNELS), 1, tl.int1) if WHOLE else column < channels
     return channels, column, inside
 
 
 @triton.jit
-def _both(ok, inside, WHOLE: tl.constexpr):
-    return ok if WHOLE else ok & inside
+def _mask(row_exists, inside, WHOLE: tl.constexpr):
+    return row_exists if WHOLE else row_exists & inside
 
 
 @triton.jit
 def _per_channel(values, column, inside, default):
-    """Row ``[1, CHANNELS]`` of float32; ``default`` where there are no values."""
+    """float32 row ``[1, CHANNELS]``; ``default`` if ``values`` is None."""
     if values is None:
         return tl.full(column.shape, default, tl.float32)
     else:
@@ -133,7 +133,7 @@ def _per_channel(values, column, inside, default):
 
 @triton.jit
 def _corner(row, height, width, rows, columns):
-    """The first pixel of a window, and its place among the windows of an image."""
+    """First pixel of a pooling window, its image, and its row and column among the windows."""
     row, columns, rows = row.to(tl.uint32), columns.to(tl.uint32), rows.to(tl.uint32)
     line = row // columns
     image = line // rows
@@ -143,7 +143,7 @@ def _corner(row, height, width, rows, columns):
 
 @triton.jit
 def _next_down(start, step, rows):
-    """Where the tile before begins, and the rows that there are: none, if there is no such tile."""
+    """Start of the preceding tile, and the number of rows; 0 rows if there is no such tile."""
     return tl.maximum(start - step, 0), tl.where(start >= step, rows, 0)
 
 
@@ -159,13 +159,13 @@ def _read(
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """A tile of each map from row ``start`` on, in ``UNROLL`` parts; zeros after the last row."""
+    """A tile of each map from row ``start``, in ``UNROLL`` parts; zeros after the last row."""
     values = ()
     for j in tl.static_range(len(maps)):
         first = maps[j] + start.to(tl.int64) * channels
         for i in tl.static_range(UNROLL):
             row = i * ROWS + tl.arange(0, ROWS)[:, None]
-            mask = _both(start + row < rows, inside, WHOLE)
+            mask = _mask(start + row < rows, inside, WHOLE)
             values += (tl.load(first + row * channels + column, mask=mask, other=0),)
     return values
 
@@ -184,21 +184,21 @@ def _read_pooled(
     ROWS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Likewise from window ``start`` on, of those that cover the map before the pooling."""
+    """As :func:`_read`, but from window ``start`` of the windows that cover the unpooled map."""
     values = ()
     sources = ()
     masks = ()
     for i in tl.static_range(UNROLL):
         window = start + i * ROWS + tl.arange(0, ROWS)[:, None]
         _pixel, image, y, x = _corner(window, height, width, (height + 1) // 2, (width + 1) // 2)
-        there = (window < windows) & (y < height // 2) & (x < width // 2)
+        exists = (window < windows) & (y < height // 2) & (x < width // 2)
         row = (image * (height // 2) + y) * (width // 2) + x
         sources += (row.to(tl.int64) * channels + column,)
-        masks += (_both(there, inside, WHOLE),)
+        masks += (_mask(exists, inside, WHOLE),)
     for j in tl.static_range(len(maps)):
         for i in tl.static_range(UNROLL):
-            nowhere = 4 * (j == 2)  # in `where` no place in a window
-            values += (tl.load(maps[j] + sources[i], mask=masks[i], other=nowhere),)
+            fill = 4 * (j == 2)  # in `where`, 4 is not a position in a window
+            values += (tl.load(maps[j] + sources[i], mask=masks[i], other=fill),)
     return values
 
 
@@ -226,7 +226,7 @@ def _statistics_kernel(
     first = program * (ROWS * UNROLL)
     if POOL:
         first = _corner(first, height, width, height // 2, width // 2)[0]
-    # Differences from any value of the channel: sums of squares lose nothing to a large mean.
+    # Subtracts some value of the channel, so that a large mean costs no precision.
     shift = tl.load(x + first.to(tl.int64) * channels + column, mask=inside, other=0)
     shift = shift.to(tl.float32)
     total = tl.full((ROWS, CHANNELS), 0, tl.float32)
@@ -240,7 +240,7 @@ def _statistics_kernel(
         values = ()
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
-            mask = _both(start + row < rows, inside, WHOLE)
+            mask = _mask(start + row < rows, inside, WHOLE)
             if POOL:
                 corner = _corner(start + row, height, width, height // 2, width // 2)[0]
                 source = x + corner.to(tl.int64) * channels + column
@@ -251,7 +251,7 @@ def _statistics_kernel(
                 values += (tl.load(x + at + row * channels + column, mask=mask, other=0),)
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
-            mask = _both(start + row < rows, inside, WHOLE)
+            mask = _mask(start + row < rows, inside, WHOLE)
             if POOL:
                 a, b = values[4 * i].to(tl.float32), values[4 * i + 1].to(tl.float32)
                 c, d = values[4 * i + 2].to(tl.float32), values[4 * i + 3].to(tl.float32)
@@ -285,11 +285,11 @@ def _apply_kernel(
     partials,
     rows,
     units,
-    programs,  # of the kernel of the statistics
+    programs,  # of the statistics kernel
     eps,
     slope,
     ACTIVATION: tl.constexpr,
-    STEP: tl.constexpr,  # its ROWS * UNROLL
+    STEP: tl.constexpr,  # ROWS * UNROLL of the statistics kernel
     VECTOR: tl.constexpr,
     WHOLE: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -298,35 +298,35 @@ def _apply_kernel(
     PARTS: tl.constexpr,
 ):
     channels, column, inside = _block(units, VECTOR, WHOLE, CHANNELS)
-    program, others = tl.program_id(1), tl.num_programs(1)
+    program, stride = tl.program_id(1), tl.num_programs(1)
     local = tl.arange(0, ROWS)[:, None]
     tiles = (rows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
-    last = program + (tiles - 1 - program) // others * others
+    last = program + (tiles - 1 - program) // stride * stride
     maps = (x, residual) if residual is not None else (x,)
     start = last * (ROWS * UNROLL)
     ahead = _read(maps, start, rows, channels, column, inside, WHOLE, ROWS, UNROLL)
 
     tiles = (rows + STEP - 1) // STEP
-    some = tl.load(partials + column, mask=inside, other=0)
+    first_mean = tl.load(partials + column, mask=inside, other=0)
     total = tl.full((PARTS, CHANNELS), 0, tl.float32)
     square = tl.full((PARTS, CHANNELS), 0, tl.float32)
     start = 0
     while start < programs:
         part = start + tl.arange(0, PARTS)[:, None]
-        mask = _both(part < programs, inside, WHOLE)
+        mask = _mask(part < programs, inside, WHOLE)
         at = partials + part * 2 * channels + column
-        difference = tl.load(at, mask=mask, other=0) - some
-        own = tl.load(at + channels, mask=mask, other=0)
+        difference = tl.load(at, mask=mask, other=0) - first_mean
+        squares = tl.load(at + channels, mask=mask, other=0)
         count = (tiles // programs + (part < tiles % programs)) * STEP
         count -= tl.where(part == (tiles - 1) % programs, tiles * STEP - rows, 0)
         count = tl.where(part < programs, count, 0).to(tl.float32)
         total += count * difference
-        square += own + count * difference * difference
+        square += squares + count * difference * difference
         start += PARTS
     average = _sum(total) / rows
     variance = _sum(square) / rows - average * average
     variance = _largest(variance, 0.0)
-    average += some
+    average += first_mean
     if tl.program_id(1) == 0:
         tl.store(mean + column, average, mask=inside)
         tl.store(var + column, variance, mask=inside)
@@ -337,23 +337,23 @@ def _apply_kernel(
         start = (last + program - step) * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
         values = ahead
-        start_of_next, end = _next_down(start, others * (ROWS * UNROLL), rows)
+        start_of_next, end = _next_down(start, stride * (ROWS * UNROLL), rows)
         ahead = _read(maps, start_of_next, end, channels, column, inside, WHOLE, ROWS, UNROLL)
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
-            mask = _both(start + row < rows, inside, WHOLE)
+            mask = _mask(start + row < rows, inside, WHOLE)
             z = (values[i].to(tl.float32) - average) * scale + level
             if residual is not None:
                 z += values[UNROLL + i].to(tl.float32)
             z = _activated(z, slope, ACTIVATION).to(tl.bfloat16)
             tl.store(out + at + row * channels + column, z, mask=mask)
-        step += others
+        step += stride
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def _sums_kernel(
     partials,  # float32 [programs, 2, C]: sums of dz, and of dz (x - mean)
-    dz,  # written where there is `other`
+    dz,  # written if there is `other`
     grad,
     x,
     other,
@@ -397,7 +397,7 @@ def _sums_kernel(
         ahead = _read(maps, after, rows, channels, column, inside, WHOLE, ROWS, UNROLL)
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
-            mask = _both(start + row < rows, inside, WHOLE)
+            mask = _mask(start + row < rows, inside, WHOLE)
             difference = values[UNROLL + i].to(tl.float32) - average
             z = difference
             if FROM_RESULT:
@@ -410,7 +410,7 @@ def _sums_kernel(
             if other is not None:
                 to = dz + at + row * channels + column
                 tl.store(to, value.to(tl.bfloat16), mask=mask)
-            first += value  # 0 where there are no rows, as the gradient is there
+            first += value  # 0 after the last row, because the gradient is loaded as 0
             second += value * difference
         tile += programs
     to = partials + program * 2 * channels + column
@@ -421,8 +421,8 @@ def _sums_kernel(
 @triton.jit(do_not_specialize=INTEGERS)
 def _gradient_kernel(
     dx,
-    for_weight,
-    for_bias,
+    weight_grad,
+    bias_grad,
     grad,
     x,
     where,
@@ -433,7 +433,7 @@ def _gradient_kernel(
     partials,
     rows,
     units,
-    programs,  # of the kernel of the sums
+    programs,  # of the sums kernel
     height,
     width,
     eps,
@@ -447,14 +447,14 @@ def _gradient_kernel(
     PARTS: tl.constexpr,
 ):
     channels, column, inside = _block(units, VECTOR, WHOLE, CHANNELS)
-    program, others = tl.program_id(1), tl.num_programs(1)
+    program, stride = tl.program_id(1), tl.num_programs(1)
     local = tl.arange(0, ROWS)[:, None]
     down, across = (height + 1) // 2, (width + 1) // 2
     windows = rows
-    if where is not None:  # and those that the last row or column of an odd number is half of
+    if where is not None:  # includes partial windows at the edge of odd heights and widths
         windows = rows // ((height // 2) * (width // 2)) * (down * across)
     tiles = (windows + ROWS * UNROLL - 1) // (ROWS * UNROLL)
-    last = program + (tiles - 1 - program) // others * others
+    last = program + (tiles - 1 - program) // stride * stride
     start = last * (ROWS * UNROLL)
     place = channels, column, inside
     if where is not None:
@@ -470,7 +470,7 @@ def _gradient_kernel(
     start = 0
     while start < programs:
         part = start + tl.arange(0, PARTS)[:, None]
-        mask = _both(part < programs, inside, WHOLE)
+        mask = _mask(part < programs, inside, WHOLE)
         at = partials + part * 2 * channels + column
         first += tl.load(at, mask=mask, other=0)
         second += tl.load(at + channels, mask=mask, other=0)
@@ -479,8 +479,8 @@ def _gradient_kernel(
     rstd = tl.rsqrt(tl.load(var + column, mask=inside, other=1) + eps)
     sums, products = _sum(first), _sum(second) * rstd
     if tl.program_id(1) == 0:
-        tl.store(for_bias + column, sums, mask=inside)
-        tl.store(for_weight + column, products, mask=inside)
+        tl.store(bias_grad + column, sums, mask=inside)
+        tl.store(weight_grad + column, products, mask=inside)
     scale = rstd * _per_channel(weight, column, inside, 1.0)
     level = _per_channel(bias, column, inside, 0.0)
     constant, factor = -scale * sums / rows, -scale * rstd * products / rows
@@ -489,14 +489,14 @@ def _gradient_kernel(
         start = (last + program - step) * (ROWS * UNROLL)
         at = start.to(tl.int64) * channels
         values = ahead
-        start_of_next, end = _next_down(start, others * (ROWS * UNROLL), windows)
+        start_of_next, end = _next_down(start, stride * (ROWS * UNROLL), windows)
         if where is not None:
             ahead = _read_pooled(maps, start_of_next, end, *size, *place, WHOLE, ROWS, UNROLL)
         else:
             ahead = _read(maps, start_of_next, end, *place, WHOLE, ROWS, UNROLL)
         for i in tl.static_range(UNROLL):
             row = i * ROWS + local
-            mask = _both(start + row < windows, inside, WHOLE)
+            mask = _mask(start + row < windows, inside, WHOLE)
             difference = values[UNROLL + i].to(tl.float32) - average
             value = values[i].to(tl.float32)
             if ACTIVATION != "none":
@@ -509,17 +509,18 @@ def _gradient_kernel(
                 for side in tl.static_range(4):
                     y, z = side // 2, side % 2
                     part = tl.where(values[2 * UNROLL + i] == side, value, 0.0)
-                    there = mask & (2 * p + y < height) & (2 * q + z < width)
-                    tl.store(to + (y * width + z) * channels, part, mask=there)
+                    exists = mask & (2 * p + y < height) & (2 * q + z < width)
+                    tl.store(to + (y * width + z) * channels, part, mask=exists)
             else:
                 tl.store(dx + at + row * channels + column, value, mask=mask)
-        step += others
+        step += stride
 
 
 def layout(channels: int, unroll: int) -> dict[str, Any]:
-    """How kernels split ``[rows, channels]``: their constants.
+    """Compile-time constants of the kernels: how they split ``[rows, channels]``.
 
-    Channels that are no multiple of 8 are read one by one, four to a thread, and not unrolled.
+    If the channels are not a multiple of 8, they are read one by one, four per thread, without
+    unrolling.
     """
     vector = 8 if channels % 8 == 0 else 1
     block = 64 if channels % 64 == 0 else 32 if channels % 32 == 0 else 64
@@ -543,11 +544,11 @@ def forward(
     negative_slope: float,
     pool: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launches the kernels; arguments as of ``resfast::batch_norm_act``, already checked.
+    """Launches the kernels; arguments as for ``resfast::batch_norm_act``, already checked.
 
     Returns:
-        The result, mean and variance, and with ``pool`` the pooled x and, uint8 ``[N * P * Q * C]``
-        in the order of its memory, which of the four values of its window each is.
+        The result, mean and variance, and with ``pool`` the pooled x and, in its memory order, the
+        position 0 to 3 of each maximum in its window, uint8 ``[N * P * Q * C]``.
 
     Raises:
         ValueError: x has more than 2^30 pixels.
@@ -565,10 +566,10 @@ def forward(
         where = x.new_empty(rows * channels, dtype=torch.uint8)
     out = new_map(x, sizes)
     mean, var = (x.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    reading = layout(channels, POOLING if pool else STATISTICS)
-    step, programs = _shared(x, rows, reading)
+    read_layout = layout(channels, POOLING if pool else STATISTICS)
+    step, programs = _grid(x, rows, read_layout)
     partials = x.new_empty((programs[1], 2, channels), dtype=torch.float32)
-    units = channels // reading["VECTOR"]
+    units = channels // read_layout["VECTOR"]
     with torch.cuda.device_of(x):
         _statistics_kernel[programs](
             partials,
@@ -580,11 +581,11 @@ def forward(
             height,
             width,
             POOL=pool,
-            **reading,
+            **read_layout,
             num_warps=WARPS,
         )
-        writing = layout(channels, APPLY if residual is None else APPLY_TO_TWO)
-        _apply_kernel[_shared(x, rows, writing)[1]](
+        write_layout = layout(channels, APPLY if residual is None else APPLY_TO_TWO)
+        _apply_kernel[_grid(x, rows, write_layout)[1]](
             out,
             mean,
             var,
@@ -600,7 +601,7 @@ def forward(
             negative_slope,
             ACTIVATION=activation,
             STEP=step,
-            **writing,
+            **write_layout,
             PARTS=PARTS,
             num_warps=WARPS,
         )
@@ -621,25 +622,25 @@ def backward(
     activation: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the kernels; arguments and results of ``resfast::batch_norm_act_backward``.
+    """Launches the kernels; arguments and results as for ``resfast::batch_norm_act_backward``.
 
-    With ``where`` x is the pooled one.
+    If ``where`` is given, x is the pooled x.
     """
     n, channels, *_ = x.shape
     rows = x.numel() // channels
     grad, x, other = channels_last(grad), channels_last(x), _map(other)
     weight, bias = _dense(weight), _dense(bias)
-    for_residual = x.new_empty(0) if other is None else new_map(x, list(x.shape))
-    for_weight, for_bias = torch.empty_like(mean), torch.empty_like(mean)
+    residual_grad = x.new_empty(0) if other is None else new_map(x, list(x.shape))
+    weight_grad, bias_grad = torch.empty_like(mean), torch.empty_like(mean)
     dx = new_map(x, [n, channels, *size])
-    summing = layout(channels, SUMS if other is None else SUMS_OF_THREE)
-    _, programs = _shared(x, rows, summing)
+    sum_layout = layout(channels, SUMS if other is None else SUMS_OF_THREE)
+    _, programs = _grid(x, rows, sum_layout)
     partials = x.new_empty((programs[1], 2, channels), dtype=torch.float32)
-    units = channels // summing["VECTOR"]
+    units = channels // sum_layout["VECTOR"]
     with torch.cuda.device_of(x):
         _sums_kernel[programs](
             partials,
-            None if other is None else for_residual,
+            None if other is None else residual_grad,
             grad,
             x,
             other,
@@ -652,16 +653,16 @@ def backward(
             eps,
             negative_slope,
             ACTIVATION=activation,
-            **summing,
+            **sum_layout,
             num_warps=WARPS,
         )
         windows = rows if where is None else n * ((size[0] + 1) // 2) * ((size[1] + 1) // 2)
-        writing = layout(channels, GRADIENT if where is None else UNPOOLING)
-        _gradient_kernel[_shared(x, windows, writing)[1]](
+        write_layout = layout(channels, GRADIENT if where is None else UNPOOLING)
+        _gradient_kernel[_grid(x, windows, write_layout)[1]](
             dx,
-            for_weight,
-            for_bias,
-            grad if other is None else for_residual,
+            weight_grad,
+            bias_grad,
+            grad if other is None else residual_grad,
             x,
             where,
             weight,
@@ -676,11 +677,11 @@ def backward(
             eps,
             negative_slope,
             ACTIVATION=activation if other is None else "none",
-            **writing,
+            **write_layout,
             PARTS=PARTS,
             num_warps=WARPS,
         )
-    return dx, for_weight, for_bias, for_residual
+    return dx, weight_grad, bias_grad, residual_grad
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -691,11 +692,12 @@ def _map(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else channels_last(tensor)
 
 
-def _shared(x: Tensor, rows: int, constants: dict[str, Any]) -> tuple[int, tuple[int, int]]:
-    """Rows of a tile, and the grid of programs: blocks of channels by those that share the rows."""
+def _grid(x: Tensor, rows: int, constants: dict[str, Any]) -> tuple[int, tuple[int, int]]:
+    """Rows per tile, and the grid: blocks of channels by programs that share the rows."""
     step = constants["ROWS"] * constants["UNROLL"]
     blocks = triton.cdiv(x.shape[1], constants["CHANNELS"])
-    processors = 2  # of Triton's interpreter
+    multiprocessors = 2  # in Triton's interpreter
     if x.is_cuda:
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return step, (blocks, min(triton.cdiv(rows, step), max(1, processors * PROGRAMS // blocks)))
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = max(1, multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // blocks)
+    return step, (blocks, min(triton.cdiv(rows, step), programs))

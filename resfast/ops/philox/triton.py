@@ -31,7 +31,7 @@ def _philox_kernel(out, indices, count, key_low, key_high, epoch, stream, BLOCK:
 
 
 def philox(indices: Tensor, seed: int, epoch: int, stream: int) -> Tensor:
-    """Launches the kernel; arguments and result as of :func:`resfast.ops.philox.op.philox`."""
+    """Launches the kernel; arguments and result as for :func:`resfast.ops.philox.op.philox`."""
     count = len(indices)
     out = torch.empty((4, count), dtype=torch.int64, device=indices.device)
     if count:
@@ -42,5 +42,5 @@ def philox(indices: Tensor, seed: int, epoch: int, stream: int) -> Tensor:
 
 
 def _word(value: int) -> int:
-    """The low 32 bits as int32: a kernel is compiled for each type that its arguments take."""
+    """The low 32 bits as int32; Triton would compile another kernel for a wider integer."""
     return (value + 2**31) % 2**32 - 2**31
