@@ -69,7 +69,7 @@ def test_calls_are_counted_a_step(tiny: Config, tmp_path: Path):
 
 
 def test_the_rate_of_a_matrix_product_is_that_of_its_best_size(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(profiling._SIZES, "cpu", (8, 16, 32))
+    monkeypatch.setitem(profiling._MATRIX_SIZES, "cpu", (8, 16, 32))
     seconds = iter([*[1e-3] * 5, *[2e-3] * 5, *[1.0] * 4, 4e-3])
     monkeypatch.setattr(profiling, "_seconds", lambda call, device: (call(), next(seconds))[1])
     found = matmul_flops(torch.device("cpu"), torch.float32)

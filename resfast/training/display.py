@@ -75,14 +75,9 @@ class Display:
             parts.append(f"{images_per_second:,.0f} images/s")
         self.progress.update(self.task, completed=done, epoch=epoch + 1, status="  ".join(parts))
 
-    def epoch(self, row: dict[str, Any], left: float) -> None:
-        """Prints the line of a finished epoch.
-
-        Args:
-            row: as in metrics.jsonl.
-            left: estimated remaining time, in seconds.
-        """
-        loss, accuracy = row["eval_loss"], row["eval_accuracy"]
+    def epoch(self, row: EpochRow, left: float) -> None:
+        """Prints the line of a finished epoch; ``left`` is the estimated time left, in seconds."""
+        loss, accuracy = row.eval_loss, row.eval_accuracy
         width = max(4, len(self.evaluated_on)) + 5
         cells = [
             f"{row.epoch:>3}/{self.epochs:<3}",

@@ -1,7 +1,7 @@
 """``resfast::conv2d_bias_act`` on CUDA: our kernels and cuDNN's, the fastest by measurement.
 
-- ``ours:TILE,SPLITS``: the implicit GEMM of ``csrc/cuda/conv.cuh``; every shape and dtype.
-- ``hopper:CONFIGURATION``: TMA and wgmma, on CUTLASS (``csrc/cuda/hopper.cu``), on sm_90 alone.
+- ``ours:TILE,SPLITS``: the implicit GEMM of ``csrc/cuda/conv/conv.cuh``; every shape and dtype.
+- ``hopper:CONFIGURATION``: TMA and wgmma with CUTLASS (``csrc/cuda/conv_hopper/``), on sm_90 only.
 - ``cudnn``: cuDNN's fused calls for ReLU; otherwise its convolution, followed by our epilogue.
 - ``torch``: unfused PyTorch operators, the fallback if nothing else works.
 
@@ -35,7 +35,7 @@ from resfast.ops.conv.reference import channels_last
 
 CHOICES = conv_choice.Choices("conv-cuda.json")
 MAX_OURS = 6
-"""Tiles and splits that are measured, of those that ``csrc/cuda/conv_plan.h`` thinks best."""
+"""Tiles and splits to measure, of those that ``csrc/cuda/conv/conv_plan.h`` ranks best."""
 MAX_HOPPER = 6
 ROUNDS = 12
 FLUSHES = 4
