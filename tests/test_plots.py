@@ -66,7 +66,7 @@ def test_a_plot_that_fails_is_logged_and_leaves_no_old_one(tmp_path: Path, monke
         plots.save_curves(path, [ROW], "run")
         plots.save_confusion(tmp_path / "confusion.png", torch.eye(2).long(), ("a", "b"))
     assert caplog.messages == [
-        f"going on without the plot {tmp_path / name}: no such font"
+        f"continuing without the plot {tmp_path / name}: no such font"
         for name in ("curves.png", "confusion.png")
     ]
     assert not path.exists()

@@ -242,7 +242,7 @@ def test_a_folder_of_several_runs_names_one_to_use(run, copied, tmp_path):
 
 def test_an_unfinished_run_says_what_there_is(copied):
     (copied / "model.safetensors").unlink()
-    with pytest.raises(ResfastError, match=r"unfinished.*--weights best, or go on with .*--resume"):
+    with pytest.raises(ResfastError, match=r"unfinished.*best, or continue it with .*--resume"):
         resfast.load(copied)
     assert resfast.load(copied, weights="best").file.name == "best.safetensors"
     (copied / "best.safetensors").unlink()
@@ -250,7 +250,7 @@ def test_an_unfinished_run_says_what_there_is(copied):
         with pytest.raises(ResfastError, match=r"unfinished and has no weights yet; .*--resume"):
             resfast.load(copied, weights=weights)
     (copied / "checkpoint.pt").unlink()
-    with pytest.raises(ResfastError, match=r"no weights yet; train it anew"):
+    with pytest.raises(ResfastError, match=r"no weights yet; train it again"):
         resfast.load(copied)
 
 

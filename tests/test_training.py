@@ -177,7 +177,7 @@ def test_a_batch_larger_than_the_data_is_refused(tiny: Config):
 def test_an_existing_run_is_never_overwritten(tiny: Config):
     train(change(tiny, epochs=1))
     before = (tiny.run.out / "tiny" / "summary.json").read_bytes()
-    with pytest.raises(ResfastError, match="exists; go on with it by --resume"):
+    with pytest.raises(ResfastError, match="exists; continue it with --resume"):
         train(change(tiny, epochs=1))
     assert (tiny.run.out / "tiny" / "summary.json").read_bytes() == before
 

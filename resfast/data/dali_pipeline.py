@@ -1,6 +1,6 @@
-"""The graphs that DALI executes; :mod:`resfast.data.dali` feeds them and finishes their batches.
+"""The graphs that DALI executes; :mod:`resfast.data.dali` feeds them and completes their batches.
 
-``nvidia.dali`` takes a second to import, so nothing here imports it before a graph is built.
+``nvidia.dali`` takes a second to import, so it is imported only when a graph is built.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def import_dali() -> Any:
     """The module ``nvidia.dali``.
 
     Raises:
-        ResfastError: it is not installed.
+        ResfastError: it cannot be imported.
     """
     try:
         import nvidia.dali
@@ -54,22 +54,24 @@ def build(
     normalize: tuple[list[float], list[float], bool] | None = None,
     checkpoint: bytes | None = None,
 ) -> Any:
-    """A pipeline with the outputs images ``[B, S, S, C]`` and, of shards, labels and sources.
+    """A pipeline that outputs images ``[B, S, S, C]`` and, for shards, labels and sources.
 
     Args:
-        resized: whether images are cut (to the window, or else to a centred square) and resized.
-        decoded: what is fed are images instead of file names.
-        feed: gives the values of ``fed`` for a batch, and ``StopIteration`` after the last.
-        fed: ``data`` (images, or file names as bytes), ``lengths`` of the names, and what else is
-            random: ``window`` (height and width in parts of sqrt(H W), top and left in
-            parts of what is left of the image), ``shift`` (pixels), ``flip``.
+        resized: whether decoded images are cropped (to the window, or to a centred square) and
+            resized.
+        decoded: the pipeline is fed images instead of file names.
+        feed: returns the values of ``fed`` for a batch; raises ``StopIteration`` after the last.
+        fed: ``data`` (images, or file names as bytes), ``lengths`` of the names, and the random
+            parameters drawn by the caller: ``window`` (height and width as fractions of sqrt(H W),
+            top and left as fractions of the remaining space), ``shift`` (pixels), ``flip``.
         reader: keyword arguments of ``fn.readers.webdataset``, instead of ``feed``.
-        window: of a reader: smallest part of the area of a random-resized crop; 1 for none.
-        crop: of a reader: largest random shift, in pixels, with zeros outside.
-        flip: of a reader: mirrored with probability 1/2.
-        normalize: mean and standard deviation in units of 0 … 255, and whether to float16; None
-            for uint8.
-        checkpoint: state to start from, of a reader.
+        window: with a reader: minimum area of a random-resized crop, as a fraction of the image; 1
+            for none.
+        crop: with a reader: maximum random shift, in pixels, with zeros outside.
+        flip: with a reader: mirror with probability 1/2.
+        normalize: mean and standard deviation in units of 0 … 255, and whether to output float16;
+            None for uint8.
+        checkpoint: with a reader: state to start from.
     """
     dali = import_dali()
     fn, types = dali.fn, dali.types
@@ -83,7 +85,7 @@ def build(
         seed=seed,
         enable_checkpointing=reader is not None,
         checkpoint=checkpoint,
-        enable_conditionals=True,  # an `if` on a DALI value chooses for each image
+        enable_conditionals=True,  # an `if` on a DALI value is evaluated per image
     )
     def graph() -> tuple[Any, ...]:
         outputs = []
@@ -173,7 +175,7 @@ def _random_values(fn: Any, types: Any, window: float, crop: int, flip: bool) ->
 def _decode(dali: Any, encoded: Any, window: Any, image_size: int, on_gpu: bool) -> Any:
     fn, types = dali.fn, dali.types
     options = {"device": "cpu", "output_type": types.RGB}
-    if on_gpu:  # upsampled as the decoders of the CPU do it
+    if on_gpu:  # upsample chroma as the CPU decoders do
         options |= {"device": "mixed", "jpeg_fancy_upsampling": True}
     if window is None:
         images = fn.decoders.image(encoded, **options)
@@ -199,7 +201,7 @@ def _resize_decoded(dali: Any, images: Any, window: Any, image_size: int) -> Any
         resized = _to_size(dali, images, image_size, roi_start=start, roi_end=start + size)
     else:
         shape = images.shape()
-        # Resizing takes as long as decoding a small JPEG, even where nothing is to be done.
+        # Resizing takes as long as decoding a small JPEG, even if the size does not change.
         if (shape[0] == image_size) & (shape[1] == image_size):
             resized = images
         else:
@@ -237,19 +239,19 @@ def first_undecodable(images: Iterator[tuple[str, bytes]]) -> str | None:
     import numpy as np
 
     dali = import_dali()
-    waiting = [b""]
+    pending = [b""]
     pipeline = dali.Pipeline(
         batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, seed=0
     )
     with pipeline:
         encoded = dali.fn.external_source(
-            source=lambda: [np.frombuffer(waiting[0], np.uint8)], batch=True
+            source=lambda: [np.frombuffer(pending[0], np.uint8)], batch=True
         )
         pipeline.set_outputs(dali.fn.decoders.image(encoded, output_type=dali.types.RGB))
     for name, data in images:
         if not data:
             return name
-        waiting[0] = data
+        pending[0] = data
         try:
             pipeline.run()
         except RuntimeError:

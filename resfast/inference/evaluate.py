@@ -62,8 +62,8 @@ def evaluate(
     """Scores a trained network on the test images of a data set.
 
     Args:
-        run: a run or its weights, see :func:`resfast.load`, or what that returned (then
-            ``weights``, ``device`` and ``precision`` are not looked at).
+        run: path of a run or its weights, see :func:`resfast.load`, or a loaded run (``weights``,
+            ``device`` and ``precision`` are then ignored).
         data: a data set with the run's classes, see :func:`resfast.load_dataset`; its images are
             resized to the run's image size. None: the run's own.
         data_dir: where data sets are looked for (None: the run's own).
@@ -75,7 +75,7 @@ def evaluate(
         skip_corrupt: leave out images that cannot be decoded; a run that did so always does.
         out: folder to write ``evaluation.json`` and ``evaluation-confusion.png`` to (None: do not
             write).
-        report: is given one line for each step worth knowing.
+        report: called with a line of text for each notable step.
 
     Returns:
         Accuracy, loss and confusion matrix, plain and with test-time augmentation.

@@ -68,8 +68,8 @@ class TrainedRun:
         Args:
             images: uint8 ``[N, H, W, C]`` on any device, RGB, H and W equal to ``image_size``.
             tta: test-time augmentation, see :func:`resfast.inference.scoring.predict`.
-            batch_size: images a step (None: the run's ``eval_batch_size``). Only a batch at a
-                time is moved to the network's device.
+            batch_size: images per step (None: the run's ``eval_batch_size``). Only one batch at
+                a time is moved to the network's device.
 
         Returns:
             float32 ``[N, classes]`` on the device of ``images``.
@@ -181,7 +181,7 @@ def prepare(run: TrainedRun) -> None:
 
 @contextlib.contextmanager
 def out_of_memory(batch_size: int) -> Iterator[None]:
-    """Turns a GPU out of memory into a sentence with the remedy."""
+    """Turns a GPU out-of-memory error into a message with the remedy."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -197,7 +197,7 @@ def check_choice(option: str, value: str, choices: Any) -> None:
 
 
 def _weights_file(run: Path, weights: Which) -> Path:
-    """The file that holds the weights asked for, or an error that says what there is instead."""
+    """The file with the requested weights, or an error that says what exists instead."""
     try:
         if run.is_file():
             if run.suffix != ".safetensors":
@@ -224,27 +224,27 @@ def _weights_file(run: Path, weights: Which) -> Path:
         resumable = (run / records.CHECKPOINT).is_file()
     except OSError as error:
         raise ResfastError(f"cannot read {run}: {error.strerror}; expected {_RUN}") from None
-    go_on = (
-        f"go on with python -m resfast.train --resume {run}"
+    remedy = (
+        f"continue it with python -m resfast.train --resume {run}"
         if resumable
-        else f"train it anew with python -m resfast.train --config {run / records.CONFIG}"
+        else f"train it again with python -m resfast.train --config {run / records.CONFIG}"
     )
     if held == {"best"}:
         raise ResfastError(
             f"run {run} is unfinished and has no final weights ({records.WEIGHTS}); use its best "
-            f"so far with --weights best, or {go_on}"
+            f"so far with --weights best, or {remedy}"
         )
     if held == {"final"}:
         raise ResfastError(
             f"run {run} has no best weights ({records.BEST}); use its final ones with "
             "--weights final"
         )
-    raise ResfastError(f"run {run} is unfinished and has no weights yet; {go_on}")
+    raise ResfastError(f"run {run} is unfinished and has no weights yet; {remedy}")
 
 
 def _network(file: Path, weights: Weights) -> nn.Module:
     """The network of the configuration, with the weights in it."""
-    with torch.random.fork_rng(devices=[]):  # its initial values are not wanted
+    with torch.random.fork_rng(devices=[]):  # initialization must not advance the generator
         model = build_model(network(weights.config.model), len(weights.classes))
     wanted, given = model.state_dict(), weights.tensors
     problems = [f"{name} is missing" for name in wanted if name not in given]

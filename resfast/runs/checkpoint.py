@@ -32,19 +32,19 @@ def _write(path: Path, data: bytes | memoryview, what: str) -> None:
     try:
         atomic.write_bytes(path, data)
     except OSError as error:
-        kept = f"the previous {path} is intact" if path.exists() else "there is no earlier one"
+        kept = f"the previous {path} is intact" if path.exists() else "there is no previous one"
         raise ResfastError(
             f"cannot save the {what} to {path}: {error.strerror or error} ({len(data):,} bytes); "
-            f"{kept}; free space or mend the permissions, then go on with "
+            f"{kept}; free some space or fix the permissions, then continue with "
             f"--resume {path.parent}"
         ) from None
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes a resumable state; the old file stays until the new one is whole.
+    """Writes a resumable state; the old file is replaced only once the new one is complete.
 
     Raises:
-        ResfastError: it could not be written (full disk, permissions); the old file is intact.
+        ResfastError: it cannot be written (full disk, permissions); the old file is intact.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
@@ -62,7 +62,7 @@ def load_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ResfastError(
             f"there is no checkpoint {path}: the run stopped before its first one, or this is not "
-            "a run; start it anew with --config and another --name"
+            "a run; start again with --config and another --name"
         ) from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ResfastError(
@@ -83,7 +83,7 @@ class Weights:
         config: the run's configuration.
         classes: class names, in the order of the logits.
         mean: float32 ``[C]`` in units of pixel / 255.
-        std: float32 ``[C]``, likewise.
+        std: float32 ``[C]`` in the same units.
     """
 
     tensors: dict[str, Tensor]
@@ -122,7 +122,7 @@ def load_weights(path: Path) -> Weights:
     """Reads what :func:`save_weights` wrote.
 
     Raises:
-        ResfastError: missing, damaged, or not of resfast.train.
+        ResfastError: missing, damaged, or not written by resfast.train.
     """
     try:
         data = path.read_bytes()  # safetensors opens no path that is not UTF-8

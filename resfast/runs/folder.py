@@ -106,7 +106,7 @@ def write_summary(path: Path, summary: RunSummary | SeedsSummary) -> None:
 
 
 class Loggers:
-    """TensorBoard and Weights & Biases, where asked for."""
+    """TensorBoard and Weights & Biases, if enabled."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.tensorboard = self.wandb = None

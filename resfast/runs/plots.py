@@ -1,4 +1,4 @@
-"""Plots of a run. They are extras: one that cannot be drawn is logged and left out."""
+"""Plots of a run. They are optional: one that cannot be drawn is logged and skipped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAIN, EVAL, RATE = "#1f5fa8", "#d1495b", "#5b7f3a"
 
 
 def plain(text: str) -> str:
-    """``text`` for matplotlib to draw as it is: printable characters only, and no mathtext."""
+    """``text`` for matplotlib to draw literally: printable characters only, and no mathtext."""
     return printable(text).replace("$", r"\$")
 
 
@@ -38,7 +38,7 @@ def optional(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  # a plot must not cost the result that it shows
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        logger.warning("going on without the plot %s: %s", path, reason)
+        logger.warning("continuing without the plot %s: %s", path, reason)
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Which recipe reaches an accuracy soonest: measured rows, and the choice among them."""
+"""Chooses the recipe that reaches an accuracy fastest, from a table of measurements."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Row:
     """Several runs of a recipe on one machine, as ``benchmarks.time_to_accuracy --add`` wrote it.
 
     Attributes:
-        recipe: its name.
-        device: kind of processor.
-        hardware: its name.
-        threads: of the CPU; None for CUDA.
-        data: data set, of a folder its last part alone.
-        data_digest: of its content.
-        accuracy: mean over the runs, with test-time augmentation where the recipe has some.
-        sd: standard deviation of the runs, None for a single one.
-        runs: number of runs, the seeds being different.
-        timed_seconds: mean of a run, by ``resfast.runs.folder.TIMING_RULE``.
-        compile_seconds: of the first run.
-        date: of the measurement, YYYY-MM-DD.
-        versions: of resfast and torch.
+        recipe: name of the recipe.
+        device: kind of device.
+        hardware: name of the device.
+        threads: CPU threads; None for CUDA.
+        data: data set; for a folder, the last part of its path.
+        data_digest: digest of the data set's content.
+        accuracy: mean over the runs, 0 to 1, with test-time augmentation if the recipe uses it.
+        sd: sample standard deviation over the runs, None for a single run.
+        runs: number of runs, with different seeds.
+        timed_seconds: mean over the runs, by ``resfast.runs.folder.TIMING_RULE``.
+        compile_seconds: compilation time of the first run.
+        date: date of the measurement, YYYY-MM-DD.
+        versions: versions of resfast and torch.
         source: file of the raw result, relative to the repository.
     """
 
@@ -93,7 +93,7 @@ def to_json(rows: Sequence[Row]) -> str:
 
 
 def data_name(data: str) -> str:
-    """``--data`` as in the rows: of a path its last part, ``auto`` as what it stands for."""
+    """``--data`` as in the rows: the last part of a path, and ``auto`` resolved to a data set."""
     kind, colon, path = data.partition(":")
     if colon:
         return f"{kind}:{Path(path).name}"
@@ -134,7 +134,7 @@ def pick(
         The row, and a sentence that says why.
 
     Raises:
-        ResfastError: nothing known fits, with what is known.
+        ResfastError: no row fits; the message lists what is known.
     """
     if not 0 < target <= 1:
         raise ResfastError(
@@ -150,32 +150,32 @@ def pick(
         apart = abs(math.log((row.threads or 1) / (cores or 1)))
         return alike, row.data == data, -apart, row.date
 
-    known: dict[str, Row] = {}
+    by_recipe: dict[str, Row] = {}
     for row in rows:
-        known[row.recipe] = max(row, known.get(row.recipe, row), key=nearness)
-    wanted = f"--target {target:g} --max-seconds {max_seconds:g}"
-    if not known:
+        by_recipe[row.recipe] = max(row, by_recipe.get(row.recipe, row), key=nearness)
+    request = f"--target {target:g} --max-seconds {max_seconds:g}"
+    if not by_recipe:
         raise ResfastError(
-            f"{wanted}: no recipe has been measured on {device.type} yet; name one with --recipe "
+            f"{request}: no recipe has been measured on {device.type} yet; name one with --recipe "
             "(--list shows them)"
         )
-    reaching = [row for row in known.values() if row.accuracy >= target]
+    reaching = [row for row in by_recipe.values() if row.accuracy >= target]
     if not reaching:
-        best = max(known.values(), key=lambda row: row.accuracy)
+        best = max(by_recipe.values(), key=lambda row: row.accuracy)
         raise ResfastError(
-            f"{wanted}: no known recipe reaches {target:.2%}; the most accurate is {best}; ask for "
-            "less, or name a recipe with --recipe"
+            f"{request}: no known recipe reaches {target:.2%}; the most accurate is {best}; ask "
+            "for less, or name a recipe with --recipe"
         )
     fastest = min(reaching, key=lambda row: row.timed_seconds)
     if fastest.timed_seconds > max_seconds:
         raise ResfastError(
-            f"{wanted}: the fastest known recipe that reaches {target:.2%} takes longer; "
+            f"{request}: the fastest known recipe that reaches {target:.2%} takes longer; "
             f"{fastest}; allow more seconds or ask for less"
         )
     reason = [f"recipe {fastest.recipe}: the fastest known that reaches {target:.2%}; {fastest}"]
     if (fastest.hardware, fastest.threads) != (name, cores):
-        mine = name if cores is None else f"{name}, {cores} threads"
-        reason.append(f"this is {mine}, so the seconds will differ")
+        machine = name if cores is None else f"{name}, {cores} threads"
+        reason.append(f"this is {machine}, so the seconds will differ")
     if fastest.data != data:
         reason.append(f"it was not measured on {data}, so the accuracy will differ")
     return fastest, "; ".join(reason)

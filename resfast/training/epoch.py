@@ -26,22 +26,22 @@ def train_epoch(
     display: Display,
     after_step: Callable[[int, Tensor], None] | None,
 ) -> TrainedEpoch:
-    """Trains the state's epoch from its first step to its end, or to the limit of time.
+    """Trains the state's epoch from its first step to its end, or until the time limit.
 
-    Where the limit cuts it short, ``state.stopped`` and ``state.first_step`` are set.
+    If the time limit ends it early, ``state.stopped`` and ``state.first_step`` are set.
 
     Args:
         session: the training.
-        state: how far it has come.
-        recorder: has the epochs before it.
-        signals: that ask to save and stop after a step.
-        display: is shown each step.
+        state: progress of the training.
+        recorder: holds the preceding epochs that are not recorded yet.
+        signals: requests to save and stop after a step.
+        display: shows the progress of each step.
         after_step: called after each step with its number (from 0, over the whole run) and its
             images.
 
     Raises:
         NonFiniteLossError: the loss is infinite or NaN.
-        Interrupted: a signal came; the run was saved.
+        Interrupted: a signal arrived; the run was saved.
     """
     epoch, plan = state.epoch, session.plan.epochs[state.epoch]
     schedule, metrics = session.schedule, session.step_metrics
@@ -81,14 +81,14 @@ def train_epoch(
             break
     losses = copy_to_host(metrics.losses[:trained])
     correct_in_all = copy_to_host(metrics.correct)
-    seconds, done = clock.stop()  # after the copies, which have arrived once it was read
+    seconds, done = clock.stop()  # queued after the copies, so reading it means they have arrived
     return TrainedEpoch(
         epoch, trained, lr, losses, correct_in_all, lambda: before + seconds(), done
     )
 
 
 def restored_epoch(session: Session, state: TrainingState) -> TrainedEpoch:
-    """The first part of an epoch, of a run that was restored within it and trains no further."""
+    """The first part of an epoch, for a run restored within an epoch that trains no further."""
     steps, metrics = state.first_step, session.step_metrics
     lr = _last_rate(session, state)
     losses, correct = metrics.losses[:steps].cpu(), metrics.correct.cpu()
@@ -98,7 +98,7 @@ def restored_epoch(session: Session, state: TrainingState) -> TrainedEpoch:
 
 
 def _last_rate(session: Session, state: TrainingState) -> float:
-    """Learning rate of the epoch's latest step, or of its first where none was trained yet."""
+    """Learning rate of the epoch's latest step, or of its first if none has been trained."""
     schedule, steps = session.schedule, state.first_step
     if not steps or session.config.optim.schedule == "plateau":
         return schedule.lr
@@ -108,10 +108,10 @@ def _last_rate(session: Session, state: TrainingState) -> float:
 def stop_if_asked(
     state: TrainingState, recorder: Recorder, signals: StopSignals, step: int
 ) -> None:
-    """Saves and stops before batch ``step`` of the state's epoch, if a signal came.
+    """Saves and stops before batch ``step`` of the state's epoch if a signal has arrived.
 
     Raises:
-        Interrupted: it did.
+        Interrupted: a signal has arrived.
     """
     if signals.received is not None:
         recorder.settle()
@@ -120,7 +120,7 @@ def stop_if_asked(
 
 
 def _choose_images(session: Session, state: TrainingState) -> None:
-    """Chooses the images of the epoch, and their order, where that depends on their losses."""
+    """Chooses the images of the epoch and their order, if they depend on the losses."""
     if session.step_metrics.image_losses is not None:
         state.order = epoch_order(
             session.plan.epochs[state.epoch].kept,
@@ -132,7 +132,7 @@ def _choose_images(session: Session, state: TrainingState) -> None:
 
 
 def _steps(session: Session, state: TrainingState) -> Iterator[Tensor]:
-    """Trains the rest of the epoch; yields the images of each step after it."""
+    """Trains the rest of the epoch; yields the images of each step after the step."""
     epoch, first_step = state.epoch, state.first_step
     plan, batches, metrics = session.plan.epochs[epoch], session.train_batches, session.step_metrics
     metrics.begin(first_step)

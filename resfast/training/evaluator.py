@@ -1,4 +1,4 @@
-"""Scores the network of a run, while it is trained and at its end."""
+"""Scores the network of a run during and after training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from resfast.runs.stored import EvaluatedOn
 from resfast.training.session import Session, blank_source
 
 _WARM_UP_BATCHES = 20
-"""Enough for whole batches of the least confident images too, under test-time augmentation."""
+"""Enough that test-time augmentation also gets whole batches of the least confident images."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Score:
     Attributes:
         plain: without test-time augmentation.
         augmented: with it.
-        seconds: that both took.
+        seconds: duration of both.
     """
 
     plain: Evaluation
@@ -38,15 +38,15 @@ class Score:
 
 
 class Evaluator:
-    """Evaluates the network whose weights count: the averaged one where there is one.
+    """Evaluates the network of a training: the averaged weights if there are any.
 
     Args:
         session: the training.
 
     Attributes:
-        batches: the held-out images, or the test images where none are held out.
-        evaluated_on: ``val`` or ``test``, which of them.
-        seconds: of all evaluations so far.
+        batches: the held-out images, or the test images if none are held out.
+        evaluated_on: ``val`` if ``batches`` are held-out images, otherwise ``test``.
+        seconds: duration of all evaluations so far.
     """
 
     def __init__(self, session: Session) -> None:
@@ -60,7 +60,7 @@ class Evaluator:
         """Scores the network.
 
         Args:
-            tta: test-time augmentation of the second figure.
+            tta: test-time augmentation of :attr:`Score.augmented`.
             batches: images and labels (None: :attr:`batches`).
         """
         session, evaluation = self.session, self.session.config.evaluation
@@ -68,7 +68,7 @@ class Evaluator:
         runtime.release_memory(session.device)
         model, dtype = session.step.evaluated_model, session.dtype
         if evaluation.fuse:
-            model, dtype = self._fused(model), torch.float32  # it needs no autocast
+            model, dtype = self._fused(model), torch.float32  # fused networks need no autocast
         plain, augmented = evaluate_both(
             model,
             self.batches if batches is None else batches,
@@ -77,7 +77,7 @@ class Evaluator:
             tta_select=evaluation.tta_select,
             tta_mirror=evaluation.tta_mirror,
         )
-        session.batch_shape = None  # the next batch makes room again
+        session.batch_shape = None  # the next training batch releases cached memory again
         seconds = time.perf_counter() - start
         self.seconds += seconds
         return Score(plain, augmented, seconds)
@@ -93,10 +93,10 @@ class Evaluator:
             model.train(was_training)
 
     def warm_up(self) -> float:
-        """Evaluates dummy images, where the first evaluation times kernels or loads them.
+        """Evaluates dummy images if the first evaluation would otherwise time or load kernels.
 
         Returns:
-            Seconds it took; they do not count as evaluation.
+            Seconds spent; they do not count as evaluation.
         """
         session, evaluation = self.session, self.session.config.evaluation
         on_cuda = session.device.type == "cuda"
@@ -109,7 +109,7 @@ class Evaluator:
         return seconds
 
     def _blank_on_cuda(self) -> list[tuple[Iterable[tuple[Tensor, Tensor]], TTA]]:
-        """Batches as they will be made: kernels are loaded when they are first used."""
+        """Batches like those to be evaluated: kernels are loaded on first use."""
         evaluation = self.session.config.evaluation
         whole, rest = divmod(self.batches.count, evaluation.eval_batch_size)
         count = min(whole, _WARM_UP_BATCHES) * evaluation.eval_batch_size + rest
@@ -117,7 +117,7 @@ class Evaluator:
         return [(self.session.batches(blank), evaluation.tta)]
 
     def _blank_on_cpu(self) -> list[tuple[Iterable[tuple[Tensor, Tensor]], TTA]]:
-        """One batch of each size to come, as kernels are chosen by size."""
+        """One batch of each size to be evaluated: kernels are chosen by size."""
         session, evaluation = self.session, self.session.config.evaluation
         size = evaluation.eval_batch_size
         counts = [self.batches.count]

@@ -23,7 +23,7 @@ def finish(
 
     Args:
         session: the training.
-        state: how far it came.
+        state: its final state.
         final: score of the trained network on the evaluator's images; None to evaluate it here.
         history: rows to plot.
 

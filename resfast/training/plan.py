@@ -1,8 +1,8 @@
-"""What every batch of a run is, computed before it: how many images, of how many pixels.
+"""The plan of a run: number and size of the images of every batch, computed before training.
 
-Progressive image sizes, a batch size that grows, easy images left out late, and a last epoch that
-is cut short meet here, so that the training, its learning rates, its display and a resumed run
-read one plan. Without them it is epochs of equal batches.
+Progressive image sizes, growing batch sizes, filtering out easy images late in training, and a
+partial last epoch are combined here, so that the training loop, the learning rates, the display and
+resumed runs share one plan. Without them, all epochs consist of equal batches.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class PlannedBatch:
     """One step.
 
     Attributes:
-        first: place of its first image in the epoch's order.
-        images: how many there are.
-        pixels: their height and width.
+        first: position of its first image in the epoch's order.
+        images: number of images.
+        pixels: height and width of the images, in pixels.
     """
 
     first: int
@@ -38,13 +38,13 @@ class PlannedBatch:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the training images, or over those that are kept.
+    """One pass over the training images, or over those that filtering keeps.
 
     Attributes:
-        first_step: steps of the run before it.
-        first_image: images trained on before it.
-        kept: images in its order.
-        batches: its steps; a ragged last batch is left out.
+        first_step: steps of the run before this epoch.
+        first_image: images trained on before this epoch.
+        kept: number of images in the epoch's order.
+        batches: its steps; an incomplete last batch is dropped.
     """
 
     first_step: int
@@ -54,11 +54,11 @@ class Epoch:
 
     @property
     def images(self) -> int:
-        """Images trained on in it."""
+        """Images trained on in this epoch."""
         return self.batches[-1].first + self.batches[-1].images
 
     def images_in(self, steps: int) -> int:
-        """Images of its first ``steps`` batches."""
+        """Images in the first ``steps`` batches."""
         return self.batches[steps].first if steps < len(self.batches) else self.images
 
 
@@ -67,14 +67,14 @@ class Plan:
     """All steps of a run.
 
     Attributes:
-        epochs: in order; those of one kind share their ``batches``.
+        epochs: in order; identical epochs share one ``batches`` tuple.
     """
 
     epochs: tuple[Epoch, ...]
 
     @property
     def uniform(self) -> bool:
-        """Whether every epoch is whole and all batches are alike, as without a curriculum."""
+        """Whether all epochs are complete and all batches alike, as without a curriculum."""
         same = all(epoch.batches is self.epochs[0].batches for epoch in self.epochs)
         return same and len(self.shapes()) == 1
 
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def images(self) -> int:
-        """Images trained on, each time counted."""
+        """Images trained on, counting repetitions."""
         return self.epochs[-1].first_image + self.epochs[-1].images
 
     @property
@@ -100,9 +100,9 @@ class Plan:
         return self.epochs[epoch].first_image + self.epochs[epoch].images_in(step)
 
     def progress(self) -> list[float] | None:
-        """For each step the part of all images that comes before it; None where uniform.
+        """For each step, the fraction of all images trained on before it; None if uniform.
 
-        Learning rates follow it, so that a schedule is spread over images whatever the batches.
+        Learning rates follow it, so that a schedule advances by images and not by steps.
         """
         if self.uniform:
             return None
@@ -114,12 +114,12 @@ class Plan:
         ]
 
     def shapes(self) -> list[tuple[int, int]]:
-        """The (images, pixels) of batches, each once, in the order of their first step."""
-        found: dict[tuple[int, int], None] = {}
-        kinds = {id(epoch.batches): epoch.batches for epoch in self.epochs}
-        for batch in chain.from_iterable(kinds.values()):
-            found[batch.images, batch.pixels] = None
-        return list(found)
+        """The distinct (images, pixels) of batches, in the order of their first step."""
+        shapes: dict[tuple[int, int], None] = {}
+        distinct = {id(epoch.batches): epoch.batches for epoch in self.epochs}
+        for batch in chain.from_iterable(distinct.values()):
+            shapes[batch.images, batch.pixels] = None
+        return list(shapes)
 
     def steps_of(self, images: int, pixels: int) -> list[int]:
         """The steps of the run whose batches have this shape."""
@@ -131,28 +131,28 @@ class Plan:
         ]
 
     def images_by_pixels(self, epoch: int, step: int = 0) -> dict[int, int]:
-        """How many images of each size come before step ``step`` of ``epoch``."""
+        """Number of images of each size before step ``step`` of ``epoch``."""
         counts: dict[int, int] = {}
-        trained = [part.batches for part in self.epochs[:epoch]]
+        done = [complete.batches for complete in self.epochs[:epoch]]
         if step:
-            trained.append(self.epochs[epoch].batches[:step])
-        for batch in chain.from_iterable(trained):
+            done.append(self.epochs[epoch].batches[:step])
+        for batch in chain.from_iterable(done):
             counts[batch.pixels] = counts.get(batch.pixels, 0) + batch.images
         return counts
 
 
 def make_plan(config: Config, images: int, image_size: int) -> Plan:
-    """The steps of a run.
+    """Computes the steps of a run.
 
-    A batch has the size and pixels of the phase that its first image lies in; phases are parts of
-    the run's epochs. The last of 5.5 epochs has the batches that begin in its first half.
-    Sources of the parts: image sizes, Howard's fast.ai entry to DAWNBench (2018), Touvron et al.,
-    arXiv:1906.06423, and Tan and Le, arXiv:2104.00298; batch sizes, Smith et al.,
-    arXiv:1711.00489; images left out, see :func:`epoch_order`.
+    A batch has the batch size and image size of the phase that its first image falls into; phases
+    are fractions of the run's epochs. The last of 5.5 epochs has the batches that start in its
+    first half. Sources: for image sizes, Howard's fast.ai entry to DAWNBench (2018), Touvron et
+    al., arXiv:1906.06423, and Tan and Le, arXiv:2104.00298; for batch sizes, Smith et al.,
+    arXiv:1711.00489; for filtering images, see :func:`epoch_order`.
 
     Args:
-        config: of which epochs and batch size are definite.
-        images: in the training set.
+        config: a resolved configuration, with epochs and batch size set.
+        images: number of images in the training set.
         image_size: their height and width, in pixels.
 
     Raises:
@@ -171,28 +171,31 @@ def make_plan(config: Config, images: int, image_size: int) -> Plan:
     first_filtered = max(1, math.ceil(round(data.filter_start * epochs, 9)))
     kept_late = round(data.filter_keep * images)
     result: list[Epoch] = []
-    known: dict[tuple, tuple[PlannedBatch, ...]] = {}
+    batches_by_key: dict[tuple, tuple[PlannedBatch, ...]] = {}
     first_step = first_image = 0
     for number in range(math.ceil(epochs)):
         kept = kept_late if number >= first_filtered else images
-        part = min(1.0, epochs - number)
+        fraction = min(1.0, epochs - number)
         changes = [
             end
             for _, end in (*optim.batch_sizes, *data.sizes)
             if number < end * epochs < number + 1
         ]
-        constant = not changes and part == 1
-        here = number / epochs
-        values = _at(optim.batch_sizes, here, optim.batch_size), _at(data.sizes, here, image_size)
-        # A cut or mixed epoch has batches of its own.
-        key = (kept, *values) if constant else (kept, number)
-        if key not in known:
-            known[key] = _batches(config, number, kept, part, image_size)
-        batches = known[key]
+        is_constant = not changes and fraction == 1
+        progress = number / epochs
+        values = (
+            _value_at(optim.batch_sizes, progress, optim.batch_size),
+            _value_at(data.sizes, progress, image_size),
+        )
+        # A partial epoch, or one in which a size changes, does not share its batches.
+        key = (kept, *values) if is_constant else (kept, number)
+        if key not in batches_by_key:
+            batches_by_key[key] = _batches(config, number, kept, fraction, image_size)
+        batches = batches_by_key[key]
         if not batches:
             raise ResfastError(
                 f"batch size {values[0]} does not fit the {kept} images that --filter-keep "
-                f"{data.filter_keep:g} leaves; choose a smaller batch or a larger part"
+                f"{data.filter_keep:g} leaves; choose a smaller batch size or a larger fraction"
             )
         result.append(Epoch(first_step, first_image, kept, batches))
         first_step += len(batches)
@@ -201,40 +204,40 @@ def make_plan(config: Config, images: int, image_size: int) -> Plan:
 
 
 def _batches(
-    config: Config, number: int, kept: int, part: float, image_size: int
+    config: Config, number: int, kept: int, fraction: float, image_size: int
 ) -> tuple[PlannedBatch, ...]:
-    """The steps of epoch ``number``, of which the first ``part`` is trained."""
+    """The steps of epoch ``number``, of which only the first ``fraction`` is trained."""
     optim, data = config.optim, config.data
     batches = []
     first = 0
-    while first < part * kept:
-        here = (number + first / kept) / optim.epochs
-        size = _at(optim.batch_sizes, here, optim.batch_size)
+    while first < fraction * kept:
+        progress = (number + first / kept) / optim.epochs
+        size = _value_at(optim.batch_sizes, progress, optim.batch_size)
         if first + size > kept:
             break
-        batches.append(PlannedBatch(first, size, _at(data.sizes, here, image_size)))
+        batches.append(PlannedBatch(first, size, _value_at(data.sizes, progress, image_size)))
         first += size
     return tuple(batches)
 
 
-def _at(phases: Phases, place: float, after: int) -> int:
-    """The value of phases at a part of the training; ``after`` the last phase, that."""
-    return next((value for value, end in phases if place < end - 1e-9), after)
+def _value_at(phases: Phases, progress: float, final: int) -> int:
+    """The value of ``phases`` at a fraction of training; ``final`` after the last phase."""
+    return next((value for value, end in phases if progress < end - 1e-9), final)
 
 
 def epoch_order(kept: int, losses: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch, of all images or of those with the highest loss.
+    """The order of an epoch over all images, or over those with the highest loss.
 
-    Training on the examples with a high loss: Jiang et al., "Accelerating Deep Learning by
-    Focusing on the Biggest Losers", arXiv:1910.00762; here the loss is the one recorded when an
-    image was last trained on, as it was augmented (and mixed) then, and is not computed anew.
-    Nothing waits for the device.
+    Training on examples with high loss is from Jiang et al., "Accelerating Deep Learning by
+    Focusing on the Biggest Losers", arXiv:1910.00762. Here the loss is not recomputed: it is the
+    one recorded when the image was last trained on, with its augmentation (and mixing) at that
+    time. Does not synchronize with the device.
 
     Args:
-        kept: how many images the epoch has.
-        losses: float32 ``[count]``, the latest loss of each image, infinite where there is none
-            yet; of equal ones the first count as higher.
-        count: images in the training set.
+        kept: number of images in the epoch.
+        losses: float32 ``[count]``, the latest loss of each image, infinite if there is none yet;
+            ties go to the lower index.
+        count: number of images in the training set.
         seed: seed of the run.
         epoch: epoch, from 0.
 
@@ -252,11 +255,11 @@ def epoch_order(kept: int, losses: Tensor, *, count: int, seed: int, epoch: int)
 
 
 def weighted_mean(values: Tensor, batches: Iterable[PlannedBatch]) -> float:
-    """Mean of a value of each step over images; of equal batches that of the steps.
+    """Mean of per-step values, weighted by the number of images of each step.
 
     Args:
         values: float32 ``[steps]``.
-        batches: as many.
+        batches: the batch of each step.
     """
     sizes = [batch.images for batch in batches]
     if len(set(sizes)) == 1:

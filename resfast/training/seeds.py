@@ -100,8 +100,8 @@ class _SeedsTraining:
         started: ``time.perf_counter()`` when the command began (None: now).
 
     Attributes:
-        before_seconds: wall clock of earlier sessions.
-        seeds: of all runs.
+        before_seconds: wall-clock seconds of earlier sessions.
+        seeds: seeds of all runs.
         finished: summaries of the finished runs, in the order of ``seeds``.
 
     Raises:
@@ -186,7 +186,7 @@ def _folder(seed: int) -> str:
 
 
 def _seconds_before(path: Path) -> float:
-    """Wall clock of the earlier sessions of several runs, by their common summary."""
+    """Wall-clock seconds of the earlier sessions of several runs, from their common summary."""
     if not path.exists():  # no run was finished yet
         return 0.0
     try:
@@ -220,10 +220,10 @@ def summarize(
 
     Args:
         finished: summaries of the runs, at least one.
-        config: what they were trained from.
+        config: configuration of the runs.
         target: accuracy, 0 to 1, that the mean is tested against; None for no test.
-        total_seconds: wall clock of the whole command, all its sessions together.
-        name: of the common folder.
+        total_seconds: wall-clock seconds of the whole command over all its sessions.
+        name: name of the common folder.
 
     Returns:
         The summary, with values that all runs share taken from the first.

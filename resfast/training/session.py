@@ -1,6 +1,6 @@
-"""What a training is made of before its first step: data, network, plan and step.
+"""The parts of a training that exist before its first step: data, network, plan and step.
 
-Built once by :func:`open_session`; nothing here knows how far a run has come.
+Built once by :func:`open_session`; the progress of a run is in ``resfast.training.state``.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _DROPOUT_STREAM = 4
 
 @dataclass
 class Shared:
-    """What trainings that differ only in their seed reuse from each other.
+    """Objects shared by trainings that differ only in their seed.
 
     Attributes:
-        data: the data set, once it was opened.
-        step: the training step, once it was compiled.
-        train_batches: what makes its batches, where that may be a part of a captured step.
-        step_metrics: what it records.
+        data: the data set, once it is opened.
+        step: the training step, once it is built.
+        train_batches: the source of its batches, if a captured step may contain it.
+        step_metrics: the metrics that the step records.
     """
 
     data: Dataset | Stream | None = None
@@ -58,25 +58,26 @@ class Session:
     """The parts of one training.
 
     Attributes:
-        config: resolved, without open values.
+        config: the resolved configuration.
         data: the data set.
-        device: where it is trained.
+        device: the device to train on.
         dtype: compute dtype.
         train_source: training images without those held out.
         val_source: held-out images, or None.
         test_source: test images.
         mean: float32 ``[C]`` in units of pixel / 255.
         std: float32 ``[C]`` in the same units.
-        train_batches: makes the training batches.
+        train_batches: source of the training batches.
         plan: all steps of the run.
-        parameters: of the network.
-        macs: multiply-accumulates of an image at the data set's size.
-        macs_by_pixels: the same at every size that is trained at.
+        parameters: number of trainable parameters.
+        macs: multiply-accumulates per image at the data set's image size.
+        macs_by_pixels: the same for every image size used in training.
         step: the training step.
         step_metrics: losses and correct predictions of an epoch's steps.
         compiled: whether the step was compiled by an earlier training.
-        whitening_seconds: that the frozen first layer took.
-        batch_shape: images and pixels of the latest batch; None before the next one makes room.
+        whitening_seconds: seconds to compute the frozen first layer.
+        batch_shape: images and pixels of the latest batch; None makes the next batch release
+            cached memory.
     """
 
     config: Config
@@ -108,7 +109,7 @@ class Session:
     def batches(
         self, source: feed.Source, dtype: torch.dtype | None = None
     ) -> feed.EvaluationBatches:
-        """All images of a source once, normalized for the network."""
+        """One pass over all images of a source, normalized for the network."""
         return _evaluation_batches(
             self.config, self.data, source, self.mean, self.std, self.device, dtype or self.dtype
         )
@@ -131,10 +132,10 @@ def open_session(
     """Builds the parts of a training.
 
     Args:
-        config: what to train; its open values are resolved here.
-        shared: holds the opened data set; its compiled step is used, or set by the first training.
-        display: is told what was adapted.
-        resumed: whether a saved state follows, which has the whitening filters.
+        config: configuration of the training, which is resolved here.
+        shared: holds the opened data set; its step is reused, or set by the first training.
+        display: shows which values were adapted.
+        resumed: whether a saved state will be restored, which includes the whitening filters.
 
     Raises:
         ResfastError: values that do not fit the data, the machine or each other.
@@ -194,7 +195,7 @@ def open_session(
         filters = any(epoch.kept < images for epoch in plan.epochs)
         shared.step = _build_step(model, config, plan, len(train_batches), device, dtype, filters)
         shared.step_metrics = StepMetrics(plan.most_steps, images if filters else 0, device)
-        if train_batches.capturable:  # captured steps know its tensors
+        if train_batches.capturable:  # captured steps hold the addresses of its tensors
             shared.train_batches = train_batches
     else:
         assert shared.step_metrics is not None
@@ -237,7 +238,7 @@ def _build_step(
 
 
 def _macs_of_sizes(model: nn.Module, config: Config) -> dict[int, int]:
-    """Multiply-accumulates of an image at each size of ``--sizes``."""
+    """Multiply-accumulates per image at each size of ``--sizes``."""
     sizes = config.data.sizes
     try:
         return {pixels: count_macs(model, pixels) for pixels, _ in sizes}
@@ -260,7 +261,7 @@ def _whiten(
         return _evaluation_batches(config, data, source, mean, std, device, torch.float32)
 
     blank = blank_source(min(config.evaluation.eval_batch_size, whitening.IMAGES), data.image_size)
-    # Loads libraries and compiles kernels, which does not count.
+    # Warm-up: loading libraries and compiling kernels is not timed.
     whitening.prepare_model(copy.deepcopy(model), batches(blank))
     start = time.perf_counter()
     whitening.prepare_model(model, batches(feed.spread(source, whitening.IMAGES)))
@@ -269,7 +270,7 @@ def _whiten(
 
 
 def blank_source(count: int, pixels: int) -> feed.Resident:
-    """Dummy images and labels as a data set has them."""
+    """Dummy images and labels in the format of a data set."""
     images = torch.zeros(count, pixels, pixels, 3, dtype=torch.uint8)
     return images, torch.zeros(count).long()
 

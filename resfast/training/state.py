@@ -1,4 +1,4 @@
-"""How far a training has come: counters, best accuracy, seconds, and its checkpoint."""
+"""The progress of a training: counters, best accuracy, seconds, and its checkpoint."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class TrainingState:
 
     Args:
         session: the training.
-        evaluator: whose seconds are saved with it.
+        evaluator: its seconds are saved with the state.
         path: folder of the run.
         started: ``time.perf_counter()`` when the command began.
 
     Attributes:
         epoch: the epoch to train next, from 0.
         first_step: its first step; above 0 within an epoch that was interrupted.
-        order: int64, images of the current epoch where it depends on their losses, or None.
+        order: int64, images of the current epoch if they depend on the losses, otherwise None.
         history: a row for each recorded epoch.
-        best: best accuracy so far, below 0 before the first.
-        best_epoch: epochs trained when it was reached.
-        evaluations_since_best: evaluations after it.
-        epoch_seconds: of training in the current epoch.
-        train_seconds: of training in the recorded epochs.
-        compile_seconds: of compiling and warm-up.
-        whitening_seconds: of the frozen first layer.
+        best: best accuracy so far, below 0 before the first evaluation.
+        best_epoch: number of epochs trained when it was reached.
+        evaluations_since_best: number of evaluations since then.
+        epoch_seconds: seconds of training in the current epoch.
+        train_seconds: seconds of training in the recorded epochs.
+        compile_seconds: seconds of compilation and warm-up.
+        whitening_seconds: seconds to compute the frozen first layer.
         stopped: why training ended before its last epoch, or None.
     """
 
@@ -59,17 +59,17 @@ class TrainingState:
 
     @property
     def total_seconds(self) -> float:
-        """Wall clock of all sessions of the run together."""
+        """Wall-clock seconds of all sessions of the run."""
         return self._seconds_before + time.perf_counter() - self._started
 
     @property
     def peak_memory(self) -> int:
-        """Most bytes that any session of the run used."""
+        """Peak memory in bytes over all sessions of the run."""
         return max(self._peak_before, runtime.peak_memory(self.session.device))
 
     @property
     def training_seconds(self) -> float:
-        """Seconds of training, those of a cut epoch included."""
+        """Seconds of training, including an epoch that ended early."""
         return self.train_seconds + (self.epoch_seconds if self.first_step else 0.0)
 
     def save_due(self) -> bool:
@@ -78,10 +78,10 @@ class TrainingState:
         return seconds >= self.session.config.run.save_seconds
 
     def save(self, epoch: int, step: int) -> None:
-        """Saves the state from which batch ``step`` of ``epoch`` follows.
+        """Saves the state before batch ``step`` of ``epoch``.
 
         Raises:
-            NonFiniteLossError: weights are not finite; the checkpoint before stays.
+            NonFiniteLossError: weights are not finite; the previous checkpoint is kept.
             ResfastError: the checkpoint cannot be written.
         """
         session = self.session
@@ -154,7 +154,7 @@ class TrainingState:
         records.write_metrics(self.path, self.history)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Sets the generators: of a fresh epoch by its seed, within a restored one as saved."""
+        """Seeds the generators of a new epoch, or restores those saved within an epoch."""
         if not self.first_step:
             self.epoch_seconds = 0.0
             self.session.seed_epoch(epoch)
@@ -165,7 +165,7 @@ class TrainingState:
             torch.cuda.set_rng_state(self._generators[1], self.session.device)
 
     def evaluated(self, accuracy: float, epoch: int) -> None:
-        """Keeps the weights of the best evaluation."""
+        """Updates the best accuracy and saves its weights."""
         if accuracy <= self.best:
             self.evaluations_since_best += 1
             return
@@ -173,7 +173,7 @@ class TrainingState:
         self.save_weights(records.BEST)
 
     def save_weights(self, name: str) -> None:
-        """Writes the weights that are evaluated to a file of the run."""
+        """Writes the evaluated weights to a file in the run's folder."""
         session = self.session
         checkpoint.save_weights(
             self.path / name,

@@ -34,24 +34,25 @@ from resfast.training.step_metrics import StepMetrics
 logger = logging.getLogger("resfast")
 
 _RECOMPILE_LIMIT = 64
-"""Image sizes times batch sizes times two (whitening bias trained or not) that get compiled."""
+"""Limit on compiled variants: image sizes x batch sizes x 2 (whitening bias trained or not)."""
 
 
 class TrainStep:
-    """Trains a model by one batch a call, without waiting for the device.
+    """Trains a model on one batch per call, without synchronizing with the device.
 
     Args:
         model: the network, in ``channels_last``, on the device.
-        optimizer: over its parameters.
+        optimizer: optimizer of its parameters.
         config: accumulation, clipping, label smoothing, averaging and the training of a whitening
             bias.
-        device: where it runs.
+        device: device of the model.
         dtype: compute dtype under autocast; fp16 scales the loss.
         compile: whether forward and backward go through torch.compile.
-        schedule: of ``optimizer``; needed by Lookahead, the whitening bias and ``captured``.
-        captured: run each kind of step as one CUDA graph. On the CPU everything is the same but
-            that the graph is a call.
-        image_losses: whether :attr:`image_losses` is kept.
+        schedule: schedule of ``optimizer``; needed by Lookahead, the whitening bias and
+            ``captured``.
+        captured: run each kind of step as one CUDA graph. On the CPU the graph is replaced by a
+            call.
+        image_losses: whether to keep :attr:`image_losses`.
 
     Raises:
         ValueError: the schedule is missing, or :func:`why_not_captured` has a reason.
@@ -80,7 +81,7 @@ class TrainStep:
         if captured and (reason := why_not_captured(config, dtype)):
             raise ValueError(f"the step cannot be captured: {reason}")
         self.steps: int | None = 0
-        """Steps done; None where a checkpoint did not count them, until the next one."""
+        """Steps done; None after a checkpoint that did not count them, until the next step."""
         self.image_losses: Tensor | None = None
         """Loss of each image of the latest batch, float32 ``[B]``, where asked for; valid until
         the next call."""
@@ -168,11 +169,11 @@ class TrainStep:
         return batch.images
 
     def _next(self) -> tuple[_Kind, float]:
-        """Prepares the step to come: its kind, and the weight of its average."""
+        """Prepares the next step: its kind, and the weight of its average."""
         if self.steps is None:
             self.steps = self.schedule.position if self.schedule else 0
         if self.average is not None and self.steps == 0:
-            self.average.restart()  # weights may have been prepared since it was made
+            self.average.restart()  # the weights may have changed since it was created
         kind = self._kind(self.steps)
         self._train_whitening_bias(kind.whitening_bias)
         if self._table is not None:
@@ -198,7 +199,7 @@ class TrainStep:
         return loss, *rest
 
     def _backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Adds the gradients of a batch; what :meth:`_forward` gives for it."""
+        """Accumulates the gradients of a batch; returns what :meth:`_forward` returns for it."""
         size = math.ceil(len(images) / self.config.accumulate)
         if size == len(images):
             loss, *rest = self._loss_of(images, labels)
@@ -261,7 +262,7 @@ class TrainStep:
         Args:
             images: a batch of the shape, dtype and layout to come.
             labels: its labels.
-            fall_back: go on without compilation or capture, and say so, where it fails.
+            fall_back: if compilation or capture fails, continue without it and log a warning.
             source: the source and metrics that :meth:`train_next` will be called with; None where
                 the step will be called with batches.
             steps: of the run that have batches of this shape; by default all.
@@ -289,7 +290,7 @@ class TrainStep:
                 if not fall_back:
                     raise
                 logger.warning(
-                    "training goes on without a CUDA graph, which failed: %s", _first_line(error)
+                    "training continues without a CUDA graph, which failed: %s", _first_line(error)
                 )
                 self._table.detach()
                 self._table = None
@@ -313,7 +314,7 @@ class TrainStep:
                 if not fall_back:
                     raise
                 logger.warning(
-                    "training goes on without torch.compile, which failed: %s", _first_line(error)
+                    "training continues without torch.compile, which failed: %s", _first_line(error)
                 )
                 self._loss = self._forward
         self.optimizer.zero_grad(set_to_none=True)
@@ -361,7 +362,7 @@ class TrainStep:
     def _everything_kept(self):
         """Within it steps may be run; after it all is as before, at the same addresses."""
         before = [(tensor, tensor.detach().clone()) for tensor in self._state_tensors()]
-        known = {id(tensor) for tensor, _ in before}
+        saved = {id(tensor) for tensor, _ in before}
         try:
             yield
         finally:
@@ -369,8 +370,8 @@ class TrainStep:
                 for tensor, value in before:
                     tensor.copy_(value)
                 for tensor in self._optimizer_tensors():
-                    if id(tensor) not in known:
-                        tensor.zero_()  # momentum that the steps brought forth
+                    if id(tensor) not in saved:
+                        tensor.zero_()  # momentum that the steps created
 
     def _optimizer_tensors(self) -> list[Tensor]:
         state = self.optimizer.state.values()
@@ -413,7 +414,7 @@ class TrainStep:
         return self.model if self.average is None else self.average.module
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on, as tensors and plain values."""
+        """Everything needed to resume, as tensors and plain values."""
         return {
             "steps": self.steps,
             "model": self.model.state_dict(),

@@ -1,4 +1,4 @@
-"""Compiles and loads what a training needs, on dummy data, before its clock starts."""
+"""Compiles and loads kernels on dummy data before the training clock starts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from resfast.training.session import Session
 
 
 def warm_up_training(session: Session, display: Display) -> float:
-    """Makes one batch of each shape where kernels get compiled, and compiles the step.
+    """On CUDA, produces one batch of each shape to compile kernels; then compiles the step.
 
     Returns:
-        Seconds it took; 0 where an earlier training did it.
+        Seconds spent; 0 if an earlier training of the session did it.
     """
     if session.compiled:
         return 0.0
@@ -38,8 +38,8 @@ def _warm_up_batches(session: Session) -> float:
 
 def _compile(session: Session, display: Display) -> float:
     config = session.config
-    asked = {config.runtime.compile, config.runtime.cuda_graph}
-    if asked == {"off"}:
+    requested = {config.runtime.compile, config.runtime.cuda_graph}
+    if requested == {"off"}:
         return 0.0
     display.say("compiling the training step (up to a minute the first time) …")
     session.step.model.train()
@@ -51,7 +51,7 @@ def _compile(session: Session, display: Display) -> float:
             labels = F.one_hot(labels, len(session.data.classes)).float()
         steps = session.plan.steps_of(size, pixels)
         seconds += session.step.warm_up(
-            images, labels, fall_back="on" not in asked, source=source, steps=steps
+            images, labels, fall_back="on" not in requested, source=source, steps=steps
         )
         runtime.release_memory(session.device)
     display.say(f"compiled in {seconds:.1f} s")
