@@ -1,8 +1,8 @@
 """Trains one network from a configuration, and writes the folder of the run.
 
 The loop is here; each of its parts is a module of this package: ``session`` builds what is trained,
-``state`` is how far it has come, ``epoch`` trains one epoch, ``evaluator`` scores, ``recorder``
-writes rows, ``stopping`` decides about the end, and ``finish`` writes the result.
+``state`` is its progress, ``epoch`` trains one epoch, ``evaluator`` scores, ``recorder`` writes
+rows, ``stopping`` decides when to stop, and ``finish`` writes the result.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def train(
     records.write_config(path, session.config)
     state = TrainingState(session, evaluator, path, started)
     if not new:
-        atomic.remove_stale(path, older_than_s=0)  # of a save that a kill cut short
+        atomic.remove_stale(path, older_than_s=0)  # left by a save that was killed
     if saved is not None:
         state.restore(saved)
     return _train(session, state, display, new=new, after_step=after_step)
