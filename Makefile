@@ -27,7 +27,11 @@ train: $(INSTALLED) ## Train a network; ARGS="--epochs 5" and others, ARGS=--hel
 	$(BIN)/python -m resfast.train $(ARGS)
 
 test: $(INSTALLED) ## Run the tests, two at a time; ARGS="-x tests/test_package.py" chooses some
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	status=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report= $(ARGS) \
+	  || status=$$?; \
+	percent=$$($(BIN)/python -m coverage report --format=total) \
+	  && echo "Coverage of resfast: $$percent %"; exit $$status
 
 bench: $(INSTALLED) ## Time inference, the training step, augmentation and loaders against others
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
@@ -58,7 +62,7 @@ docs: $(BIN)/mkdocs ## Build the documentation as a site in build/site; a broken
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 clean: ## Remove build products and caches; .venv, data and runs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 	rm -f resfast/_C.*.so resfast/_CUDA.so resfast/_CUDA.json $(INSTALLED)
 	find resfast tests benchmarks build_backend -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from resfast.cli.doctor.line import cores
 from resfast.config.schema import (
     Config,
     DataConfig,
@@ -24,28 +26,70 @@ from resfast.config.schema import (
 from resfast.data.augment import Augment
 from resfast.runs.summary import RunSummary
 
+SLOWEST_FIRST = (
+    "test_training",
+    "test_build",
+    "test_conv_hopper_source",
+    "test_basic_block",
+    "test_conv_cuda_source",
+    "test_export",
+    "test_step",
+    "test_speednet",
+    "test_resume",
+    "test_predict",
+    "test_package",
+    "test_runs",
+    "test_doctor",
+)
+"""The slowest test files, in descending order of their processor time."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    if workers_of(config) == 1:
+    workers = worker_count(config)
+    if workers == 1:
         return
-    # The commands that tests run are no workers: benchmarks measure nothing where they see these.
+    # Benchmarks that a test starts measure nothing where they see these variables.
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
         os.environ.pop(name, None)
-    # Threads that wait for others leave the cores to the other worker.
+    # Idle threads leave the cores to the other workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Each worker uses its share of the cores: on tiny networks, more threads than cores triple the
+    # processor time. Tests that depend on the number of threads set it themselves.
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, cores() // workers)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
 
 
-def workers_of(config: pytest.Config) -> int:
-    """How many processes run tests beside each other."""
+def worker_count(config: pytest.Config) -> int:
+    """Number of processes that run tests in parallel."""
     return getattr(config, "workerinput", {"workercount": 1})["workercount"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # A slow file that started last would leave the other workers idle.
+    rank = {name: position for position, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    if sys.version_info < (3, 12) and config.pluginmanager.hasplugin("_cov"):
+        measure_first_cases(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def measure_first_cases(items: list[pytest.Item]) -> None:
+    """Counts only the first case of each parametrized test towards the coverage.
+
+    Without sys.monitoring, coverage traces every call and adds half of the processor time.
+    """
+    measured = set()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in measured:
+            item.add_marker("no_cover")  # a marker of pytest-cov
+        measured.add(name)
 
 
 def write_tree(root: Path, train: int = 24, test: int = 8, size: int = 16) -> Path:

@@ -20,6 +20,7 @@ import torch
 from resfast.ops import extension
 from resfast.ops.augment import op as augment
 from resfast.ops.augment.op import check_arguments
+from tests.compiled import compile_once
 
 ROOT = Path(__file__).resolve().parents[1]
 _SPEC = importlib.util.spec_from_file_location(
@@ -697,7 +698,8 @@ print(digest.hexdigest())
 
 
 def run_cases(tmp_path: Path, *arguments: str, **environment: str) -> str:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    """Runs CASES on two threads, so that kernels divide their work; the digest of the results."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **environment}
     done = subprocess.run(
         [sys.executable, "-c", CASES, *arguments],
         cwd=tmp_path,
@@ -736,20 +738,20 @@ def test_kernels_stay_inside_their_memory_and_have_no_undefined_behaviour(tmp_pa
     if not all(Path(path).is_absolute() for path in preload):
         pytest.skip("g++ has no sanitizers here")
     folder = Path(torch.__file__).parent
-    library = tmp_path / "kernels.so"
     flags = [flag for flag in resfast_build.FLAGS if flag not in ("-O3", "-g0")]
-    options = ["-O1", "-g", "-fPIC", "-shared", "-isystem", str(folder / "include")]
+    options = ["-O1", "-g1", "-fPIC", "-shared", "-isystem", str(folder / "include")]
     options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    sources = [str(path) for path in (ROOT / "csrc" / "cpu").rglob("*.cpp")]
-    link = ["-o", str(library), f"-L{folder / 'lib'}", "-ltorch_cpu"]
-    subprocess.run(["g++", *flags, *options, *sources, *link], check=True)
+    sources = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
+    link = [f"-L{folder / 'lib'}", "-ltorch_cpu"]
+    command = ["g++", *flags, *options, *map(str, sources), *link]
+    headers = list((ROOT / "csrc" / "cpu").rglob("*.h"))
+    library = compile_once("kernels.so", command, sources, headers)
     run_cases(
         tmp_path,
         str(library),
         RESFAST_EXTENSION="0",  # the sanitized kernels take the place of the installed ones
         LD_PRELOAD=" ".join(preload),
         ASAN_OPTIONS="detect_leaks=0",
-        OMP_NUM_THREADS="2",
     )
 
 

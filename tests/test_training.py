@@ -27,7 +27,7 @@ from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.training.loop import train
 from resfast.training.step import TrainStep
-from tests.conftest import TINY_OPTIONS, change, workers_of
+from tests.conftest import TINY_OPTIONS, change, worker_count
 
 LIMIT_SECONDS = 180
 
@@ -323,7 +323,7 @@ def test_a_truncated_archive_stops_the_command_with_2(
 @pytest.mark.slow
 def test_the_main_command_reaches_98_percent_on_digits(tmp_path: Path, pytestconfig: pytest.Config):
     """All defaults but the data set, which ``auto`` would only choose without a network."""
-    limit = min(LIMIT_SECONDS * workers_of(pytestconfig), 400)
+    limit = min(LIMIT_SECONDS * worker_count(pytestconfig), 400)
     command = [sys.executable, "-m", "resfast.train", "--data", "digits", "--out", str(tmp_path)]
     subprocess.run(command, check=True, timeout=limit)
     (summary,) = tmp_path.glob("*/summary.json")

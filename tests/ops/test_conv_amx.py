@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from resfast.ops.conv import cpu as conv_cpu
+from tests.compiled import ROOT, compile_once
 
-ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").exists() or COMPILER is None, reason="no compiler"),
@@ -114,14 +114,15 @@ SOURCES = (
 )
 
 
-def test_convolutions_on_amx_compute_what_float64_does(tmp_path: Path) -> None:
-    headers = Path(torch.__file__).parent
-    library = tmp_path / "amx.so"
+def test_convolutions_on_amx_compute_what_float64_does() -> None:
+    torch_folder = Path(torch.__file__).parent
     sources = [ROOT / "csrc" / "cpu" / name for name in SOURCES]
     options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-DRESFAST_AMX_EMULATED"]
-    options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", headers / "include"]
-    link = [f"-L{headers / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([COMPILER, *options, *sources, "-o", library, *link], check=True)
+    options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem"]
+    options += [str(torch_folder / "include"), *map(str, sources)]
+    link = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    headers = list((ROOT / "csrc" / "cpu").rglob("*.h"))
+    library = compile_once("amx.so", [COMPILER, *options, *link], sources, headers)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(library)], capture_output=True, text=True
     )

@@ -7,15 +7,11 @@ with a float64 convolution. If the CUDA compiler is installed, the real kernels 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import itertools
 import json
-import os
 import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -26,13 +22,10 @@ import torch.nn.functional as F
 from resfast.ops import extension
 from resfast.ops.conv import op as conv
 from resfast.ops.conv import reference as conv_reference
+from tests.compiled import ROOT, compile_once, cuda_build
 
-ROOT = Path(__file__).resolve().parents[2]
 ON_HOST = ROOT / "tests" / "cuda_on_host"
 """Programs that run the CUDA kernels on the CPU, and the GPU primitives written in plain C++."""
-_SPEC = importlib.util.spec_from_file_location("cuda_build", ROOT / "csrc" / "cuda" / "build.py")
-cuda_build = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(cuda_build)
 
 TYPES = ("bf16", "fp16", "fp32", "tf32")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float32)
@@ -47,35 +40,14 @@ FLAGS = [
 ]
 
 
-def kept(name: str) -> Path:
-    """A folder for one user's compilations of one content, kept between sessions."""
-    folder = Path(tempfile.gettempdir()) / f"resfast-{os.getuid()}" / name
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
-
-
 def host_program(name: str, *others: str) -> Path:
     """A program of tests/cuda_on_host, compiled with the sanitizers from the files named."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
     sources = [ON_HOST / f"{stem}.cpp" for stem in (name, *others)]
-    digest = hashlib.sha256()
-    for source in (*sources, *sorted(ON_HOST.glob("*.h"))):
-        for path, content in sorted(cuda_build.read_with_includes(source).items()):
-            digest.update(path.name.encode() + b"\0" + content + b"\0")
-    program = kept(f"host-{digest.hexdigest()[:16]}") / name
-    if not program.exists():
-        with tempfile.TemporaryDirectory(dir=program.parent) as folder:
-            built = Path(folder) / name
-            done = subprocess.run(
-                [compiler, *FLAGS, *map(str, sources), "-o", str(built)],
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stderr
-            built.rename(program)
-    return program
+    command = [compiler, *FLAGS, *map(str, sources)]
+    return compile_once(name, command, sources, list(ON_HOST.glob("*.h")))
 
 
 @pytest.fixture(scope="session")
