@@ -1,7 +1,7 @@
-"""The compiled C++ and CUDA kernels, where they were built; PyTorch in their place where not.
+"""Loads the compiled C++ and CUDA kernels, if they were built.
 
-RESFAST_EXTENSION=0 in the environment leaves them out at run time too, RESFAST_CUDA=0 those for
-CUDA.
+RESFAST_EXTENSION=0 in the environment leaves all of them out at run time, RESFAST_CUDA=0 those for
+CUDA. :mod:`resfast.ops.registration` registers PyTorch code instead.
 """
 
 from __future__ import annotations
@@ -11,20 +11,17 @@ import hashlib
 import importlib.machinery
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 logger = logging.getLogger("resfast")
 
-_LIBRARY = torch.library.Library("resfast", "FRAGMENT")
 _loaded: list[Path] = []
 
 
 def _load() -> str | None:
-    """Loads the extension; why it is not there, or None."""
+    """Loads the CPU kernels; the reason if they are missing, else None."""
     if os.environ.get("RESFAST_EXTENSION") == "0":
         return "RESFAST_EXTENSION is 0"
     folder = Path(__file__).resolve().parents[1]
@@ -41,7 +38,7 @@ def _load() -> str | None:
 
 
 def _load_cuda() -> str | None:
-    """Loads the CUDA kernels that ``csrc/cuda/build.py`` made; why they are not there, or None."""
+    """Loads what ``csrc/cuda/build.py`` made; the reason if it is missing, else None."""
     for variable in ("RESFAST_EXTENSION", "RESFAST_CUDA"):
         if os.environ.get(variable) == "0":
             return f"{variable} is 0"
@@ -60,36 +57,15 @@ def _load_cuda() -> str | None:
 
 NOT_BUILT = "they were not built when resfast was installed; `pip install -v` of it says why"
 MISSING = _load()
-"""Why the compiled kernels are not there, or None where they are."""
+"""Why the compiled CPU kernels are missing, or None if they are loaded."""
 CUDA_MISSING = _load_cuda()
-"""Likewise for those for CUDA."""
-_said = False
+"""The same for the CUDA kernels."""
 
 
 @functools.cache
 def fingerprint() -> str:
-    """Eight digits that another build of the loaded kernels has others of."""
+    """Eight hexadecimal digits that identify the build of the loaded kernels."""
     digest = hashlib.blake2b(digest_size=4)
     for path in _loaded:
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _say_once() -> None:
-    global _said
-    if not _said:
-        _said = True
-        logger.warning("the C++ kernels are replaced by slower PyTorch code: %s", MISSING)
-
-
-def define(name: str, schema: str, *, cpu: Callable[..., Any]) -> None:
-    """Defines an operator; without the extension, ``cpu`` is its kernel for the CPU."""
-    _LIBRARY.define(schema)
-    if MISSING is None:
-        return
-
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        _say_once()
-        return cpu(*args, **kwargs)
-
-    _LIBRARY.impl(name, kernel, "CPU")

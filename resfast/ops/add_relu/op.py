@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfast.ops import extension
 from resfast.ops.conv import reference as conv_reference
+from resfast.ops.registration import fallback, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,35 +55,26 @@ def check_arguments(
             raise kind(f"{second} {what} {other}; expected {mine}, like {first}")
 
 
-def _forward(x: Tensor, residual: Tensor) -> Tensor:
+def _cpu(x: Tensor, residual: Tensor) -> Tensor:
     check_arguments(x, residual)
     return conv_reference.add_relu(x, residual)
 
 
-def _backward(grad: Tensor, result: Tensor) -> Tensor:
+def _backward_cpu(grad: Tensor, result: Tensor) -> Tensor:
     check_arguments(grad, result, "grad", "result")
     return conv_reference.add_relu_backward(grad, result)
 
 
-extension.define("add_relu", "add_relu(Tensor x, Tensor residual) -> Tensor", cpu=_forward)
-extension.define(
-    "add_relu_backward", "add_relu_backward(Tensor grad, Tensor result) -> Tensor", cpu=_backward
-)
-
-
-@torch.library.register_fake("resfast::add_relu")
 def _fake(x: Tensor, residual: Tensor) -> Tensor:
     check_arguments(x, residual)
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("resfast::add_relu_backward")
-def _fake_backward(grad: Tensor, result: Tensor) -> Tensor:
+def _backward_fake(grad: Tensor, result: Tensor) -> Tensor:
     check_arguments(grad, result, "grad", "result")
     return torch.empty_like(result)
 
 
-@torch.library.register_kernel("resfast::add_relu", "cuda")
 def _cuda(x: Tensor, residual: Tensor) -> Tensor:
     from resfast.ops.add_relu import triton as triton_add_relu
 
@@ -91,8 +82,7 @@ def _cuda(x: Tensor, residual: Tensor) -> Tensor:
     return triton_add_relu.add_relu(x, residual)
 
 
-@torch.library.register_kernel("resfast::add_relu_backward", "cuda")
-def _cuda_backward(grad: Tensor, result: Tensor) -> Tensor:
+def _backward_cuda(grad: Tensor, result: Tensor) -> Tensor:
     from resfast.ops.add_relu import triton as triton_add_relu
 
     check_arguments(grad, result, "grad", "result")
@@ -109,4 +99,19 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     return both, both
 
 
-torch.library.register_autograd("resfast::add_relu", _gradients, setup_context=_setup)
+register(
+    "add_relu(Tensor x, Tensor residual) -> Tensor",
+    cpu=fallback(_cpu),
+    cuda=_cuda,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_gradients,
+    opaque=True,
+)
+register(
+    "add_relu_backward(Tensor grad, Tensor result) -> Tensor",
+    cpu=fallback(_backward_cpu),
+    cuda=_backward_cuda,
+    fake=_backward_fake,
+    opaque=True,
+)

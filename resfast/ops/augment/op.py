@@ -23,8 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from resfast.ops import extension
 from resfast.ops.augment import reference
+from resfast.ops.registration import fallback, register
 
 Padding = Literal["reflect", "zero"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -322,10 +322,6 @@ def _cpu(*args: Any) -> Tensor:
     return reference.augment(*args)
 
 
-extension.define("augment", SCHEMA, cpu=_cpu)
-
-
-@torch.library.register_fake("resfast::augment")
 def _fake(images: Tensor, indices: Tensor, *args: Any) -> Tensor:
     dtype = args[-2]
     height, width, channels = images.shape[1:]
@@ -333,9 +329,11 @@ def _fake(images: Tensor, indices: Tensor, *args: Any) -> Tensor:
     return images.new_empty(shape, dtype=dtype).permute(0, 3, 1, 2)
 
 
-@torch.library.register_kernel("resfast::augment", "cuda")
 def _cuda(images: Tensor, indices: Tensor, *args: Any) -> Tensor:
     from resfast.ops.augment import triton as triton_augment
 
     check_arguments(images, indices, *args)
     return triton_augment.augment(images, indices, *args[:-1])
+
+
+register(SCHEMA, cpu=fallback(_cpu), cuda=_cuda, fake=_fake, opaque=True)

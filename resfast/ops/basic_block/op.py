@@ -25,6 +25,7 @@ from resfast.ops.conv import op as conv
 from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.op import ConvBiasAct
 from resfast.ops.conv.reference import TORCH_NEGATIVE_SLOPE, new_map
+from resfast.ops.registration import register
 
 ACTIVATIONS = ("relu", "leaky_relu")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -35,12 +36,6 @@ MEASURED = 4
 """Ways of the kernel that are measured, of those that its model puts first."""
 SEPARATE = "two convolutions"
 _ONE = [1, 1]
-
-torch.library.define(
-    "resfast::basic_block",
-    "(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, str activation, "
-    "float negative_slope=0.01) -> Tensor",
-)
 
 
 def basic_block(
@@ -125,13 +120,11 @@ def _compose(
     return convolve(h, weight2, bias2, x, _ONE, _ONE, *epilogue)
 
 
-@torch.library.impl("resfast::basic_block", "cpu")
 def _cpu(*args: Any) -> Tensor:
     check_arguments(*args)
     return _two_convolutions(*args)
 
 
-@torch.library.impl("resfast::basic_block", "cuda")
 def _cuda(
     x: Tensor,
     weight1: Tensor,
@@ -152,7 +145,6 @@ def _kernel(*args: Any) -> Tensor:
     return torch.ops.resfast.basic_block_cuda.default(*args)
 
 
-@torch.library.register_fake("resfast::basic_block")
 def _fake(x: Tensor, *args: Any) -> Tensor:
     check_arguments(x, *args)
     return new_map(x, list(x.shape))
@@ -169,7 +161,15 @@ def _no_backward(ctx: Any, grad: Tensor) -> Any:
     raise RuntimeError(conv.GRAD.format(name="a tensor"))
 
 
-torch.library.register_autograd("resfast::basic_block", _no_backward, setup_context=_refuse)
+register(
+    "basic_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, "
+    "str activation, float negative_slope=0.01) -> Tensor",
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=_fake,
+    setup_context=_refuse,
+    backward=_no_backward,
+)
 
 
 def applies(first: nn.Module, second: nn.Module) -> bool:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from resfast.errors import nearest
-from resfast.ops import extension
 from resfast.ops.conv import choice as conv_choice
 from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv import cuda as conv_cuda
 from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.reference import channels_last, new_map, output_shape
+from resfast.ops.registration import fallback, register
 
 Activation = Literal["none", "relu", "leaky_relu", "silu", "gelu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,29 +139,16 @@ def check_arguments(
         raise ValueError(f"residual is {list(residual.shape)}; expected {shape}, like the result")
 
 
-def _checked(function: Any) -> Any:
-    def kernel(*args: Any) -> Tensor:
-        check_arguments(*args)
-        return function(*args)
-
-    return kernel
+def _cpu(*args: Any) -> Tensor:
+    check_arguments(*args)
+    return conv_cpu.conv2d_bias_act(*args)
 
 
-def _has_kernel(key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("resfast::conv2d_bias_act", key)
+def _cuda(*args: Any) -> Tensor:
+    check_arguments(*args)
+    return conv_cuda.conv2d_bias_act(*args)
 
 
-extension.define("conv2d_bias_act", SCHEMA, cpu=_checked(conv_cpu.conv2d_bias_act))
-if not _has_kernel("CPU"):
-    torch.library.register_kernel("resfast::conv2d_bias_act", "cpu")(
-        _checked(conv_cpu.conv2d_bias_act)
-    )
-torch.library.register_kernel("resfast::conv2d_bias_act", "cuda")(
-    _checked(conv_cuda.conv2d_bias_act)
-)
-
-
-@torch.library.register_fake("resfast::conv2d_bias_act")
 def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     check_arguments(x, weight, *args)
     return new_map(x, output_shape(x, weight, *args[2:4]))
@@ -177,7 +164,15 @@ def _no_backward(ctx: Any, grad: Tensor) -> Any:
     raise RuntimeError(GRAD.format(name="a tensor"))
 
 
-torch.library.register_autograd("resfast::conv2d_bias_act", _no_backward, setup_context=_refuse)
+register(
+    SCHEMA,
+    cpu=fallback(_cpu) or _cpu,  # which chooses among kernels in C++ and PyTorch
+    cuda=_cuda,
+    fake=_fake,
+    setup_context=_refuse,
+    backward=_no_backward,
+    opaque=True,
+)
 
 
 class ConvBiasAct(nn.Module):

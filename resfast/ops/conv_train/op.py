@@ -23,6 +23,7 @@ from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.cpu import TILES
 from resfast.ops.conv.reference import channels_last, new_map, output_shape
+from resfast.ops.registration import register
 
 LEAST_CHANNELS = 16
 """In and out, from which on the transforms cost less than they save."""
@@ -32,16 +33,6 @@ AMX = conv_cpu.has_amx()
 """Whether it has AMX too."""
 MOST_EMPTY = 1.25
 """Images that the direct kernels compute over those that there are, up to which they are taken."""
-
-torch.library.define(
-    "resfast::conv2d_train",
-    "(Tensor x, Tensor weight, int stride, int padding, int tile) -> Tensor",
-)
-torch.library.define(
-    "resfast::conv2d_train_backward",
-    "(Tensor grad, Tensor x, Tensor weight, int stride, int padding, bool[2] needed, int tile) "
-    "-> (Tensor, Tensor)",
-)
 
 
 def applies(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
@@ -157,13 +148,11 @@ def _convolve(
     return kernel(x, packed, None, None, geometry, 0, conv_reference.TORCH_NEGATIVE_SLOPE, *tiles)
 
 
-@torch.library.impl("resfast::conv2d_train", "cpu")
-def _forward(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int) -> Tensor:
+def _cpu(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int) -> Tensor:
     return _convolve(channels_last(x), weight, stride, padding, tile)
 
 
-@torch.library.impl("resfast::conv2d_train_backward", "cpu")
-def _backward(
+def _backward_cpu(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -193,13 +182,11 @@ def _backward(
     return for_x, torch.ops.resfast.conv_train_weight_gradient(x, grad, stride, padding, tile)
 
 
-@torch.library.register_fake("resfast::conv2d_train")
 def _fake(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int) -> Tensor:
     return new_map(x, output_shape(x, weight, [stride] * 2, [padding] * 2))
 
 
-@torch.library.register_fake("resfast::conv2d_train_backward")
-def _fake_backward(
+def _backward_fake(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -233,4 +220,16 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("resfast::conv2d_train", _gradients, setup_context=_setup)
+register(
+    "conv2d_train(Tensor x, Tensor weight, int stride, int padding, int tile) -> Tensor",
+    cpu=_cpu,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_gradients,
+)
+register(
+    "conv2d_train_backward(Tensor grad, Tensor x, Tensor weight, int stride, int padding, "
+    "bool[2] needed, int tile) -> (Tensor, Tensor)",
+    cpu=_backward_cpu,
+    fake=_backward_fake,
+)

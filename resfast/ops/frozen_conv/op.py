@@ -18,22 +18,12 @@ from torch import Tensor
 
 from resfast import runtime
 from resfast.ops.conv.reference import ACTIVATIONS, channels_last, new_map
+from resfast.ops.registration import register
 
 AVAILABLE = runtime.has_triton()
 """Whether there is Triton."""
 MOST_NUMBERS, MOST_FILTERS = 64, 256
 """In a patch; filters: up to which a program holds the whole weight."""
-
-torch.library.define(
-    "resfast::frozen_conv_act",
-    "(Tensor x, Tensor weight, Tensor bias, int before, int behind, str activation, "
-    "float negative_slope) -> Tensor",
-)
-torch.library.define(
-    "resfast::frozen_conv_act_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, int before, int behind, str activation, "
-    "float negative_slope) -> Tensor",
-)
 
 
 def applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -112,8 +102,7 @@ def _before_activation(x: Tensor, weight: Tensor, bias: Tensor, before: int, beh
     return F.conv2d(F.pad(x.float(), (before, behind, before, behind)), rounded, bias)
 
 
-@torch.library.impl("resfast::frozen_conv_act", "cpu")
-def _forward(
+def _cpu(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -126,8 +115,7 @@ def _forward(
     return channels_last(ACTIVATIONS[activation](z, negative_slope).to(x.dtype))
 
 
-@torch.library.impl("resfast::frozen_conv_act_backward", "cpu")
-def _backward(
+def _backward_cpu(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -144,27 +132,23 @@ def _backward(
     return for_z.sum((0, 2, 3))
 
 
-@torch.library.impl("resfast::frozen_conv_act", "cuda")
-def _on_cuda(x: Tensor, *rest: Any) -> Tensor:
+def _cuda(x: Tensor, *rest: Any) -> Tensor:
     from resfast.ops.frozen_conv import triton as triton_frozen_conv
 
     return triton_frozen_conv.forward(channels_last(x), *rest)
 
 
-@torch.library.impl("resfast::frozen_conv_act_backward", "cuda")
-def _backward_on_cuda(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
+def _backward_cuda(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     from resfast.ops.frozen_conv import triton as triton_frozen_conv
 
     return triton_frozen_conv.backward(channels_last(grad), channels_last(x), *rest)
 
 
-@torch.library.register_fake("resfast::frozen_conv_act")
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, before: int, behind: int, *_: Any) -> Tensor:
     return new_map(x, _shape(x, weight, before, behind))
 
 
-@torch.library.register_fake("resfast::frozen_conv_act_backward")
-def _fake_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tensor:
+def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(bias)
 
 
@@ -181,4 +165,19 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, None, for_bias, None, None, None, None
 
 
-torch.library.register_autograd("resfast::frozen_conv_act", _gradients, setup_context=_setup)
+register(
+    "frozen_conv_act(Tensor x, Tensor weight, Tensor bias, int before, int behind, str activation, "
+    "float negative_slope) -> Tensor",
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_gradients,
+)
+register(
+    "frozen_conv_act_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, int before, "
+    "int behind, str activation, float negative_slope) -> Tensor",
+    cpu=_backward_cpu,
+    cuda=_backward_cuda,
+    fake=_backward_fake,
+)

@@ -27,6 +27,7 @@ from resfast import runtime
 from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.reference import channels_last, new_map
+from resfast.ops.registration import register
 
 ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
 """In the order of their numbers in ``csrc/cpu/conv/conv_bf16.h``."""
@@ -34,18 +35,6 @@ AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_for
 """Whether the CPU's kernels are built and this processor has AVX512-BF16."""
 TRITON = runtime.has_triton()
 """Whether there is what those for CUDA are written in."""
-
-torch.library.define(
-    "resfast::batch_norm_act",
-    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, str activation, "
-    "float negative_slope, bool pool) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "resfast::batch_norm_act_backward",
-    "(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
-    "Tensor? other, Tensor? where, int[2] size, float eps, str activation, float negative_slope) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
 
 
 def available(device: torch.device) -> bool:
@@ -155,8 +144,7 @@ def check_arguments(
         raise ValueError(f"negative_slope is {negative_slope}; expected at least 0")
 
 
-@torch.library.impl("resfast::batch_norm_act", "cpu")
-def _forward(
+def _cpu(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -172,8 +160,7 @@ def _forward(
     return kernel(channels_last(x), weight, bias, residual, eps, number, negative_slope, pool)
 
 
-@torch.library.impl("resfast::batch_norm_act_backward", "cpu")
-def _backward(
+def _backward_cpu(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -194,21 +181,18 @@ def _backward(
     return kernel(*both, weight, bias, mean, var, other, where, size, eps, number, negative_slope)
 
 
-@torch.library.impl("resfast::batch_norm_act", "cuda")
-def _forward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from resfast.ops.norm_act import triton as triton_norm_act
 
     return triton_norm_act.forward(*args)
 
 
-@torch.library.impl("resfast::batch_norm_act_backward", "cuda")
 def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from resfast.ops.norm_act import triton as triton_norm_act
 
     return triton_norm_act.backward(*args)
 
 
-@torch.library.register_fake("resfast::batch_norm_act")
 def _fake(
     x: Tensor,
     weight: Tensor | None,
@@ -227,8 +211,7 @@ def _fake(
     return new_map(x, [n, c, p, q]), mean, var, pooled, where
 
 
-@torch.library.register_fake("resfast::batch_norm_act_backward")
-def _fake_backward(
+def _backward_fake(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -275,4 +258,20 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor
     return *found, *nothing[len(found) :]
 
 
-torch.library.register_autograd("resfast::batch_norm_act", _gradients, setup_context=_setup)
+register(
+    "batch_norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+    "str activation, float negative_slope, bool pool) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=_cpu,
+    cuda=_cuda,
+    fake=_fake,
+    setup_context=_setup,
+    backward=_gradients,
+)
+register(
+    "batch_norm_act_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor var, Tensor? other, Tensor? where, int[2] size, float eps, str activation, "
+    "float negative_slope) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_backward_cpu,
+    cuda=_backward_cuda,
+    fake=_backward_fake,
+)

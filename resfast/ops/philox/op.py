@@ -10,24 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resfast.ops import extension
 from resfast.ops.augment import reference
+from resfast.ops.registration import fallback, register
 
 SCHEMA = "philox(Tensor indices, int seed, int epoch, int stream) -> Tensor"
-
-extension.define("philox", SCHEMA, cpu=reference.philox)
-
-
-@torch.library.register_fake("resfast::philox")
-def _fake(indices: Tensor, seed: int, epoch: int, stream: int) -> Tensor:
-    return indices.new_empty((4, *indices.shape))
-
-
-@torch.library.register_kernel("resfast::philox", "cuda")
-def _cuda(indices: Tensor, seed: int, epoch: int, stream: int) -> Tensor:
-    from resfast.ops.philox import triton as triton_philox
-
-    return triton_philox.philox(indices, seed, epoch, stream)
 
 
 def philox(indices: Tensor, *, seed: int, epoch: int, stream: int) -> Tensor:
@@ -62,3 +48,16 @@ def philox(indices: Tensor, *, seed: int, epoch: int, stream: int) -> Tensor:
 def uniform(words: Tensor) -> Tensor:
     """float32 in [0, 1), exact multiples of 2^-24, from words of :func:`philox`."""
     return (words >> 8).to(torch.float32) * 2**-24
+
+
+def _cuda(indices: Tensor, seed: int, epoch: int, stream: int) -> Tensor:
+    from resfast.ops.philox import triton as triton_philox
+
+    return triton_philox.philox(indices, seed, epoch, stream)
+
+
+def _fake(indices: Tensor, seed: int, epoch: int, stream: int) -> Tensor:
+    return indices.new_empty((4, *indices.shape))
+
+
+register(SCHEMA, cpu=fallback(reference.philox), cuda=_cuda, fake=_fake, opaque=True)
