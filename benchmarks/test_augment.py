@@ -23,7 +23,7 @@ from benchmarks.report import hardware, installed, rate
 from resfast import runtime
 from resfast.data.augment import Augment, sample
 from resfast.data.resident import ResidentLoader
-from resfast.ops.augment.op import augment_drawn, normalization
+from resfast.ops.augment.op import augment_unchecked, normalization
 
 COUNT, SIDE, BATCH, CROP = 50_000, 32, 512, 4
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -307,7 +307,7 @@ def test_bandwidth_on_cuda(
     constants = normalization(torch.tensor(MEAN).cuda(), torch.tensor(STD).cuda())
 
     def call() -> torch.Tensor:
-        return augment_drawn(
+        return augment_unchecked(
             on_gpu, everything, params, constants, mix=mix, padding=augment.padding,
             dtype=torch.bfloat16,
         )  # fmt: skip

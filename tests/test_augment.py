@@ -313,7 +313,7 @@ def test_mixup_and_cutmix_together_draw_what_each_draws_alone():
     assert not both.box[~cuts].any()
 
 
-# Distributions. Each test also sees that a distribution near the right one is told from it.
+# Distributions. Each test also checks that it rejects a similar distribution.
 
 
 def test_shifts_are_uniform_over_the_square():
@@ -511,7 +511,7 @@ def test_boxes_of_cutmix_have_area_one_minus_lambda_and_are_cut_at_the_border():
     side = np.sqrt(1 - random.beta(0.7, 0.7, 20_000))
     centre = random.uniform(0, 1, (2, 20_000))
     cut = [np.clip(c + side / 2, 0, 1) - np.clip(c - side / 2, 0, 1) for c in centre]
-    other = 1 - mix.own_part(*size)
+    other = 1 - mix.label_weights(*size)
     assert alike(other, cut[0] * cut[1])
     assert not alike(other, side**2)
     top, left, bottom, right = mix.box.double().unbind(1)
@@ -845,7 +845,7 @@ def test_drawing_does_not_wait_for_the_device():
     def everything() -> None:
         sample(ALL, indices, channels=3, statistics=table, **values)
         mix = sample_mix(ALL, indices, count=1000, **values)
-        mixed_labels(indices % 10, mix.partner % 10, mix.own_part(33, 31), 10)
+        mixed_labels(indices % 10, mix.partner % 10, mix.label_weights(33, 31), 10)
         order(1000, seed=0, epoch=0, device="cuda")
 
     everything()  # compiles the kernels and moves the table of quantiles

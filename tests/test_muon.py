@@ -1,4 +1,4 @@
-"""The optimizer Muon: its orthogonalization, its step and its state."""
+"""The optimizer Muon: orthogonalization, step and state."""
 
 from __future__ import annotations
 
@@ -170,11 +170,11 @@ def test_a_step_follows_the_formula(
 def test_matrices_are_moved_as_by_torchs_muon():
     torch.manual_seed(0)
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 96).view(6, 16)) for _ in range(2))
-    mine = Muon([{"params": [ours], "muon": True}], 0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = Muon([{"params": [ours], "muon": True}], 0.1, momentum=0.9, weight_decay=0.1)
     other = torch.optim.Muon([theirs], 0.1, momentum=0.9, weight_decay=0.1)
     for gradient in torch.randn(5, 6, 16):
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        mine.step()
+        optimizer.step()
         other.step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01)  # theirs is in bfloat16
 
@@ -182,12 +182,12 @@ def test_matrices_are_moved_as_by_torchs_muon():
 def test_other_groups_are_sgd_with_their_own_values():
     ours, theirs = filters(), filters()
     values = {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.1}
-    mine = Muon([{"params": ours, **values}], 0.02)
+    optimizer = Muon([{"params": ours, **values}], 0.02)
     other = torch.optim.SGD(theirs, **values, nesterov=True, fused=True)
     for step in gradients(ours, 4):
         for a, b, gradient in zip(ours, theirs, step, strict=True):
             a.grad, b.grad = gradient.clone(), gradient.clone()
-        mine.step()
+        optimizer.step()
         other.step()
     for a, b in zip(ours, theirs, strict=True):
         assert torch.equal(a, b)

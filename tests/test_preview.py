@@ -79,7 +79,7 @@ def test_an_image_is_what_training_makes_of_it_in_a_batch_of_one():
         expected = ((result * std + mean) * 255).clamp(0, 255)
         assert (pixels - expected).abs().max() <= 0.51
         own, partner = data.train_labels[index], data.train_labels[mix.partner[0]]
-        share = mix.own_part(12, 12)[0]
+        share = mix.label_weights(12, 12)[0]
         expected_row = torch.zeros(3)
         expected_row[own] += share
         expected_row[partner] += 1 - share

@@ -1,15 +1,15 @@
-"""Batches that NVIDIA DALI reads, decodes and resizes ahead of the training.
+"""Batches that NVIDIA DALI reads, decodes and resizes ahead of training.
 
-DALI brings images to uint8 ``[B, S, S, C]`` on the training's device; the fused operator of
-:mod:`resfast.ops.augment.op` does the rest, as it does for a data set in memory. The decoded set
-is never held. DALI works without a GPU too.
+DALI outputs uint8 images ``[B, S, S, C]`` on the training device; the fused operator of
+:mod:`resfast.ops.augment.op` does the rest, as for a data set in memory. The decoded data set is
+never in memory as a whole. DALI also works without a GPU.
 
 Order and augmentation of :class:`Arrays` and :class:`Files` are functions of (seed, epoch, index),
-the same as those of :class:`~resfast.data.resident.ResidentLoader`, so any epoch can be begun at
-any step and nothing has to be saved. Shards are read in DALI's order, whose state has to be saved.
+the same as those of :class:`~resfast.data.resident.ResidentLoader`, so an epoch can start at any
+step and no state has to be saved. Shards are read in DALI's order, whose state has to be saved.
 
-A file that is cut short, empty, absent or of another kind ends the epoch with its name. A JPEG
-whose bytes are damaged in the middle may decode to a wrong picture without any decoder noticing.
+A file that is truncated, empty, missing or of another type raises an error that names it. A JPEG
+with damaged bytes in the middle may decode to a wrong image without an error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from resfast.data.dataset import Files, Shards
 from resfast.data.resident import check_batch_size
 from resfast.data.statistics import mean_std_of_sums
 from resfast.errors import ResfastError
-from resfast.ops.augment.op import DTYPES, augment_drawn, normalization
+from resfast.ops.augment.op import DTYPES, augment_unchecked, normalization
 
 Source = Arrays | Files | Shards
 
@@ -39,33 +39,34 @@ __all__ = ["Arrays", "DaliLoader", "Finish", "Source", "mean_std"]
 
 
 class DaliLoader:
-    """Batches of images that DALI reads; used as :class:`~resfast.data.resident.ResidentLoader` is.
+    """Batches of images that DALI reads; used like :class:`~resfast.data.resident.ResidentLoader`.
 
-    Differences from it: an image is mixed with the next one of its batch instead of any; images
-    that are not ``image_size`` on both sides are cut to a centred square and resized, antialiased
-    bicubic (as :func:`~resfast.data.folder.decode_image`); and unless :class:`Arrays` of
-    the right size are given, random-resized crop is DALI's, on the image at its full size.
+    Differences: an image is mixed with the next image of its batch instead of any other; images
+    that are not ``image_size`` on both sides are center-cropped to a square and resized, bicubic
+    with antialiasing (as in :func:`~resfast.data.folder.decode_image`); and, except for
+    :class:`Arrays` of the right size, DALI does random-resized crops, from the full-size image.
 
     Args:
         source: the images.
-        batch_size: images a batch.
+        batch_size: images per batch.
         image_size: height and width S in pixels.
         mean: float32 ``[C]`` in units of pixel / 255.
         std: float32 ``[C]`` in the same units.
-        augment: what is done to training images.
-        classes: number of classes; labels are below it.
+        augment: augmentation of training images.
+        classes: number of classes; labels are less than it.
         seed: seed of order and augmentation.
-        device: where batches are made.
-        dtype: of the images in a batch: float32, bfloat16 or float16.
-        train: shuffled in each epoch and augmented; or else every image once, in order, plain.
-        drop_last: of a training epoch: leave out a ragged last batch.
-        rank: which part of the images this process gets, from 0.
-        world: how many parts there are.
-        prefetch: batches prepared ahead.
-        threads: of DALI; 0 for as many as PyTorch uses.
-        finish: who augments and normalizes: our operator (``fused``), or DALI alone (``dali``; a
-            crop with zeros outside, a random flip and random-resized crop are all it can). With
-            ``uint8`` images stay as they are decoded and resized.
+        device: device of the batches.
+        dtype: dtype of the images of a batch: float32, bfloat16 or float16.
+        train: whether images are shuffled in each epoch and augmented; otherwise every image comes
+            once, in order and not augmented.
+        drop_last: in training, skip an incomplete last batch.
+        rank: rank of this process, from 0; each rank gets a part of the images.
+        world: number of ranks.
+        prefetch: number of batches prepared ahead.
+        threads: DALI's CPU threads; 0 for as many as PyTorch uses.
+        finish: what augments and normalizes: our operator (``fused``) or only DALI (``dali``,
+            which supports a crop padded with zeros, a random flip and random-resized crop). With
+            ``uint8``, images are only decoded and resized.
 
     Raises:
         ResfastError: DALI is not installed, a file is missing, labels are out of range, or a value
@@ -97,7 +98,7 @@ class DaliLoader:
         if not 0 <= rank < world:
             raise ResfastError(f"rank {rank} is out of range: expected 0 to {world - 1}")
         if prefetch < 1:
-            raise ResfastError(f"--prefetch {prefetch} is out of range: expected 1 up")
+            raise ResfastError(f"--prefetch {prefetch} is out of range: expected at least 1")
         if dtype not in DTYPES:
             raise TypeError(f"dtype is {dtype}; expected one of {', '.join(map(str, DTYPES))}")
         self.classes, self.image_size, self.batch_size = classes, image_size, batch_size
@@ -128,49 +129,50 @@ class DaliLoader:
             check_batch_size(batch_size, self.count, world)
             check_augment(augment, image_size, image_size)
         elif batch_size < 1:
-            raise ResfastError(f"batch size {batch_size} is out of range: expected 1 up")
+            raise ResfastError(f"batch size {batch_size} is out of range: expected at least 1")
         if finish == "dali":
             _check_dali_alone(self.augment)
         self._rows = torch.arange(min(batch_size, self.count), device=self.device)
         self._running: object = None
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         return len(self._reader)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """Batches of one epoch; a later call ends an epoch that still runs.
+        """Batches of one epoch; a later call ends an epoch that is still running.
 
         Args:
             epoch: epoch, from 0.
-            first_step: batches to leave out at the start, to resume inside an epoch. Of shards,
-                they are read again unless :meth:`load_state_dict` was given that very place.
+            first_step: number of batches to skip at the start, to resume within an epoch. With
+                shards, they are read again unless :meth:`load_state_dict` restored exactly this
+                position.
 
         Yields:
             batches with images ``[B, C, S, S]`` in the loader's dtype.
 
         Raises:
             ResfastError: an image cannot be decoded, or a shard has a label that is out of range.
-            RuntimeError: a later epoch of this loader was begun.
+            RuntimeError: a later epoch of this loader was started.
         """
         self._running = token = object()
         for read in self._reader.epoch(epoch, first_step):
             yield self._finished(read, epoch)
             if self._running is not token:
-                raise RuntimeError("a later epoch of this loader was begun; run one at a time")
+                raise RuntimeError("a later epoch of this loader was started; run one at a time")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where shards are read, after the last batch that was yielded; of other sources, empty.
+        """The position in the shards after the last yielded batch; empty for other sources.
 
-        Tensors and numbers only, so that ``torch.load(weights_only=True)`` reads it.
+        It has only tensors and numbers, so that ``torch.load(weights_only=True)`` reads it.
         """
         return self._reader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned; ``epoch(e, first_step)`` goes on from there.
+        """Restores what :meth:`state_dict` returned; ``epoch(e, first_step)`` continues from there.
 
         Raises:
-            ResfastError: it is of other shards, another batch size, seed or rank.
+            ResfastError: the state is of other shards, another batch size, seed or rank.
         """
         self._reader.load_state_dict(state)
 
@@ -181,7 +183,7 @@ class DaliLoader:
             images = images if self.finish == "uint8" else images.to(self.dtype)
             return Batch(images, labels, indices)
         augment = self.augment
-        if self._reader.window < 1:  # done by the reader
+        if self._reader.window < 1:  # the reader has done it
             augment = replace(augment, resize=1.0)
         params = self._reader.sample(augment, indices, epoch, images)
         size = (self.image_size, self.image_size)
@@ -189,9 +191,9 @@ class DaliLoader:
         rows = self._rows[: len(images)]
         if mix is not None:
             mix = replace(mix, partner=rows.roll(-1))
-            own_part = mix.own_part(*size)
-            labels = mixed_labels(labels, labels.roll(-1), own_part, self.classes)
-        images = augment_drawn(
+            label_weights = mix.label_weights(*size)
+            labels = mixed_labels(labels, labels.roll(-1), label_weights, self.classes)
+        images = augment_unchecked(
             images,
             rows,
             params,
@@ -212,15 +214,15 @@ def mean_std(
     prefetch: int = 2,
     threads: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation of each channel, in one pass that holds one batch.
+    """Mean and population standard deviation of each channel, in one pass over the batches.
 
     The arguments are those of :class:`DaliLoader`.
 
     Returns:
-        float32 ``[C]`` each, on the CPU, in units of pixel / 255; sums are integers and so exact.
+        float32 ``[C]`` each, on the CPU, in units of pixel / 255; exact, since sums are integers.
 
     Raises:
-        ResfastError: what :class:`DaliLoader` and its epochs raise.
+        ResfastError: as in :class:`DaliLoader` and its epochs.
     """
     channels = source.images.shape[3] if isinstance(source, Arrays) else 3
     loader = DaliLoader(
@@ -246,7 +248,7 @@ def mean_std(
 
 
 def _check_dali_alone(augment: Augment) -> None:
-    """Raises ResfastError for a policy that DALI cannot do without our operator."""
+    """Raises ResfastError for an augmentation that DALI cannot do without our operator."""
     rest = replace(augment, crop=0, padding="reflect", flip="none", resize=1.0)
     reflects = augment.crop and augment.padding != "zero"
     if rest != Augment() or reflects or augment.flip == "alternating":

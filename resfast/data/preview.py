@@ -137,7 +137,7 @@ def augmented(
             box=torch.cat([one.box for one in params_of_mixes]),
         )
         soft_labels = mixed_labels(
-            labels[indices], labels[partner], mix.own_part(*size), len(dataset.classes)
+            labels[indices], labels[partner], mix.label_weights(*size), len(dataset.classes)
         )
     source_images = images[sources]
     params = sample(

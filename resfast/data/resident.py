@@ -1,4 +1,4 @@
-"""Batches of a data set that lives on the device as one uint8 tensor."""
+"""Batches of a data set that is one uint8 tensor in device memory."""
 
 from __future__ import annotations
 
@@ -20,16 +20,22 @@ from resfast.data.augment import (
 from resfast.data.augment import order as shuffle
 from resfast.data.batch import Batch
 from resfast.errors import ResfastError
-from resfast.ops.augment.op import AugmentParams, MixParams, augment, augment_drawn, normalization
+from resfast.ops.augment.op import (
+    AugmentParams,
+    MixParams,
+    augment,
+    augment_unchecked,
+    normalization,
+)
 
 
 @dataclass(frozen=True)
 class RandomParams:
-    """What one epoch does to each image.
+    """Random parameters of all images in one epoch.
 
     Attributes:
         augment: one row per image.
-        mix: that of :func:`~resfast.data.augment.sample_mixes`; None where nothing is mixed.
+        mix: from :func:`~resfast.data.augment.sample_mixes`; None without mixing.
     """
 
     augment: AugmentParams
@@ -39,26 +45,26 @@ class RandomParams:
 class ResidentLoader:
     """Training batches, shuffled over the whole epoch.
 
-    A batch is a pure function of (seed, epoch, step): nothing has to be saved to resume.
+    A batch is a function of (seed, epoch, step) only: resuming needs no saved state.
 
     Args:
         images: uint8 ``[N, H, W, C]``, moved to ``device``.
         labels: int64 ``[N]``.
         mean: float32 ``[C]`` in units of pixel / 255.
         std: float32 ``[C]`` in the same units.
-        batch_size: images a batch, at most N.
-        augment: what is done to the images.
-        classes: number of classes; labels are below it.
+        batch_size: images per batch, at most N.
+        augment: the augmentation.
+        classes: number of classes; labels are less than it.
         seed: seed of order and augmentation.
-        device: where batches are made.
-        dtype: of the images in a batch.
-        drop_last: leave out a ragged last batch.
-        rank: which part of every ``world * batch_size`` images this process gets, from 0.
-        world: how many parts there are; they differ by at most one image in a ragged last step,
-            which is left out where it cannot give every rank an image.
+        device: device of the batches.
+        dtype: dtype of the images of a batch.
+        drop_last: skip an incomplete last batch.
+        rank: rank of this process, from 0; it gets one part of every ``world * batch_size`` images.
+        world: number of ranks. In an incomplete last step, their numbers of images differ by at
+            most one; the step is skipped if there is not at least one image per rank.
 
     Raises:
-        ResfastError: a batch size or an augmentation that does not fit the images.
+        ResfastError: the batch size or the augmentation does not fit the images.
     """
 
     def __init__(
@@ -95,12 +101,12 @@ class ResidentLoader:
         self._all = torch.arange(self.count, device=self.device)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         whole, rest = divmod(self.count, self.batch_size * self.world)
         return whole + (rest >= self.world and not self.drop_last)
 
     def random_params(self, epoch: int) -> RandomParams:
-        """What epoch ``epoch`` (from 0) does to each image, on the loader's device."""
+        """Random parameters of all images in epoch ``epoch`` (from 0), on the loader's device."""
         size, channels = tuple(self.images.shape[1:3]), self.images.shape[3]
         values = {"size": size, "seed": self.seed, "epoch": epoch}
         params = sample(
@@ -110,19 +116,19 @@ class ResidentLoader:
         return RandomParams(params, mix)
 
     def make(self, indices: Tensor, params: RandomParams, labels: Tensor | None = None) -> Batch:
-        """The batch of some images, made without any decision of the host.
+        """The batch of the given images, made without waiting for the device.
 
         Args:
             indices: int64 ``[B]``, on the loader's device.
-            params: those of the epoch.
-            labels: int64 ``[B]``, of these images, where they were looked up already.
+            params: random parameters of the epoch.
+            labels: int64 ``[B]``, labels of these images, if they are already known.
 
         Returns:
-            The batch, its images in the loader's dtype.
+            The batch, with images in the loader's dtype.
         """
         labels = self.labels[indices] if labels is None else labels
         mix = None if params.mix is None else params.mix.of_batch(indices)
-        images = augment_drawn(
+        images = augment_unchecked(
             self.images,
             indices,
             params.augment,
@@ -132,8 +138,8 @@ class ResidentLoader:
             dtype=self.dtype,
         )
         if mix is not None:
-            own_part = mix.own_part(*self.images.shape[1:3])
-            labels = mixed_labels(labels, self.labels[mix.partner], own_part, self.classes)
+            label_weights = mix.label_weights(*self.images.shape[1:3])
+            labels = mixed_labels(labels, self.labels[mix.partner], label_weights, self.classes)
         return Batch(images, labels, indices)
 
     def order(self, epoch: int) -> Tensor:
@@ -145,16 +151,16 @@ class ResidentLoader:
 
         Args:
             epoch: epoch, from 0.
-            first_step: batches to leave out at the start, to resume inside an epoch.
+            first_step: number of batches to skip at the start, to resume within an epoch.
         """
         params, order = self.random_params(epoch), self.order(epoch)
         size = self.batch_size * self.world
         for step in range(first_step, len(self)):
-            everyone = order[step * size : (step + 1) * size]
-            yield self.make(everyone.tensor_split(self.world)[self.rank], params)
+            step_indices = order[step * size : (step + 1) * size]  # of all ranks
+            yield self.make(step_indices.tensor_split(self.world)[self.rank], params)
 
     def copy_from(self, other: ResidentLoader) -> None:
-        """Becomes ``other``, which differs in images and seed alone, in the same tensors."""
+        """Copies ``other``, which differs only in images and seed, into the same tensors."""
         for kept, value in zip(self._tensors(), other._tensors(), strict=True):
             kept.copy_(value)
         self.seed = other.seed
@@ -168,7 +174,7 @@ def check_batch_size(batch_size: int, count: int, world: int = 1) -> None:
     """Checks that a training set has at least one whole batch.
 
     Raises:
-        ResfastError: it has none.
+        ResfastError: it does not.
     """
     if not 1 <= batch_size <= count // world:
         raise ResfastError(
@@ -186,15 +192,15 @@ def resident_batches(
     batch_size: int,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images once, in order and unchanged but for normalization.
+    """All images once, in order, normalized and not augmented.
 
     Args:
         images: uint8 ``[N, H, W, C]``.
         labels: int64 ``[N]``.
         mean: float32 ``[C]`` in units of pixel / 255.
         std: float32 ``[C]`` in the same units.
-        batch_size: images a batch; the last may be smaller.
-        dtype: of the images in a batch.
+        batch_size: images per batch; the last batch may be smaller.
+        dtype: dtype of the images of a batch.
 
     Yields:
         images ``[B, C, H, W]`` in ``channels_last`` on the device of ``images``, labels ``[B]``.

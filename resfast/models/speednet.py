@@ -266,7 +266,7 @@ class SpeedNet(nn.Module):
                     conv.weight,
                     conv.bias,
                     before=before,
-                    behind=after,
+                    after=after,
                     activation=activation,
                     negative_slope=NETWORK_NEGATIVE_SLOPE,
                 )

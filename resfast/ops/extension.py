@@ -1,7 +1,7 @@
 """Loads the compiled C++ and CUDA kernels, if they were built.
 
-RESFAST_EXTENSION=0 in the environment leaves all of them out at run time, RESFAST_CUDA=0 those for
-CUDA. :mod:`resfast.ops.registration` registers PyTorch code instead.
+At run time, RESFAST_EXTENSION=0 in the environment disables all of them and RESFAST_CUDA=0 those
+for CUDA. :mod:`resfast.ops.registration` then registers PyTorch code instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _loaded: list[Path] = []
 
 
 def _load() -> str | None:
-    """Loads the CPU kernels; the reason if they are missing, else None."""
+    """Loads the CPU kernels; returns why they are missing, or None."""
     if os.environ.get("RESFAST_EXTENSION") == "0":
         return "RESFAST_EXTENSION is 0"
     folder = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def _load() -> str | None:
 
 
 def _load_cuda() -> str | None:
-    """Loads what ``csrc/cuda/build.py`` made; the reason if it is missing, else None."""
+    """Loads the CUDA kernels (``csrc/cuda/build.py``); returns why they are missing, or None."""
     for variable in ("RESFAST_EXTENSION", "RESFAST_CUDA"):
         if os.environ.get(variable) == "0":
             return f"{variable} is 0"
@@ -47,19 +47,19 @@ def _load_cuda() -> str | None:
         return NOT_BUILT
     try:
         torch.ops.load_library(path)
-    except OSError as error:  # such as a torch without CUDA
+    except OSError as error:  # for example, torch is built without CUDA
         reason = f"{path} cannot be loaded ({error})"
-        logger.warning("the CUDA kernels are left out: %s", reason)
+        logger.warning("the CUDA kernels are not used: %s", reason)
         return reason
     _loaded.append(path)
     return None
 
 
-NOT_BUILT = "they were not built when resfast was installed; `pip install -v` of it says why"
+NOT_BUILT = "they were not built when resfast was installed; `pip install -v` shows why"
 MISSING = _load()
 """Why the compiled CPU kernels are missing, or None if they are loaded."""
 CUDA_MISSING = _load_cuda()
-"""The same for the CUDA kernels."""
+"""Why the CUDA kernels are missing, or None if they are loaded."""
 
 
 @functools.cache

@@ -1,6 +1,6 @@
-"""How an operator of ``torch.ops.resfast`` is declared: one call of :func:`register` in its op.py.
+"""Declares the operators of ``torch.ops.resfast``: one call of :func:`register` in each op.py.
 
-Operators that only these call, such as ``conv_gemm``, have schema and kernels in C++ (csrc/).
+Operators that are called only by these, such as ``conv_gemm``, are declared in C++ (csrc/).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def register(
     backward: Callable[..., Any] | None = None,
     opaque: bool = False,
 ) -> None:
-    """Defines an operator and its kernels. Every op.py gives the arguments in this order.
+    """Defines an operator and its kernels. Every op.py passes the arguments in this order.
 
     Args:
-        schema: name, arguments and results, as ``torch.library.define`` writes them.
+        schema: name, arguments and results, in the notation of ``torch.library.define``.
         cpu: the kernel for the CPU; ``None`` if the extension registers one in C++
             (:func:`fallback`).
         cuda: the kernel for CUDA; ``None`` if there is none.
-        fake: shapes, dtypes and strides of the result without its values, for ``torch.compile``;
-            ``None`` for an operator without a result.
+        fake: returns a result of the right shape, dtype and strides without values, for
+            ``torch.compile``; ``None`` for an operator without a result.
         setup_context: saves what ``backward`` needs, as in ``torch.library.register_autograd``.
         backward: the gradients of the inputs; ``None`` for an operator that is not differentiable.
-        opaque: whether ``torch.compile`` must not trace the Python kernels, as it may where a graph
-            breaks. That costs a call about a microsecond.
+        opaque: whether ``torch.compile`` must not trace into the Python kernels, which it may do
+            at graph breaks. This costs about a microsecond per call.
     """
     name = schema.partition("(")[0]
     qualified = f"resfast::{name}"
@@ -62,11 +62,11 @@ def register(
 
 
 def fallback(kernel: Callable[..., Any]) -> Callable[..., Any] | None:
-    """A kernel for the CPU in PyTorch, for an operator that has one in C++.
+    """The PyTorch kernel for the CPU of an operator that also has one in C++.
 
     Returns:
-        ``None`` with the extension, whose kernel is registered in C++; without it the kernel, which
-        logs the reason at the first call of any.
+        ``None`` if the extension is loaded, which registers the C++ kernel. Otherwise the PyTorch
+        kernel; the first call of any such kernel logs why.
     """
     if extension.MISSING is None:
         return None

@@ -51,7 +51,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         return result
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    norm = x.float().norm(dim=(1, 2), keepdim=True).clamp(min=muon.LEAST_NORM)
+    norm = x.float().norm(dim=(1, 2), keepdim=True).clamp(min=muon.MIN_NORM)
     x = _newton_schulz((x / norm).to(torch.bfloat16), steps)
     return x.mT if tall else x
 
@@ -86,7 +86,7 @@ def _product(gram: Tensor, steps: int, normalize: bool) -> Tensor:
     product = norm = None
     if normalize:  # the trace is the square of the Frobenius norm
         trace = gram.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
-        norm = trace.sqrt().clamp_(min=muon.LEAST_NORM)
+        norm = trace.sqrt().clamp_(min=muon.MIN_NORM)
         gram = gram / norm.square()
     for step in range(steps):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -268,7 +268,7 @@ def _update_triton(
         steps=group["newton_schulz_steps"],
         normalize=group["normalize_filters"],
         coefficients=COEFFICIENTS,
-        min_norm=muon.LEAST_NORM,
+        min_norm=muon.MIN_NORM,
     )
 
 
@@ -282,7 +282,7 @@ def _update_foreach(
     updates = torch._foreach_add(gradients, buffers, alpha=momentum)
     if group["normalize_filters"]:
         norms = torch._foreach_norm(parameters)
-        torch._foreach_clamp_min_(norms, muon.LEAST_NORM)
+        torch._foreach_clamp_min_(norms, muon.MIN_NORM)
         torch._foreach_reciprocal_(norms)
         torch._foreach_mul_(norms, [math.sqrt(len(p)) for p in parameters])
         torch._foreach_mul_(parameters, norms)

@@ -23,7 +23,9 @@ pytestmark = [
 KERNELS = ("operator", "reference", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
-def both_ways(where: str, x: Tensor, residual: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def forward_and_backward(
+    where: str, x: Tensor, residual: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
     """The result, and what the backward makes of ``grad``."""
     if where in ("interpreter", "reference"):
         kernels = interpreted("add_relu") if where == "interpreter" else reference
@@ -49,7 +51,7 @@ def test_add_relu_and_its_gradient_are_those_of_torch(
         if len(shape) == 4:
             x = x.contiguous(memory_format=fmt)  # the others are in another order
         expected = torch.relu(x + residual)
-        result, gradient = both_ways(where, x, residual, grad)
+        result, gradient = forward_and_backward(where, x, residual, grad)
         if where == "interpreter" and dtype == torch.bfloat16:  # which cuts off when it converts
             torch.testing.assert_close(result, expected, rtol=2.0**-7, atol=0)
             grad[(result == 0) & (expected != 0)] = 0
@@ -69,7 +71,7 @@ def test_add_relu_treats_special_values_like_torch(where: str, dtype: torch.dtyp
     table = torch.tensor(values).to(dtype)
     x, residual = (part.flatten() for part in torch.meshgrid(table, table, indexing="ij"))
     grad = torch.arange(1, len(x) + 1).to(dtype)
-    result, gradient = both_ways(where, x, residual, grad)
+    result, gradient = forward_and_backward(where, x, residual, grad)
     expected, rtol = torch.relu(x + residual), 0.0
     if interpreted_bf16:  # cuts off when it converts
         keep = expected.isfinite()

@@ -276,7 +276,7 @@ def test_reference_cuts_out_and_mixes_as_by_hand() -> None:
     torch.testing.assert_close(reference.augment(*args).double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_own_part_is_the_mean_weight_of_the_own_image() -> None:
+def test_label_weights_are_the_mean_weights_of_the_images() -> None:
     """Two images of one colour each, mixed: the mean pixel says how much of either there is."""
     images = torch.stack([torch.full((6, 8, 1), 255), torch.zeros(6, 8, 1)]).to(torch.uint8)
     mix = MixParams(
@@ -285,7 +285,7 @@ def test_own_part_is_the_mean_weight_of_the_own_image() -> None:
         box=torch.tensor([[0, 3, 5, 7], [2, 2, 2, 8], [5, 5, 1, 7]], dtype=torch.int32),
     )
     result = augment(images, torch.zeros(3).long(), None, torch.zeros(1), torch.ones(1), mix=mix)
-    torch.testing.assert_close(mix.own_part(6, 8), result.mean((1, 2, 3)))
+    torch.testing.assert_close(mix.label_weights(6, 8), result.mean((1, 2, 3)))
 
 
 def test_public_function_normalizes_by_mean_and_std() -> None:
@@ -626,10 +626,10 @@ def _wrong() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
             ValueError,
             "shift is not contiguous",
         ),
-        "affine beside shift": (
+        "affine and shift": (
             {"affine": torch.eye(2, 3).repeat(5, 1, 1)},
             ValueError,
-            "affine is given beside shift or flip",
+            "affine is given together with shift or flip",
         ),
         "partner alone": (
             {"weight": None, "box": None},

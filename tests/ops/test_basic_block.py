@@ -1,4 +1,4 @@
-"""What must hold of the residual basic block as one kernel.
+"""The residual basic block as one kernel.
 
 The kernel's source is compiled for the host (tests/cuda_on_host), where it runs one cluster of
 thread blocks after the other under the address and undefined-behaviour sanitizers, and its results
@@ -401,7 +401,7 @@ def test_pairs_that_are_no_block_are_refused():
     ):
         assert not basic_block.applies(layer(), other)
         assert not basic_block.applies(other, layer())
-        with pytest.raises(ValueError, match="are no basic block"):
+        with pytest.raises(ValueError, match="are not a basic block"):
             basic_block.BasicBlock(layer(), other)
     assert not basic_block.applies(layer(activation="silu"), layer(activation="silu"))
     assert not basic_block.applies(layer(weight.float()), layer(weight.float()))
@@ -559,7 +559,7 @@ def test_names_of_blocks_do_not_collide():
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
-    """A GPU in name only: two ways of the kernel that compute what they should on the CPU."""
+    """A GPU in name only: two variants of the kernel that compute the right result on the CPU."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("RESFAST_CONV", raising=False)
     state = SimpleNamespace(
@@ -579,7 +579,9 @@ def measured(monkeypatch, tmp_path):
         return {name: [state.seconds[name]] * 3 for name in calls}
 
     monkeypatch.setattr(basic_block, "_plans", {})
-    monkeypatch.setattr(basic_block, "_ways", lambda x: {"block:5,1": (5, 1), "block:3,2": (3, 2)})
+    monkeypatch.setattr(
+        basic_block, "_candidates", lambda x: {"block:5,1": (5, 1), "block:3,2": (3, 2)}
+    )
     monkeypatch.setattr(basic_block, "_kernel", kernel)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(conv_cuda, "seconds", seconds)
@@ -652,7 +654,7 @@ def test_the_cuda_kernel_compiles_without_register_spills():
     reason = cuda_build.obstacle()
     if reason is not None:
         pytest.skip(reason)
-    said = cuda_build.compile_objects(
+    outputs = cuda_build.compile_objects(
         [ROOT / "csrc" / "cuda" / "basic_block" / "basic_block.cu"],
         nvcc=cuda_build.find_nvcc(),
         names=cuda_build.ARCHITECTURES,
@@ -660,7 +662,7 @@ def test_the_cuda_kernel_compiles_without_register_spills():
     kernels = re.findall(
         r"entry function '\w*basic_block_kernel\w+' for '(sm_\w+)'"
         r".*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        "".join(said.values()),
+        "".join(outputs.values()),
         re.DOTALL,
     )
     for architecture in ("sm_80", "sm_90a"):

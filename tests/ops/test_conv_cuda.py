@@ -1,4 +1,4 @@
-"""What must hold of the choice among the CUDA convolutions.
+"""The choice among the CUDA convolutions.
 
 Without a GPU the choice is tested with candidates that run on the CPU and made-up times, and the
 real candidates with kernels that run on the CPU instead.
@@ -94,7 +94,7 @@ def assert_right(out: Tensor, args: tuple[Any, ...]) -> None:
 
 
 class Fake:
-    """Ways that run on the CPU, with the seconds that each is said to take."""
+    """Candidates that run on the CPU, with made-up seconds for each."""
 
     def __init__(self, **seconds: float) -> None:
         self.seconds = {name.replace("_", ":").replace("x", ","): s for name, s in seconds.items()}

@@ -1,4 +1,4 @@
-"""What must hold of the CUDA convolution, without a GPU.
+"""The CUDA convolution, tested without a GPU.
 
 The kernel's source is compiled for the host (tests/cuda_on_host), where it runs one thread block
 after the other under the address and undefined-behaviour sanitizers, and its results are compared
@@ -346,7 +346,7 @@ def test_tile_shapes_are_chosen_that_exist_and_fill_the_chip(
 
 @pytest.fixture(scope="session")
 def compiled() -> dict[str, str]:
-    """What ptxas said of the kernels in csrc/cuda/conv, by path of the object.
+    """The output of ptxas for the kernels in csrc/cuda/conv, by path of the object.
 
     The installation compiles the same objects, where it sees no GPU: they are not compiled again.
     """

@@ -1,4 +1,4 @@
-"""What must hold of the convolution for Hopper (csrc/cuda/conv_hopper/hopper.cuh), without a GPU.
+"""The convolution for Hopper (csrc/cuda/conv_hopper/hopper.cuh), tested without a GPU.
 
 CUTLASS's own code builds tensor maps, coordinates and layouts on the host; loads and sums are done
 there as the hardware does them (tests/cuda_on_host/hopper.cu), and compared with a float64
@@ -28,7 +28,7 @@ CHANNELS_LAST = torch.channels_last
 
 
 def compile_objects(*sources: Path) -> dict[str, str]:
-    """What the compiler said, by path of the object. The installation makes the same objects."""
+    """The compiler's output, by path of the object. The installation makes the same objects."""
     reason = cuda_build.obstacle()
     if reason is not None:
         pytest.skip(reason)
@@ -236,11 +236,11 @@ def test_the_library_loads_without_a_driver(operators):
     """It asks the runtime for the driver's functions; a machine without a GPU has no libcuda."""
     if shutil.which("readelf") is None:
         pytest.skip("readelf is not installed")
-    said = subprocess.run(
+    output = subprocess.run(
         ["readelf", "--dynamic", "--wide", operators], capture_output=True, text=True, check=True
     ).stdout
-    assert "libcudart.so" in said
-    assert "libcuda.so" not in said
+    assert "libcudart.so" in output
+    assert "libcuda.so" not in output
 
 
 # -- the real kernels ----------------------------------------------------------------------------
@@ -249,17 +249,17 @@ def test_the_library_loads_without_a_driver(operators):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kernels_compile_without_register_spills(compiled):
-    said = "".join(compiled.values())
+    output = "".join(compiled.values())
     kernels = re.findall(
         r"entry function '(\w+)' for 'sm_90a'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads",
-        said,
+        output,
         re.DOTALL,
     )
     assert len({name for name, *_ in kernels if "resfast" in name}) == 2 * CONFIGS
     assert not [kernel for kernel in kernels if any(map(int, kernel[1:]))]
-    assert "setmaxnreg" not in said  # ptxas says where it ignores it
-    assert "serialized" not in said  # and where wgmma would wait for each other
+    assert "setmaxnreg" not in output  # ptxas says where it ignores it
+    assert "serialized" not in output  # and where wgmma would wait for each other
 
 
 @pytest.mark.slow
@@ -270,10 +270,10 @@ def test_kernels_use_the_copy_engine_and_the_warp_group_multiplication(compiled)
         pytest.skip("cuobjdump is not installed: pip install nvidia-cuda-cuobjdump")
     functions = []
     for path in compiled:
-        said = subprocess.run(
+        output = subprocess.run(
             [cuobjdump, "--dump-sass", path], capture_output=True, text=True, check=True
         ).stdout
-        functions += re.split(r"Function : ", said)[1:]
+        functions += re.split(r"Function : ", output)[1:]
     assert len(functions) == 2 * CONFIGS
     for function in functions:
         for instruction in ("HGMMA", r"UTMALDG\.4D\.IM2COL", r"UTMALDG\.4D\b", "UTMASTG"):

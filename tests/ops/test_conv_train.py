@@ -1,4 +1,4 @@
-"""``conv2d_train``: result and gradients against float64, its face, and the layer that uses it."""
+"""``conv2d_train``: result and gradients against float64, errors, and the layer that uses it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ FORMS = ((1, 2), (1, 3), (1, 4), (2, 2))
 
 
 @pytest.fixture(params=["transformed", pytest.param("direct", marks=needs_amx)])
-def way(request, monkeypatch):
-    """With and without the direct kernels, which take batches of any size here."""
+def algorithm(request, monkeypatch):
+    """With and without the direct kernels, which accept batches of any size here."""
     monkeypatch.setattr(conv_train, "AMX", request.param == "direct")
-    monkeypatch.setattr(conv_train, "MOST_EMPTY", float("inf"))
+    monkeypatch.setattr(conv_train, "MAX_PADDED_RATIO", float("inf"))
 
 
 def tensors(n: int, c: int, k: int, h: int, w: int) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ SHAPES = (
 
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize(("stride", "tile"), FORMS)
-def test_result_and_gradients_are_those_of_float64(stride, tile, padding, way, poisoned):
+def test_result_and_gradients_are_those_of_float64(stride, tile, padding, algorithm, poisoned):
     torch.manual_seed(0)
     for shape in SHAPES:
         if min(shape[3:]) + 2 * padding >= 3:
@@ -75,7 +75,7 @@ def test_result_and_gradients_are_those_of_float64(stride, tile, padding, way, p
 
 
 @pytest.mark.parametrize("tile", [2, 3, 4])
-def test_weight_gradient_sums_over_many_chunks_of_tiles(tile, way):
+def test_weight_gradient_sums_over_many_chunks_of_tiles(tile, algorithm):
     torch.manual_seed(1)
     assert_right(*tensors(60, 32, 32, 32, 32), 1, 1, tile)  # 15,360 tiles of 2x2
 
@@ -83,7 +83,7 @@ def test_weight_gradient_sums_over_many_chunks_of_tiles(tile, way):
 # Of the second, the tiles of weight gradients are dealt to 2 to 8 lanes.
 @pytest.mark.parametrize("shape", [(7, 40, 72, 9, 9), (90, 24, 40, 13, 13)])
 @pytest.mark.parametrize(("stride", "tile"), FORMS)
-def test_bits_do_not_depend_on_the_number_of_threads(stride, tile, shape, way):
+def test_bits_do_not_depend_on_the_number_of_threads(stride, tile, shape, algorithm):
     torch.manual_seed(2)
     before = torch.get_num_threads()
     results = []

@@ -17,7 +17,7 @@ from tests.triton_code import compiled, interpreted, triton_kernels
 LAST = torch.channels_last
 KERNELS = ("operator", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
 SLOPE = 0.1
-# images, channels, height, width, side of the filters, their number, zeros before and behind
+# images, channels, height, width, side of the filters, their number, zeros before and after
 SHAPES = (
     (3, 3, 9, 7, 2, 16, 0, 1),
     (2, 3, 6, 6, 3, 24, 1, 1),
@@ -39,16 +39,16 @@ def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor,
 def test_result_and_gradient_are_those_of_float64(kernel: str, activation: str):
     dtype = torch.bfloat16 if kernel == "cuda" else torch.float32
     for shape in SHAPES:
-        before, behind = shape[6:]
+        before, after = shape[6:]
         given = tensors(shape, dtype)
         x, weight, bias = (t.detach().double() for t in given)
         bias.requires_grad_()
-        z = F.conv2d(F.pad(x, (before, behind, before, behind)), weight, bias)
+        z = F.conv2d(F.pad(x, (before, after, before, after)), weight, bias)
         exact = conv_reference.ACTIVATIONS[activation](z, SLOPE)
         grad = torch.randn(exact.shape).to(dtype, memory_format=LAST)
         (exact_gradient,) = torch.autograd.grad(exact, bias, grad.double())
 
-        rest = (before, behind, activation, SLOPE)
+        rest = (before, after, activation, SLOPE)
         if kernel == "interpreter":
             module = interpreted("frozen_conv")
             out, gradient = module.forward(*given, *rest), module.backward(grad, *given, *rest)
@@ -58,14 +58,15 @@ def test_result_and_gradient_are_those_of_float64(kernel: str, activation: str):
             bias.requires_grad_()
             options = {"activation": activation, "negative_slope": SLOPE}
             out = frozen_conv.frozen_conv_act(
-                x, weight, bias, before=before, behind=behind, **options
+                x, weight, bias, before=before, after=after, **options
             )
             (gradient,) = torch.autograd.grad(out, bias, grad.to(device))
         tolerance = 4e-3 if dtype == torch.bfloat16 else 2e-6
         assert out.dtype == dtype
         assert out.is_contiguous(memory_format=LAST)
-        for mine, its in ((out, exact), (gradient, exact_gradient)):
-            assert (mine.cpu().double() - its).norm() <= tolerance * its.norm()
+        for result, expected in ((out, exact), (gradient, exact_gradient)):
+            difference = result.cpu().double() - expected
+            assert difference.norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -96,7 +97,7 @@ def test_bad_arguments_are_refused():
         frozen_conv.frozen_conv_act(x, weight, bias, activation="tanh")
     with pytest.raises(ValueError, match="images of 1x7 with 0 and 0 rows of zeros are smaller"):
         frozen_conv.frozen_conv_act(x[:, :, :1], weight, bias)
-    with pytest.raises(RuntimeError, match="a gradient for the bias alone"):
+    with pytest.raises(RuntimeError, match="a gradient only for the bias"):
         frozen_conv.frozen_conv_act(x.requires_grad_(), weight, bias)
 
 
@@ -121,5 +122,5 @@ def test_a_speednet_on_cuda_is_the_same_with_it(padding: str, monkeypatch: pytes
             out = model._first(x)
         out.float().square().sum().backward()
         found.append((out.detach().float(), model.whitening.bias.grad.clone()))
-    for mine, its in zip(*found, strict=True):
-        assert (mine - its).norm() <= 2e-2 * its.norm()
+    for result, expected in zip(*found, strict=True):
+        assert (result - expected).norm() <= 2e-2 * expected.norm()

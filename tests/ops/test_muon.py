@@ -162,7 +162,7 @@ def test_the_triton_kernels_do_a_step(
         steps=steps,
         normalize=normalize,
         coefficients=COEFFICIENTS,
-        min_norm=kernels.LEAST_NORM,
+        min_norm=kernels.MIN_NORM,
         dtype=torch.float32 if where == "interpreter" else torch.bfloat16,
     )
     for before, gradient, buffer, after, velocity in zip(
@@ -174,9 +174,9 @@ def test_the_triton_kernels_do_a_step(
         start = before * (len(before) ** 0.5 / before.norm() if normalize else 1 - 0.1 * decay)
         size = 0.1 * max(1.0, len(before) / update.shape[1]) ** 0.5
         step = start - after.cpu()
-        its = size * polynomial(update, steps).view(shape)
+        expected_step = size * polynomial(update, steps).view(shape)
         tolerance = 1e-4 if where == "interpreter" else 0.05
-        assert (step - its).norm() <= tolerance * its.norm()
+        assert (step - expected_step).norm() <= tolerance * expected_step.norm()
         assert after.stride() == before.stride()
 
 

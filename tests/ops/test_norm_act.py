@@ -1,4 +1,4 @@
-"""``batch_norm_act``: result, statistics and gradients against float64, its face, and its use.
+"""``batch_norm_act``: result, statistics and gradients against float64, errors, and use in layers.
 
 ``operator`` is the operator on the CPU, ``interpreter`` the Triton kernels run by Triton's
 interpreter, which cuts off what it rounds to bfloat16, and ``cuda`` the operator on a GPU.
@@ -71,12 +71,12 @@ def in_small_parts() -> ModuleType:
     """The Triton kernels run by the interpreter, in many small parts."""
     twin = interpreted("norm_act")
     twin.WARPS, twin.PARTS = 4, 1
-    # The interpreter knows a fast way for the sums of Triton's own library alone.
+    # The interpreter is fast only for the sums of Triton's own library.
     twin._plus = importlib.import_module("triton").language.standard._sum_combine
     return twin
 
 
-def both_ways(
+def forward_and_backward(
     where: str,
     tensors: list[Tensor],
     activation: str,
@@ -139,17 +139,17 @@ def test_result_and_gradients_are_those_of_float64(where, activation, residual, 
     for sizes in SMALL if where == "interpreter" else SHAPES:
         tensors = inputs(sizes, residual=residual, pool=pool)
         grad = torch.randn(kernel.result_shape(tensors[0], pool)).bfloat16()
-        (out, mean, var), got = both_ways(where, tensors, activation, pool, grad)
+        (out, mean, var), got = forward_and_backward(where, tensors, activation, pool, grad)
         wide = [t.detach().double().requires_grad_() for t in tensors]
         exact = exactly(wide, activation, pool)
         assert error(out, exact[0]) < 3e-3 * cut_off
         assert error(mean, exact[1]) < 1e-5
         assert error(var, exact[2]) < 1e-5
-        for mine, its, like in zip(
+        for gradient, expected, like in zip(
             got, torch.autograd.grad(exact[0], wide, grad.double()), tensors, strict=True
         ):
-            assert mine.dtype == like.dtype
-            assert error(mine, its) < 5e-3 * cut_off
+            assert gradient.dtype == like.dtype
+            assert error(gradient, expected) < 5e-3 * cut_off
 
 
 @pytest.mark.gpu
@@ -167,15 +167,15 @@ def test_large_maps_on_cuda_have_the_result_and_gradients_of_float64(poisoned):
     ):
         tensors = inputs(sizes, residual=residual, pool=pool)
         grad = torch.randn(kernel.result_shape(tensors[0], pool)).bfloat16()
-        (out, mean, var), got = both_ways("cuda", tensors, activation, pool, grad)
+        (out, mean, var), got = forward_and_backward("cuda", tensors, activation, pool, grad)
         wide = [t.detach().cuda().double().requires_grad_() for t in tensors]
         exact = exactly(wide, activation, pool)
         gradients = torch.autograd.grad(exact[0], wide, grad.cuda().double())
         assert error(out, exact[0].cpu()) < 3e-3
         assert error(mean, exact[1].cpu()) < 1e-5
         assert error(var, exact[2].cpu()) < 1e-5
-        for mine, its in zip(got, gradients, strict=True):
-            assert error(mine, its.cpu()) < 5e-3
+        for gradient, expected in zip(got, gradients, strict=True):
+            assert error(gradient, expected.cpu()) < 5e-3
 
 
 @pytest.mark.parametrize("where", KERNELS)
@@ -184,12 +184,12 @@ def test_variance_is_right_where_the_mean_is_large(where):
     x = torch.randn((8, 40, 8, 8) if where == "interpreter" else (64, 40, 16, 16)) + 100
     x[0, ::2, 0, 0] = 0.0  # what the first value is does not matter
     x = x.to(torch.bfloat16, memory_format=LAST)
-    (_, mean, var), _ = both_ways(where, [x, None, None], "none", False)
+    (_, mean, var), _ = forward_and_backward(where, [x, None, None], "none", False)
     exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     assert error(mean, exact[1]) < 1e-6
     assert error(var, exact[0]) < 1e-4
     same = torch.full((2, 8, 4, 4), 3.0).bfloat16()
-    (out, _, var), _ = both_ways(where, [same, None, torch.arange(8.0)], "none", False)
+    (out, _, var), _ = forward_and_backward(where, [same, None, torch.arange(8.0)], "none", False)
     assert not var.any()
     assert (out[0, :, 0, 0].float() - torch.arange(8.0)).abs().max() < 1e-4
 
@@ -201,7 +201,7 @@ def test_smooth_activations_are_exact_to_bfloat16_over_all_values(where, activat
     z = torch.linspace(-12, 12, 1201 if where == "interpreter" else 4801)
     x = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, len(z), 1, 1).bfloat16()
     tensors = [x, torch.zeros(len(z)), z]
-    (out, _, _), gradients = both_ways(where, tensors, activation, False, eps=0.0)
+    (out, _, _), gradients = forward_and_backward(where, tensors, activation, False, eps=0.0)
     wide = z.double().requires_grad_()
     exact = {"silu": F.silu, "gelu": F.gelu}[activation](wide)
     off = (out[0, :, 0, 0].double() - exact).abs().detach()
@@ -220,13 +220,13 @@ def test_pooling_takes_the_first_of_equals_and_keeps_nan(where):
     forward = torch.ops.resfast.batch_norm_act
     if where == "interpreter":
         forward = in_small_parts().forward
-    mine = x.cuda() if where == "cuda" else x
-    pooled = forward(mine, None, None, None, 1e-5, "none", 0.0, True)[3].cpu()
+    on_device = x.cuda() if where == "cuda" else x
+    pooled = forward(on_device, None, None, None, 1e-5, "none", 0.0, True)[3].cpu()
     assert torch.equal(pooled.isnan(), F.max_pool2d(x, 2).isnan())
     assert torch.equal(pooled.nan_to_num(), F.max_pool2d(x, 2).nan_to_num())
     x = torch.randint(0, 3, (4, 64, 6, 6)).to(torch.bfloat16, memory_format=LAST)
     grad = torch.randn(4, 64, 3, 3).to(torch.bfloat16, memory_format=LAST)
-    ours = both_ways(where, [x, None, None], "none", True, grad)[1][0]
+    ours = forward_and_backward(where, [x, None, None], "none", True, grad)[1][0]
     wide = x.double().requires_grad_()
     out = reference.batch_norm_act(wide, None, None, None, 1e-5, "none", 0.0, True)[0]
     exact = torch.autograd.grad(out, wide, grad.double())[0]
@@ -239,7 +239,7 @@ def test_bits_on_cuda_are_the_same_in_every_run(pool):
     torch.manual_seed(2)
     tensors = inputs((300, 72, 19, 20), residual=True, pool=pool)
     grad = torch.randn(kernel.result_shape(tensors[0], pool)).bfloat16()
-    one, other = (both_ways("cuda", tensors, "gelu", pool, grad) for _ in range(2))
+    one, other = (forward_and_backward("cuda", tensors, "gelu", pool, grad) for _ in range(2))
     for first, second in zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True):
         assert torch.equal(first, second)
 
@@ -279,9 +279,9 @@ def test_any_strides_are_accepted_and_frozen_parameters_get_no_gradient(device):
         out = operator(others, "relu", False)[0]
         assert torch.equal(out, expected)
         out.backward(grad.contiguous())
-        for i, (tensor, its) in enumerate(zip(others, all_of_them, strict=True)):
+        for i, (tensor, gradient) in enumerate(zip(others, all_of_them, strict=True)):
             assert (tensor.grad is None) == (i == frozen)
-            assert i == frozen or torch.equal(tensor.grad, its)
+            assert i == frozen or torch.equal(tensor.grad, gradient)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -460,8 +460,8 @@ def test_function_does_what_the_modules_do(device, activation, pool, monkeypatch
     assert calls_of(run, monkeypatch) == 2
     with monkeypatch.context() as patch:
         patch.setattr(norm, "_applies", lambda *_: False)
-        for mine in results:
-            assert error(mine, norm_act(x, theirs, activation, residual, pool).double()) < 8e-3
+        for result in results:
+            assert error(result, norm_act(x, theirs, activation, residual, pool).double()) < 8e-3
     assert ours.num_batches_tracked == theirs.num_batches_tracked == 2
     torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=1e-4, atol=1e-5)
@@ -604,10 +604,10 @@ def test_compiled_network_is_one_graph_with_the_same_result_and_statistics():
     assert torch.equal(compiled(), forward(models[1]))
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in models[0].modules())
     assert graphs == [norms]
-    for (name, mine), its in zip(
+    for (name, value), expected in zip(
         models[0].state_dict().items(), models[1].state_dict().values(), strict=True
     ):
-        assert torch.equal(mine, its), name
+        assert torch.equal(value, expected), name
 
 
 @pytest.mark.gpu
@@ -650,7 +650,7 @@ def test_compiled_network_on_cuda_computes_what_the_modules_do(name, monkeypatch
     assert abs(float(loss) - float(other)) < 0.02 * abs(float(other))
     true = gradients(exact).double()
     assert error(gradients(ours), true) < 1.3 * error(gradients(theirs), true)
-    for (key, mine), its in zip(
+    for (key, value), expected in zip(
         ours.named_buffers(), dict(theirs.named_buffers()).values(), strict=True
     ):
-        torch.testing.assert_close(mine, its, rtol=2e-2, atol=2e-2, msg=key)
+        torch.testing.assert_close(value, expected, rtol=2e-2, atol=2e-2, msg=key)

@@ -559,7 +559,7 @@ Tensor augment(
   if (weight) check_tensor("weight", *weight, ScalarType::Float, {batch});
   if (box) check_tensor("box", *box, ScalarType::Int, {batch, 4});
   if (affine && (shift || flip))
-    fail("affine is given beside shift or flip; put them into the affine map");
+    fail("affine is given together with shift or flip; include them in the affine map");
   if (partner.has_value() != weight.has_value() || partner.has_value() != box.has_value())
     fail("mixing needs partner, weight and box together");
 

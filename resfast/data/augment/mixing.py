@@ -71,19 +71,22 @@ def sample_mixes(
     )
 
 
-def mixed_labels(labels: Tensor, partner_labels: Tensor, own_part: Tensor, classes: int) -> Tensor:
+def mixed_labels(
+    labels: Tensor, partner_labels: Tensor, label_weights: Tensor, classes: int
+) -> Tensor:
     """Soft labels of mixed images: the weight of each class, float32 ``[B, classes]``.
 
     Args:
         labels: int64 ``[B]``, of the images.
         partner_labels: int64 ``[B]``, of the images they are mixed with.
-        own_part: float32 ``[B]``, :meth:`~resfast.ops.augment.op.MixParams.own_part`.
+        label_weights: float32 ``[B]``, weight of ``labels``, from
+            :meth:`~resfast.ops.augment.op.MixParams.label_weights`.
         classes: number of classes.
     """
     class_indices = torch.arange(classes, device=labels.device)
-    own_part = own_part[:, None]
+    weights = label_weights[:, None]
     own, partner = labels[:, None] == class_indices, partner_labels[:, None] == class_indices
-    return own * own_part + partner * (1 - own_part)
+    return own * weights + partner * (1 - weights)
 
 
 def _partners(indices: Tensor, *, count: int, seed: int, epoch: int) -> Tensor:

@@ -1,7 +1,7 @@
 """``resfast::add_relu``: the end of a residual block, ``relu(x + residual)``, for training.
 
-One pass over memory each way: the result alone is kept for the backward, which is
-``resfast::add_relu_backward``.
+Forward and backward (``resfast::add_relu_backward``) are one pass over memory each. Only the result
+is saved for the backward.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
         residual: the same shape, dtype and device.
 
     Returns:
-        A new tensor in the memory order of ``x``; the sum is computed in float32, rounded once.
+        A new tensor in the memory format of ``x``; the sum is computed in float32 and rounded once.
 
     Raises:
-        TypeError: another dtype, or two that differ.
+        TypeError: an unsupported dtype, or dtypes that differ.
         ValueError: shapes or devices that differ.
     """
     check_arguments(x, residual)
@@ -38,21 +38,21 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
 def check_arguments(
     x: Tensor, residual: Tensor, first: str = "x", second: str = "residual"
 ) -> None:
-    """Says what is wrong with the operator's arguments.
+    """Checks the operator's arguments, which messages call ``first`` and ``second``.
 
     Raises:
-        TypeError: another dtype, or two that differ.
+        TypeError: an unsupported dtype, or dtypes that differ.
         ValueError: shapes or devices that differ.
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"{first} is {x.dtype}; expected one of {', '.join(map(str, DTYPES))}")
-    for what, kind, mine, other in (
+    for verb, error, expected, found in (
         ("is", TypeError, x.dtype, residual.dtype),
         ("is on", ValueError, x.device, residual.device),
         ("is", ValueError, list(x.shape), list(residual.shape)),
     ):
-        if mine != other:
-            raise kind(f"{second} {what} {other}; expected {mine}, like {first}")
+        if found != expected:
+            raise error(f"{second} {verb} {found}; expected {expected}, like {first}")
 
 
 def _cpu(x: Tensor, residual: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def _setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     (result,) = ctx.saved_tensors
-    both = torch.ops.resfast.add_relu_backward(grad, result)
-    return both, both
+    grad_sum = torch.ops.resfast.add_relu_backward(grad, result)
+    return grad_sum, grad_sum  # x and residual have the same gradient
 
 
 register(

@@ -1,16 +1,16 @@
-"""``resfast::augment``: a batch from uint8 images to the network's input in one pass.
+"""``resfast::augment``: turns uint8 images into a batch for the network in one pass.
 
 For every image of the batch, in this order:
 
 1. geometry: either ``shift`` and ``flip`` (whole pixels, exact) or ``affine`` (bilinear);
-2. ``color``: an affine map of the pixel's channels, then clamped to 0 … 255;
+2. ``color``: an affine map of the pixel's channels, clamped to 0 … 255;
 3. normalization: ``(pixel - offset) * scale``;
 4. ``cutout``: a rectangle set to 0, the mean;
-5. mixing with a second image, which goes through steps 1 to 4 with its own parameters:
-   ``w * own + (1 - w) * partner``, where w is ``weight`` outside ``box`` and 0 inside it.
+5. mixing with a second image, its partner, which goes through steps 1 to 4 with parameters of its
+   own: ``w * image + (1 - w) * partner``, where w is ``weight`` outside ``box`` and 0 inside it.
 
-All arithmetic is float32, rounded once to the result's dtype. Without ``affine``, ``color`` and
-mixing by a weight other than 0 and 1, every kernel gives bit-identical results.
+All arithmetic is float32, rounded once to the result's dtype. The results of all kernels are
+bit-identical, except with ``affine``, ``color`` or a mixing weight other than 0 and 1.
 
 Shapes: N images in the data set, B in the batch, C channels (1 to 4).
 """
@@ -39,18 +39,18 @@ SCHEMA = (
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """What is done to each image of a data set; None leaves a step out.
+    """Parameters of each image of a data set; None skips a step.
 
     Attributes:
         shift: int32 ``[N, 2]``, rows and columns, in pixels: the result's ``[y, x]`` is the
-            image's ``[y + shift_y, x + shift_x]``. Below the image's side either way.
+            image's ``[y + shift_y, x + shift_x]``. Less than the image's side in absolute value.
         flip: bool ``[N]``: the result is mirrored left to right; its ``[y, x]`` is the image's
             ``[y + shift_y, W - 1 - x + shift_x]``.
         affine: float32 ``[N, 2, 3]``, instead of ``shift`` and ``flip``: the result's ``[y, x]``
-            is the image at ``[a00 y + a01 x + a02, a10 y + a11 x + a12]``, in pixels, between
-            pixels bilinear. No coordinate leaves ``-(side - 1) … 2 (side - 1)``.
+            is the image at ``[a00 y + a01 x + a02, a10 y + a11 x + a12]``, in pixels,
+            interpolated bilinearly. Coordinates are within ``-(side - 1) … 2 (side - 1)``.
         color: float32 ``[N, C, C + 1]``: result channel d is ``sum_c color[d, c] * pixel_c +
-            color[d, C]``, in units of 0 … 255, clamped to them.
+            color[d, C]``, in units of 0 … 255, clamped to that range.
         cutout: int32 ``[N, 4]``: top, left, bottom and right (both exclusive) of a rectangle of
             the result that is set to 0 after normalization; empty where bottom <= top.
     """
@@ -78,9 +78,9 @@ class MixParams:
 
     Attributes:
         partner: int64 ``[B]``, index of the second image among the N.
-        weight: float32 ``[B]``, 0 to 1: weight of the own image outside ``box``.
+        weight: float32 ``[B]``, 0 to 1: weight of the image itself outside ``box``.
         box: int32 ``[B, 4]``: top, left, bottom and right (both exclusive) of the rectangle that
-            shows the partner alone; empty where bottom <= top.
+            shows only the partner; empty where bottom <= top.
     """
 
     partner: Tensor
@@ -88,10 +88,12 @@ class MixParams:
     box: Tensor
 
     def of_batch(self, indices: Tensor) -> MixParams:
-        """Those of a batch, from rows of all images: what its first image has, it all gets.
+        """Parameters of a batch, from one row per image of the data set.
+
+        The weight and box of the batch's first image apply to the whole batch.
 
         Args:
-            indices: int64 ``[B]``, the batch's places in the data set.
+            indices: int64 ``[B]``, the batch's images in the data set.
         """
         first, batch = indices[:1], len(indices)
         return MixParams(
@@ -100,8 +102,8 @@ class MixParams:
             self.box[first].expand(batch, 4).contiguous(),
         )
 
-    def own_part(self, height: int, width: int) -> Tensor:
-        """float32 ``[B]``: part of the result that is the own image, the weight of its label."""
+    def label_weights(self, height: int, width: int) -> Tensor:
+        """Weight of each image's own label, float32 ``[B]``: the image's part of the result."""
         top, left, bottom, right = self.box.unbind(1)
         area = (bottom - top).clamp(min=0) * (right - left).clamp(min=0)
         return self.weight * (1 - area.to(torch.float32) / (height * width))
@@ -116,11 +118,11 @@ def _moved(value: Tensor | None, device: torch.device | str) -> Tensor | None:
 
 
 def normalization(mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Offset and scale, float32 ``[C]``, that the operator takes for ``mean`` and ``std``.
+    """Offset and scale, float32 ``[C]``, the operator's form of ``mean`` and ``std``.
 
     Args:
         mean: float32 ``[C]`` in units of pixel / 255.
-        std: float32 ``[C]``, likewise, above 0.
+        std: float32 ``[C]`` in the same units, above 0.
     """
     return mean.float() * 255, 1 / (std.float() * 255)
 
@@ -144,13 +146,13 @@ def augment(
         indices: int64 ``[B]`` into ``images``.
         params: one row per image of ``images``; None for no augmentation.
         mean: float32 ``[C]``, in units of pixel / 255.
-        std: float32 ``[C]``, likewise.
+        std: float32 ``[C]``, in the same units.
         mix: one row per image of the batch; None for no mixing.
-        padding: what lies outside an image: itself mirrored (``reflect``, the border not
-            repeated), or black (``zero``).
+        padding: pixels outside an image: its mirror image (``reflect``, without repeating the
+            border) or black (``zero``).
         dtype: of the result: float32, bfloat16 or float16.
-        check: whether values (indices, shifts, coordinates, weights) are checked too. On CUDA that
-            waits for the device; without it a value out of range reads a wrong pixel.
+        check: whether values (indices, shifts, coordinates, weights) are checked too. On CUDA this
+            waits for the device; without it, a value out of range reads a wrong pixel.
 
     Returns:
         ``[B, C, H, W]`` in ``channels_last`` memory, on the device of ``images``.
@@ -167,7 +169,7 @@ def augment(
     return torch.ops.resfast.augment(*args, False)
 
 
-def augment_drawn(
+def augment_unchecked(
     images: Tensor,
     indices: Tensor,
     params: AugmentParams,
@@ -177,10 +179,10 @@ def augment_drawn(
     padding: Padding,
     dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`augment` for what the sampler drew, which is in range: nothing waits for the device.
+    """:func:`augment` without checks, for parameters of the sampler, which are in range.
 
-    The arguments are those of :func:`augment`, but for ``constants``: the offset and scale of
-    :func:`normalization`, on the device.
+    It does not wait for the device. The arguments are those of :func:`augment`, except
+    ``constants``: offset and scale of :func:`normalization`, on the device.
     """
     args = _arguments(images, indices, params, constants, mix, padding, dtype)
     return torch.ops.resfast.augment(*args, False)
@@ -195,7 +197,7 @@ def _arguments(
     padding: Padding,
     dtype: torch.dtype,
 ) -> tuple[Any, ...]:
-    """The operator's arguments but ``check``."""
+    """The operator's arguments, except ``check``."""
     return (
         images,
         indices,
@@ -228,7 +230,7 @@ def check_arguments(
     dtype: torch.dtype,
     check: bool,
 ) -> None:
-    """Says what is wrong with the operator's arguments; their values only under ``check``.
+    """Checks the operator's arguments; their values only if ``check`` is set.
 
     Raises:
         TypeError: a tensor of a wrong dtype.
@@ -272,7 +274,9 @@ def check_arguments(
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
     if affine is not None and (shift is not None or flip is not None):
-        raise ValueError("affine is given beside shift or flip; put them into the affine map")
+        raise ValueError(
+            "affine is given together with shift or flip; include them in the affine map"
+        )
     if len({value is None for value in (partner, weight, box)}) > 1:
         raise ValueError("mixing needs partner, weight and box together")
     if check and indices.numel():
@@ -310,9 +314,9 @@ def _check_values(
         y = torch.tensor([0, 0, height - 1, height - 1], device=images.device)
         x = torch.tensor([0, width - 1, 0, width - 1], device=images.device)
         corners = torch.stack([y, x, torch.ones_like(y)]).float()
-        reached = affine[used] @ corners  # [B, 2, 4]: an affine map is extreme at the corners
+        reached = affine[used] @ corners  # [B, 2, 4]; an affine map has its extremes at the corners
         for axis, side in enumerate((height, width)):
-            # A thousandth of a pixel for the rounding of the coordinates.
+            # Tolerance of a thousandth of a pixel: coordinates are rounded.
             low, high = 1 - side - 1e-3, 2 * (side - 1) + 1e-3
             within("affine coordinate", reached[:, axis], low, high, outside)
 

@@ -1,10 +1,9 @@
 """``resfast::basic_block``: a residual block of two 3x3 convolutions, for inference.
 
 ``h = activation(conv2d(x, weight1) + bias1)``, ``y = activation(conv2d(h, weight2) + bias2 + x)``
-with stride 1 and padding 1. ``h`` is rounded to x's dtype, as two calls of
-``resfast::conv2d_bias_act`` round it, and that is what runs on the CPU. On CUDA a single kernel
-that keeps ``h`` in shared memory computes both where that is faster
-(``csrc/cuda/basic_block/basic_block.cuh``).
+with stride 1 and padding 1. ``h`` is rounded to x's dtype, as in two calls of
+``resfast::conv2d_bias_act``, which is what runs on the CPU. On CUDA, where it is faster, one kernel
+computes both and keeps ``h`` in shared memory (``csrc/cuda/basic_block/basic_block.cuh``).
 
 Shapes: x and y ``[N, C, H, W]``, weights ``[C, C, 3, 3]``, biases ``[C]``.
 """
@@ -29,11 +28,11 @@ from resfast.ops.registration import register
 
 ACTIVATIONS = ("relu", "leaky_relu")
 DTYPES = (torch.bfloat16, torch.float16)
-"""Of the kernel."""
-MULTIPLE = 16
-"""Of which the kernel's channels are a multiple."""
-MEASURED = 4
-"""Ways of the kernel that are measured, of those that its model puts first."""
+"""Dtypes of the kernel."""
+CHANNEL_MULTIPLE = 16
+"""The kernel needs a multiple of this number of channels."""
+MAX_MEASURED = 4
+"""Number of tile and cluster sizes to measure, of those that the cost model ranks first."""
 SEPARATE = "two convolutions"
 _ONE = [1, 1]
 
@@ -52,12 +51,12 @@ def basic_block(
 
     Args:
         x: ``[N, C, H, W]``, float32, bfloat16 or float16, any strides; fast in ``channels_last``.
-        weight1: of the first convolution, ``[C, C, 3, 3]``, of x's dtype.
-        bias1: float32 ``[C]``.
-        weight2: of the second, likewise.
-        bias2: likewise.
-        activation: ``relu`` or ``leaky_relu``, of both.
-        negative_slope: of ``leaky_relu``.
+        weight1: weight of the first convolution, ``[C, C, 3, 3]``, of x's dtype.
+        bias1: its bias, float32 ``[C]``.
+        weight2: weight of the second convolution, of the same shape and dtype.
+        bias2: its bias, float32 ``[C]``.
+        activation: ``relu`` or ``leaky_relu``, the same for both.
+        negative_slope: slope of ``leaky_relu`` for negative values.
 
     Returns:
         ``[N, C, H, W]`` in ``channels_last`` memory, of x's dtype.
@@ -81,7 +80,7 @@ def check_arguments(
     activation: str,
     negative_slope: float = TORCH_NEGATIVE_SLOPE,
 ) -> None:
-    """Says what is wrong with the operator's arguments.
+    """Checks the operator's arguments.
 
     Raises:
         TypeError: a tensor of a wrong dtype.
@@ -141,7 +140,7 @@ def _cuda(
 
 
 def _kernel(*args: Any) -> Tensor:
-    """The operator's arguments, tile and cluster."""
+    """Runs the kernel: the operator's arguments, then tile and cluster."""
     return torch.ops.resfast.basic_block_cuda.default(*args)
 
 
@@ -173,14 +172,14 @@ register(
 
 
 def applies(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two layers, run as ``second(first(x), x)``, are a block that the kernel has."""
+    """Whether the kernel can compute two layers that run as ``second(first(x), x)``."""
     if not isinstance(first, ConvBiasAct) or not isinstance(second, ConvBiasAct):
         return False
     channels, weight = first.weight.shape[0], first.weight
     leaky = first.activation == "leaky_relu"
     return (
         weight.dtype in DTYPES
-        and channels % MULTIPLE == 0
+        and channels % CHANNEL_MULTIPLE == 0
         and first.activation in ACTIVATIONS
         and first.activation == second.activation
         and (not leaky or first.negative_slope == second.negative_slope)
@@ -196,32 +195,32 @@ def applies(first: nn.Module, second: nn.Module) -> bool:
 class BasicBlock(nn.Module):
     """Two :class:`~resfast.ops.conv.op.ConvBiasAct` with an identity shortcut, for inference.
 
-    ``conv2(conv1(x), x)``; on CUDA both as one kernel for the shapes where that was measured to be
-    the faster way.
+    ``conv2(conv1(x), x)``; on CUDA as one kernel for shapes where that was measured to be faster.
 
     Args:
         conv1: the first layer.
-        conv2: the second; :func:`applies` says which pairs are a block.
+        conv2: the second layer; see :func:`applies` for the pairs that are supported.
 
     Shape: ``[N, C, H, W]`` of the weights' dtype to the same in ``channels_last`` memory.
 
     Raises:
-        ValueError: the layers are no such pair.
-        TypeError, ValueError, RuntimeError: in a call, as :func:`basic_block`.
+        ValueError: the pair of layers is not supported.
+        TypeError, ValueError, RuntimeError: in calls, those of :func:`basic_block`.
     """
 
     def __init__(self, conv1: ConvBiasAct, conv2: ConvBiasAct) -> None:
         super().__init__()
         if not applies(conv1, conv2):
             raise ValueError(
-                f"{conv1} and {conv2} are no basic block; expected two ConvBiasAct of 3x3, stride "
-                f"and padding 1, with as many filters as channels (a multiple of {MULTIPLE}), in "
-                "bfloat16 or float16 and with the same activation, relu or leaky_relu"
+                f"{conv1} and {conv2} are not a basic block; expected two ConvBiasAct of 3x3, "
+                "stride and padding 1, with as many filters as channels (a multiple of "
+                f"{CHANNEL_MULTIPLE}), in bfloat16 or float16 and with the same activation, relu "
+                "or leaky_relu"
             )
         self.conv1, self.conv2 = conv1, conv2
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or not x.is_cuda:  # torch.fx has proxies
+        if not isinstance(x, Tensor) or not x.is_cuda:  # torch.fx passes proxies
             return self.conv2(self.conv1(x), x)
         args = self._arguments(x)
         if type(x) is not Tensor or torch.compiler.is_compiling():
@@ -232,7 +231,7 @@ class BasicBlock(nn.Module):
         return self.conv2(self.conv1(x), x) if chosen is None else _kernel(*args, *chosen)
 
     def _arguments(self, x: Tensor) -> tuple[Any, ...]:
-        """Those of the operator."""
+        """The operator's arguments."""
         first, second = self.conv1, self.conv2
         layers = (first.weight, first.bias, second.weight, second.bias)
         return (x, *layers, first.activation, first.negative_slope)
@@ -254,9 +253,9 @@ def plan(
 ) -> tuple[int, int] | None:
     """Tile and cluster of the kernel for CUDA arguments like these; None for two convolutions.
 
-    Measured by the first call for a shape and kept as :mod:`resfast.ops.conv.cuda` keeps its
-    choices, in the same file. Where RESFAST_CONV names a way to convolve it is two convolutions,
-    and for a new shape while a CUDA graph is captured.
+    The first call for a shape measures which is faster; the result is stored in the same file as
+    the choices of :mod:`resfast.ops.conv.cuda`. It is always None if RESFAST_CONV names an
+    algorithm, and for a new shape during the capture of a CUDA graph.
     """
     if conv_choice.forced("cuda"):
         return None
@@ -264,33 +263,33 @@ def plan(
     if key not in _plans:
         args = (x, weight1, bias1, weight2, bias2, activation, negative_slope)
         check_arguments(*args)
-        ways = _ways(x)
-        name = _choose(args, ways) if ways else SEPARATE
+        candidates = _candidates(x)
+        name = _choose(args, candidates) if candidates else SEPARATE
         if name is None:
             return None
-        _plans[key] = ways.get(name)
+        _plans[key] = candidates.get(name)
     return _plans[key]
 
 
-def _ways(x: Tensor) -> dict[str, tuple[int, int]]:
-    """Tile and cluster by name, of those that may be faster than two convolutions."""
-    if x.dtype not in DTYPES or x.numel() == 0 or x.shape[1] % MULTIPLE:
+def _candidates(x: Tensor) -> dict[str, tuple[int, int]]:
+    """Tile and cluster sizes that may be faster than two convolutions, by name."""
+    if x.dtype not in DTYPES or x.numel() == 0 or x.shape[1] % CHANNEL_MULTIPLE:
         return {}
     built = hasattr(torch.ops.resfast, "basic_block_cuda")
     if not built or torch.cuda.get_device_capability(x.device) < runtime.MIN_COMPUTE_CAPABILITY:
         return {}
     flat = torch.ops.resfast.basic_block_cuda_candidates(x)
-    pairs = list(zip(flat[::2], flat[1::2], strict=True))[:MEASURED]
+    pairs = list(zip(flat[::2], flat[1::2], strict=True))[:MAX_MEASURED]
     return {f"block:{tile},{cluster}": (tile, cluster) for tile, cluster in pairs}
 
 
-def _choose(args: tuple, ways: dict[str, tuple[int, int]]) -> str | None:
-    """The fastest by name; None where that is not known and cannot be measured."""
+def _choose(args: tuple, candidates: dict[str, tuple[int, int]]) -> str | None:
+    """Name of the fastest candidate; None if it is unknown and cannot be measured now."""
     x, weight1, bias1, weight2, bias2, *epilogue = args
     key = f"block|{conv_cuda.choice_key((x, weight2, bias2, x, _ONE, _ONE, *epilogue))}"
     what = f"a basic block of {list(x.shape)} in {x.dtype}"
     with torch.cuda.device(x.device), torch.inference_mode():
-        name = conv_cuda.CHOICES.get(key, [SEPARATE, *ways])
+        name = conv_cuda.CHOICES.get(key, [SEPARATE, *candidates])
         if name is not None or not conv_cuda.may_measure():
             return name
         try:
@@ -304,8 +303,8 @@ def _choose(args: tuple, ways: dict[str, tuple[int, int]]) -> str | None:
             scratch = given.clone()
             rest = args[1:]
             calls = {SEPARATE: functools.partial(_two_convolutions, scratch, *rest)}
-            for way, pair in ways.items():
-                calls[way] = functools.partial(_kernel, scratch, *rest, *pair)
+            for candidate, pair in candidates.items():
+                calls[candidate] = functools.partial(_kernel, scratch, *rest, *pair)
             name, steady = conv_choice.fastest(
                 calls,
                 is_right=lambda out: is_right(conv_cuda.ends(out)),

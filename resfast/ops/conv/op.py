@@ -1,7 +1,7 @@
 """``resfast::conv2d_bias_act``: convolution, bias, residual and activation, for inference.
 
-``activation(conv2d(x, weight, stride, padding) + bias + residual)``, accumulated in float32. How is
-chosen by :mod:`resfast.ops.conv.cpu` and :mod:`resfast.ops.conv.cuda`.
+``activation(conv2d(x, weight, stride, padding) + bias + residual)``, accumulated in float32. The
+algorithm is chosen by :mod:`resfast.ops.conv.cpu` or :mod:`resfast.ops.conv.cuda`.
 
 Shapes: x ``[N, C, H, W]``, weight ``[K, C, R, S]``, result ``[N, K, P, Q]``.
 """
@@ -51,17 +51,17 @@ def conv2d_bias_act(
     Args:
         x: ``[N, C, H, W]``, float32, bfloat16 or float16, any strides; fast in ``channels_last``.
         weight: ``[K, C, R, S]`` of x's dtype. A constant weight is faster in :class:`ConvBiasAct`,
-            which brings it into the kernel's order once.
+            which packs it for the kernel once.
         bias: float32 ``[K]``.
         residual: the result's shape and dtype; added before the activation.
         stride: rows and columns, at least 1.
         padding: zeros on each side, rows and columns, at least 0.
-        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (of erf).
-        negative_slope: of ``leaky_relu``.
+        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (exact GELU).
+        negative_slope: slope of ``leaky_relu`` for negative values.
 
     Returns:
         ``[N, K, P, Q]`` in ``channels_last`` memory, of x's dtype;
-        P = (H + 2 padding - R) // stride + 1, and Q likewise.
+        P = (H + 2 padding - R) // stride + 1 and Q = (W + 2 padding - S) // stride + 1.
 
     Raises:
         TypeError: a tensor of a wrong dtype.
@@ -87,7 +87,7 @@ def check_arguments(
     activation: str,
     negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
 ) -> None:
-    """Says what is wrong with the operator's arguments.
+    """Checks the operator's arguments.
 
     Raises:
         TypeError: a tensor of a wrong dtype.
@@ -166,7 +166,7 @@ def _no_backward(ctx: Any, grad: Tensor) -> Any:
 
 register(
     SCHEMA,
-    cpu=fallback(_cpu) or _cpu,  # which chooses among kernels in C++ and PyTorch
+    cpu=fallback(_cpu) or _cpu,  # it chooses among kernels in C++ and PyTorch
     cuda=_cuda,
     fake=_fake,
     setup_context=_refuse,
@@ -176,30 +176,30 @@ register(
 
 
 class ConvBiasAct(nn.Module):
-    """A convolution with its epilogue, for inference; its weight is packed once where it runs.
+    """A convolution with its epilogue, for inference; its weight is packed once per device.
 
     Args:
         weight: ``[K, C, R, S]``, float32, bfloat16 or float16.
         bias: ``[K]``, or None.
         stride: rows and columns.
         padding: rows and columns.
-        activation: as of :func:`conv2d_bias_act`.
-        negative_slope: likewise.
+        activation: as in :func:`conv2d_bias_act`.
+        negative_slope: slope of ``leaky_relu`` for negative values.
 
     Shape: ``[N, C, H, W]`` of the weight's dtype and, optionally, a residual of the result's shape,
     to ``[N, K, P, Q]`` in ``channels_last`` memory.
 
     Attributes:
-        tile: side of the largest tiles that Winograd's algorithm may take on a CPU, 2 to 4: larger
-            ones are faster and less exact (:func:`resfast.layers.conv.set_winograd_tile`).
+        tile: largest tile side of Winograd's algorithm on a CPU, 2 to 4; larger tiles are faster
+            and less accurate (:func:`resfast.layers.conv.set_winograd_tile`).
 
-    The first call for a shape measures which algorithm is the fastest; see
-    :mod:`resfast.ops.conv.cpu` and :mod:`resfast.ops.conv.cuda`. Writing to ``weight`` in
-    place needs :meth:`repack` afterwards; ``load_state_dict``, ``to`` and the like do it by
+    The first call for a shape measures which algorithm is fastest; see
+    :mod:`resfast.ops.conv.cpu` and :mod:`resfast.ops.conv.cuda`. After writing to
+    ``weight`` in place, call :meth:`repack`; ``load_state_dict``, ``to`` and similar methods do it
     themselves.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`conv2d_bias_act`.
+        TypeError, ValueError, RuntimeError: those of :func:`conv2d_bias_act`.
     """
 
     weight: Tensor
@@ -237,7 +237,7 @@ class ConvBiasAct(nn.Module):
         self.repack()
 
     def repack(self) -> None:
-        """Forgets the packed weights: they are packed again by the next call."""
+        """Discards the packed weights; the next call packs them again."""
         self._plans: dict[tuple, conv_choice.Plan] = {}
         self._packed: dict[Any, Any] = {}
         if self.weight.is_cuda:
@@ -270,7 +270,7 @@ class ConvBiasAct(nn.Module):
         return plan.run(x, residual)
 
     def _arguments(self, x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
-        """Those of the operator."""
+        """The operator's arguments."""
         where = (x, self.weight, self.bias, residual, self.stride, self.padding)
         return (*where, self.activation, self.negative_slope)
 

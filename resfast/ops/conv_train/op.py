@@ -1,12 +1,11 @@
 """``resfast::conv2d_train``: a 3x3 convolution in bfloat16 with gradients, on the CPU.
 
-With Winograd's algorithm, result and gradients take fewer multiplications than a plain convolution
-(``csrc/cpu/conv/winograd.h``). On a processor with AMX, where multiplications are cheap, the
-gradient of the weight and some results are computed without a transform
-(``csrc/cpu/conv/conv_direct.h``).
+Winograd's algorithm computes result and gradients with fewer multiplications than a direct
+convolution (``csrc/cpu/conv/winograd.h``). With AMX, where multiplications are cheap, the weight
+gradient and some results are computed directly (``csrc/cpu/conv/conv_direct.h``).
 The weight stays float32 and is rounded to bfloat16 once; its gradient is float32.
-Where :func:`applies` says no, ``torch.nn.functional.conv2d`` is the way. The choice depends on
-shapes and processor, never on a measurement: a run that is resumed computes the same bits.
+Where :func:`applies` returns False, use ``torch.nn.functional.conv2d``. The choice depends on the
+shapes and the processor, never on a measurement, so a resumed run computes the same bits.
 
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", arXiv:1509.09308.
 Shapes: x ``[N, C, H, W]``, weight ``[K, C, 3, 3]``, result ``[N, K, P, Q]``.
@@ -25,30 +24,30 @@ from resfast.ops.conv.cpu import TILES
 from resfast.ops.conv.reference import channels_last, new_map, output_shape
 from resfast.ops.registration import register
 
-LEAST_CHANNELS = 16
-"""In and out, from which on the transforms cost less than they save."""
+MIN_CHANNELS = 16
+"""Fewest input and output channels for which the transforms save more than they cost."""
 AVAILABLE = conv_cpu._has_kernels()
 """Whether the kernels are built and this processor has AVX512-BF16."""
 AMX = conv_cpu.has_amx()
-"""Whether it has AMX too."""
-MOST_EMPTY = 1.25
-"""Images that the direct kernels compute over those that there are, up to which they are taken."""
+"""Whether it also has AMX."""
+MAX_PADDED_RATIO = 1.25
+"""The direct kernels compute whole groups of images: largest ratio to the images of the batch."""
 
 
 def applies(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Whether :func:`conv2d` computes this convolution, and faster than PyTorch's own.
 
     Args:
-        x: ``[N, C, H, W]``, on any device; its dtype is not looked at.
+        x: ``[N, C, H, W]``, on any device; its dtype is ignored.
         weight: ``[K, C, R, S]``.
-        stride: of rows and columns.
-        padding: likewise.
+        stride: stride of rows and columns.
+        padding: zeros on each side.
     """
     return (
         x.device.type == "cpu"
         and weight.dtype == torch.float32
         and tuple(weight.shape[2:]) == (3, 3)
-        and min(weight.shape[:2]) >= LEAST_CHANNELS
+        and min(weight.shape[:2]) >= MIN_CHANNELS
         and stride in (1, 2)
         and padding in (0, 1, 2)
         and AVAILABLE
@@ -61,11 +60,11 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, tile: i
     Args:
         x: ``[N, C, H, W]``, bfloat16, on a CPU with AVX512-BF16; fast in ``channels_last``.
         weight: float32 ``[K, C, 3, 3]``; fast in ``channels_last``.
-        stride: 1 or 2, rows and columns.
+        stride: 1 or 2, for rows and columns.
         padding: zeros on each side, 0 to 2.
-        tile: side of the squares of results computed together: 2, or for stride 1 also 3 or 4,
-            which take 0.69 and 0.56 times as many multiplications and round off 2 to 3 times as
-            much (about 1 %).
+        tile: side of the tiles of Winograd's algorithm: 2 or, for stride 1, also 3 or 4, which need
+            0.69 and 0.56 times as many multiplications and have 2 to 3 times the rounding error
+            (about 1 %).
 
     Returns:
         bfloat16 ``[N, K, P, Q]`` in ``channels_last`` memory. The weight's gradient is float32.
@@ -73,14 +72,14 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, tile: i
     Raises:
         TypeError: a tensor of a wrong dtype.
         ValueError: a wrong shape or device, or a value out of range.
-        RuntimeError: the C++ kernels are not there.
+        RuntimeError: the C++ kernels are missing.
     """
     check_arguments(x, weight, stride, padding, tile)
     return torch.ops.resfast.conv2d_train(x, weight, stride, padding, tile)
 
 
 def check_arguments(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int = 2) -> None:
-    """Says what is wrong with the operator's arguments.
+    """Checks the operator's arguments.
 
     Raises:
         TypeError: a tensor of a wrong dtype.
@@ -115,19 +114,19 @@ def check_arguments(x: Tensor, weight: Tensor, stride: int, padding: int, tile: 
 
 
 def fits_groups(x: Tensor, columns: int) -> bool:
-    """Whether the direct kernels' groups of images are filled, and small.
+    """Whether the groups of images that the direct kernels compute are nearly full, and small.
 
     Args:
         x: ``[N, C, H, W]``, input of a convolution or gradient of its result.
-        columns: of the result.
+        columns: width of the result.
     """
     images, batch = conv_cpu.group_images(columns), x.shape[0]
-    filled = -(-batch // images) * images <= MOST_EMPTY * batch
+    filled = -(-batch // images) * images <= MAX_PADDED_RATIO * batch
     return filled and conv_cpu.group_is_small(x, columns)
 
 
 def _is_direct(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether a result is computed directly: where tiles save little, or weights are many."""
+    """Whether a result is computed directly: tiles save little, or there are many weights."""
     rows, columns = output_shape(x, weight, [stride] * 2, [padding] * 2)[2:]
     little = stride == 2 or min(rows, columns) <= 2 or weight.shape[:2].numel() > 256 * 256
     return AMX and little and fits_groups(x, columns)

@@ -1,11 +1,11 @@
 """``resfast::frozen_conv_act``: a first convolution that is not trained, its bias and activation.
 
-Of the images' few channels cuDNN makes neither good use of tensor cores nor of memory; on CUDA one
-Triton kernel computes ``activation(conv2d(zeros around x, weight) + bias)`` in a pass. Only the
-bias has a gradient.
+Images have few channels, for which cuDNN uses tensor cores and memory badly; on CUDA one Triton
+kernel computes ``activation(conv2d(padded x, weight) + bias)`` in one pass. Only the bias has a
+gradient.
 
-Shapes: x ``[N, C, H, W]``, weight ``[K, C, R, R]``, result ``[N, K, P, Q]``, with P = H + before +
-behind - R + 1 for as many rows of zeros before and behind the image, and Q likewise.
+Shapes: x ``[N, C, H, W]``, weight ``[K, C, R, R]``, result ``[N, K, P, Q]`` with
+P = H + before + after - R + 1 and Q = W + before + after - R + 1.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from resfast.ops.conv.reference import ACTIVATIONS, channels_last, new_map
 from resfast.ops.registration import register
 
 AVAILABLE = runtime.has_triton()
-"""Whether there is Triton."""
-MOST_NUMBERS, MOST_FILTERS = 64, 256
-"""In a patch; filters: up to which a program holds the whole weight."""
+"""Whether Triton is installed."""
+MAX_PATCH_SIZE, MAX_FILTERS = 64, 256
+"""Largest weight that a Triton program holds: C * R * R values per filter, and filters."""
 
 
 def applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether this operator is the way for a convolution in a training step on CUDA.
+    """Whether to use this operator for a convolution in a training step on CUDA.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -35,7 +35,7 @@ def applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         bias: ``[K]``, or None.
     """
     return (
-        isinstance(x, Tensor)  # tracers pass what is none
+        isinstance(x, Tensor)  # tracers pass proxies
         and AVAILABLE
         and torch.is_grad_enabled()
         and x.device.type == "cuda"
@@ -44,8 +44,8 @@ def applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and bias is not None
         and weight.dtype == bias.dtype == torch.float32
         and weight.shape[2] == weight.shape[3]
-        and weight[0].numel() <= MOST_NUMBERS
-        and weight.shape[0] <= MOST_FILTERS
+        and weight[0].numel() <= MAX_PATCH_SIZE
+        and weight.shape[0] <= MAX_FILTERS
     )
 
 
@@ -55,51 +55,51 @@ def frozen_conv_act(
     bias: Tensor,
     *,
     before: int = 0,
-    behind: int = 0,
+    after: int = 0,
     activation: str = "none",
     negative_slope: float = 0.01,
 ) -> Tensor:
-    """``activation(conv2d(x, weight) + bias)`` with zeros around x; gradients for the bias alone.
+    """``activation(conv2d(x, weight) + bias)`` with zeros around x; a gradient only for the bias.
 
     Args:
         x: ``[N, C, H, W]``, bfloat16, float16 or float32; fast in ``channels_last``.
         weight: float32 ``[K, C, R, R]``, rounded to x's dtype.
         bias: float32 ``[K]``.
         before: rows and columns of zeros above and left of the image.
-        behind: likewise below and right.
-        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (of erf).
-        negative_slope: of ``leaky_relu``.
+        after: rows and columns of zeros below and right of the image.
+        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (exact GELU).
+        negative_slope: slope of ``leaky_relu`` for negative values.
 
     Returns:
         ``[N, K, P, Q]`` in ``channels_last`` memory, of x's dtype, rounded once.
 
     Raises:
-        ValueError: an activation that is none of these, or images smaller than the weight.
+        ValueError: an unknown activation, or padded images smaller than the weight.
         RuntimeError: x or weight requires grad while gradients are recorded.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
-    if min(_shape(x, weight, before, behind)[2:]) < 1:
+    if min(_shape(x, weight, before, after)[2:]) < 1:
         raise ValueError(
-            f"images of {x.shape[2]}x{x.shape[3]} with {before} and {behind} rows of zeros are "
+            f"images of {x.shape[2]}x{x.shape[3]} with {before} and {after} rows of zeros are "
             f"smaller than a weight of {weight.shape[2]}x{weight.shape[3]}"
         )
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        raise RuntimeError("frozen_conv_act has a gradient for the bias alone; use conv2d")
+        raise RuntimeError("frozen_conv_act has a gradient only for the bias; use conv2d")
     return torch.ops.resfast.frozen_conv_act(
-        x, weight, bias, before, behind, activation, negative_slope
+        x, weight, bias, before, after, activation, negative_slope
     )
 
 
-def _shape(x: Tensor, weight: Tensor, before: int, behind: int) -> list[int]:
+def _shape(x: Tensor, weight: Tensor, before: int, after: int) -> list[int]:
     n, _, h, w = x.shape
-    more = before + behind - weight.shape[2] + 1
+    more = before + after - weight.shape[2] + 1
     return [n, weight.shape[0], h + more, w + more]
 
 
-def _before_activation(x: Tensor, weight: Tensor, bias: Tensor, before: int, behind: int) -> Tensor:
+def _before_activation(x: Tensor, weight: Tensor, bias: Tensor, before: int, after: int) -> Tensor:
     rounded = weight.to(x.dtype).float()
-    return F.conv2d(F.pad(x.float(), (before, behind, before, behind)), rounded, bias)
+    return F.conv2d(F.pad(x.float(), (before, after, before, after)), rounded, bias)
 
 
 def _cpu(
@@ -107,11 +107,11 @@ def _cpu(
     weight: Tensor,
     bias: Tensor,
     before: int,
-    behind: int,
+    after: int,
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    z = _before_activation(x, weight, bias, before, behind)
+    z = _before_activation(x, weight, bias, before, after)
     return channels_last(ACTIVATIONS[activation](z, negative_slope).to(x.dtype))
 
 
@@ -121,11 +121,11 @@ def _backward_cpu(
     weight: Tensor,
     bias: Tensor,
     before: int,
-    behind: int,
+    after: int,
     activation: str,
     negative_slope: float,
 ) -> Tensor:
-    z = _before_activation(x, weight, bias, before, behind).requires_grad_()
+    z = _before_activation(x, weight, bias, before, after).requires_grad_()
     with torch.enable_grad():
         out = ACTIVATIONS[activation](z, negative_slope)
     (for_z,) = torch.autograd.grad(out, z, grad.float())
@@ -144,8 +144,8 @@ def _backward_cuda(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return triton_frozen_conv.backward(channels_last(grad), channels_last(x), *rest)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, before: int, behind: int, *_: Any) -> Tensor:
-    return new_map(x, _shape(x, weight, before, behind))
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, before: int, after: int, *_: Any) -> Tensor:
+    return new_map(x, _shape(x, weight, before, after))
 
 
 def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tensor:

@@ -151,13 +151,13 @@ def forward(
     weight: Tensor,
     bias: Tensor,
     before: int,
-    behind: int,
+    after: int,
     activation: str,
     negative_slope: float,
 ) -> Tensor:
     """Launches the kernel; arguments as in :mod:`resfast.ops.frozen_conv.op`, x channels_last."""
     (n, _, h, w), (filters, _, kernel, _) = x.shape, weight.shape
-    rows, columns = (side + before + behind - kernel + 1 for side in (h, w))
+    rows, columns = (side + before + after - kernel + 1 for side in (h, w))
     out = new_map(x, [n, filters, rows, columns])
     pixels = n * rows * columns
     if pixels:
@@ -176,7 +176,7 @@ def backward(
     weight: Tensor,
     bias: Tensor,
     before: int,
-    behind: int,
+    after: int,
     activation: str,
     negative_slope: float,
 ) -> Tensor:

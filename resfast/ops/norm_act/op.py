@@ -1,18 +1,17 @@
-"""``resfast::batch_norm_act``: batch norm in training, with what stands around it.
+"""``resfast::batch_norm_act``: batch norm in training, fused with pool, addition and activation.
 
-``activation(batch_norm(x) + residual)``, where x may be max-pooled by 2x2 first, and its gradients
-in bfloat16: one pass over x for the statistics and one for the result, likewise backward. All is
-computed in float32; only the result, and the pooled x, are rounded. Kept for the backward are x (or
-the pooled x and where each value came from: two bits on the CPU, a byte on CUDA), the statistics,
-and with a residual the result or, for silu and gelu, the residual. The kernels are C++ on the CPU,
-where the bits do not depend on the number of threads, and Triton on CUDA, where they are the same
-in every run.
+``activation(batch_norm(x) + residual)``, where x may be max-pooled by 2x2 first, and its gradients,
+in bfloat16. Forward and backward read x twice: for the statistics and for the result. Arithmetic is
+float32; only the result and the pooled x are rounded. Saved for the backward are x (or the pooled x
+and the position of each maximum: two bits on the CPU, a byte on CUDA), the statistics and, with a
+residual, the result or, for silu and gelu, the residual. The CPU kernels are C++ and give the same
+bits for any number of threads; the CUDA kernels are Triton and deterministic.
 
 Sources: Ioffe and Szegedy, "Batch Normalization", arXiv:1502.03167; Bulo et al., "In-Place
-Activated BatchNorm", arXiv:1712.02616, for doing norm and activation in one; Hendrycks and Gimpel,
-"Gaussian Error Linear Units", arXiv:1606.08415, here to 1e-5.
-Shapes: x ``[N, C, H, W]``; the result ``[N, C, P, Q]``, which is that of x or half of its rows and
-columns.
+Activated BatchNorm", arXiv:1712.02616, for fusing norm and activation; Hendrycks and Gimpel,
+"Gaussian Error Linear Units", arXiv:1606.08415, here with an error up to 1e-5.
+Shapes: x ``[N, C, H, W]``; result ``[N, C, P, Q]`` with the height and width of x, or half of them
+if pooled.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from resfast.ops.registration import register
 ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
 """In the order of their numbers in ``csrc/cpu/conv/conv_bf16.h``."""
 AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_forward")
-"""Whether the CPU's kernels are built and this processor has AVX512-BF16."""
-TRITON = runtime.has_triton()
-"""Whether there is what those for CUDA are written in."""
+"""Whether the CPU kernels are built and this processor has AVX512-BF16."""
+HAS_TRITON = runtime.has_triton()
+"""Whether Triton is installed, which the CUDA kernels need."""
 
 
 def available(device: torch.device) -> bool:
-    """Whether a device has kernels; for CUDA its compute capability must be 8.0 or higher."""
-    if device.type == "cuda":  # what a compiler takes for constants
+    """Whether there are kernels for a device; CUDA needs compute capability 8.0 or higher."""
+    if device.type == "cuda":  # constant for a compiler
         return (
-            TRITON
+            HAS_TRITON
             and torch.cuda.is_available()
             and torch.cuda.get_device_properties(device).major >= runtime.MIN_COMPUTE_CAPABILITY[0]
         )
@@ -59,7 +58,7 @@ def batch_norm_act(
     negative_slope: float = 0.01,
     pool: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``activation(batch_norm(x) + residual)`` by the statistics of the batch, with gradients.
+    """``activation(batch_norm(x) + residual)`` with the statistics of the batch, with gradients.
 
     Args:
         x: bfloat16 ``[N, C, H, W]`` on the CPU or CUDA; fast in ``channels_last``. The other
@@ -68,9 +67,9 @@ def batch_norm_act(
         bias: float32 ``[C]``, or None for zeros.
         residual: bfloat16, of the shape of the result.
         eps: added to the variance.
-        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (of erf).
-        negative_slope: of ``leaky_relu``, at least 0.
-        pool: whether x is ``max_pool2d(x, 2)`` to all of this.
+        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (exact GELU).
+        negative_slope: slope of ``leaky_relu`` for negative values, at least 0.
+        pool: whether ``max_pool2d(x, 2)`` is applied to x first.
 
     Returns:
         The result, bfloat16 in ``channels_last`` memory, and mean and biased variance of x (or the
@@ -109,7 +108,7 @@ def check_arguments(
     negative_slope: float,
     pool: bool,
 ) -> None:
-    """Says what is wrong with the operator's arguments.
+    """Checks the operator's arguments.
 
     Raises:
         TypeError: a tensor of a wrong dtype.
