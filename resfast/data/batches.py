@@ -1,4 +1,4 @@
-"""Chooses and opens what training and evaluation read, however the data set is held."""
+"""Opens the batches of training and evaluation, for resident and streamed data sets."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Source = Resident | Files | Shards
 
 
 def choose_loader(asked: Loader, data: Dataset | Stream, device: torch.device) -> Loader:
-    """``resident`` or ``dali`` for an opened data set."""
+    """The loader for an opened data set: ``resident`` or ``dali``."""
     if isinstance(data, Stream):
         return "dali"
     if asked == "auto":
-        # On a CPU the data set is in memory already.
+        # On a CPU, the data set is already in memory.
         needed = data.train_images.numel() + data.test_images.numel()
         fits = device.type != "cuda" or needed <= free_memory(device) / 2
         return "resident" if fits else "dali"
@@ -38,13 +38,13 @@ def choose_loader(asked: Loader, data: Dataset | Stream, device: torch.device) -
 def split_sources(
     data: Dataset | Stream, val_fraction: float, seed: int, hold_out: int = 0
 ) -> tuple[Source, Source | None, Source]:
-    """Training, validation (None without a held-out part) and test images.
+    """Training, validation (None without held-out images) and test images.
 
     Args:
         data: the data set.
-        val_fraction: part of the training images to hold out, by class, chosen at random.
-        seed: of that choice.
-        hold_out: how many to hold out instead, the last of each class.
+        val_fraction: fraction of the training images of each class to hold out, chosen at random.
+        seed: seed of that choice.
+        hold_out: number of images to hold out instead, the last ones of each class.
 
     Raises:
         ResfastError: a part would be empty, or the data set cannot be split.
@@ -79,19 +79,19 @@ def split_sources(
 
 
 def count(source: Source) -> int:
-    """Images."""
+    """Number of images."""
     return len(source[0]) if isinstance(source, tuple) else len(source)
 
 
-def spread(source: Source, most: int) -> Source:
-    """At most ``most`` images at even distances, so that images sorted by class give all classes.
+def spread(source: Source, limit: int) -> Source:
+    """At most ``limit`` evenly spaced images, so that all classes occur even if sorted by class.
 
     Shards, which hold training images in random order, are returned whole.
     """
     total = count(source)
-    if isinstance(source, Shards) or total <= most:
+    if isinstance(source, Shards) or total <= limit:
         return source
-    indices = torch.arange(most) * total // most
+    indices = torch.arange(limit) * total // limit
     if isinstance(source, tuple):
         return source[0][indices], source[1][indices]
     return source[indices]
@@ -100,7 +100,7 @@ def spread(source: Source, most: int) -> Source:
 def mean_std(source: Source, image_size: int, **pipeline: Any) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, float32 ``[C]`` in units of pixel / 255.
 
-    A constant channel, which carries nothing, gets a standard deviation of 1.
+    The standard deviation of a constant channel is set to 1.
     """
     if isinstance(source, tuple):
         mean, std = channel_mean_std(source[0])
@@ -137,20 +137,20 @@ def training_batches(
         std: float32 ``[C]`` in the same units.
         loader: ``resident`` or ``dali``.
         image_size: height and width in pixels.
-        batch_size: images a batch.
-        augment: what is done to the images.
+        batch_size: images per batch.
+        augment: the augmentation.
         classes: number of classes.
         seed: seed of order and augmentation.
-        device: where batches are made.
-        dtype: of the images in a batch.
-        resize_by: how batches of fewer pixels are made.
-        prefetch: batches that DALI prepares ahead.
-        threads: of DALI; 0 for as many as PyTorch uses.
-        reuse: batches of an earlier training that differs in images and seed alone. Where its
-            tensors are part of captured steps, they are filled anew.
+        device: device of the batches.
+        dtype: dtype of the images of a batch.
+        resize_by: how to make batches of smaller images.
+        prefetch: number of batches that DALI prepares ahead.
+        threads: DALI's CPU threads; 0 for as many as PyTorch uses.
+        reuse: batches of an earlier training that differed only in images and seed. Tensors that
+            are part of captured steps are overwritten and used again.
 
     Raises:
-        ResfastError: a value that does not fit the images, or DALI is not installed.
+        ResfastError: a value does not fit the images, or DALI is not installed.
     """
     common: dict[str, Any] = {
         "batch_size": batch_size,
@@ -186,15 +186,15 @@ class EvaluationBatches:
     """All images of a source once, normalized, each time it is iterated.
 
     Args:
-        source: what to go through; resident images are moved to ``device`` now.
+        source: the images; resident ones are moved to ``device`` immediately.
         mean: float32 ``[C]`` in units of pixel / 255.
         std: float32 ``[C]`` in the same units.
         image_size: height and width in pixels.
-        batch_size: images a batch; the last may be smaller.
-        device: where batches are made.
-        dtype: of their images.
+        batch_size: images per batch; the last batch may be smaller.
+        device: device of the batches.
+        dtype: dtype of the images of a batch.
         classes: number of classes.
-        numbering: int64 ``[classes]``, the label that each of the source's labels becomes.
+        numbering: int64 ``[classes]``, new label for each of the source's labels.
     """
 
     def __init__(

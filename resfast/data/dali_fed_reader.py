@@ -1,6 +1,6 @@
-"""Reads arrays and image files with DALI, which is told which images each batch has.
+"""Reads arrays and image files with DALI; we choose the images of each batch.
 
-``fn.readers.file`` would keep a position and an order of its own.
+``fn.readers.file`` would have its own position and order.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from resfast.ops.philox.op import philox, uniform
 class FedReader(Reader):
     """Reads arrays or files: DALI is fed the images or the file names of each batch.
 
-    Order and random parameters are functions of (seed, epoch, index), so an epoch can be begun at
-    any step.
+    Order and random parameters are functions of (seed, epoch, index), so an epoch can start at any
+    step.
 
     Raises:
-        ResfastError: a file is missing, or labels or images are not what is expected.
+        ResfastError: a file is missing, or labels or images have a wrong shape, dtype or value.
     """
 
     def __init__(self, source: Arrays | Files, options: ReaderOptions) -> None:
@@ -45,7 +45,7 @@ class FedReader(Reader):
         self.source = source
         self._steps: Iterator[tuple[Any, ...]] = iter(())
         if not self.count:
-            raise ResfastError("the list of images is empty, at least one was expected")
+            raise ResfastError("the list of images is empty; expected at least one")
         if len(source.labels) != self.count:
             raise ResfastError(
                 f"there are {len(source.labels)} labels for {self.count} images; expected one "
@@ -68,7 +68,7 @@ class FedReader(Reader):
         self.resizes = self._array.shape[1:3] != (options.image_size, options.image_size)
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[ReadImages]:
-        """Batches ``first_step`` and after of an epoch.
+        """Batches of an epoch, from ``first_step`` on.
 
         Raises:
             ResfastError: an image cannot be decoded.
@@ -101,13 +101,13 @@ class FedReader(Reader):
         return len(range(self.options.rank, self.count, self.options.world))
 
     def _part(self, shuffled: Tensor, step: int) -> Tensor:
-        """The images of one step."""
+        """Indices of this rank's images in one step."""
         options = self.options
         if not options.train:
             return shuffled[step * options.batch_size : (step + 1) * options.batch_size]
         step_images = options.batch_size * options.world
-        everyone = shuffled[step * step_images : (step + 1) * step_images]
-        return everyone.tensor_split(options.world)[options.rank]
+        step_indices = shuffled[step * step_images : (step + 1) * step_images]  # of all ranks
+        return step_indices.tensor_split(options.world)[options.rank]
 
     def _fed(self) -> list[str]:
         """Names of the values that :meth:`_inputs` returns."""
@@ -137,7 +137,7 @@ class FedReader(Reader):
         return tuple(values)
 
     def _drain(self) -> None:
-        """Ends an epoch that was left in the middle."""
+        """Ends an epoch that was not read to its end."""
         if self._pipeline is not None:
             self._steps = iter(())
             with suppress(StopIteration):
@@ -154,27 +154,27 @@ class FedReader(Reader):
         )
 
 
-def _window(indices: Tensor, least: float, seed: int, epoch: int) -> np.ndarray:
-    """Windows of random-resized crop as :func:`dali_pipeline.build` takes them, ``[B, 4]``."""
+def _window(indices: Tensor, min_area: float, seed: int, epoch: int) -> np.ndarray:
+    """Windows of random-resized crop, as in :func:`dali_pipeline.build`, float32 ``[B, 4]``."""
     chances = uniform(philox(indices, seed=seed, epoch=epoch, stream=WINDOW_STREAM))
-    half_area = 0.5 * (least + (1 - least) * chances[0]).log()
+    half_area = 0.5 * (min_area + (1 - min_area) * chances[0]).log()
     half_ratio = 0.5 * LOG_RATIO * (2 * chances[1] - 1)
     sides = [(half_area - half_ratio).exp(), (half_area + half_ratio).exp()]
     return torch.stack([*sides, chances[2], chances[3]], 1).numpy()
 
 
 def _checked_labels(labels: Tensor, classes: int) -> Tensor:
-    least, most = (int(value) for value in torch.aminmax(labels))
-    if labels.dtype != torch.int64 or least < 0 or most >= classes:
+    low, high = (int(value) for value in torch.aminmax(labels))
+    if labels.dtype != torch.int64 or low < 0 or high >= classes:
         raise ResfastError(
-            f"labels are {labels.dtype} from {least} to {most}; expected int64 from 0 to "
+            f"labels are {labels.dtype} from {low} to {high}; expected int64 from 0 to "
             f"{classes - 1}"
         )
     return labels
 
 
 def _check_exist(paths: Sequence[str]) -> None:
-    """Lists each folder, which is far quicker than asking for each file on a network."""
+    """Checks files by listing their folders: much faster on a network than one call per file."""
     listings: dict[str, set[str]] = {}
     for path in paths:
         folder, name = os.path.split(path)
@@ -183,4 +183,6 @@ def _check_exist(paths: Sequence[str]) -> None:
             with suppress(FileNotFoundError, NotADirectoryError):
                 listings[folder] = set(os.listdir(folder or "."))
         if name not in listings[folder]:
-            raise ResfastError(f"the image {path} does not exist: restore it or list it no more")
+            raise ResfastError(
+                f"the image {path} does not exist: restore it or remove it from the list"
+            )

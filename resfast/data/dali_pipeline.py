@@ -1,6 +1,6 @@
-"""The graphs that DALI executes; :mod:`resfast.data.dali` feeds them and completes their batches.
+"""DALI's pipelines; :mod:`resfast.data.dali` feeds them and completes their batches.
 
-``nvidia.dali`` takes a second to import, so it is imported only when a graph is built.
+``nvidia.dali`` takes a second to import, so it is imported only when a pipeline is built.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def build(
     Args:
         resized: whether decoded images are cropped (to the window, or to a centred square) and
             resized.
-        decoded: the pipeline is fed images instead of file names.
+        decoded: whether the pipeline is fed images instead of file names.
         feed: returns the values of ``fed`` for a batch; raises ``StopIteration`` after the last.
         fed: ``data`` (images, or file names as bytes), ``lengths`` of the names, and the random
             parameters drawn by the caller: ``window`` (height and width as fractions of sqrt(H W),

@@ -1,7 +1,7 @@
-"""What the readers of :mod:`resfast.data.dali` share: DALI's pipeline run batch by batch.
+"""Base class of the readers of :mod:`resfast.data.dali`, which run DALI's pipeline per batch.
 
-Readers give uint8 images with their labels and indices. Augmentation and normalization follow in
-:mod:`resfast.data.dali`.
+Readers yield uint8 images with labels and indices; :mod:`resfast.data.dali` augments and normalizes
+them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Arrays:
     """Decoded images.
 
     Attributes:
-        images: uint8 ``[N, H, W, C]``, a tensor on the CPU or an array, such as a ``np.memmap``.
+        images: uint8 ``[N, H, W, C]``, a tensor on the CPU or an array such as a ``np.memmap``.
         labels: int64 ``[N]``.
     """
 
@@ -36,7 +36,7 @@ class Arrays:
     labels: Tensor
 
     def __len__(self) -> int:
-        """Images."""
+        """Number of images."""
         return len(self.images)
 
 
@@ -45,8 +45,8 @@ class ReaderOptions:
     """How images are read; the fields are arguments of :class:`resfast.data.dali.DaliLoader`.
 
     Attributes:
-        augment: what is done to the images, by whom ``finish`` says; nothing in evaluation.
-        normalize: that of :func:`resfast.data.dali_pipeline.build`.
+        augment: the augmentation; none in evaluation.
+        normalize: argument of :func:`resfast.data.dali_pipeline.build`.
     """
 
     batch_size: int
@@ -66,10 +66,10 @@ class ReaderOptions:
 
 
 class ReadImages(NamedTuple):
-    """A batch as DALI gives it.
+    """A batch as read by DALI.
 
     Attributes:
-        images: uint8 ``[B, S, S, C]``; normalized where DALI alone finishes them.
+        images: uint8 ``[B, S, S, C]``; normalized if only DALI finishes them.
         labels: int64 ``[B]``.
         indices: int64 ``[B]``, as in :class:`resfast.data.batch.Batch`.
     """
@@ -83,12 +83,12 @@ class Reader(ABC):
     """Reads the images of one rank.
 
     Args:
-        options: how.
-        count: images of all ranks.
+        options: how to read them.
+        count: number of images of all ranks.
 
     Attributes:
-        channels: of the images.
-        resizes: whether images are not ``image_size`` on both sides already.
+        channels: channels of the images.
+        resizes: whether images may have to be resized to ``image_size``.
     """
 
     def __init__(self, options: ReaderOptions, count: int) -> None:
@@ -97,7 +97,7 @@ class Reader(ABC):
         self._pipeline: Any = None
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         options = self.options
         if not options.train:
             return -(-self._part_size() // options.batch_size)
@@ -106,16 +106,16 @@ class Reader(ABC):
 
     @property
     def window(self) -> float:
-        """Smallest part of the area that DALI's random-resized crop takes; 1 for none."""
+        """Minimum area of DALI's random-resized crop, as a fraction of the image; 1 for none."""
         options = self.options
         return options.augment.resize if self.resizes or options.finish == "dali" else 1.0
 
     @abstractmethod
     def epoch(self, epoch: int, first_step: int) -> Iterator[ReadImages]:
-        """Batches ``first_step`` and after of an epoch, both from 0."""
+        """Batches of an epoch from ``first_step`` on, both counted from 0."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on quickly after the latest batch; empty for nothing."""
+        """What is needed to continue quickly after the latest batch; may be empty."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ class Reader(ABC):
     def sample(
         self, augment: Augment, indices: Tensor, epoch: int, images: Tensor | None = None
     ) -> AugmentParams:
-        """Random parameters of images; ``images`` where a policy needs their statistics."""
+        """Random parameters of images; ``images`` is for augmentations that need statistics."""
         options, measured = self.options, None
         if images is not None and needs_statistics(augment):
             measured = statistics(images)
@@ -142,11 +142,11 @@ class Reader(ABC):
 
     @abstractmethod
     def _part_size(self) -> int:
-        """Images of this rank in an epoch of which nothing is left out."""
+        """Number of images of this rank in an epoch, if none are skipped."""
 
     @abstractmethod
     def _build(self) -> Any:
-        """A pipeline at its start."""
+        """Builds the pipeline, at its first position."""
 
     def _pipeline_options(self) -> dict[str, Any]:
         options, device_id = self.options, None
@@ -165,7 +165,7 @@ class Reader(ABC):
         }
 
     def _run(self) -> tuple[Tensor, ...]:
-        """Outputs of the next run as tensors, which keep their memory as long as they live."""
+        """Outputs of the next run of the pipeline, as tensors that keep their memory alive."""
         if self._pipeline is None:
             self._pipeline = self._build()
         if self.options.device.type == "cuda":

@@ -1,6 +1,6 @@
-"""Reads tar shards with DALI from front to back, which is what shards are for.
+"""Reads tar shards with DALI sequentially.
 
-The order within an epoch is DALI's, and its state has to be saved to go on quickly.
+DALI determines the order within an epoch; to continue quickly, its state has to be saved.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from resfast.data.dali_reader import Reader, ReaderOptions, ReadImages, raise_fo
 from resfast.data.dataset import Shards
 from resfast.errors import ResfastError
 
-# Odd and otherwise arbitrary; a hash only has to be the same in every run.
+# Any odd number will do: a hash only has to be the same in every run.
 _HASH_FACTOR = 0x9E3779B97F4A7C15
 
 
 class ShardReader(Reader):
-    """Reads shards from front to back; one epoch of DALI's is a fixed number of runs.
+    """Reads shards sequentially; an epoch of DALI is a fixed number of runs of the pipeline.
 
     Raises:
         ResfastError: there are no shards, or one cannot be indexed.
@@ -34,25 +34,27 @@ class ShardReader(Reader):
 
     def __init__(self, source: Shards, options: ReaderOptions) -> None:
         if not source.paths:
-            raise ResfastError("the list of shards is empty, at least one was expected")
+            raise ResfastError("the list of shards is empty; expected at least one")
         self._index_folder = tempfile.TemporaryDirectory(prefix="resfast-index-")
         self._indices, count = shards.indexed(source.paths, Path(self._index_folder.name))
         super().__init__(options, count)
         self.source = source
         common = os.path.commonpath([os.path.dirname(path) or "." for path in source.paths])
         self._prefix = len(os.fsencode(common))
-        self._position = (0, 0)  # of the pipeline: epoch, step
+        self._position = (0, 0)  # epoch and step of the pipeline
         largest_part = math.ceil(count / options.world)
-        self._runs = math.ceil(largest_part / options.batch_size)  # of the pipeline, an epoch
+        self._runs = math.ceil(largest_part / options.batch_size)  # of the pipeline per epoch
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[ReadImages]:
-        """Batches ``first_step`` and after of an epoch; those before are read again.
+        """Batches of an epoch, from ``first_step`` on; the ones before are read again.
 
         Raises:
             ResfastError: an image cannot be decoded, or a label is out of range.
         """
         if not self.options.train:
-            epoch = self._position[0] + bool(self._position[1] > first_step)  # all are the same
+            epoch = self._position[0] + bool(
+                self._position[1] > first_step
+            )  # all epochs are the same
         self._go_to(epoch * self._runs + first_step)
         size = self._part_size()
         for step in range(first_step, len(self)):
@@ -63,9 +65,9 @@ class ShardReader(Reader):
             yield ReadImages(images, labels, indices)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the shards are read, after the last batch that was yielded.
+        """The position in the shards after the last batch that was yielded.
 
-        Tensors and numbers only, so that ``torch.load(weights_only=True)`` reads it.
+        It has only tensors and numbers, so that ``torch.load(weights_only=True)`` reads it.
         """
         if self._pipeline is None:
             return {}
@@ -79,10 +81,10 @@ class ShardReader(Reader):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a position, from which ``epoch(e, first_step)`` goes on.
+        """Restores a position, from which ``epoch(e, first_step)`` continues.
 
         Raises:
-            ResfastError: it is of other shards, another batch size, seed or rank.
+            ResfastError: the state is of other shards, another batch size, seed or rank.
         """
         if not state:
             return
@@ -90,7 +92,7 @@ class ShardReader(Reader):
             if state[name] != value:
                 raise ResfastError(
                     f"the saved position in the shards is of {name} {state[name]}, but this run "
-                    f"has {name} {value}: use the same shards and options to go on"
+                    f"has {name} {value}: use the same shards and options to continue"
                 )
         self._pipeline = self._build(checkpoint=state["pipeline"].numpy().tobytes())
         self._position = (state["epoch"], state["step"])
@@ -112,11 +114,11 @@ class ShardReader(Reader):
         )
         return end - first
 
-    def _go_to(self, wanted: int) -> None:
+    def _go_to(self, target: int) -> None:
         reached = self._position[0] * self._runs + self._position[1]
-        if reached > wanted:
+        if reached > target:
             self._pipeline, self._position, reached = None, (0, 0), 0
-        for _ in range(wanted - reached):
+        for _ in range(target - reached):
             self._advance()
 
     def _advance(self) -> tuple[Tensor, ...]:
@@ -153,7 +155,7 @@ class ShardReader(Reader):
         return torch.from_numpy(labels).to(self.options.device)
 
     def _indices_of(self, names: np.ndarray) -> Tensor:
-        """A hash of each sample's shard, place and name, below the shards' common folder."""
+        """A hash of each sample's shard (relative to the common folder), position and name."""
         names = names[:, self._prefix :].astype(np.uint64)
         powers = np.cumprod(np.full(names.shape[1], _HASH_FACTOR, np.uint64))
         indices = (names * powers).sum(1, dtype=np.uint64).astype(np.int64)

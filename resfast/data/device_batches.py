@@ -1,4 +1,4 @@
-"""Training batches of a data set that lives on the device, made from tensors that never move."""
+"""Training batches of a data set in device memory, made from tensors at fixed addresses."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from resfast.ops.augment.op import AugmentParams, MixParams
 class DeviceBatches:
     """A :class:`~resfast.data.batch.BatchSource` of resident images.
 
-    The host decides only the shape of a batch; which images come next is known on the device. So a
+    The host decides only the shape of a batch; the device knows which images come next. So a
     captured step can make its own batch.
 
     Args:
-        loader: of the images, of one rank.
-        resize_by: how batches of fewer pixels are made.
+        loader: loader of the images, for a single rank.
+        resize_by: how to make batches of smaller images.
 
     Attributes:
-        loader: as given.
-        tensors: all that changes from step to step or from epoch to epoch.
+        loader: the loader of the images.
+        tensors: the tensors that change from step to step or from epoch to epoch.
     """
 
     capturable = True
@@ -46,11 +46,11 @@ class DeviceBatches:
 
     @property
     def count(self) -> int:
-        """Images in the data set."""
+        """Number of images in the data set."""
         return self.loader.count
 
     def __len__(self) -> int:
-        """Batches in an epoch of the loader's batch size."""
+        """Number of batches in an epoch, with the loader's batch size."""
         return len(self.loader)
 
     def begin(self, epoch: int, *, first: int = 0, order: Tensor | None = None) -> None:
@@ -58,9 +58,9 @@ class DeviceBatches:
 
         Args:
             epoch: epoch, from 0.
-            first: position in the order to begin at.
-            order: int64 ``[M]``, the images to go through, on the device (None: all of them in the
-                loader's order).
+            first: position of the first image in the order.
+            order: int64 ``[M]``, indices of the images to train on, on the device (None: all of
+                them, in the loader's order).
         """
         loader = self.loader
         params = _tensors(loader.random_params(epoch))
@@ -73,14 +73,14 @@ class DeviceBatches:
         self._position.fill_(first)
 
     def next(self, images: int, pixels: int) -> Batch:
-        """The next batch; after the last image of the data set's order comes the first.
+        """The next batch; the last image of the order is followed by the first one.
 
         Args:
-            images: how many.
+            images: number of images.
             pixels: their height and width, at most that of the data set's images.
 
         Returns:
-            Images ``[B, C, pixels, pixels]``, labels of :meth:`ResidentLoader.make`, indices.
+            Images ``[B, C, pixels, pixels]``, with labels as in :meth:`ResidentLoader.make`.
         """
         loader = self.loader
         if self._position.is_cuda and runtime.has_triton():
@@ -104,11 +104,11 @@ class DeviceBatches:
         return batch._replace(images=smaller)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: epoch and step are enough to go on."""
+        """Empty: epoch and step are enough to continue."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned, which is nothing."""
+        """Does nothing: the state is empty."""
 
 
 def _tensors(params: RandomParams) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Training batches of a data set that is read while the network is trained."""
+"""Training batches of a data set that is read during training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from resfast.data.dali import DaliLoader
 class StreamBatches:
     """A :class:`~resfast.data.batch.BatchSource` of images that are read ahead.
 
-    So the number of images in a batch and their order cannot be changed.
+    Therefore, the number of images per batch and their order are fixed.
 
     Args:
-        loader: of the images, of one rank.
-        resize_by: how batches of fewer pixels are made.
+        loader: loader of the images, for a single rank.
+        resize_by: how to make batches of smaller images.
     """
 
     capturable = False
@@ -32,11 +32,11 @@ class StreamBatches:
 
     @property
     def count(self) -> int:
-        """Images in the data set."""
+        """Number of images in the data set."""
         return self.loader.count
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         return len(self.loader)
 
     def begin(self, epoch: int, *, first: int = 0, order: Tensor | None = None) -> None:
@@ -44,14 +44,16 @@ class StreamBatches:
 
         Args:
             epoch: epoch, from 0.
-            first: place in the epoch's order of the image to begin at, the first of a batch.
-            order: None, as the loader has an order of its own.
+            first: position of the first image in the epoch's order; a multiple of the batch size.
+            order: None: the loader determines the order.
 
         Raises:
-            ValueError: an order is given, or ``first`` lies within a batch.
+            ValueError: an order is given, or ``first`` is not a multiple of the batch size.
         """
         if order is not None:
-            raise ValueError("order is given; images that are read ahead have the loader's order")
+            raise ValueError(
+                "order is given, but images that are read ahead are in the loader's order"
+            )
         step, within = divmod(first, self.loader.batch_size)
         if within:
             raise ValueError(
@@ -68,13 +70,15 @@ class StreamBatches:
             pixels: height and width, at most that of the loader's images.
 
         Raises:
-            ValueError: another number of images, or more pixels than there are.
+            ValueError: another number of images, or more pixels than the images have.
             RuntimeError: the epoch has no more batches.
             ResfastError: an image cannot be read.
         """
         size = self.loader.batch_size
         if images != size:
-            raise ValueError(f"images is {images}; expected {size}, the size that is read ahead")
+            raise ValueError(
+                f"images is {images}; expected {size}, the batch size that is read ahead"
+            )
         batch = next(self._batches, None)
         if batch is None:
             raise RuntimeError("the epoch has no more batches; begin another one")
@@ -91,13 +95,13 @@ class StreamBatches:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader reads, after the latest batch."""
+        """The position of the loader after the latest batch."""
         return self.loader.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.
 
         Raises:
-            ResfastError: it belongs to another data set or other options.
+            ResfastError: the state is of another data set or other options.
         """
         self.loader.load_state_dict(state)
