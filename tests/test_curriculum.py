@@ -52,7 +52,7 @@ def test_without_a_curriculum_every_epoch_is_the_same_batches():
     assert made.uniform
     assert made.progress() is None
     assert made.shapes() == [(10, 32)]
-    assert (made.steps, made.images, made.most_steps) == (40, 400, 10)
+    assert (made.steps, made.images, made.max_steps) == (40, 400, 10)
     expected = tuple(PlannedBatch(10 * step, 10, 32) for step in range(10))
     assert [epoch.batches for epoch in made.epochs] == [expected] * 4
     assert [epoch.first_step for epoch in made.epochs] == [0, 10, 20, 30]
@@ -121,7 +121,7 @@ def test_images_are_left_out_from_an_epoch_on(start: float, lengths: list[int]):
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"batch_size": 101}, "batch size 101 does not fit 100 training images; .*--batch-size "),
         ({"batch_sizes": ((200, 0.5),)}, "batch size 200 .*--batch-sizes between 1 and 100"),
@@ -129,13 +129,13 @@ def test_images_are_left_out_from_an_epoch_on(start: float, lengths: list[int]):
         ({"filter_start": 0.5, "filter_keep": 0.05}, "the 5 images that --filter-keep 0.05"),
     ],
 )
-def test_plans_that_do_not_fit_the_images_are_refused(values: dict, said: str):
-    with pytest.raises(ResfastError, match=said):
+def test_plans_that_do_not_fit_the_images_are_refused(values: dict, message: str):
+    with pytest.raises(ResfastError, match=message):
         plan(**values)
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"sizes": ((24, 0.8), (28, 0.5))}, "--sizes 24:0.8,28:0.5 .*increasing fractions"),
         ({"sizes": ((24, 1.5),)}, "--sizes 24:1.5"),
@@ -149,8 +149,8 @@ def test_plans_that_do_not_fit_the_images_are_refused(values: dict, said: str):
         ({"hold_out": -1}, "--hold-out -1 is out of range"),
     ],
 )
-def test_bad_values_are_refused(tiny: Config, values: dict, said: str):
-    with pytest.raises(ResfastError, match=said):
+def test_bad_values_are_refused(tiny: Config, values: dict, message: str):
+    with pytest.raises(ResfastError, match=message):
         check(change(tiny, **values))
 
 

@@ -575,14 +575,14 @@ def test_an_epoch_on_cuda_never_waits_for_the_device(policy: str):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("every", "told"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (0, [5])])
-def test_the_plateau_is_told_the_epochs_since_the_last_evaluation(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch, every: int, told: list[int]
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (0, [5])])
+def test_the_plateau_gets_the_epochs_since_the_last_evaluation(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, every: int, expected: list[int]
 ):
     seen = []
     monkeypatch.setattr(Schedule, "evaluated", lambda self, accuracy, epochs: seen.append(epochs))
     resfast.train(change(tiny, epochs=5, schedule="plateau", eval_every=every))
-    assert seen == told
+    assert seen == expected
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "linear", "plateau"])

@@ -1,8 +1,8 @@
-"""Saving and loading weights and resumable states, atomically.
+"""Saves and loads resumable states and weights, atomically.
 
 ``checkpoint.pt`` is the resumable state (``torch.save``, read with ``weights_only=True``);
 ``model.safetensors`` is the result, with the configuration, classes and normalization in its
-metadata, so that the file alone is enough to use the network.
+metadata, so that this file is enough to use the network.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def _write(path: Path, data: bytes | memoryview, what: str) -> None:
     try:
         atomic.write_bytes(path, data)
     except OSError as error:
-        kept = f"the previous {path} is intact" if path.exists() else "there is no previous one"
+        previous = f"the previous {path} is intact" if path.exists() else "there is no previous one"
         raise ResfastError(
             f"cannot save the {what} to {path}: {error.strerror or error} ({len(data):,} bytes); "
-            f"{kept}; free some space or fix the permissions, then continue with "
+            f"{previous}; free some space or fix the permissions, then continue with "
             f"--resume {path.parent}"
         ) from None
 
@@ -44,7 +44,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """Writes a resumable state; the old file is replaced only once the new one is complete.
 
     Raises:
-        ResfastError: it cannot be written (full disk, permissions); the old file is intact.
+        ResfastError: the file cannot be written (full disk, permissions); the old one is intact.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
@@ -55,7 +55,7 @@ def load_state(path: Path) -> dict[str, Any]:
     """Reads a resumable state onto the CPU.
 
     Raises:
-        ResfastError: missing, damaged, or of another format.
+        ResfastError: the file is missing, damaged, or of another format.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,14 +76,15 @@ def load_state(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Weights:
-    """A trained network's file.
+    """Contents of a weights file.
 
     Attributes:
-        tensors: its state dict.
+        tensors: the network's state dict.
         config: the run's configuration.
         classes: class names, in the order of the logits.
-        mean: float32 ``[C]`` in units of pixel / 255.
-        std: float32 ``[C]`` in the same units.
+        mean: channel means that the images are normalized with, float32 ``[C]`` in units of
+            pixel / 255.
+        std: their standard deviations, float32 ``[C]`` in the same units.
     """
 
     tensors: dict[str, Tensor]
@@ -104,7 +105,7 @@ def save_weights(
     """Writes a network's weights as safetensors.
 
     Raises:
-        ResfastError: it could not be written; the old file is intact.
+        ResfastError: the file cannot be written; the old one is intact.
     """
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
@@ -122,10 +123,10 @@ def load_weights(path: Path) -> Weights:
     """Reads what :func:`save_weights` wrote.
 
     Raises:
-        ResfastError: missing, damaged, or not written by resfast.train.
+        ResfastError: the file is missing, damaged, or not written by resfast.train.
     """
     try:
-        data = path.read_bytes()  # safetensors opens no path that is not UTF-8
+        data = path.read_bytes()  # safetensors cannot open a path that is not UTF-8
         tensors = from_safetensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.get("__metadata__", {})
@@ -137,7 +138,7 @@ def load_weights(path: Path) -> Weights:
             torch.tensor(json.loads(metadata["std"])),
         )
         if not weights.mean.shape == weights.std.shape == (3,):
-            raise ValueError("its mean and standard deviation are not of 3 channels")
+            raise ValueError("its mean and standard deviation do not have 3 channels")
         if not all(isinstance(name, str) for name in weights.classes):
             raise ValueError("its class names are not text")
     except FileNotFoundError:

@@ -25,11 +25,11 @@ TIMING_RULE = (
     "depends on the training images or produces the final predictions. Not in it: compiling and "
     "warm-up on dummy data, loading data (with its channel mean and deviation), other evaluations."
 )
-"""What ``timed_seconds`` of a summary includes; the rule of airbench (Jordan, arXiv:2404.00498)."""
+"""What ``timed_seconds`` of a summary includes: the rule of airbench (Jordan, arXiv:2404.00498)."""
 
 
 def circumstances() -> Circumstances:
-    """Threads, versions and date of a measurement that ends now, for its summary."""
+    """Threads, versions and today's date, for the summary of a measurement."""
     return Circumstances(
         threads=torch.get_num_threads(),
         versions=Versions(
@@ -44,10 +44,10 @@ def circumstances() -> Circumstances:
 
 
 def run_folder(config: Config, network_name: str) -> Path:
-    """Makes the folder of a new run, or of several runs that differ in their seed.
+    """Creates the folder of a new run, or of several runs that differ in their seed.
 
     Raises:
-        ResfastError: the name is taken or the folder cannot be made.
+        ResfastError: the name is invalid or taken, or the folder cannot be created.
     """
     name = config.run.name
     seeds = f"seed{config.runtime.seed}"
@@ -85,28 +85,28 @@ def write_text(path: Path, text: str) -> None:
     """Replaces a text file of a run atomically.
 
     Raises:
-        ResfastError: it could not be written; the old file is intact.
+        ResfastError: the file cannot be written; the old one is intact.
     """
     atomic.save(path, text.encode())
 
 
 def write_config(path: Path, config: Config) -> None:
-    """Saves the configuration of a run."""
+    """Writes the configuration of a run."""
     write_text(path / CONFIG, to_json(config))
 
 
 def write_metrics(path: Path, history: Iterable[EpochRow]) -> None:
-    """Saves all rows, one per epoch, so that the file always matches the checkpoint."""
+    """Writes all rows, one per epoch, so that the file always matches the checkpoint."""
     write_text(path / METRICS, rows_to_lines(history))
 
 
 def write_summary(path: Path, summary: RunSummary | SeedsSummary) -> None:
-    """Saves the result of a run, or of several with different seeds."""
+    """Writes the summary of one run, or of several with different seeds."""
     write_text(path / SUMMARY, summary.to_json())
 
 
 class Loggers:
-    """TensorBoard and Weights & Biases, if enabled."""
+    """Logs to TensorBoard and Weights & Biases, if enabled."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self.tensorboard = self.wandb = None
@@ -127,7 +127,7 @@ class Loggers:
             )
 
     def log(self, row: EpochRow) -> None:
-        """Sends the numbers of a finished epoch."""
+        """Logs the values of a finished epoch."""
         values = {
             name: value for name, value in row_values(row).items() if isinstance(value, float)
         }
@@ -139,7 +139,7 @@ class Loggers:
             self.wandb.log(values, step=row.epoch)
 
     def close(self, summary: RunSummary) -> None:
-        """Ends both, with the result of the run."""
+        """Closes both loggers; Weights & Biases gets the result of the run."""
         if self.tensorboard is not None:
             self.tensorboard.close()
         if self.wandb is not None:

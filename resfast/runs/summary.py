@@ -1,4 +1,4 @@
-"""The result of a run as a type, and ``summary.json`` from and to it.
+"""The result of a run as a type, read from and written to ``summary.json``.
 
 :class:`RunSummary` is the result of one run, :class:`SeedsSummary` that of several runs that differ
 in their seed; ``resfast.runs.epoch_row`` has the rows of ``metrics.jsonl``. A field that older
@@ -29,11 +29,11 @@ _FOUND_ELSEWHERE = {"torch", "resfast", "run"}
 
 
 class _Summary(Mapping[str, Any]):
-    """What both kinds of summary can do.
+    """Methods of both kinds of summary.
 
-    A summary can be read by key too, for code older than these classes: ``summary["versions"]`` is
-    what ``summary.json`` has there, with lists for tuples and dictionaries for other classes. New
-    code reads attributes, whose types a type checker knows.
+    For code older than these classes, a summary can also be read by key: ``summary["versions"]`` is
+    the value in ``summary.json``, with lists for tuples and dictionaries for other classes. New
+    code should read attributes, which type checkers know.
     """
 
     def to_json(self) -> str:
@@ -41,7 +41,7 @@ class _Summary(Mapping[str, Any]):
         return json.dumps(_ADAPTERS[type(self)].dump_python(self), indent=2) + "\n"
 
     def not_recorded(self) -> list[str]:
-        """Names of the fields that the version of resfast that wrote the summary did not have."""
+        """Names of the fields that the resfast version that wrote the summary did not record."""
         may_be_none = _NONE_IS_A_VALUE | _FOUND_ELSEWHERE
         added_later = [f.name for f in fields(self) if f.default is None]  # type: ignore[arg-type]
         missing = [name for name in added_later if getattr(self, name) is None]
@@ -62,11 +62,11 @@ class Versions:
     """Versions of the software that a run used.
 
     Attributes:
-        resfast: of this package.
-        torch: of PyTorch, with its build, as in ``2.15.0+cu132``.
-        python: of Python.
-        cuda: of the CUDA that PyTorch was built with; None without.
-        cudnn: of cuDNN, as in 92600 for 9.26.0; None without.
+        resfast: version of this package.
+        torch: version of PyTorch, with its build, such as ``2.15.0+cu132``.
+        python: version of Python.
+        cuda: CUDA version that PyTorch was built with; None without CUDA.
+        cudnn: version of cuDNN, such as 92600 for 9.26.0; None without cuDNN.
     """
 
     __pydantic_config__ = STORED
@@ -80,11 +80,11 @@ class Versions:
 
 @dataclass(frozen=True, kw_only=True)
 class Circumstances:
-    """Under what circumstances something was measured.
+    """Circumstances of a measurement.
 
     Attributes:
         threads: CPU threads of PyTorch.
-        versions: of the software.
+        versions: versions of the software.
         date: YYYY-MM-DD, local time, at the end of the measurement.
     """
 
@@ -95,7 +95,7 @@ class Circumstances:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSeconds:
-    """Seconds of one run by kind; :class:`RunSummary` documents them as ``<kind>_seconds``."""
+    """Seconds of one run by kind; documented in :class:`RunSummary` as ``<kind>_seconds``."""
 
     timed: float
     whitening: float
@@ -116,57 +116,57 @@ class RunSummary(_Summary):
         model: name of the preset, or ``resnet`` or ``speednet``.
         params: trainable parameters of the network.
         macs: multiply-accumulates of a forward pass of one image at full size.
-        macs_by_pixels: the same by height and width of the image in pixels, for each size that the
-            run trained at.
-        train_macs: multiply-accumulates of one forward pass of every image trained on.
-        epochs: whole epochs trained.
+        macs_by_pixels: the same for each image size used in training, by height in pixels.
+        train_macs: multiply-accumulates of the forward passes of all images trained on.
+        epochs: number of whole epochs trained.
         data: name of the data set.
         data_digest: hexadecimal digest of its content.
-        train_images: images of the training set, without those held out.
-        test_images: test images that were scored; 0 where they were not.
-        test_accuracy: on the test images; None where they were not scored.
-        test_loss: mean cross-entropy of the test images; None where they were not scored or it is
-            not finite.
+        train_images: number of training images, without the held-out ones.
+        test_images: number of test images scored; 0 if they were not scored.
+        test_accuracy: accuracy on the test images; None if they were not scored.
+        test_loss: mean cross-entropy on the test images; None if they were not scored or it is not
+            finite.
         tta: test-time augmentation: ``none``, ``flip``, ``shift`` or ``multi-crop``.
         tta_select: fraction of the images that get all views.
         tta_mirror: fraction of the images that get a mirrored view.
-        tta_accuracy: on the test images with test-time augmentation; None where not scored.
-        val_images: images held out of the training set.
-        val_accuracy: on the images held out; None without such.
-        val_tta_accuracy: on the images held out, with test-time augmentation; None without such.
-        best_accuracy: highest accuracy of the evaluations during training, below 0 for none.
-        best_epoch: epochs trained when it was reached.
-        best_on: images that it was measured on.
-        scored_on: images that the final figures, ``per_class_accuracy`` and ``confusion`` are of.
-        per_class_accuracy: by name of the class; None for a class without images.
-        confusion: images by true class (rows) and predicted class (columns).
-        whitening_seconds: computing the filters of a whitening first layer; 0 without one.
+        tta_accuracy: accuracy on the test images with test-time augmentation; None if they were not
+            scored.
+        val_images: number of held-out training images.
+        val_accuracy: accuracy on the held-out images; None without held-out images.
+        val_tta_accuracy: the same with test-time augmentation.
+        best_accuracy: highest accuracy of the evaluations during training, below 0 without any.
+        best_epoch: number of epochs trained when it was reached.
+        best_on: images on which it was measured.
+        scored_on: images of the final evaluation, ``per_class_accuracy`` and ``confusion``.
+        per_class_accuracy: accuracy by class name; None for a class without images.
+        confusion: number of images by true class (rows) and predicted class (columns).
+        whitening_seconds: computation of the filters of a whitening first layer; 0 without one.
         train_seconds: training, without evaluations.
         final_eval_seconds: the final evaluation with test-time augmentation.
-        timed_seconds: what counts, see ``timing_rule``.
-        compile_seconds: compiling and warm-up.
-        eval_seconds: all evaluations, the final one included.
-        total_seconds: wall clock of the command, all its sessions together.
+        timed_seconds: the time to report; see ``timing_rule``.
+        compile_seconds: compilation and warm-up.
+        eval_seconds: all evaluations, including the final one.
+        total_seconds: wall-clock time of the command, summed over all sessions.
         timing_rule: what ``timed_seconds`` includes, in words.
-        peak_memory_bytes: highest memory use of any session, on CUDA of the device.
+        peak_memory_bytes: highest memory use of any session, of the device for CUDA.
         stopped: why training ended before its last epoch (``target``, ``early_stop`` or
-            ``max_seconds``); None where it did not.
+            ``max_seconds``); None if it did not.
         images_per_second: training images per second of ``train_seconds``.
         loader: ``resident`` or ``dali``.
         augment: the augmentation, in the notation of ``--augment``.
-        device: name of the processor, for a CPU with its threads.
+        device: name of the processor; for a CPU, also the number of threads.
         device_type: ``cpu`` or ``cuda``.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         compile: whether the training step was compiled: ``on`` or ``off``.
         batch_size: images per step.
-        mean: of each channel of the training images, in units of pixel / 255.
-        std: standard deviation of each channel, in units of pixel / 255.
+        mean: mean of each channel of the training images, in units of pixel / 255.
+        std: standard deviation of each channel, in the same units.
         torch: version of PyTorch.
         resfast: version of this package.
         threads: CPU threads of PyTorch.
-        versions: of the software.
+        versions: versions of the software.
         date: YYYY-MM-DD, when the run ended.
-        seed: of the random numbers.
+        seed: random seed.
     """
 
     __pydantic_config__ = STORED
@@ -218,7 +218,7 @@ class RunSummary(_Summary):
     batch_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    torch: str | None = None  # for some time only within versions
+    torch: str | None = None  # missing in files of versions that wrote it only to `versions`
     resfast: str | None = None
     threads: int | None = None
     versions: Versions | None = None
@@ -226,10 +226,10 @@ class RunSummary(_Summary):
     seed: int
 
     def headline_accuracy(self) -> tuple[AccuracyName, float]:
-        """The name and the value of the accuracy that a run is judged by.
+        """Name and value of the accuracy that a run is judged by.
 
-        It is with test-time augmentation if the run has it, and of the images held out if the test
-        images were not scored.
+        It is the accuracy with test-time augmentation if the run uses any, and on the held-out
+        images if the test images were not scored.
 
         Raises:
             ResfastError: the summary has no accuracy.
@@ -268,7 +268,7 @@ class RunSummary(_Summary):
 
 @dataclass(frozen=True, kw_only=True)
 class MeanSd:
-    """Mean and sample standard deviation (n - 1) over runs; None for a single run."""
+    """Mean and sample standard deviation (n - 1, None for a single run) over several runs."""
 
     __pydantic_config__ = STORED
 
@@ -278,7 +278,7 @@ class MeanSd:
 
 @dataclass(frozen=True, kw_only=True)
 class SecondsStatistics:
-    """Seconds of a run over several runs, by kind as in :class:`RunSeconds`."""
+    """Statistics of the seconds of several runs, by kind as in :class:`RunSeconds`."""
 
     __pydantic_config__ = STORED
 
@@ -293,7 +293,7 @@ class SecondsStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedRow:
-    """One of several runs in their common summary; its fields are those of :class:`RunSummary`."""
+    """One run in the common summary of several; the fields are those of :class:`RunSummary`."""
 
     __pydantic_config__ = STORED
 
@@ -317,30 +317,30 @@ class SeedRow:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SeedsSummary(_Summary):
-    """Result of the same run with several seeds.
+    """Result of runs that differ only in their seed.
 
-    Fields that are not described here are those of :class:`RunSummary`, the same for all runs.
+    Fields that are not described here are as in :class:`RunSummary` and the same for all runs.
 
     Attributes:
-        runs: runs asked for.
-        finished: runs finished so far.
-        seeds: of the finished runs, in order.
+        runs: number of runs requested.
+        finished: number of runs finished so far.
+        seeds: seeds of the finished runs, in order.
         accuracy: name of the headline accuracy, see :meth:`RunSummary.headline_accuracy`.
         accuracies: headline accuracy of each finished run, 0 to 1.
-        mean: of ``accuracies``.
+        mean: mean of ``accuracies``.
         sd: sample standard deviation (n - 1) of ``accuracies``; None for a single run.
         confidence: level of the confidence interval, 0 to 1.
-        confidence_interval: of the mean (Student's t); None for a single run.
-        target: accuracy that the mean is tested against; None for none.
-        p_value: of the one-sided t test of the mean against the target; None without a target and
-            for a single run.
-        seconds: of a run, by kind.
-        timed_seconds: mean of the runs.
-        total_seconds: wall clock of the whole command, all its sessions together.
-        peak_memory_bytes: highest of all runs.
-        stopped: reasons for which runs were cut short, sorted.
-        compile_seconds: highest of all runs, which is that of the run that compiled.
-        threads, versions, date: of the last finished run.
+        confidence_interval: confidence interval of the mean (Student's t); None for a single run.
+        target: accuracy that the mean is tested against, or None.
+        p_value: p-value of the one-sided t test of the mean against the target; None without a
+            target and for a single run.
+        seconds: statistics of the seconds of a run, by kind.
+        timed_seconds: mean over the runs.
+        total_seconds: wall-clock time of the whole command, summed over all sessions.
+        peak_memory_bytes: maximum over the runs.
+        stopped: reasons why runs ended early, sorted.
+        compile_seconds: maximum over the runs: only the first one compiles.
+        threads, versions, date: those of the last finished run.
         each: one row per finished run.
         run: name of the common folder.
     """
@@ -389,7 +389,7 @@ class SeedsSummary(_Summary):
 
     @property
     def test_accuracy(self) -> float | None:
-        """Mean over the runs, 0 to 1; None where the test images were not scored."""
+        """Mean over the runs, 0 to 1; None if the test images were not scored."""
         found = [row.test_accuracy for row in self.each if row.test_accuracy is not None]
         return math.fsum(found) / len(found) if found else None
 

@@ -28,13 +28,13 @@ def train_epoch(
 ) -> TrainedEpoch:
     """Trains the state's epoch from its first step to its end, or until the time limit.
 
-    If the time limit ends it early, ``state.stopped`` and ``state.first_step`` are set.
+    If the time limit ends the epoch early, ``state.stopped`` and ``state.first_step`` are set.
 
     Args:
         session: the training.
         state: progress of the training.
-        recorder: holds the preceding epochs that are not recorded yet.
-        signals: requests to save and stop after a step.
+        recorder: holds earlier epochs that are not recorded yet.
+        signals: requests to stop, checked after each step.
         display: shows the progress of each step.
         after_step: called after each step with its number (from 0, over the whole run) and its
             images.
@@ -48,7 +48,7 @@ def train_epoch(
     state.begin_epoch(epoch)
     watch = LossWatch(metrics.losses, metrics.correct)
     session.step.model.train()
-    before, clock = state.epoch_seconds, Clock(session.device)
+    seconds_before, clock = state.epoch_seconds, Clock(session.device)
     if not state.first_step:
         _choose_images(session, state)
     trained, lr = state.first_step, _last_rate(session, state)
@@ -60,7 +60,7 @@ def train_epoch(
             bad = first_non_finite(metrics.losses[:trained])
             raise state.non_finite(f"the loss is {loss}", epoch, bad)
         schedule.step(plan.first_step + step)
-        state.epoch_seconds = before + clock.so_far()
+        state.epoch_seconds = seconds_before + clock.so_far()
         display.step(
             plan.first_step + trained,
             epoch,
@@ -72,7 +72,7 @@ def train_epoch(
         if after_step is not None:
             after_step(plan.first_step + step, images)
         if signals.received is not None:
-            state.epoch_seconds = before + clock.stop()[0]()
+            state.epoch_seconds = seconds_before + clock.stop()[0]()
             stop_if_asked(state, recorder, signals, trained)
         if trained < len(plan.batches) and stopping.out_of_time(
             state, display, state.epoch_seconds
@@ -80,15 +80,15 @@ def train_epoch(
             state.first_step = trained
             break
     losses = copy_to_host(metrics.losses[:trained])
-    correct_in_all = copy_to_host(metrics.correct)
-    seconds, done = clock.stop()  # queued after the copies, so reading it means they have arrived
+    total_correct = copy_to_host(metrics.correct)
+    seconds, done = clock.stop()  # queued after the copies: once it is read, they are done
     return TrainedEpoch(
-        epoch, trained, lr, losses, correct_in_all, lambda: before + seconds(), done
+        epoch, trained, lr, losses, total_correct, lambda: seconds_before + seconds(), done
     )
 
 
 def restored_epoch(session: Session, state: TrainingState) -> TrainedEpoch:
-    """The first part of an epoch, for a run restored within an epoch that trains no further."""
+    """The trained part of an epoch, for a run that was restored within it and trains no more."""
     steps, metrics = state.first_step, session.step_metrics
     lr = _last_rate(session, state)
     losses, correct = metrics.losses[:steps].cpu(), metrics.correct.cpu()
@@ -108,7 +108,7 @@ def _last_rate(session: Session, state: TrainingState) -> float:
 def stop_if_asked(
     state: TrainingState, recorder: Recorder, signals: StopSignals, step: int
 ) -> None:
-    """Saves and stops before batch ``step`` of the state's epoch if a signal has arrived.
+    """Saves and stops before step ``step`` of the state's epoch if a signal has arrived.
 
     Raises:
         Interrupted: a signal has arrived.
@@ -120,7 +120,7 @@ def stop_if_asked(
 
 
 def _choose_images(session: Session, state: TrainingState) -> None:
-    """Chooses the images of the epoch and their order, if they depend on the losses."""
+    """Chooses the epoch's images and their order, if they depend on the losses."""
     if session.step_metrics.image_losses is not None:
         state.order = epoch_order(
             session.plan.epochs[state.epoch].kept,

@@ -19,7 +19,7 @@ from resfast.runs.stored import EvaluatedOn
 from resfast.training.session import Session, blank_source
 
 _WARM_UP_BATCHES = 20
-"""Enough that test-time augmentation also gets whole batches of the least confident images."""
+"""Enough for whole batches of the least confident images in test-time augmentation."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Evaluator:
             tta_select=evaluation.tta_select,
             tta_mirror=evaluation.tta_mirror,
         )
-        session.batch_shape = None  # the next training batch releases cached memory again
+        session.batch_shape = None  # makes the next training batch release cached memory
         seconds = time.perf_counter() - start
         self.seconds += seconds
         return Score(plain, augmented, seconds)
@@ -93,7 +93,7 @@ class Evaluator:
             model.train(was_training)
 
     def warm_up(self) -> float:
-        """Evaluates dummy images if the first evaluation would otherwise time or load kernels.
+        """Evaluates dummy images if the first evaluation would otherwise measure or load kernels.
 
         Returns:
             Seconds spent; they do not count as evaluation.
@@ -102,10 +102,10 @@ class Evaluator:
         on_cuda = session.device.type == "cuda"
         if session.compiled or not (evaluation.fuse or on_cuda):
             return 0.0
-        before, seconds = self.seconds, 0.0
+        seconds_before, seconds = self.seconds, 0.0
         for batches, tta in self._blank_on_cuda() if on_cuda else self._blank_on_cpu():
             seconds += self.evaluate(tta, batches).seconds
-        self.seconds = before
+        self.seconds = seconds_before
         return seconds
 
     def _blank_on_cuda(self) -> list[tuple[Iterable[tuple[Tensor, Tensor]], TTA]]:

@@ -89,7 +89,7 @@ class Plan:
         return self.epochs[-1].first_image + self.epochs[-1].images
 
     @property
-    def most_steps(self) -> int:
+    def max_steps(self) -> int:
         """Steps of the longest epoch."""
         return max(len(epoch.batches) for epoch in self.epochs)
 

@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl: an epoch is recorded at once, or when the device has finished it."""
+"""Writes the rows of metrics.jsonl, as soon as the device has finished an epoch or later."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from resfast.training.state import TrainingState
 
 @dataclass(frozen=True)
 class TrainedEpoch:
-    """An epoch, or the first part of one, that may not be recorded yet.
+    """A trained epoch, or the first part of one.
 
     Attributes:
-        epoch: its number, from 0.
-        steps: steps trained, all of the epoch or fewer.
+        epoch: its index, from 0.
+        steps: number of steps trained, at most those of the epoch.
         lr: learning rate of the last step.
         losses: float32 ``[steps]``, in nats; call ``seconds`` before reading this or ``correct``.
         correct: number of correct predictions, int64 0-d.
-        seconds: returns how long the steps took; waits until the device has finished them.
-        done: returns whether the device has finished them; does not wait.
+        seconds: waits until the device has finished the steps; returns how long they took.
+        done: returns whether the device has finished the steps, without waiting.
     """
 
     epoch: int
@@ -41,10 +41,10 @@ class TrainedEpoch:
 
 
 class Recorder:
-    """Writes a row for each trained epoch, and passes it to the display and the loggers.
+    """Writes a row for each trained epoch and passes it to the display and the loggers.
 
     Args:
-        state: rows are appended to its history.
+        state: the rows are appended to its history.
         display: shows the rows.
         loggers: TensorBoard and Weights & Biases.
 
@@ -57,7 +57,7 @@ class Recorder:
         self.pending: list[TrainedEpoch] = []
 
     def settle(self, *, wait: bool = True) -> None:
-        """Records all pending epochs, or without ``wait`` those that the device has finished."""
+        """Records all pending epochs or, without ``wait``, those that the device has finished."""
         while self.pending and (wait or self.pending[0].done()):
             self.check(self.pending[0])
             self.record(self.pending.pop(0))
@@ -77,7 +77,7 @@ class Recorder:
     def record(
         self, trained: TrainedEpoch, result: Evaluation | None = None, eval_seconds: float = 0.0
     ) -> None:
-        """Adds the row of a whole epoch, with its evaluation if there was one."""
+        """Records a whole epoch, with its evaluation if there was one."""
         state, plan = self.state, self.state.session.plan
         row = self._row(trained, result, eval_seconds)
         state.train_seconds += row.train_seconds
@@ -91,12 +91,12 @@ class Recorder:
     def partial(
         self, trained: TrainedEpoch, result: Evaluation, eval_seconds: float
     ) -> list[EpochRow]:
-        """Writes the row of an epoch that the limit of time cut short.
+        """Writes the row of an epoch that the time limit cut short.
 
-        It is not added to the state's history: a resumed run records the whole epoch instead.
+        The row is not added to the state's history: a resumed run records the whole epoch instead.
 
         Returns:
-            The history with that row.
+            The history and that row.
         """
         history = [*self.state.history, self._row(trained, result, eval_seconds)]
         records.write_metrics(self.state.path, history)

@@ -1,6 +1,6 @@
 """The parts of a training that exist before its first step: data, network, plan and step.
 
-Built once by :func:`open_session`; the progress of a run is in ``resfast.training.state``.
+:func:`open_session` builds them once; the progress of a run is in ``resfast.training.state``.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Shared:
     """Objects shared by trainings that differ only in their seed.
 
     Attributes:
-        data: the data set, once it is opened.
-        step: the training step, once it is built.
-        train_batches: the source of its batches, if a captured step may contain it.
+        data: the data set, once it has been opened.
+        step: the training step, once it has been built.
+        train_batches: the source of its batches, if it can be part of a captured step.
         step_metrics: the metrics that the step records.
     """
 
@@ -62,22 +62,22 @@ class Session:
         data: the data set.
         device: the device to train on.
         dtype: compute dtype.
-        train_source: training images without those held out.
+        train_source: training images, without the held-out ones.
         val_source: held-out images, or None.
         test_source: test images.
-        mean: float32 ``[C]`` in units of pixel / 255.
-        std: float32 ``[C]`` in the same units.
+        mean: channel means of the training images, float32 ``[C]`` in units of pixel / 255.
+        std: their standard deviations, float32 ``[C]`` in the same units.
         train_batches: source of the training batches.
         plan: all steps of the run.
         parameters: number of trainable parameters.
         macs: multiply-accumulates per image at the data set's image size.
         macs_by_pixels: the same for every image size used in training.
         step: the training step.
-        step_metrics: losses and correct predictions of an epoch's steps.
+        step_metrics: losses and correct predictions of the steps of an epoch.
         compiled: whether the step was compiled by an earlier training.
         whitening_seconds: seconds to compute the frozen first layer.
-        batch_shape: images and pixels of the latest batch; None makes the next batch release
-            cached memory.
+        batch_shape: number of images and their height in pixels of the latest batch; None makes the
+            next batch release cached memory.
     """
 
     config: Config
@@ -115,7 +115,7 @@ class Session:
         )
 
     def make_room(self, batch: PlannedBatch) -> None:
-        """Releases cached memory before batches of another shape, whose tensors do not fit it."""
+        """Releases cached memory, which batches of another shape cannot reuse."""
         if self.batch_shape != (batch.images, batch.pixels):
             self.batch_shape = batch.images, batch.pixels
             runtime.release_memory(self.device)
@@ -132,9 +132,9 @@ def open_session(
     """Builds the parts of a training.
 
     Args:
-        config: configuration of the training, which is resolved here.
+        config: configuration of the training; values of ``auto`` are resolved here.
         shared: holds the opened data set; its step is reused, or set by the first training.
-        display: shows which values were adapted.
+        display: shows which values were adjusted.
         resumed: whether a saved state will be restored, which includes the whitening filters.
 
     Raises:
@@ -194,7 +194,7 @@ def open_session(
         images = train_batches.count
         filters = any(epoch.kept < images for epoch in plan.epochs)
         shared.step = _build_step(model, config, plan, len(train_batches), device, dtype, filters)
-        shared.step_metrics = StepMetrics(plan.most_steps, images if filters else 0, device)
+        shared.step_metrics = StepMetrics(plan.max_steps, images if filters else 0, device)
         if train_batches.capturable:  # captured steps hold the addresses of its tensors
             shared.train_batches = train_batches
     else:

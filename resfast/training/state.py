@@ -20,7 +20,7 @@ from resfast.training.session import Session
 
 
 class TrainingState:
-    """What changes from epoch to epoch, and what a checkpoint holds.
+    """The progress of a training, which checkpoints save.
 
     Args:
         session: the training.
@@ -29,8 +29,8 @@ class TrainingState:
         started: ``time.perf_counter()`` when the command began.
 
     Attributes:
-        epoch: the epoch to train next, from 0.
-        first_step: its first step; above 0 within an epoch that was interrupted.
+        epoch: the next epoch to train, from 0.
+        first_step: its first step to train; above 0 if the epoch was interrupted.
         order: int64, images of the current epoch if they depend on the losses, otherwise None.
         history: a row for each recorded epoch.
         best: best accuracy so far, below 0 before the first evaluation.
@@ -73,12 +73,12 @@ class TrainingState:
         return self.train_seconds + (self.epoch_seconds if self.first_step else 0.0)
 
     def save_due(self) -> bool:
-        """Whether ``--save-seconds`` have passed since the last checkpoint."""
+        """Whether ``--save-seconds`` seconds have passed since the last checkpoint."""
         seconds = time.monotonic() - self._saved_at
         return seconds >= self.session.config.run.save_seconds
 
     def save(self, epoch: int, step: int) -> None:
-        """Saves the state before batch ``step`` of ``epoch``.
+        """Saves the state before step ``step`` of ``epoch``.
 
         Raises:
             NonFiniteLossError: weights are not finite; the previous checkpoint is kept.
@@ -128,7 +128,7 @@ class TrainingState:
         if state["data"] != session.data.digest:
             raise ResfastError(
                 f"cannot resume {self.path}: data {session.data.name} is not what it was trained "
-                "on (its content changed); restore it or start a new run"
+                "on (its content changed); restore the data or start a new run"
             )
         self.epoch, self.first_step = state["epoch"], state["step"]
         session.step.load_state_dict(state["training"])
@@ -144,11 +144,11 @@ class TrainingState:
         self.history = [row_of_values(values, source) for values in json.loads(state["history"])]
         self.best, self.best_epoch, self.evaluations_since_best = state["best"]
         seconds = state["seconds"]
-        # A version before whitening, or before fused evaluation, saved fewer of them.
+        # Older versions did not save the seconds of whitening.
         self.whitening_seconds = seconds.get("whitening", self.whitening_seconds)
         self.train_seconds, self.compile_seconds = seconds["train"], seconds["compile"]
         self.evaluator.seconds, self._seconds_before = seconds["eval"], seconds["total"]
-        self._peak_before = state.get("peak_memory", 0)  # older checkpoints do not have it
+        self._peak_before = state.get("peak_memory", 0)  # missing in older checkpoints
         self._generators = state["generator"], state["cuda_generator"]
         self._saved_epoch = self.epoch
         records.write_metrics(self.path, self.history)
@@ -187,7 +187,7 @@ class TrainingState:
     def non_finite(self, what: str, epoch: int, step: int) -> NonFiniteLossError:
         """The error for a loss or weights that are not finite at a step of an epoch."""
         epochs = self.session.plan.epochs
-        good = (
+        last_checkpoint = (
             "no checkpoint was saved before"
             if self._saved_epoch is None
             else f"the last good checkpoint is {self.path / records.CHECKPOINT} "
@@ -196,5 +196,5 @@ class TrainingState:
         steps = len(epochs[min(epoch, len(epochs) - 1)].batches)
         return NonFiniteLossError(
             f"{what} at epoch {epoch + 1}, step {step + 1} of {steps}, learning rate "
-            f"{self.session.schedule.lr:g}; {good}; try a lower --lr or --clip-norm 1"
+            f"{self.session.schedule.lr:g}; {last_checkpoint}; try a lower --lr or --clip-norm 1"
         )
