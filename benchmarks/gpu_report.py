@@ -1,25 +1,25 @@
-"""``make gpu-report``: builds, tests, times and trains resfast on this machine, and writes it down.
+"""``make gpu-report``: builds, tests, times and trains resfast on this machine; writes a report.
 
     python -m benchmarks.gpu_report --data folder:PATH --peers peers.json --minutes 10
 
 The parts, in this order (``--parts`` chooses some):
 
-- ``build``: the C++ kernels, and those for CUDA for this device;
-- ``doctor``: what the machine offers and the other parts run with (``python -m resfast.doctor``);
-- ``tests``: every test that needs a GPU, a process for each file;
-- ``benchmarks``: everything in ``benchmarks/``, a process for each file;
-- ``sanitizer``: every CUDA kernel of ours on small maps (``benchmarks/small_kernels.py``) under
-  compute-sanitizer, ``memcheck`` and ``racecheck``;
-- ``training``: a short training, of the digits unless ``--data`` names other data.
+- ``build``: builds the C++ kernels, and the CUDA kernels for this device;
+- ``doctor``: reports on the machine and the installation (``python -m resfast.doctor``);
+- ``tests``: runs every test that needs a GPU, in one process per file;
+- ``benchmarks``: runs everything in ``benchmarks/``, in one process per file;
+- ``sanitizer``: runs each of our CUDA kernels on small inputs (``benchmarks/small_kernels.py``)
+  under compute-sanitizer, with ``memcheck`` and ``racecheck``;
+- ``training``: a short training on the digits, or on ``--data``.
 
-Every step is a process group of its own with a time limit, so that none stops the others: a step
-may take what is left of ``--minutes`` without what is kept for the later ones. What is found goes
-to ``OUT/NAME.json``, ``OUT/NAME.md`` and its plots after every step, all that was printed to
-``OUT/NAME.log``; NAME is the processor and the date. A machine without a GPU does the CPU's parts.
+Every step is a process group with a time limit, so that no step stops the others: a step may use
+what is left of ``--minutes``, minus the time reserved for later steps. After every step, results
+are written to ``OUT/NAME.json``, ``OUT/NAME.md`` and plots, and all output to ``OUT/NAME.log``;
+NAME is the processor and the date. Without a GPU, only the steps for the CPU run.
 
-It needs torch alone, no installed resfast and no network; what a step needs and is not there makes
-that step ``skipped``. The exit code is 0, 1 where a step failed or ran out of time, 2 for bad
-input, 130 where it was interrupted.
+It needs only torch, no installed resfast and no network; a step is ``skipped`` if a module that it
+needs is missing. The exit code is 0 on success, 1 if a step failed or timed out, 2 for bad input
+and 130 if it was interrupted.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ from resfast.runs.summary import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("build", "doctor", "tests", "benchmarks", "sanitizer", "training")
-KEPT = (0.12, 0.03, 0.14, 0.30, 0.07, 0.10)
-"""Of the time, kept for each part while those before it run; the rest goes to whoever needs it."""
+RESERVED = (0.12, 0.03, 0.14, 0.30, 0.07, 0.10)
+"""Fraction of the time reserved for each part; any step may use the rest."""
 CLOSING_S, GRACE_S = 12.0, 8.0
-"""Kept for the last plots; given to a step that is out of time to write down what it has."""
+"""Seconds reserved for the last plots; seconds for a step at its limit to save its results."""
 WEIGHTS = {"test_inference.py": 5, "test_train_step.py": 3}
-"""Of benchmarks, in what is kept for all of them; 1 for the others."""
+"""Weights of benchmarks in the time reserved for all of them; 1 for the others."""
 LOG_BYTES, TAIL_LINES, CUT_TAIL_LINES, TAIL_COLUMNS = 2**20, 40, 10, 300
 OURS = ("resfast", "cutlass")
-"""In the names of our kernels; compute-sanitizer leaves torch's alone, of which there are many."""
+"""Parts of our kernels' names; compute-sanitizer skips the many kernels of torch."""
 SANITIZER_FOUND = 86
 UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, ResfastError,
 )  # fmt: skip
-"""What reading the results of a step that was cut short or failed may raise."""
+"""Exceptions when reading the results of a step that failed or was cut short."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ class Step:
     """A command of a part.
 
     Attributes:
-        part: of PARTS.
-        name: within its part.
+        part: one of PARTS.
+        name: name within the part.
         command: program and arguments, run in the repository.
-        env: added to the environment.
-        needs: modules without which it is skipped.
-        skip: why it is skipped; nothing where it is run.
-        read: what its output, the last mebibyte of it, and its files say, for the record.
+        env: variables added to the environment.
+        needs: modules that it needs; it is skipped if one is missing.
+        skip: reason to skip it; empty to run it.
+        read: reads its results from (the last mebibyte of) its output and from its files.
     """
 
     part: str
@@ -101,7 +101,7 @@ class Step:
 
 @dataclass
 class Outcome:
-    """What became of a step: ``pending``, ``ok``, ``failed``, ``timed out``, ``skipped``, …"""
+    """The outcome of a step: ``pending``, ``ok``, ``failed``, ``timed out``, ``skipped``, …"""
 
     part: str
     name: str
@@ -116,11 +116,11 @@ class Outcome:
     tail: list[str] = field(default_factory=list)
 
 
-# -- what the parts run ----------------------------------------------------------------------------
+# -- the steps of the parts ------------------------------------------------------------------------
 
 
 def steps(options: argparse.Namespace, work: Path) -> list[Step]:
-    """The steps of the chosen parts, in order; their files go to the folder ``work``."""
+    """The steps of the chosen parts, in order; ``work`` is the folder for their files."""
     cuda = torch.cuda.is_available()
     no_gpu = "" if cuda else "there is no CUDA device"
     data = ["--data", options.data, "--data-dir", str(options.data_dir)]
@@ -148,7 +148,7 @@ def steps(options: argparse.Namespace, work: Path) -> list[Step]:
     kind, _, images = options.data.partition(":")
     env = {"RESFAST_BENCH_DATA": images} if kind == "folder" and os.path.isdir(images) else {}
     benchmarks = sorted((ROOT / "benchmarks").glob("test_*.py"))
-    # Inference first: should the time be short, it is what this report is for.
+    # Inference first: it is the most important, should the time be short.
     for path in sorted(benchmarks, key=lambda path: path.name != "test_inference.py"):
         results = f"--benchmark-json={work / path.stem}.benchmark.json"
         step = _pytest(
@@ -165,7 +165,7 @@ def steps(options: argparse.Namespace, work: Path) -> list[Step]:
                 "sanitizer",
                 tool,
                 [*command, *python, "benchmarks.small_kernels"],
-                # Blocks of torch's cache lie side by side: reading past one would go unseen.
+                # Blocks of torch's cache are adjacent: reading past the end would go unnoticed.
                 {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
                 skip=no_gpu or ("" if sanitizer else "compute-sanitizer was not found"),
                 read=_read_sanitizer,
@@ -185,7 +185,7 @@ def steps(options: argparse.Namespace, work: Path) -> list[Step]:
 
 
 def _pytest(part: str, path: Path, work: Path, marked: str, *options: str, skip: str = "") -> Step:
-    """A run of the tests of one file that carry the mark."""
+    """A step that runs the tests of one file with a mark."""
     folder = ROOT / part
     name = (path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)).as_posix()
     results = work / f"{part}-{name.removesuffix('.py').replace('/', '-')}.xml"
@@ -196,7 +196,7 @@ def _pytest(part: str, path: Path, work: Path, marked: str, *options: str, skip:
 
 
 def _sanitizer() -> str | None:
-    """Where compute-sanitizer is: PATH, CUDA_HOME, the usual folder, or its package."""
+    """Path of compute-sanitizer: from PATH, CUDA_HOME, the usual folder, or its package."""
     nvidia = find_spec("nvidia")
     packages = [Path(path) for path in nvidia.submodule_search_locations or ()] if nvidia else []
     homes = [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")]
@@ -205,10 +205,10 @@ def _sanitizer() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-# -- what they say ---------------------------------------------------------------------------------
+# -- reading results -------------------------------------------------------------------------------
 
 
-# Each returns, beside the numbers, a few words about them for the page, ``said``.
+# Each returns the results and, under ``said``, a short summary for the page.
 
 
 def _read_doctor(output: str) -> dict[str, Any]:
@@ -219,11 +219,11 @@ def _read_doctor(output: str) -> dict[str, Any]:
 
 
 def _read_tests(path: Path, output: str) -> dict[str, Any]:
-    """Counts of a JUnit file, with the names of the failed tests and why others were skipped."""
+    """Counts of a JUnit file, names of failed tests and reasons of skipped ones."""
     counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
     failures, reasons = [], set()
     for case in ElementTree.parse(path).iter("testcase"):
-        if case.get("name") is None:  # the one that an interruption ended
+        if case.get("name") is None:  # the test that was interrupted
             continue
         bad = [kind for kind in ("failure", "error") if case.find(kind) is not None]
         skipped = case.find("skipped")
@@ -238,7 +238,7 @@ def _read_tests(path: Path, output: str) -> dict[str, Any]:
 
 
 def _read_sanitizer(output: str) -> dict[str, Any]:
-    """The summaries of compute-sanitizer and of the launches that it watched."""
+    """The summary of compute-sanitizer and the number of launches that it checked."""
     found = re.findall(
         r"(?:(?:ERROR|RACECHECK) SUMMARY: |^)(\d+ (?:errors?|hazards?|launches).*)", output, re.M
     )
@@ -261,16 +261,16 @@ def _read_training(run: Path, output: str) -> dict[str, Any]:
 
 
 def _missing_module(output: str) -> str | None:
-    """The module that ended a program, where it is not there at all."""
+    """The missing module that ended a program, or None."""
     named = re.findall(r"No module named '?([\w.]+)", output)
     return named[-1] if named and not installed(named[-1]) else None
 
 
-# -- running them ----------------------------------------------------------------------------------
+# -- running steps ---------------------------------------------------------------------------------
 
 
 def run(step: Step, outcome: Outcome, limit_s: float, log: Path) -> None:
-    """Runs a step for at most ``limit_s`` seconds, its output going to ``log``."""
+    """Runs a step for at most ``limit_s`` seconds; its output is appended to ``log``."""
     absent = [module for module in step.needs if not installed(module)]
     if step.skip or absent:
         outcome.status = "skipped"
@@ -282,7 +282,7 @@ def run(step: Step, outcome: Outcome, limit_s: float, log: Path) -> None:
     outcome.limit_seconds = round(limit_s, 1)
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.env}
-    # The benchmarks of inference begin no case that they would not get through.
+    # The inference benchmark starts no case that it could not finish in time.
     env["RESFAST_BENCH_MINUTES"] = f"{0.8 * limit_s / 60:.2f}"
     begin = time.monotonic()
     with log.open("ab") as file:
@@ -308,12 +308,12 @@ def run(step: Step, outcome: Outcome, limit_s: float, log: Path) -> None:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
             timed_out = True
-            # As Ctrl-C would: pytest writes its results, a training its last epoch.
+            # Like Ctrl-C: pytest writes its results, and a training its last epoch.
             _signal_group(process, signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
         finally:
-            _signal_group(process, signal.SIGKILL)  # also what it left running
+            _signal_group(process, signal.SIGKILL)  # also processes that it left running
             outcome.exit_code = process.wait()
             outcome.seconds = round(time.monotonic() - begin, 1)
     _judge(step, outcome, timed_out, _since(log, offset))
@@ -321,7 +321,7 @@ def run(step: Step, outcome: Outcome, limit_s: float, log: Path) -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Within it, processes are started that heed SIGINT, which a shell's background jobs ignore."""
+    """Processes started within it react to SIGINT, which background jobs of a shell ignore."""
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -333,12 +333,12 @@ def _interruptible() -> Iterator[None]:
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # all of them have ended
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # all processes have ended
         os.killpg(process.pid, signum)
 
 
 def _since(log: Path, offset: int) -> str:
-    """What was written to ``log`` from ``offset`` on; the last of it, where that is very much."""
+    """Content of ``log`` from ``offset`` on, at most its last mebibyte."""
     with log.open("rb") as file:
         file.seek(max(offset, file.seek(0, os.SEEK_END) - LOG_BYTES))
         return file.read().decode("utf-8", errors="replace")
@@ -377,17 +377,17 @@ def _judge(step: Step, outcome: Outcome, timed_out: bool, output: str) -> None:
 
 @dataclass
 class Report:
-    """What is known so far, and where it is written.
+    """The results so far, and where they are written.
 
     Attributes:
-        name: of its files.
-        folder: where they are.
-        work: where the steps leave theirs.
-        peers: files of others' results.
-        record: what is written as JSON.
-        outcomes: of the steps.
-        aliases: what the report calls folders of this machine: it may be published.
-        tables: what the page says of benchmarks.
+        name: name of its files.
+        folder: folder of its files.
+        work: folder for the files of the steps.
+        peers: files with results of others.
+        record: content of the JSON file.
+        outcomes: outcomes of the steps.
+        aliases: replacements for folders of this machine, as the report may be published.
+        tables: Markdown about the benchmarks.
     """
 
     name: str
@@ -404,7 +404,7 @@ class Report:
         return self.folder / f"{self.name}.log"
 
     def save(self, state: str) -> None:
-        """Writes the JSON and the page; each is the old one or the new one, never half of one."""
+        """Writes the JSON and Markdown files, each atomically."""
         self.record |= {"state": state, "steps": [asdict(outcome) for outcome in self.outcomes]}
         text = json.dumps(self.record, indent=2, default=str) + "\n"
         for path, name in self.aliases.items():
@@ -414,7 +414,7 @@ class Report:
         atomic.save(self.folder / f"{self.name}.md", text.encode())
 
     def add_benchmarks(self) -> None:
-        """Tables and plots of the benchmarks so far; why not, where there can be none."""
+        """Adds tables and plots of the benchmarks so far, or errors that prevent them."""
         files = [path for path in sorted(self.work.glob("*.benchmark.json")) if path.stat().st_size]
         errors, readable = [], []
         try:
@@ -424,7 +424,7 @@ class Report:
                 try:
                     bench_report.load([path])
                     readable.append(path)
-                except ResfastError as error:  # of a benchmark that was killed while it wrote
+                except ResfastError as error:  # the benchmark was killed while writing
                     errors.append(str(error))
             if readable:
                 found = bench_report.load(readable)
@@ -433,7 +433,7 @@ class Report:
                 plots = bench_report.save_plots(found, self.folder, self.name)
                 names = {kind: path.name for kind, path in plots.items()}
                 self.tables = bench_report.tables(found, names)
-        except Exception as error:  # noqa: BLE001  # tables must not cost the rest of the report
+        except Exception as error:  # noqa: BLE001  # errors here must not stop the report
             errors.append(f"{type(error).__name__}: {error}")
         self.record["benchmark_errors"] = errors
 
@@ -452,7 +452,13 @@ def page(record: Mapping[str, Any], tables: str) -> str:
         "|---|---|---|---|---|",
     ]
     for step in record["steps"]:
-        cells = [step["part"], step["name"], step["status"], f"{step['seconds']:.1f}", said(step)]
+        cells = [
+            step["part"],
+            step["name"],
+            step["status"],
+            f"{step['seconds']:.1f}",
+            short_result(step),
+        ]
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     failures = [
         f"- `{step['name']}` {name}"
@@ -468,7 +474,7 @@ def page(record: Mapping[str, Any], tables: str) -> str:
     if tables:
         lines += ["", tables.strip()]
     for error in record.get("benchmark_errors", ()):
-        lines += ["", f"Of the benchmarks is missing: {error}"]
+        lines += ["", f"Missing from the benchmarks: {error}"]
     for step in record["steps"]:
         if step["tail"]:
             lines += ["", f"## End of the output of {step['part']}, {step['name']}", ""]
@@ -476,13 +482,13 @@ def page(record: Mapping[str, Any], tables: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def said(step: Mapping[str, Any]) -> str:
-    """Why a step ended as it did, and its result, in a few words."""
+def short_result(step: Mapping[str, Any]) -> str:
+    """The reason for a step's status and a short form of its result."""
     return "; ".join(filter(None, (step["why"], step["result"].get("said"))))
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the repository; None where there is no git, or no repository."""
+    """Output of git in the repository; None without git or a repository."""
     command = ["git", "-c", f"safe.directory={ROOT}", *arguments]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
@@ -492,7 +498,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _new_name(folder: Path) -> str:
-    """Processor and date, like ``nvidia-h200-2026-11-21``; of several a day, with a number."""
+    """Processor and date, such as ``nvidia-h200-2026-11-21``; numbered if the name is taken."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = runtime.describe(device).partition(",")[0]
     name = slug(f"{processor} {datetime.now():%Y-%m-%d}")
@@ -508,23 +514,23 @@ def options_of(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line.
 
     Raises:
-        ResfastError: data or peers' results that are not there, or cannot be used.
+        ResfastError: the data or results of others are missing or cannot be used.
         SystemExit: an option is unknown or malformed (code 2), or help was asked for.
     """
-    # argparse, since tyro may be missing where this runs.
+    # argparse, since tyro may not be installed here.
     parser = argparse.ArgumentParser(
         "python -m benchmarks.gpu_report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", default="digits", help="data set to train on, as resfast.train takes it")
-    add("--data-dir", default="data", type=Path, help="where data sets are kept")
+    add("--data", default="digits", help="data set to train on, as for resfast.train")
+    add("--data-dir", default="data", type=Path, help="folder of data sets")
     add("--recipe", default="default", help="recipe of the training")
-    add("--epochs", type=int, help="of the training (default: 8, on a CPU 1)")
-    add("--peers", action="append", default=[], type=Path, help="JSON of others' results")
-    add("--minutes", default=10.0, type=float, help="for all of it")
-    add("--parts", nargs="+", default=PARTS, choices=PARTS, help="what to do (default: all)")
+    add("--epochs", type=int, help="epochs of the training (default: 8, on a CPU 1)")
+    add("--peers", action="append", default=[], type=Path, help="JSON file with results of others")
+    add("--minutes", default=10.0, type=float, help="total time limit")
+    add("--parts", nargs="+", default=PARTS, choices=PARTS, help="parts to run (default: all)")
     add("--out", default=ROOT / "benchmarks" / "results", type=Path, help="folder of the report")
     options = parser.parse_args(args)
     if not 0.1 <= options.minutes <= 24 * 60:
@@ -537,32 +543,32 @@ def options_of(args: Sequence[str] | None) -> argparse.Namespace:
     if options.peers:
         from benchmarks import bench_report
 
-        bench_report.load(options.peers)  # a bad file is found now, not after ten minutes
+        bench_report.load(options.peers)  # find a bad file now, not after ten minutes
     kind, colon, path = options.data.partition(":")
     options.data = kind + colon + (os.path.abspath(os.path.expanduser(path)) if path else "")
     options.data_dir, options.out = options.data_dir.resolve(), options.out.resolve()
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ResfastError(f"cannot make the folder {options.out}: {error.strerror}") from None
+        raise ResfastError(f"cannot create the folder {options.out}: {error.strerror}") from None
     return options
 
 
 def report_on(todo: Sequence[Step], report: Report, minutes: float) -> bool:
-    """Runs the steps and writes the report after each of them; whether none of them failed."""
+    """Runs the steps and writes the report after each; returns whether no step failed."""
     begin, total = time.monotonic(), 60 * minutes
     weights = [WEIGHTS.get(step.name, 1) for step in todo]
-    of_part = dict.fromkeys(PARTS, 0)
+    weight_of_part = dict.fromkeys(PARTS, 0)
     for step, weight in zip(todo, weights, strict=True):
-        of_part[step.part] += weight
-    share = dict(zip(PARTS, KEPT, strict=True))
-    kept = [
-        total * share[step.part] * weight / of_part[step.part]
+        weight_of_part[step.part] += weight
+    reserved_of_part = dict(zip(PARTS, RESERVED, strict=True))
+    reserved = [
+        total * reserved_of_part[step.part] * weight / weight_of_part[step.part]
         for step, weight in zip(todo, weights, strict=True)
     ]
     for index, (step, outcome) in enumerate(zip(todo, report.outcomes, strict=True)):
         left = total - (time.monotonic() - begin) - min(CLOSING_S, 0.1 * total)
-        allowed = left - sum(kept[index + 1 :])
+        allowed = left - sum(reserved[index + 1 :])
         print(f"{step.part}, {step.name}: ", end="", flush=True)
         outcome.status = "running"
         report.save("running")
@@ -575,7 +581,7 @@ def report_on(todo: Sequence[Step], report: Report, minutes: float) -> bool:
         if step.part == "benchmarks":
             report.add_benchmarks()
         report.record["seconds"] = round(time.monotonic() - begin, 1)
-        text = said(asdict(outcome))
+        text = short_result(asdict(outcome))
         print(f"{outcome.status} ({outcome.seconds:.1f} s) {text}".rstrip(), flush=True)
         report.save("running" if index + 1 < len(todo) else "done")
     return not any(outcome.status in ("failed", "timed out") for outcome in report.outcomes)
@@ -613,9 +619,9 @@ def main(args: Sequence[str] | None = None) -> int:
             aliases |= {ROOT: ".", sys.prefix: "ENVIRONMENT", Path.home(): "~"}
             report = Report(name, options.out, Path(work), options.peers, record, outcomes, aliases)
             report.save("running")
-            fine = report_on(todo, report, options.minutes)
+            has_passed = report_on(todo, report, options.minutes)
             print(options.out / f"{name}.md")
-        return 0 if fine else 1
+        return 0 if has_passed else 1
 
     return entry.run(command)
 

@@ -1,17 +1,17 @@
-"""How accurate each recipe is after how many seconds, over several seeds.
+"""Measures accuracy and training time of recipes over several seeds.
 
 ``python -m benchmarks.time_to_accuracy [RECIPE…] [--runs N] [-- options of resfast.train]`` trains
-each recipe (those named ``fast…`` by default) with N seeds, writes a row for each and a plot of all
-rows beside public results. Other uses:
+each recipe (by default those named ``fast…``) with N seeds, writes a row for each, and plots all
+rows with public results. Other uses:
 
-- ``--add FOLDER…``: rows from folders that ``resfast.train`` left, without training. They
-  enter ``resfast/training/targets.json`` too, which ``--target`` with ``--max-seconds`` picks from.
+- ``--add FOLDER…``: writes rows from folders of ``resfast.train``, without training. They are also
+  added to ``resfast/runs/targets.json``, from which ``--target`` with ``--max-seconds`` chooses.
 - ``--ablation FILE`` with one recipe: FILE is a JSON list of ``{"component", "options"}``, such as
   ``{"component": "without averaging", "options": "--ema 0"}``. Each is trained with N seeds, and a
-  Markdown table says what it gives against the whole recipe.
-- ``--plot``: the plot alone, from the rows that are there.
+  Markdown table compares it with the whole recipe.
+- ``--plot``: only plots the existing rows.
 
-What was interrupted goes on where it stopped when the same command is given again.
+The same command continues an interrupted measurement.
 """
 
 from __future__ import annotations
@@ -68,18 +68,21 @@ class Row(BaseModel):
     """One or several runs of a recipe.
 
     Attributes:
-        recipe: its name.
-        hardware, threads: processor; CPU threads.
-        versions: of resfast, torch and where there is one of CUDA and cuDNN.
-        data, data_digest: what it was trained and scored on.
-        scored_on: the test set, or a held-out part of the training set.
+        recipe: name of the recipe.
+        hardware: name of the processor.
+        threads: CPU threads of PyTorch.
+        versions: versions of the software.
+        data: name of the data set.
+        data_digest: hexadecimal digest of its content.
+        scored_on: ``test``, or ``val`` for held-out training images.
         accuracy: name of the headline accuracy.
-        seeds, accuracies: of the runs.
-        seconds: of a run, by kind; ``timed`` is what counts, by ``timing_rule``.
-        compile_seconds: of the run that compiled.
-        flops: of a run by the direct method: 3 x 2 x MACs of every image trained on, 2 x MACs of
-            every view of the final evaluation.
-        peak_memory_bytes: of the process, on CUDA of the device.
+        seeds: seeds of the runs.
+        accuracies: headline accuracy of each run, 0 to 1.
+        seconds: statistics over the runs, by kind; ``timed`` is the headline, see ``timing_rule``.
+        compile_seconds: seconds of the run that compiled.
+        flops: FLOPs of one run with direct convolutions: 3 x 2 x MACs per training image, 2 x MACs
+            per view of the final evaluation.
+        peak_memory_bytes: highest memory use of the process, of the device for CUDA.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -112,7 +115,7 @@ class Row(BaseModel):
 
 
 class PublicResult(BaseModel):
-    """Somebody else's figure: seconds from least to most, and where it comes from."""
+    """A published result of others: seconds as a range, and its source."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -128,10 +131,10 @@ class PublicResult(BaseModel):
 
 
 def row_of(folder: Path) -> Row:
-    """The row of a folder that ``resfast.train`` left, of one run or of ``--runs N``.
+    """The row of a folder of ``resfast.train``, with one run or ``--runs N``.
 
     Raises:
-        ResfastError: it is not one, not all of its runs are finished, or one was cut short.
+        ResfastError: it is not such a folder, or one of its runs is unfinished or was cut short.
     """
     config, file = load(folder / records.CONFIG), folder / records.SUMMARY
     summary = read_seeds(file) if config.run.runs > 1 else _as_seeds(folder, config)
@@ -139,16 +142,16 @@ def row_of(folder: Path) -> Row:
         raise _too_old(folder, missing)
     if summary.finished < summary.runs:
         raise ResfastError(
-            f"{folder} has {summary.finished} of {summary.runs} runs; go on with: "
+            f"{folder} has {summary.finished} of {summary.runs} runs; continue with: "
             f"python -m resfast.train --resume {folder}"
         )
     if summary.stopped:
         raise ResfastError(
             f"{folder} has runs that were cut short ({', '.join(summary.stopped)}); expected "
-            "whole ones"
+            "complete runs"
         )
     scored = summary.test_images if summary.scored_on == "test" else summary.val_images
-    seen = views(summary.tta, summary.tta_select, summary.tta_mirror)
+    views_per_image = views(summary.tta, summary.tta_select, summary.tta_mirror)
     on_cuda = summary.device_type == "cuda"
     return Row(
         recipe=summary.recipe,
@@ -172,7 +175,7 @@ def row_of(folder: Path) -> Row:
         seconds=summary.seconds,
         total_seconds=summary.total_seconds,
         timing_rule=summary.timing_rule,
-        flops=3 * 2 * summary.train_macs + round(2 * summary.macs * seen * scored),
+        flops=3 * 2 * summary.train_macs + round(2 * summary.macs * views_per_image * scored),
         peak_memory_bytes=summary.peak_memory_bytes,
         date=summary.date,
         command=_command("--recipe", config.recipe, count=config.run.runs),
@@ -189,16 +192,16 @@ def _as_seeds(folder: Path, config: Config) -> SeedsSummary:
 
 def _too_old(folder: Path, missing: Sequence[str]) -> ResfastError:
     return ResfastError(
-        f"{folder} does not say its {', '.join(missing)}; an older version of resfast trained it: "
+        f"{folder} does not have its {', '.join(missing)}; an older resfast trained it: "
         "train it again"
     )
 
 
 def added_row(folder: Path) -> Row:
-    """The row of a folder, by the recipe whose numbers it has.
+    """The row of a folder, under the recipe that matches its configuration.
 
     Raises:
-        ResfastError: as :func:`row_of` and :func:`recipe_of`.
+        ResfastError: as in :func:`row_of` and :func:`recipe_of`.
     """
     row, name = row_of(folder), recipe_of(load(folder / records.CONFIG))
     command = _command("--recipe", name, count=len(row.seeds))
@@ -206,10 +209,10 @@ def added_row(folder: Path) -> Row:
 
 
 def recipe_of(config: Config) -> str:
-    """The recipe whose numbers a run had: its own, or another if options made it that one.
+    """The recipe that matches a configuration: its own or, because of options, another one.
 
     Raises:
-        ResfastError: none has them.
+        ResfastError: no recipe matches.
     """
     changed: dict[str, dict[str, tuple[Any, Any]]] = {}
     for name in sorted(RECIPES, key=lambda name: name != config.recipe):
@@ -221,11 +224,14 @@ def recipe_of(config: Config) -> str:
         }
         if not changed[name]:
             return name
-    near = min(changed, key=lambda name: len(changed[name]))
-    values = ", ".join(f"{name} {its[0]!r} for {its[1]!r}" for name, its in changed[near].items())
+    closest = min(changed, key=lambda name: len(changed[name]))
+    values = ", ".join(
+        f"{option} {value!r} instead of {expected!r}"
+        for option, (value, expected) in changed[closest].items()
+    )
     raise ResfastError(
-        f"the run has the numbers of no recipe ({near}, but {values}), and the table is of recipes "
-        "as they are"
+        f"the run matches no recipe (the closest is {closest}, but with {values}); the table is "
+        "only for unchanged recipes"
     )
 
 
@@ -235,20 +241,20 @@ def _command(*options: str, count: int) -> str:
 
 
 def views(tta: str, select: float, mirror: float) -> float:
-    """Forward passes an image of the final evaluation, where parts may get further views."""
-    mirrored, moved = {"none": (0, 0), "flip": (1, 0), "shift": (1, 4), "multi-crop": (1, 8)}[tta]
-    return 1 + mirror * mirrored + min(select, mirror) * moved
+    """Average number of forward passes per image in the final evaluation."""
+    mirrored, shifted = {"none": (0, 0), "flip": (1, 0), "shift": (1, 4), "multi-crop": (1, 8)}[tta]
+    return 1 + mirror * mirrored + min(select, mirror) * shifted
 
 
 def target_row(row: Row, source: str) -> targets.Row:
-    """A row as the table of ``--target`` with ``--max-seconds`` has it; ``source`` is its file.
+    """A row for the table of ``--target`` with ``--max-seconds``; ``source`` is the row's file.
 
     Raises:
-        ResfastError: it was not scored on the test set, or its recipe has no name.
+        ResfastError: it was not scored on the test set, or its recipe is unknown.
     """
     if row.scored_on != "test":
         raise ResfastError(
-            f"{row.recipe} was scored on held-out training images; the table is of the test set: "
+            f"{row.recipe} was scored on held-out training images; the table is for the test set: "
             "train with --score-test and without --hold-out and --val-fraction"
         )
     _known([row.recipe])
@@ -271,7 +277,7 @@ def target_row(row: Row, source: str) -> targets.Row:
 
 
 def add_target(row: targets.Row, table: Path) -> None:
-    """Puts a row into the table, in place of an older one of the same recipe, machine and data."""
+    """Adds a row to the table; it replaces one of the same recipe, hardware and data."""
 
     def key(row: targets.Row) -> tuple[Any, ...]:
         return row.recipe, row.device, row.hardware, row.threads, row.data
@@ -289,7 +295,7 @@ def write_row(row: Row, folder: Path) -> Path:
 
 
 def file_name(row: Row) -> str:
-    """Of a row, by its recipe and data."""
+    """File name of a row, from its recipe and data."""
     return f"{PREFIX}-{slug(row.recipe)}-{slug(targets.data_name(row.data))}.json"
 
 
@@ -297,13 +303,13 @@ def read_rows(folder: Path) -> list[Row]:
     """All rows of a folder.
 
     Raises:
-        ResfastError: a file that is not a row.
+        ResfastError: a file is not a row.
     """
     return [_valid(Row, path) for path in sorted(folder.glob(f"{PREFIX}-*.json"))]
 
 
 def default_folder(row: Row) -> Path:
-    """``benchmarks/results/DATE-DEVICE`` of a measurement."""
+    """The folder of a measurement, ``benchmarks/results/DATE-DEVICE``."""
     return RESULTS / f"{row.date}-{slug(row.hardware) if row.device == 'cuda' else 'cpu'}"
 
 
@@ -343,15 +349,15 @@ def _known(recipes: Sequence[str]) -> None:
 
 
 def train(config: Config, count: int, folder: Path) -> Path:
-    """Trains ``count`` seeds in ``folder``, or goes on with what is there; returns ``folder``."""
+    """Trains ``count`` seeds in ``folder``, or continues them; returns ``folder``."""
     run = replace(config.run, runs=count, name=folder.name, out=folder.parent)
-    there = (folder / records.CONFIG).exists()
-    runs.train(replace(config, run=run), resume=folder if there else None)
+    is_started = (folder / records.CONFIG).exists()
+    runs.train(replace(config, run=run), resume=folder if is_started else None)
     return folder
 
 
 def measure(recipe: str, count: int, options: Sequence[str], runs_folder: Path) -> Row:
-    """Trains a recipe with ``count`` seeds and the ``options`` of resfast.train given beside."""
+    """Trains a recipe with ``count`` seeds and additional ``options`` of resfast.train."""
     _, config = command_line(["--recipe", recipe, *options])
     row = row_of(train(config, count, runs_folder / f"{PREFIX}-{slug(recipe)}"))
     command = _command("--recipe", recipe, *without_folders(options), count=count)
@@ -359,7 +365,7 @@ def measure(recipe: str, count: int, options: Sequence[str], runs_folder: Path) 
 
 
 def without_folders(options: Sequence[str]) -> list[str]:
-    """Options of resfast.train as anybody could give them: folders of this machine left out."""
+    """Options of resfast.train without folders of this machine."""
     shown: list[str] = []
     rest = iter(options)
     for option in rest:
@@ -376,7 +382,7 @@ def without_folders(options: Sequence[str]) -> list[str]:
 
 
 class Component(BaseModel):
-    """What is switched for a line of an ablation table: options of resfast.train."""
+    """One change of a recipe in an ablation: a name and options of resfast.train."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -396,7 +402,7 @@ def read_components(path: Path) -> list[Component]:
     """The components of a file.
 
     Raises:
-        ResfastError: it is not a list of them, or two have the same name.
+        ResfastError: it is not a list of components, or two have the same name.
     """
     content = _json(path, 'a list of {"component", "options"}')
     if not isinstance(content, list) or not content:
@@ -423,12 +429,12 @@ def ablation(
     runs_folder: Path,
     folder: Path,
 ) -> Path:
-    """Trains a recipe whole and with each component switched, and writes a table.
+    """Trains a recipe without and with each change, and writes a table.
 
-    Rows that are there already, of the same options and seeds, are kept.
+    Existing rows with the same options and seeds are kept.
 
     Returns:
-        The Markdown table; the rows are in the JSON file beside it.
+        Path of the Markdown table; the rows are in a JSON file of the same name.
     """
     path = atomic.make_folder(folder, "--out") / f"ablation-{slug(recipe)}.json"
     kept: dict[tuple[str, str, tuple[int, ...]], _AblationRow] = {}
@@ -438,13 +444,13 @@ def ablation(
             kept[known.component, known.options, tuple(known.row.seeds)] = known
     whole = Component(component=recipe, options="")
     wanted: list[tuple[Component, Config]] = []
-    for component in (whole, *components):  # all options are checked before anything is trained
+    for component in (whole, *components):  # check all options before training
         arguments = ["--recipe", recipe, *options, *shlex.split(component.options)]
         config = command_line(arguments)[1]
         if wanted and config == wanted[0][1]:
             raise ResfastError(
                 f"component {component.component!r}: {component.options!r} changes nothing of "
-                f"{recipe}; give the options that switch it"
+                f"{recipe}; give options that change it"
             )
         check(config)
         wanted.append((component, config))
@@ -467,14 +473,14 @@ def ablation(
 
 
 def ablation_table(rows: Sequence[_AblationRow]) -> str:
-    """A Markdown table; the first row is the whole recipe that the others are compared with."""
+    """A Markdown table; the first row is the whole recipe, with which the others are compared."""
     first, shared = rows[0].row, rows[0].options
     seeds = f"seeds {first.seeds[0]} to {first.seeds[-1]}" if len(first.seeds) > 1 else "one seed"
     threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
     lines = [
         f"`{first.recipe}`{f' with `{shared}`' if shared else ''} on {first.data}, "
         f"{first.hardware}, {threads}, {first.date}, {seeds}, {first.accuracy} of the "
-        f"{first.scored_on} images; seconds are timed ones. Differences are to the first line, "
+        f"{first.scored_on} images; seconds are timed_seconds. Differences are to the first row, "
         "with the standard error of a difference of means.",
         "",
         "| component | options | accuracy | difference | PFLOP | seconds | difference |",
@@ -510,8 +516,10 @@ def _data_label(data: str) -> str:
 
 
 def save_plot(rows: Sequence[Row], public: Sequence[PublicResult], path: Path) -> None:
-    """Accuracy against seconds: our rows filled, public results hollow; what is on the original
-    pixels round, on other data square; a color for each processor.
+    """Plots accuracy against seconds.
+
+    Our rows have filled markers, public results hollow ones. Markers are round for original
+    CIFAR-10 pixels and square for other data. Each processor has its own color.
     """
     points: list[tuple[PublicResult, float | None, bool]] = [(p, None, False) for p in public]
     for row in rows:
@@ -569,7 +577,7 @@ def save_plot(rows: Sequence[Row], public: Sequence[PublicResult], path: Path) -
     figure.legend(handles=handles, fontsize=7, frameon=False, loc="outside lower center", ncols=3)
     axes.set_xscale("log")
     axes.margins(x=0.25, y=0.2)
-    axes.set_xlabel("seconds of a training, compilation and loading left out")
+    axes.set_xlabel("training time in seconds, without compilation and data loading")
     axes.set_ylabel("test accuracy")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.25)
@@ -579,7 +587,7 @@ def save_plot(rows: Sequence[Row], public: Sequence[PublicResult], path: Path) -
 
 
 def _annotate(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
-    """Writes each text beside its point, where it covers no point or text written before."""
+    """Writes each text next to its point, where it covers no point and no earlier text."""
     axes.figure.draw_without_rendering()
     axes.figure.set_layout_engine("none")
     taken = [
@@ -605,7 +613,7 @@ def _annotate(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
 
 
 def public_results(path: Path = PUBLIC) -> list[PublicResult]:
-    """The figures of others that are kept with the benchmarks."""
+    """Published results of others, from a file of the benchmarks."""
     return [_valid(PublicResult, path, entry_) for entry_ in _json(path, "public results")]
 
 
@@ -631,13 +639,13 @@ def main(args: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("recipes", nargs="*", metavar="RECIPE")
-    parser.add_argument("--runs", type=int, default=5, help="seeds of each (default: 5)")
+    parser.add_argument("--runs", type=int, default=5, help="seeds per recipe (default: 5)")
     parser.add_argument("--add", type=Path, nargs="+", metavar="FOLDER", help="folders of runs")
-    parser.add_argument("--ablation", type=Path, metavar="FILE", help="components to switch")
-    parser.add_argument("--plot", action="store_true", help="only plot the rows that are there")
-    parser.add_argument("--out", type=Path, help="folder of rows, tables and the plot")
+    parser.add_argument("--ablation", type=Path, metavar="FILE", help="list of changes to compare")
+    parser.add_argument("--plot", action="store_true", help="only plot the existing rows")
+    parser.add_argument("--out", type=Path, help="folder for rows, tables and the plot")
     parser.add_argument(
-        "--runs-folder", type=Path, default=Path("runs"), help="where the runs go (default: runs)"
+        "--runs-folder", type=Path, default=Path("runs"), help="folder for the runs (default: runs)"
     )
     arguments = list(sys.argv[1:] if args is None else args)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
@@ -648,7 +656,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if given.runs < 1 and not given.add:
             raise ResfastError(f"--runs {given.runs} is out of range: expected at least 1")
         if (given.add or given.plot) and (given.recipes or options or given.ablation):
-            raise ResfastError("--add and --plot train nothing; leave recipes and options out")
+            raise ResfastError("--add and --plot do not train; leave out recipes and options")
         folder = given.out
         if given.ablation is not None:
             if len(given.recipes) != 1:
@@ -674,7 +682,7 @@ def main(args: Sequence[str] | None = None) -> int:
             folder = folder or default_folder(measured[0])
             if not folder.resolve().is_relative_to(ROOT):
                 raise ResfastError(
-                    f"--out {folder} is outside the repository, and the table names files in it; "
+                    f"--out {folder} is outside the repository, but the table names files in it; "
                     f"choose a folder below {RESULTS}"
                 )
             inside = folder.resolve().relative_to(ROOT)

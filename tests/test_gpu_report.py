@@ -1,4 +1,4 @@
-"""What must hold of ``make gpu-report``: no part stops another, and what was found is kept."""
+"""``make gpu-report``: no part stops another, and results are kept."""
 
 from __future__ import annotations
 
@@ -179,18 +179,18 @@ def test_time_is_kept_for_the_later_steps(tmp_path):
     todo[3:4] = [replace(todo[3], name=name) for name in ("test_inference.py", "test_other.py")]
     _, written = run_steps(tmp_path, *todo, minutes=10)
     limits = [step["limit_seconds"] for step in written["steps"]]
-    kept = [600 * share for share in gpu_report.KEPT]
-    kept[3:4] = [kept[3] * 5 / 6, kept[3] / 6]
+    reserved = [600 * share for share in gpu_report.RESERVED]
+    reserved[3:4] = [reserved[3] * 5 / 6, reserved[3] / 6]
     for index, limit in enumerate(limits):
         allowed = limit + gpu_report.GRACE_S
-        most = 600 - gpu_report.CLOSING_S - sum(kept[index + 1 :])
-        assert kept[index] < allowed <= most + 0.1
+        most = 600 - gpu_report.CLOSING_S - sum(reserved[index + 1 :])
+        assert reserved[index] < allowed <= most + 0.1
     # What one step leaves is there for the next one.
     assert limits == sorted(limits)
 
 
 def test_a_step_that_no_time_is_left_for_is_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_report, "KEPT", (0.0, *gpu_report.KEPT[1:-1], 0.99))
+    monkeypatch.setattr(gpu_report, "RESERVED", (0.0, *gpu_report.RESERVED[1:-1], 0.99))
     fine, written = run_steps(tmp_path, python("build", "print(1)"), python("training", "print(2)"))
     first, last = written["steps"]
     assert not fine
@@ -430,8 +430,8 @@ def test_junit_files_are_counted_and_failures_named(tmp_path):
     ],
 )
 def test_the_summaries_under_compute_sanitizer_are_read(summary, found):
-    said = f"========= COMPUTE-SANITIZER\n93 launches, 0 wrong\n========= {summary}\n"
-    assert gpu_report._read_sanitizer(said) == {"said": f"93 launches, 0 wrong; {found}"}
+    output = f"========= COMPUTE-SANITIZER\n93 launches, 0 wrong\n========= {summary}\n"
+    assert gpu_report._read_sanitizer(output) == {"said": f"93 launches, 0 wrong; {found}"}
     with pytest.raises(ValueError, match="without a summary"):
         gpu_report._read_sanitizer("93 launches, 0 wrong\n")
 
@@ -496,9 +496,9 @@ class FakeKernels:
         self.calls.append(("hopper", arguments[0].dtype, arguments[-1]))
         return conv_reference.conv2d_bias_act(*arguments[:-1]) + self.error
 
-    def basic_block_cuda(self, x, weight1, bias1, weight2, bias2, act, slope, *way):
-        check_schema("basic_block_cuda", (x, weight1, bias1, weight2, bias2, act, slope, *way))
-        self.calls.append(("block", x.dtype, *way))
+    def basic_block_cuda(self, x, weight1, bias1, weight2, bias2, act, slope, *variant):
+        check_schema("basic_block_cuda", (x, weight1, bias1, weight2, bias2, act, slope, *variant))
+        self.calls.append(("block", x.dtype, *variant))
         for weight, bias, residual in ((weight1, bias1, None), (weight2, bias2, x)):
             x = conv_reference.conv2d_bias_act(
                 x, weight, bias, residual, [1, 1], [1, 1], act, slope
@@ -512,12 +512,12 @@ def test_every_kernel_is_launched_and_right_ones_pass(capsys):
     half = {torch.bfloat16, torch.float16}
     conv = {call[1:] for call in kernels.calls if call[0] == "conv"}
     both = [(dtype, False) for dtype in half | {torch.float32}] + [(torch.float32, True)]
-    ways = [(0, 1), (4, 1), (4, 6)]  # of several splits one
-    assert conv == {(dtype, *way, tf32) for dtype, tf32 in both for way in ways}
+    variants = [(0, 1), (4, 1), (4, 6)]  # of several splits one
+    assert conv == {(dtype, *variant, tf32) for dtype, tf32 in both for variant in variants}
     hopper = {call[1:] for call in kernels.calls if call[0] == "hopper"}
     assert hopper == {(dtype, config) for dtype in half for config in (0, 1)}
     block = {call[1:] for call in kernels.calls if call[0] == "block"}
-    assert block == {(dtype, *way) for dtype in half for way in ((5, 1), (7, 2))}
+    assert block == {(dtype, *variant) for dtype in half for variant in ((5, 1), (7, 2))}
     assert capsys.readouterr().out == f"{len(kernels.calls)} launches, 0 wrong\n"
 
 
@@ -547,17 +547,17 @@ def test_without_a_gpu_the_small_kernels_say_so(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--data", "folder:/no/such/folder"], "does not exist"),
         (["--data", "cifar"], "did you mean 'cifar10'"),
-        (["--out", "/dev/null/reports"], "cannot make the folder"),
+        (["--out", "/dev/null/reports"], "cannot create the folder"),
     ],
 )
-def test_bad_input_is_one_sentence_before_anything_runs(arguments, said, capsys, monkeypatch):
+def test_bad_input_is_one_sentence_before_anything_runs(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(gpu_report, "run", lambda *args: pytest.fail("a step was run"))
     assert gpu_report.main(arguments) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--minutes", "0"], ["--epochs", "0"], ["--parts", "tset"]])

@@ -180,7 +180,7 @@ def test_rows_that_would_not_be_honest_are_refused(options: list[str], tmp_path:
     summary = json.loads((one / records.SUMMARY).read_text())
     del summary["date"], summary["versions"]
     (one / records.SUMMARY).write_text(json.dumps(summary))
-    with pytest.raises(ResfastError, match="does not say its versions, date; an older version"):
+    with pytest.raises(ResfastError, match="does not have its versions, date; an older resfast"):
         row_of(one)
     cut = runs.train(change(config, name="cut", runs=2, max_seconds=1e-9)).path
     with pytest.raises(ResfastError, match=r"cut short \(max_seconds\)"):
@@ -192,7 +192,7 @@ def test_rows_that_would_not_be_honest_are_refused(options: list[str], tmp_path:
         tta.target_row(row, "x.json")
     summary = json.loads((held / records.SUMMARY).read_text())
     (held / records.SUMMARY).write_text(json.dumps(summary | {"finished": 1}))
-    with pytest.raises(ResfastError, match=r"1 of 2 runs; go on with.*--resume"):
+    with pytest.raises(ResfastError, match=r"1 of 2 runs; continue with.*--resume"):
         row_of(held)
     (held / records.SUMMARY).unlink()
     with pytest.raises(ResfastError, match="cannot read"):
@@ -341,7 +341,7 @@ def test_the_plot_alone_trains_nothing(
     [
         (["fast-tny"], "unknown recipe 'fast-tny'; did you mean 'fast-tiny'"),
         (["fast-tiny", "--runs", "0"], "--runs 0 is out of range"),
-        (["fast-tiny", "--plot"], "train nothing"),
+        (["fast-tiny", "--plot"], "do not train"),
         (["--ablation", "x.json"], "exactly one recipe"),
         (["fast-tiny", "--ablation", "missing.json"], "cannot read missing.json"),
         (["fast-tiny", "--lr", "0"], "unrecognized arguments: --lr"),
