@@ -185,11 +185,11 @@ class BuildExt(build_ext):
     def build_extension(self, extension: Extension) -> None:
         if extension.name == CUDA:
             try:
-                said = cuda_build.build(Path(self.get_ext_fullpath(CUDA)))
+                description = cuda_build.build(Path(self.get_ext_fullpath(CUDA)))
             except (RuntimeError, ValueError, OSError) as error:
                 say_without_cuda(str(error))
             else:
-                print(f"resfast: {said}", file=sys.stderr)
+                print(f"resfast: {description}", file=sys.stderr)
             return
         try:
             extension.extra_objects = self._compile(extension)

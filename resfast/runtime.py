@@ -27,7 +27,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 MIN_COMPUTE_CAPABILITY = (8, 0)
-"""Of the GPUs that our kernels run on; ``csrc/cuda/build.py`` has it too, as ``OLDEST``."""
+"""Minimum for our kernels; also in ``csrc/cuda/build.py``, which cannot import this."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 

@@ -1,4 +1,4 @@
-"""What must hold of the C++ extension: its build, what it links to, its memory, its errors."""
+"""The C++ extension: build, linked libraries, memory and errors."""
 
 from __future__ import annotations
 
@@ -103,37 +103,37 @@ def test_development_install_has_the_extension():
 
 @needs_compiler
 def test_wheel_holds_the_extension_and_compiles_without_a_warning(source):
-    said, tag, wheel = build(source)
+    output, tag, wheel = build(source)
     assert not tag.startswith("py3-none"), tag
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     (library,) = [name for name in names if name.endswith((".so", ".dylib"))]
     assert re.fullmatch(r"resfast/_C\.cpython-\S+", library)
-    assert not re.search(r"csrc/\S+: (warning|error)", said), said
-    assert "without the C++ kernels" not in said
+    assert not re.search(r"csrc/\S+: (warning|error)", output), output
+    assert "without the C++ kernels" not in output
 
 
 def test_extension_is_left_out_on_request(source):
-    said, tag, wheel = build(source, RESFAST_EXTENSION="0")
+    output, tag, wheel = build(source, RESFAST_EXTENSION="0")
     assert tag == "py3-none-any"
-    assert said.count("installed without the C++ kernels: RESFAST_EXTENSION is 0") == 1
+    assert output.count("installed without the C++ kernels: RESFAST_EXTENSION is 0") == 1
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if "_C." in name]
 
 
 def test_no_compiler_is_said_once_and_the_package_installs_without(source):
-    said, tag, _ = build(source, CXX="no-such-compiler")
+    output, tag, _ = build(source, CXX="no-such-compiler")
     assert tag == "py3-none-any"
-    assert said.count("without the C++ kernels: no C++ compiler was found") == 1
+    assert output.count("without the C++ kernels: no C++ compiler was found") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows")
 def test_broken_compiler_is_said_with_its_error_and_the_package_installs_without(source):
     stale = source / "resfast" / f"_C{extension.importlib.machinery.EXTENSION_SUFFIXES[0]}"
     stale.touch()
-    said, _, wheel = build(source, editable=True, CXX=broken_compiler(source.parent))
-    assert "this compiler is broken" in said
-    assert "installed without the C++ kernels: compiling them failed" in said
+    output, _, wheel = build(source, editable=True, CXX=broken_compiler(source.parent))
+    assert "this compiler is broken" in output
+    assert "installed without the C++ kernels: compiling them failed" in output
     assert not stale.exists()
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if "_C." in name]
@@ -291,9 +291,9 @@ def small_source(source: Path) -> Path:
 def test_wheel_holds_the_cuda_kernels_and_says_what_they_are_for(small_source):
     nvcc = make_nvcc(small_source.parent / "home")
     environment = {"CUDA_HOME": str(nvcc.parents[1]), "TORCH_CUDA_ARCH_LIST": "8.0 9.0+PTX"}
-    said, tag, wheel = build(small_source, RESFAST_CUDA="1", **environment)
+    output, tag, wheel = build(small_source, RESFAST_CUDA="1", **environment)
     release = cuda_build.nvcc_version(nvcc).rpartition(".")[0]
-    assert said.count(f"resfast: CUDA kernels for 8.0 and 9.0+PTX by nvcc {release}") == 1
+    assert output.count(f"resfast: CUDA kernels for 8.0 and 9.0+PTX by nvcc {release}") == 1
     assert not tag.startswith("py3-none")
     with zipfile.ZipFile(wheel) as archive:
         assert {"resfast/_CUDA.so", "resfast/_CUDA.json"} < set(archive.namelist())
@@ -323,9 +323,9 @@ def test_editable_install_has_the_cuda_kernels_and_loses_those_of_before(small_s
     build(small_source, editable=True, RESFAST_CUDA="1", **environment)[2].unlink()
     assert compiled(nvcc) == first  # nothing is compiled again
     (small_source / "csrc" / "cuda" / "conv" / "broken.cu").touch()
-    said, _, wheel = build(small_source, editable=True, RESFAST_CUDA="", **environment)
-    assert "resfast: installed without the CUDA kernels: nvcc" in said
-    assert "broken.cu(1): error: no such kernel" in said
+    output, _, wheel = build(small_source, editable=True, RESFAST_CUDA="", **environment)
+    assert "resfast: installed without the CUDA kernels: nvcc" in output
+    assert "broken.cu(1): error: no such kernel" in output
     assert not library.exists()
     assert not library.with_suffix(".json").exists()
     assert list((small_source / "resfast").glob("_C.*"))  # the others are there
@@ -334,9 +334,9 @@ def test_editable_install_has_the_cuda_kernels_and_loses_those_of_before(small_s
     assert done.returncode != 0
     assert "resfast: the CUDA kernels cannot be built: nvcc" in done.stderr
     library.touch()
-    said, _, _ = build(small_source, editable=True, RESFAST_EXTENSION="0")
+    output, _, _ = build(small_source, editable=True, RESFAST_EXTENSION="0")
     assert not library.exists()
-    assert said.count("installed without the CUDA kernels: RESFAST_CUDA is 0") == 1
+    assert output.count("installed without the CUDA kernels: RESFAST_CUDA is 0") == 1
 
 
 def test_cuda_kernels_that_are_required_and_cannot_be_built_are_an_error(source):
@@ -413,13 +413,13 @@ def test_architectures_are_those_of_the_gpus_here(kernels, tmp_path, monkeypatch
     smi = tmp_path / "nvidia-smi"
     smi.touch(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    for said, expected in (
+    for smi_output, expected in (
         ("echo 9.0; echo 8.6; echo 9.0", "8.6;9.0a"),
         ("echo 12.0; echo 7.5", "12.0"),
         ("echo '[N/A]'", cuda_build.ARCHITECTURES),
         ("echo 'driver failed'; exit 9", cuda_build.ARCHITECTURES),
     ):
-        smi.write_text(f"#!/bin/sh\n{said}\n")
+        smi.write_text(f"#!/bin/sh\n{smi_output}\n")
         assert cuda_build.architectures() == expected
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.9")
     assert cuda_build.architectures() == "8.9"
@@ -500,8 +500,8 @@ def test_kernels_on_cutlass_are_built_for_hopper_where_it_is_installed(
         None if name == "cutlass_library" else of(name)
     ))  # fmt: skip
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
-    said = cuda_build.build(library)
-    assert said.endswith("`pip install --no-deps nvidia-cutlass`, or set CUTLASS_HOME")
+    output = cuda_build.build(library)
+    assert output.endswith("`pip install --no-deps nvidia-cutlass`, or set CUTLASS_HOME")
     assert json.loads((tmp_path / "_CUDA.json").read_text())["cutlass"] is False
     monkeypatch.setenv("CUTLASS_HOME", str(tmp_path / "cutlass"))
     assert cuda_build.find_cutlass() is None  # the folder is empty
@@ -869,14 +869,14 @@ def test_finite_floats_are_rounded_as_torch_rounds_them(dtype):
 @needs_extension
 def test_philox_operator_refuses_bad_arguments():
     indices = torch.arange(4)
-    for arguments, said in (
+    for arguments, message in (
         ((indices.int(), 0, 0, 0), "indices are torch.int32; expected torch.int64"),
         ((indices[None], 0, 0, 0), r"indices are \[1, 4\]; expected \[B\]"),
         ((indices[::2], 0, 0, 0), "indices are not contiguous"),
         ((indices, 0, 2**32, 0), "epoch 4294967296 is out of range"),
         ((indices, 0, 0, -1), "stream -1 is out of range"),
     ):
-        with pytest.raises(RuntimeError, match=said):
+        with pytest.raises(RuntimeError, match=message):
             torch.ops.resfast.philox(*arguments)
 
 

@@ -1,17 +1,17 @@
-"""Compiles csrc/cuda/*/*.cu, the CUDA kernels, into one library that torch loads.
+"""Compiles the CUDA kernels, csrc/cuda/*/*.cu, into one library that torch loads.
 
     python csrc/cuda/build.py resfast/_CUDA.so
 
-The package's build does the same (build_backend/resfast_build.py). The compiler is that of
-CUDA_HOME, else of the packages nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-crt (of torch's CUDA
-version), else of PATH. TORCH_CUDA_ARCH_LIST names the architectures, in torch's form
-("8.0;9.0a;9.0+PTX"); without it they are those of the GPUs that nvidia-smi sees, or ARCHITECTURES.
-MAX_JOBS says how many files are compiled at a time.
+The package build does the same (build_backend/resfast_build.py). The compiler is taken from
+CUDA_HOME, the packages nvidia-cuda-nvcc, nvidia-nvvm and nvidia-cuda-crt (for torch's CUDA
+version), or PATH, in this order. TORCH_CUDA_ARCH_LIST sets the architectures, in torch's notation
+("8.0;9.0a;9.0+PTX"); the default is those of the GPUs that nvidia-smi sees, or ARCHITECTURES.
+MAX_JOBS is the number of files to compile in parallel.
 
 hopper*.cu need the headers of CUTLASS (CUTLASS_HOME, or the package nvidia-cutlass) and are
-compiled for 9.0a alone; the library goes without them where there are none.
+compiled only for 9.0a; without the headers, the library does not contain them.
 
-Objects are kept in build/cuda, each under a digest of all that it is made from.
+Objects are cached in build/cuda, under a digest of everything that they depend on.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 CACHE = FOLDER.parents[1] / "build" / "cuda"
 ARCHITECTURES = "8.0+PTX;9.0a"
-"""Where no GPU says otherwise: every GPU from Ampere on, and Hopper with its own instructions."""
-OLDEST = (8, 0)
+"""Without a GPU: every GPU from Ampere on, and Hopper with its own instructions."""
+MIN_COMPUTE_CAPABILITY = (8, 0)
+"""The same as in ``resfast/runtime.py``, which cannot be imported here."""
 LIBRARIES = ("torch_cpu", "torch_cuda", "cudart")
 FLAGS = [
     "-std=c++17",
@@ -54,11 +55,11 @@ HOPPER_FLAGS = ["-DNDEBUG"]
 NO_CUTLASS = "its headers are missing: `pip install --no-deps nvidia-cutlass`, or set CUTLASS_HOME"
 
 
-# -- what is there -------------------------------------------------------------------------------
+# -- compilers and headers -----------------------------------------------------------------------
 
 
 def _folder_of(package: str) -> Path | None:
-    """Of an installed package, which is not imported."""
+    """Folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -66,7 +67,7 @@ def _folder_of(package: str) -> Path | None:
 
 
 def torch_version() -> tuple[str, str | None]:
-    """Version of the installed torch and of the CUDA that it was built for, if any.
+    """Version of the installed torch and of the CUDA that it was built for, or None.
 
     Raises:
         RuntimeError: torch is not installed.
@@ -74,7 +75,7 @@ def torch_version() -> tuple[str, str | None]:
     folder = _folder_of("torch")
     if folder is None:
         raise RuntimeError("torch is not installed; its headers are needed")
-    # By this file alone: importing torch takes seconds.
+    # Load only this file: importing torch takes seconds.
     spec = importlib.util.spec_from_file_location("_torch_version", folder / "version.py")
     assert spec is not None
     assert spec.loader is not None
@@ -90,12 +91,12 @@ def _pip_toolkits() -> list[Path]:
 
 
 def find_nvcc() -> Path | None:
-    """The CUDA compiler; None where there is none."""
+    """Path of nvcc; None if it is not installed."""
     home = os.environ.get("CUDA_HOME")
     if home:
         return path if (path := Path(home) / "bin" / "nvcc").exists() else None
     for root in _pip_toolkits():
-        # All three packages; one alone compiles nothing.
+        # All three packages are needed to compile.
         parts = [root / "bin" / "nvcc", root / "nvvm" / "bin" / "cicc", root / "bin" / "crt"]
         if all(path.exists() for path in parts):
             return parts[0]
@@ -104,7 +105,7 @@ def find_nvcc() -> Path | None:
 
 
 def find_cutlass() -> Path | None:
-    """CUTLASS's folder, with include and tools/util/include; None where it is not installed."""
+    """CUTLASS's folder, with include and tools/util/include; None if it is not installed."""
     home, package = os.environ.get("CUTLASS_HOME"), _folder_of("cutlass_library")
     folder = Path(home) if home else package / "source" if package else None
     if folder is None or not (folder / "include" / "cutlass" / "version.h").exists():
@@ -114,32 +115,32 @@ def find_cutlass() -> Path | None:
 
 @functools.cache
 def nvcc_version(nvcc: Path) -> str:
-    """Like ``13.2.86``.
+    """The version of nvcc, such as ``13.2.86``.
 
     Raises:
         RuntimeError: it does not run, or is not nvcc.
     """
     try:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     except OSError as error:
         raise RuntimeError(f"{nvcc} does not run: {error}") from None
-    match = re.search(r"release .*, V(\d+\.\d+\.\d+)", said)
+    match = re.search(r"release .*, V(\d+\.\d+\.\d+)", output)
     if match is None:
-        raise RuntimeError(f"{nvcc} --version does not name a version of nvcc: {said!r}")
+        raise RuntimeError(f"{nvcc} --version does not name a version of nvcc: {output!r}")
     return match[1]
 
 
 @functools.cache
 def _toolkit(nvcc: Path) -> Path:
-    """The folder that nvcc takes headers from, also where ``nvcc`` is a script that calls it."""
+    """The folder of nvcc's headers, even if ``nvcc`` is a script that calls it."""
     command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
-    said = subprocess.run(command, capture_output=True, text=True)
-    match = re.search(r"^#\$ TOP=(.+)$", said.stdout + said.stderr, re.MULTILINE)
+    done = subprocess.run(command, capture_output=True, text=True)
+    match = re.search(r"^#\$ TOP=(.+)$", done.stdout + done.stderr, re.MULTILINE)
     return Path(match[1]).resolve() if match else nvcc.parents[1]
 
 
 def obstacle() -> str | None:
-    """Why the CUDA kernels cannot be built here, or None where they can."""
+    """Why the CUDA kernels cannot be built here, or None if they can."""
     try:
         version, cuda = torch_version()
         if cuda is None:
@@ -166,7 +167,7 @@ def obstacle() -> str | None:
 
 
 def architectures() -> str:
-    """Those to compile for, as TORCH_CUDA_ARCH_LIST names them.
+    """Architectures to compile for, in the notation of TORCH_CUDA_ARCH_LIST.
 
     Raises:
         RuntimeError: every GPU here is too old.
@@ -177,25 +178,25 @@ def architectures() -> str:
     seen = _capabilities()
     if not seen:
         return ARCHITECTURES
-    able = sorted(one for one in seen if one >= OLDEST)
-    if not able:
+    supported = sorted(one for one in seen if one >= MIN_COMPUTE_CAPABILITY)
+    if not supported:
         found = ", ".join("{}.{}".format(*one) for one in sorted(seen))
         raise RuntimeError(
             f"the GPU is of compute capability {found}, and the kernels need 8.0 or newer"
         )
-    return ";".join("9.0a" if one == (9, 0) else "{}.{}".format(*one) for one in able)
+    return ";".join("9.0a" if one == (9, 0) else "{}.{}".format(*one) for one in supported)
 
 
 def _capabilities() -> set[tuple[int, int]]:
-    """Of the GPUs that nvidia-smi sees; none where it is missing or fails."""
+    """Compute capabilities of the GPUs that nvidia-smi sees; empty if it is missing or fails."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return set()
-    if said.returncode:
+    if done.returncode:
         return set()
-    return {(int(a), int(b)) for a, b in re.findall(r"^(\d+)\.(\d+)\s*$", said.stdout, re.M)}
+    return {(int(a), int(b)) for a, b in re.findall(r"^(\d+)\.(\d+)\s*$", done.stdout, re.M)}
 
 
 def _split(names: str) -> list[str]:
@@ -203,15 +204,15 @@ def _split(names: str) -> list[str]:
 
 
 def architecture_flags(names: str) -> list[str]:
-    """nvcc's flags for architectures as TORCH_CUDA_ARCH_LIST names them.
+    """nvcc's flags for architectures in the notation of TORCH_CUDA_ARCH_LIST.
 
     Raises:
-        ValueError: a name that is not one, or an architecture below 8.0.
+        ValueError: an invalid name, or an architecture below 8.0.
     """
     flags = []
     for name in _split(names) or [names]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
-        if match is None or (int(match[1]), int(match[2])) < OLDEST:
+        if match is None or (int(match[1]), int(match[2])) < MIN_COMPUTE_CAPABILITY:
             raise ValueError(
                 f"architecture {name!r} in {names!r}; expected 8.0 or newer, as in '8.0;9.0+PTX'"
             )
@@ -226,7 +227,7 @@ def architecture_flags(names: str) -> list[str]:
 
 
 def jobs() -> int:
-    """How many files to compile at a time: MAX_JOBS, or as many as there are processors.
+    """Number of files to compile in parallel: MAX_JOBS, or the number of processors.
 
     Raises:
         ValueError: MAX_JOBS is not a number of at least 1.
@@ -241,18 +242,18 @@ def jobs() -> int:
 
 
 def host_compiler() -> str | None:
-    """The program that CXX names, without what stands around it (``ccache g++ -pthread``)."""
+    """The program in CXX, without wrappers and flags (``g++`` of ``ccache g++ -pthread``)."""
     words = [word for word in shlex.split(os.environ.get("CXX", "")) if not word.startswith("-")]
     return words[-1] if words else None
 
 
 def host_flags() -> list[str]:
-    """nvcc's flags for a host compiler that is not the one it takes anyway.
+    """nvcc's flags for a host compiler that is not its default.
 
-    So the objects are the same, and found again, whether or not CXX names the usual compiler.
+    Objects are the same, and found in the cache, whether or not CXX names the default compiler.
     """
-    named, usual = (shutil.which(name or "") for name in (host_compiler(), "g++"))
-    if named is None or (usual is not None and os.path.samefile(named, usual)):
+    named, default = (shutil.which(name or "") for name in (host_compiler(), "g++"))
+    if named is None or (default is not None and os.path.samefile(named, default)):
         return []
     return ["-ccbin", named]
 
@@ -262,14 +263,14 @@ def is_hopper(source: Path) -> bool:
 
 
 def sources_for(names: str) -> list[Path]:
-    """The files that are compiled for these architectures."""
+    """The files to compile for these architectures."""
     hopper = "9.0a" in _split(names) and find_cutlass() is not None
     found = [path for path in FOLDER.glob("*/*.cu") if hopper or not is_hopper(path)]
-    return sorted(found, key=lambda path: (not is_hopper(path), path.name))  # the slow ones first
+    return sorted(found, key=lambda path: (not is_hopper(path), path.name))  # slowest first
 
 
 def read_with_includes(source: Path) -> dict[Path, bytes]:
-    """Contents of a file and of all that it includes in quotation marks and is there."""
+    """Contents of a file and of the existing files that it includes in quotation marks."""
     found: dict[Path, bytes] = {}
     waiting = [source.resolve()]
     while waiting:
@@ -285,19 +286,19 @@ def read_with_includes(source: Path) -> dict[Path, bytes]:
 def compile_objects(
     sources: Iterable[Path] | None = None, *, nvcc: Path, names: str | None = None
 ) -> dict[str, str]:
-    """Compiles .cu files, but for those whose object is there already.
+    """Compiles .cu files, except those whose object is in the cache.
 
     Args:
-        sources: of this folder; those of ``sources_for(names)`` by default.
+        sources: files of this folder; by default, ``sources_for(names)``.
         nvcc: the compiler.
-        names: architectures, those of ``architectures()`` by default.
+        names: architectures; by default, ``architectures()``.
 
     Returns:
-        What the compiler said, by path of the object: registers and spills of each kernel.
+        The compiler's output by path of the object: registers and spills of each kernel.
 
     Raises:
         RuntimeError: torch or CUTLASS is missing, or a file does not compile.
-        ValueError: a bad name of an architecture, or a bad MAX_JOBS.
+        ValueError: an invalid architecture, or an invalid MAX_JOBS.
     """
     names = names or architectures()
     version, _ = torch_version()
@@ -307,7 +308,7 @@ def compile_objects(
     if not any(
         toolkit.glob(f"{folder}/cuda_runtime.h") for folder in ("include", "targets/*/include")
     ):
-        # The pip compiler may stand apart from the runtime's headers, which come with torch.
+        # The compiler's pip package lacks the runtime's headers, which come with torch.
         includes += [f"-I{root / 'include'}" for root in _pip_toolkits()]
     CACHE.mkdir(parents=True, exist_ok=True)
 
@@ -336,14 +337,14 @@ def compile_objects(
             made = Path(folder) / target.name
             command = [str(nvcc), *flags, "-c", str(source), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
-            said = done.stdout + done.stderr
+            output = done.stdout + done.stderr
             if done.returncode:
-                raise RuntimeError(f"nvcc {nvcc_version(nvcc)} fails for {source.name}:\n{said}")
-            made.with_suffix(".log").write_text(said, encoding="utf-8")
+                raise RuntimeError(f"nvcc {nvcc_version(nvcc)} fails for {source.name}:\n{output}")
+            made.with_suffix(".log").write_text(output, encoding="utf-8")
             made.with_suffix(".log").replace(log)
             made.replace(target)
         print(f"resfast: {source.name}: {time.monotonic() - start:.0f} s", file=sys.stderr)
-        return str(target), said
+        return str(target), output
 
     with ThreadPoolExecutor(jobs()) as pool:
         return dict(pool.map(compile_one, sources_for(names) if sources is None else sources))
@@ -359,7 +360,7 @@ def link(objects: Iterable[str], library: Path, *, nvcc: Path) -> None:
     assert torch is not None  # compile_objects needed it
     toolkit = _toolkit(nvcc)
     with tempfile.TemporaryDirectory() as folder:
-        # The packages have libcudart.so.13 without the plain name that a linker looks for.
+        # The packages have libcudart.so.13, but the linker looks for libcudart.so.
         plain = Path(folder) / "libcudart.so"
         runtimes = [one for root in _pip_toolkits() for one in root.glob("lib/libcudart.so*")]
         if runtimes:
@@ -377,16 +378,16 @@ def link(objects: Iterable[str], library: Path, *, nvcc: Path) -> None:
 
 
 def build(library: Path) -> str:
-    """Writes the library, and beside it what it is: ``_CUDA.json`` for ``_CUDA.so``.
+    """Writes the library and its description: ``_CUDA.so`` and ``_CUDA.json``.
 
-    Both are written anew or, where that fails, are not there.
+    If this fails, neither file exists.
 
     Returns:
-        What was built, in a line.
+        What was built, in one line.
 
     Raises:
         RuntimeError: something is missing or does not compile.
-        ValueError: a bad name of an architecture, or a bad MAX_JOBS.
+        ValueError: an invalid architecture, or an invalid MAX_JOBS.
     """
     record = library.with_suffix(".json")
     for path in (library, record):
@@ -413,10 +414,10 @@ def build(library: Path) -> str:
         made.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         made.replace(library)
         made.with_suffix(".json").replace(record)
-    said = f"CUDA kernels for {' and '.join(_split(names))} by nvcc {release}"
+    description = f"CUDA kernels for {' and '.join(_split(names))} by nvcc {release}"
     if "9.0a" in _split(names) and not hopper and any(map(is_hopper, FOLDER.glob("*/*.cu"))):
-        said += f", without those for Hopper on CUTLASS: {NO_CUTLASS}"
-    return said
+        description += f", without those for Hopper on CUTLASS: {NO_CUTLASS}"
+    return description
 
 
 def main() -> None:
