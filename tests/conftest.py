@@ -142,9 +142,9 @@ def change(config: Config, **values: object) -> Config:
     """The configuration with fields replaced by name, whichever group they are in."""
     for group in ("model", "data", "optim", "evaluation", "runtime", "run"):
         part = getattr(config, group)
-        mine = {name: values.pop(name) for name in list(values) if hasattr(part, name)}
+        own_values = {name: values.pop(name) for name in list(values) if hasattr(part, name)}
         # `model` and `data` are names of groups and of fields within them.
-        config = replace(config, **{group: replace(part, **mine)})
+        config = replace(config, **{group: replace(part, **own_values)})
     assert not values, f"no such fields: {values}"
     return config
 

@@ -1,4 +1,4 @@
-"""What must hold of the data readers, the cache of decoded images and atomic writing."""
+"""The data readers, the cache of decoded images, and atomic writing."""
 
 from __future__ import annotations
 

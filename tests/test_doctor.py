@@ -1,4 +1,4 @@
-"""What must hold of ``python -m resfast.doctor``: every line is there, whatever is broken."""
+"""``python -m resfast.doctor``: every line is printed, whatever is broken."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_real_run_finds_everything_needed_and_is_quick():
     assert {line["state"] for line in found["lines"]} <= {"ok", "missing"}
     assert torch.__version__ in lines["torch"]["text"]
     assert lines["C++ kernels"]["state"] == "ok"
-    # Processor time: other programs may run beside this one.
+    # Processor time: other programs may run at the same time.
     assert end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime < 10
 
 
@@ -74,7 +74,7 @@ def test_absent_data_that_was_asked_for_is_a_problem(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [
         ("import os; os.abort()", "signal 6"),
         ("import os; os._exit(3)", "exit code 3"),
@@ -82,7 +82,7 @@ def test_absent_data_that_was_asked_for_is_a_problem(tmp_path, monkeypatch, caps
         ("raise OSError('libcuda.so is not there')", "OSError: libcuda.so is not there"),
     ],
 )
-def test_a_library_that_crashes_hangs_or_fails_costs_one_line(code, said, tmp_path, monkeypatch):
+def test_a_library_that_crashes_hangs_or_fails_costs_one_line(code, message, tmp_path, monkeypatch):
     folder = tmp_path / "nvidia" / "dali"
     folder.mkdir(parents=True)
     (tmp_path / "nvidia" / "__init__.py").touch()
@@ -93,7 +93,7 @@ def test_a_library_that_crashes_hangs_or_fails_costs_one_line(code, said, tmp_pa
     first, broken, last = examine(Options(), time_limit_s=5 if "sleep" in code else 60)
     assert (first.state, last.state) == ("ok", "ok")
     assert (broken.name, broken.state) == ("DALI", "problem")
-    assert said in broken.text
+    assert message in broken.text
 
 
 def test_without_torch_every_line_is_still_there(tmp_path, monkeypatch):
@@ -175,7 +175,7 @@ class Gpu:
 
 
 @pytest.mark.parametrize(
-    ("record", "state", "said"),
+    ("record", "state", "message"),
     [
         ({"architectures": ["8.0", "9.0a"], "nvcc": "13.2", "cutlass": True}, "ok", "with CUTLASS"),
         ({"architectures": ["8.0+PTX"], "nvcc": "13.2", "cutlass": False}, "ok", "8.0+PTX"),
@@ -188,7 +188,7 @@ class Gpu:
         (None, "problem", "cannot be read (FileNotFoundError"),
     ],
 )
-def test_cuda_kernels_must_be_built_for_the_device(record, state, said, tmp_path, monkeypatch):
+def test_cuda_kernels_must_be_built_for_the_device(record, state, message, tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "PACKAGE", tmp_path)
     monkeypatch.setattr(torch, "cuda", Gpu((9, 0)))
     monkeypatch.setattr(extension, "CUDA_MISSING", None)
@@ -196,12 +196,12 @@ def test_cuda_kernels_must_be_built_for_the_device(record, state, said, tmp_path
         (tmp_path / "_CUDA.json").write_text(json.dumps(record))
     line = the_line("CUDA kernels")
     assert line.state == state
-    assert said in line.text
+    assert message in line.text
     assert bool(line.todo) == (state != "ok")
 
 
 @pytest.mark.parametrize(
-    ("missing", "gpu", "state", "said"),
+    ("missing", "gpu", "state", "message"),
     [
         ("/x/_CUDA.so cannot be loaded (no libcudart)", False, "problem", "no libcudart"),
         ("they were not built when", False, "missing", "not needed without a GPU: they were"),
@@ -209,13 +209,13 @@ def test_cuda_kernels_must_be_built_for_the_device(record, state, said, tmp_path
         ("RESFAST_CUDA is 0", True, "missing", "RESFAST_CUDA is 0"),
     ],
 )
-def test_cuda_kernels_that_are_not_there(missing, gpu, state, said, monkeypatch):
+def test_cuda_kernels_that_are_not_there(missing, gpu, state, message, monkeypatch):
     monkeypatch.setattr(extension, "CUDA_MISSING", missing)
     if gpu:
         monkeypatch.setattr(torch, "cuda", Gpu((9, 0)))
     line = the_line("CUDA kernels")
     assert line.state == state
-    assert said in line.text
+    assert message in line.text
     assert bool(line.todo) == (gpu or state == "problem")
 
 
@@ -261,7 +261,7 @@ def test_a_gpu_that_fails_is_a_problem(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "visible", "cuda", "state"),
+    ("smi_output", "visible", "cuda", "state"),
     [
         ("", None, "13.2", "missing"),
         ("GPU 0: NVIDIA H200 (UUID: GPU-1)\n", None, "13.2", "problem"),
@@ -269,14 +269,14 @@ def test_a_gpu_that_fails_is_a_problem(monkeypatch):
         ("GPU 0: NVIDIA H200 (UUID: GPU-1)\n", "", "13.2", "missing"),
     ],
 )
-def test_a_gpu_that_torch_does_not_see_is_a_problem(said, visible, cuda, state, monkeypatch):
+def test_a_gpu_that_torch_does_not_see_is_a_problem(smi_output, visible, cuda, state, monkeypatch):
     def no_driver() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "init", no_driver)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(environment, "output_of", lambda *command: said)
+    monkeypatch.setattr(environment, "output_of", lambda *command: smi_output)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -340,7 +340,7 @@ def test_data_is_found_without_reading_it(image_tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("obstacle", "cutlass", "state", "said"),
+    ("obstacle", "cutlass", "state", "message"),
     [
         ("there is no nvcc", None, "missing", "cannot be built: there is no nvcc"),
         (None, None, "missing", "13.2.86 (/cuda/bin/nvcc); no CUTLASS"),
@@ -348,7 +348,7 @@ def test_data_is_found_without_reading_it(image_tree, tmp_path):
     ],
 )
 def test_the_line_of_nvcc_is_what_the_build_finds(
-    obstacle, cutlass, state, said, tmp_path, monkeypatch
+    obstacle, cutlass, state, message, tmp_path, monkeypatch
 ):
     script = tmp_path / "csrc" / "cuda" / "build.py"
     script.parent.mkdir(parents=True)
@@ -366,7 +366,7 @@ def test_the_line_of_nvcc_is_what_the_build_finds(
     monkeypatch.setattr(kernels, "PACKAGE", tmp_path / "resfast")
     line = the_line("nvcc")
     assert line.state == state
-    assert said in line.text
+    assert message in line.text
     script.unlink()
     assert the_line("nvcc").state == "ok"  # an installed package needs no compiler
 

@@ -1,4 +1,4 @@
-"""What must hold of ``python -m resfast.export``: files that need no resfast and match the run."""
+"""``python -m resfast.export``: its files need no resfast and match the run."""
 
 from __future__ import annotations
 
@@ -129,17 +129,17 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-def check_metadata(said: dict[str, str], format: str) -> None:
-    assert said["format"] == format
-    assert tuple(json.loads(said["classes"])) == CLASSES
-    assert json.loads(said["mean"]) == pytest.approx([0.49, 0.48, 0.45])
-    assert json.loads(said["std"]) == pytest.approx([0.25, 0.24, 0.26])
-    assert float(said["test_accuracy"]) == ACCURACY
-    assert said["image_size"] == "12"
-    assert said["input"].startswith("images: uint8 [N, 12, 12, 3], RGB")
-    assert said["output"].startswith("logits: float32 [N, 5]")
-    assert said["data"] == "digits"
-    assert said["run"] == "tiny"
+def check_metadata(metadata: dict[str, str], format: str) -> None:
+    assert metadata["format"] == format
+    assert tuple(json.loads(metadata["classes"])) == CLASSES
+    assert json.loads(metadata["mean"]) == pytest.approx([0.49, 0.48, 0.45])
+    assert json.loads(metadata["std"]) == pytest.approx([0.25, 0.24, 0.26])
+    assert float(metadata["test_accuracy"]) == ACCURACY
+    assert metadata["image_size"] == "12"
+    assert metadata["input"].startswith("images: uint8 [N, 12, 12, 3], RGB")
+    assert metadata["output"].startswith("logits: float32 [N, 5]")
+    assert metadata["data"] == "digits"
+    assert metadata["run"] == "tiny"
 
 
 # -- formats -----------------------------------------------------------------------------------
@@ -151,14 +151,14 @@ def test_torch_export_file_runs_with_torch_alone_for_any_batch_size(trained, tmp
 extra = {"metadata.json": ""}
 network = torch.export.load("net.pt2", extra_files=extra).module()
 out = [network(images[:n]) for n in (1, 2, 9)]
-json.dump(json.loads(extra["metadata.json"]), open("said.json", "w"))
+json.dump(json.loads(extra["metadata.json"]), open("found.json", "w"))
 """
     images = pixels(9)
     for found in in_plain_torch(tmp_path, code, images):
         assert relative_error(found, trained.logits(images[: len(found)])) < 1e-5
-    said = json.loads((tmp_path / "said.json").read_text())
-    assert said == made.metadata
-    check_metadata(said, "torch-export")
+    metadata = json.loads((tmp_path / "found.json").read_text())
+    assert metadata == made.metadata
+    check_metadata(metadata, "torch-export")
 
 
 def test_torch_export_graph_is_convolutions_with_bias_in_channels_last(trained, tmp_path):
@@ -220,15 +220,15 @@ def test_aoti_file_runs_with_torch_alone(batch, trained, tmp_path):
     code = """
 network = torch._inductor.aoti_load_package("net.pt2")
 out = [network(images[:n]) for n in SIZES]
-json.dump(network.get_metadata(), open("said.json", "w"))
+json.dump(network.get_metadata(), open("found.json", "w"))
 """.replace("SIZES", "(1, 2, 9)" if batch is None else "(2,)")
     images = pixels(9)
     for found in in_plain_torch(tmp_path, code, images):
         assert relative_error(found, trained.logits(images[: len(found)])) < 1e-5
-    said = json.loads((tmp_path / "said.json").read_text())
-    assert made.metadata.items() <= said.items()
+    metadata = json.loads((tmp_path / "found.json").read_text())
+    assert made.metadata.items() <= metadata.items()
     if batch is None:
-        check_metadata(said, "aoti")
+        check_metadata(metadata, "aoti")
 
 
 # -- options -----------------------------------------------------------------------------------
@@ -337,10 +337,10 @@ def test_the_command_writes_into_the_run_and_says_how_close_it_came(run, tmp_pat
     assert main([str(copied), "--format", "torch-export", *weights]) == 0
     extra = {exporting.METADATA: ""}
     torch.export.load(path, extra_files=extra)
-    said = json.loads(extra[exporting.METADATA])
-    assert said["weights"] == "best.safetensors"
-    assert said["input"].startswith("images: float32")
-    assert "test_accuracy" not in said  # it is that of the final weights
+    metadata = json.loads(extra[exporting.METADATA])
+    assert metadata["weights"] == "best.safetensors"
+    assert metadata["input"].startswith("images: float32")
+    assert "test_accuracy" not in metadata  # it is that of the final weights
 
 
 def test_a_weights_file_by_itself_can_be_exported(run, tmp_path):
@@ -386,7 +386,7 @@ def test_logits_that_are_not_finite_are_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("format", "options", "said"),
+    ("format", "options", "message"),
     [
         ("tflite", {}, "format 'tflite' is unknown; choose torch-export, onnx, aoti"),
         ("torch-export", {"dtype": "int8"}, "dtype 'int8' is unknown; choose float32, bfloat16"),
@@ -401,11 +401,13 @@ def test_logits_that_are_not_finite_are_refused(run, tmp_path):
         ("torch-export", {"weights": "best"}, "no best weights .*--weights final"),
     ],
 )
-def test_bad_values_are_refused_with_what_to_do(format, options, said, run, tmp_path, monkeypatch):
+def test_bad_values_are_refused_with_what_to_do(
+    format, options, message, run, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(ResfastError, match=said):
+    with pytest.raises(ResfastError, match=message):
         export(run, format, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 

@@ -488,7 +488,7 @@ def test_fp16_is_a_dtype_like_the_others():
     assert error(model, resfast.fuse(model, torch.float16), images(2, 3, 32, 32)) < 5e-3
 
 
-# -- ways of being traced ----------------------------------------------------------------------
+# -- tracing and compiling ----------------------------------------------------------------------
 
 
 class DependsOnShape(Small):
@@ -603,10 +603,10 @@ def test_original_is_untouched_and_shares_no_memory(model: nn.Module):
 
 
 def test_report_is_text(model: nn.Module):
-    said: list[str] = []
-    fused = resfast.fuse(model, report=said.append)
-    assert said == [str(fused.report)]
-    assert said[0].startswith("6 convolutions fused into one kernel each (2 with a residual")
+    messages: list[str] = []
+    fused = resfast.fuse(model, report=messages.append)
+    assert messages == [str(fused.report)]
+    assert messages[0].startswith("6 convolutions fused into one kernel each (2 with a residual")
     left = str(resfast.fuse(trained_like(CifarNet(PreActBlock))).report)
     assert "3 not fused: batch norm that follows no convolution (layers.0.bn1, layers.1.bn1" in left
 

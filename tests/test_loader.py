@@ -119,7 +119,7 @@ def stream_order(loader: ResidentLoader) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"batch_size": 0}, "batch size 0 does not fit 23 training images"),
         ({"batch_size": 24}, "choose --batch-size between 1 and 23"),
@@ -129,8 +129,8 @@ def stream_order(loader: ResidentLoader) -> torch.Tensor:
         ({"augment": Augment(cutout=9)}, "cutout=9"),
     ],
 )
-def test_values_that_do_not_fit_are_refused(options: dict, said: str):
-    with pytest.raises(ResfastError, match=said):
+def test_values_that_do_not_fit_are_refused(options: dict, message: str):
+    with pytest.raises(ResfastError, match=message):
         make(**options)
 
 
@@ -153,15 +153,17 @@ def test_auto_streams_what_does_not_fit_half_of_the_free_memory(
     image_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     needed = 64 * 16 * 16 * 3
-    opened, said = [], []
+    opened, messages = [], []
     for free in (2 * needed, 2 * needed - 1):
         monkeypatch.setattr(image_folder, "free_memory", lambda device, free=free: free)
         opened.append(
-            open_data(f"folder:{image_tree}", data_dir=tmp_path, image_size=16, report=said.append)
+            open_data(
+                f"folder:{image_tree}", data_dir=tmp_path, image_size=16, report=messages.append
+            )
         )
     assert isinstance(opened[0], Dataset)
     assert isinstance(opened[1], Stream)
-    assert "more than half of the free memory: streaming it through DALI" in said[-1]
+    assert "more than half of the free memory: streaming it through DALI" in messages[-1]
 
 
 def test_a_stream_lists_what_the_resident_data_set_holds(image_tree: Path, tmp_path: Path):
@@ -224,7 +226,7 @@ def test_the_last_of_each_class_are_held_out_whatever_the_seed(image_tree: Path,
 
 
 @pytest.mark.parametrize(
-    ("val_fraction", "hold_out", "said"),
+    ("val_fraction", "hold_out", "message"),
     [
         (0.1, 10, "--val-fraction 0.1 and --hold-out 10 both hold out images; choose one"),
         (0, 5, "--hold-out 5 cannot be divided equally among 2 classes.*for example 4"),
@@ -233,10 +235,10 @@ def test_the_last_of_each_class_are_held_out_whatever_the_seed(image_tree: Path,
     ],
 )
 def test_a_part_that_cannot_be_held_out_is_refused(
-    image_tree: Path, tmp_path: Path, val_fraction: float, hold_out: int, said: str
+    image_tree: Path, tmp_path: Path, val_fraction: float, hold_out: int, message: str
 ):
     held = load_dataset(f"folder:{image_tree}", data_dir=tmp_path, image_size=16)
-    with pytest.raises(ResfastError, match=said):
+    with pytest.raises(ResfastError, match=message):
         feed.split_sources(held, val_fraction, 0, hold_out)
 
 
@@ -248,7 +250,7 @@ def test_shards_cannot_be_split(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("data", "options", "said"),
+    ("data", "options", "message"),
     [
         ("shards:{tree}", {"loader": "resident"}, "--loader resident cannot read shards"),
         ("folder:{tree}", {"loader": "dali", "skip_corrupt": True}, "--skip-corrupt needs"),
@@ -258,12 +260,12 @@ def test_shards_cannot_be_split(tmp_path: Path):
     ],
 )
 def test_what_a_loader_cannot_read_is_refused(
-    data: str, options: dict, said: str, image_tree: Path, tmp_path: Path
+    data: str, options: dict, message: str, image_tree: Path, tmp_path: Path
 ):
     archive = tmp_path / "tree.tar"
     with tarfile.open(archive, "w") as tar:
         tar.add(image_tree, "tree")
-    with pytest.raises(ResfastError, match=said):
+    with pytest.raises(ResfastError, match=message):
         open_data(
             data.format(tree=image_tree, tar=archive), data_dir=tmp_path, image_size=16, **options
         )

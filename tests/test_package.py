@@ -1,4 +1,4 @@
-"""What must hold of the package as a whole: quick to import, honest metadata, complete wheel."""
+"""The package as a whole: quick import, correct metadata, complete wheel."""
 
 from __future__ import annotations
 
@@ -224,9 +224,9 @@ assert not {"torch", "numpy", "tyro"} & set(sys.modules)
 
 def test_an_unknown_command_is_one_sentence_with_the_nearest(capsys):
     assert console.main(["evalute", "runs/x"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("resfast: error: unknown command 'evalute', expected one of train, ")
-    assert said.endswith("; did you mean 'evaluate'?\n")
+    output = capsys.readouterr().err
+    assert output.startswith("resfast: error: unknown command 'evalute', expected one of train, ")
+    assert output.endswith("; did you mean 'evaluate'?\n")
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "data", "doctor"])
@@ -343,10 +343,10 @@ def run_make(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 @pytest.mark.parametrize(
-    ("python", "said"),
+    ("python", "message"),
     [("no-such-python", "there is no"), ("./old", "is Python 3.10.9"), ("./bare", "venv module")],
 )
-def test_make_says_what_is_wrong_with_the_python(python, said, tmp_path):
+def test_make_says_what_is_wrong_with_the_python(python, message, tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("constraints.txt", "pyproject.toml", "setup.py"):
         (tmp_path / name).touch()
@@ -359,7 +359,7 @@ def test_make_says_what_is_wrong_with_the_python(python, said, tmp_path):
         path.chmod(0o755)
     done = run_make("lint", f"PYTHON={python}", cwd=tmp_path)
     assert done.returncode != 0
-    assert said in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / ".venv").exists()
 
 

@@ -1,4 +1,4 @@
-"""What must hold of using a trained run: loading, ``evaluate`` and ``predict``."""
+"""Use of a trained run: loading, ``evaluate`` and ``predict``."""
 
 from __future__ import annotations
 
@@ -768,9 +768,9 @@ def test_every_command_prints_any_name_on_an_ascii_terminal(here):
         ("doctor", "--data", f"folder:{tree}"),
     ):
         done = command(f"resfast.{module}", *args, PYTHONIOENCODING="ascii")
-        said = done.stdout + done.stderr
-        assert "Traceback" not in said, said
-        assert done.returncode in ((2,) if "missing" in str(args[-1]) else (0, 1)), said
-        assert said.isascii()
+        output = done.stdout + done.stderr
+        assert "Traceback" not in output, output
+        assert done.returncode in ((2,) if "missing" in str(args[-1]) else (0, 1)), output
+        assert output.isascii()
         if args[0] == run or module == "data":
-            assert escaped in said or "\\udce9" in said
+            assert escaped in output or "\\udce9" in output

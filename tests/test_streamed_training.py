@@ -89,12 +89,12 @@ def test_a_streamed_run_can_be_scored_on_its_own_and_on_held_data(
     tiny: Config, shard_folder: Path, image_tree: Path
 ):
     run = train(change(tiny, data=f"shards:{shard_folder}"))
-    said: list[str] = []
-    own = resfast.evaluate(run.path, report=said.append)
+    messages: list[str] = []
+    own = resfast.evaluate(run.path, report=messages.append)
     assert own.accuracy == run.summary.test_accuracy
-    assert not said
+    assert not messages
     other = resfast.evaluate(
-        run.path, f"folder:{image_tree}", data_dir=tiny.data.data_dir, report=said.append
+        run.path, f"folder:{image_tree}", data_dir=tiny.data.data_dir, report=messages.append
     )
     assert other.accuracy == own.accuracy
 

@@ -137,7 +137,7 @@ def test_target_and_limit_pick_the_recipe_of_a_command(
     _, config = command_line(options)
     assert config.recipe == "report-onecycle"
     assert config.optim.optimizer == "adam"
-    assert config.optim.epochs == 3  # what is given beside still counts
+    assert config.optim.epochs == 3  # other options still count
     assert config.evaluation.target == 0.9
     assert config.run.max_seconds == 300
     assert "recipe report-onecycle: the fastest known" in capsys.readouterr().out
