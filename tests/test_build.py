@@ -121,14 +121,14 @@ def test_extension_is_left_out_on_request(source):
         assert not [name for name in archive.namelist() if "_C." in name]
 
 
-def test_no_compiler_is_said_once_and_the_package_installs_without(source):
+def test_no_compiler_is_reported_once_and_the_package_installs_without(source):
     output, tag, _ = build(source, CXX="no-such-compiler")
     assert tag == "py3-none-any"
     assert output.count("without the C++ kernels: no C++ compiler was found") == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nothing is compiled on Windows")
-def test_broken_compiler_is_said_with_its_error_and_the_package_installs_without(source):
+def test_broken_compiler_is_reported_with_the_error_and_the_package_installs_without(source):
     stale = source / "resfast" / f"_C{extension.importlib.machinery.EXTENSION_SUFFIXES[0]}"
     stale.touch()
     output, _, wheel = build(source, editable=True, CXX=broken_compiler(source.parent))

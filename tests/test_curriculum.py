@@ -473,7 +473,7 @@ def test_a_streamed_run_follows_sizes_and_a_cut_epoch(tiny: Config):
     assert_same_weights(resident.path, streamed.path)
 
 
-def test_weights_that_are_not_finite_after_the_last_epoch_are_said(
+def test_weights_that_are_not_finite_after_the_last_epoch_are_reported(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
 

@@ -574,7 +574,7 @@ def test_bad_values_are_refused(arrays):
         make(arrays, dtype=torch.float64)
 
 
-def test_absent_dali_is_said_when_it_is_asked_for(arrays, monkeypatch):
+def test_missing_dali_is_reported_when_it_is_requested(arrays, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ResfastError, match="pip install nvidia-dali"):
         make(arrays)

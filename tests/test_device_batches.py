@@ -137,7 +137,7 @@ def test_metrics_are_kept_for_each_step_and_image():
     assert metrics.losses.tolist() == [2, 3, 0]
     assert int(metrics.correct) == 3
     assert metrics.image_losses.tolist() == [2.0, 2.5, math.inf, 4.0, 1.5]
-    metrics.begin(2)  # a resumed epoch goes on
+    metrics.begin(2)  # an epoch is resumed
     metrics.add(torch.tensor(5.0), torch.tensor(0), torch.tensor([7.0]), torch.tensor([2]))
     assert metrics.losses.tolist() == [2, 3, 5]
     assert int(metrics.correct) == 3
@@ -275,7 +275,7 @@ def test_a_captured_run_goes_on_where_it_was_stopped(
 
 
 def late(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Lets runs go on without waiting, as on CUDA; how many epochs waited when one was recorded."""
+    """Lets runs continue without waiting, as on CUDA; returns how many were pending per record."""
     waiting: list[int] = []
     stop, record, decide = Clock.stop, Recorder.record, trainer._must_wait
 

@@ -318,7 +318,7 @@ def test_the_cache_line_counts_what_is_kept(tmp_path, monkeypatch):
     assert "conv-cuda.json is unreadable" in line.text
 
 
-def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
     def refuse(**arguments: object) -> None:
         raise PermissionError(13, "Permission denied")
 

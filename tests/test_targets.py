@@ -78,7 +78,7 @@ def test_of_a_recipe_the_row_of_the_nearest_machine_counts():
     assert chosen(0.90, 300, later, FAST)[0] == later
 
 
-def test_what_differs_from_this_machine_and_data_is_said():
+def test_differences_from_this_machine_and_data_are_reported():
     row, reason = chosen(0.90, 300, GPU, device=CUDA)
     assert row.hardware == "NVIDIA H200"
     assert "this is NVIDIA H100 80GB HBM3, so the seconds will differ" in reason

@@ -187,7 +187,7 @@ def test_tensorboard_events_are_written(tiny: Config):
     assert list((result.path / "tensorboard").glob("events*"))
 
 
-def test_a_missing_optional_logger_is_said_before_training(
+def test_a_missing_optional_logger_is_reported_before_training(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("resfast.config.validate.find_spec", lambda name: None)

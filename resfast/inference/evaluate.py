@@ -69,8 +69,8 @@ def evaluate(
         data_dir: where data sets are looked for (None: the run's own).
         tta: test-time augmentation (auto: the run's own).
         weights: ``final`` or ``best``.
-        device: as of :func:`resfast.load`.
-        precision: as of :func:`resfast.load`.
+        device: as in :func:`resfast.load`.
+        precision: as in :func:`resfast.load`.
         batch_size: images a step (None: the run's own).
         skip_corrupt: leave out images that cannot be decoded; a run that did so always does.
         out: folder to write ``evaluation.json`` and ``evaluation-confusion.png`` to (None: do not

@@ -496,7 +496,7 @@ def test_damaged_cache_is_ignored_and_mended(
 
 
 @needs_bf16
-def test_cache_that_cannot_be_written_is_said_once(
+def test_cache_that_cannot_be_written_is_reported_once(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.parent.parent.write_text("a file where the folder should be")
@@ -555,7 +555,7 @@ def test_larger_tiles_where_they_are_allowed(
     assert len(module._plans) == 3
 
 
-def test_unknown_name_of_an_algorithm_is_said(
+def test_unknown_name_of_an_algorithm_is_reported(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("RESFAST_CONV", "fft")

@@ -257,7 +257,7 @@ def test_named_way_is_taken_where_it_applies(
     assert chosen() == "ours:0,2"  # no other process inherits what was forced
 
 
-def test_unknown_name_is_said_once(
+def test_unknown_name_is_reported_once(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("RESFAST_CONV", "fft")

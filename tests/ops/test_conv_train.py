@@ -295,7 +295,7 @@ def test_strided_kernels_of_one_pixel_have_the_gradients_of_float64(sides):
     assert error(layer.weight.grad, exact[1].grad) < LIMIT[2]
 
 
-def test_layer_takes_the_tile_it_was_told_where_that_saves_multiplications(monkeypatch):
+def test_layer_uses_the_requested_tile_where_that_saves_multiplications(monkeypatch):
     model = torch.nn.Sequential(Conv2d(32, 32, 3), Conv2d(32, 32, 3, 2))
     seen = []
     own = conv_train.conv2d
