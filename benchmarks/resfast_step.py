@@ -17,8 +17,10 @@ from resfast.layers.conv import set_winograd_tile
 from resfast.models.presets import build_model
 from resfast.optim.optimizers import build_optimizer
 from resfast.optim.schedules import Schedule
-from resfast.training.step import TrainStep, why_not_captured
+from resfast.training.step import TrainStep
+from resfast.training.step_graphs import why_not_captured
 from resfast.training.step_metrics import StepMetrics
+from resfast.training.warm_up import warm_up_step
 
 IMAGES, EPOCHS = 50_000, 70
 
@@ -75,7 +77,7 @@ def build(device: torch.device, batch_size: int, recipe: str) -> Callable[[], No
     metrics = StepMetrics(len(loader), IMAGES if config.data.filter_keep < 1 else 0, device)
     pixels = loader.image_size
     batch = batches.next(batch_size, pixels)
-    train.warm_up(batch.images, batch.labels, fall_back=False, source=(batches, metrics))
+    warm_up_step(train, batch.images, batch.labels, fall_back=False, source=(batches, metrics))
     steps = itertools.count()
 
     def step() -> None:

@@ -508,10 +508,11 @@ def test_streams_refuse_what_they_cannot_do(tiny: Config):
 
 def test_every_shape_is_compiled_before_the_clock(tiny: Config, monkeypatch: pytest.MonkeyPatch):
     from resfast.training import resolve
+    from resfast.training import warm_up as warming
 
     warmed, steps = [], []
 
-    def warm_up(self: TrainStep, images: torch.Tensor, labels: torch.Tensor, **options: Any):
+    def warm_up(step: TrainStep, images: torch.Tensor, labels: torch.Tensor, **options: Any):
         warmed.append(tuple(images.shape))
         steps.extend(options["steps"])
         return 0.5
@@ -520,7 +521,7 @@ def test_every_shape_is_compiled_before_the_clock(tiny: Config, monkeypatch: pyt
         raise RuntimeError("the clock starts")
 
     monkeypatch.setattr(resolve, "_resolve_compile", lambda *args: ("on", None))
-    monkeypatch.setattr(TrainStep, "warm_up", warm_up)
+    monkeypatch.setattr(warming, "warm_up_step", warm_up)
     monkeypatch.setattr(trainer, "train_epoch", stop)
     with pytest.raises(RuntimeError, match="the clock starts"):
         train(change(tiny, **VARYING))

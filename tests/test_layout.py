@@ -39,10 +39,6 @@ EXEMPT = {
 """Public names and commands, which import from anywhere."""
 
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_CLASS = 500, 250
-TEMPORARY = {
-    "resfast/training/step.py": "being split by the owner of the loop",
-}
-"""Files that may be too long for now, and who shortens them. Nothing is added here."""
 
 
 def modules() -> dict[str, Path]:
@@ -141,7 +137,7 @@ def test_circles_are_found():
 
 @pytest.mark.parametrize("path", [*modules().values()], ids=lambda p: str(p.relative_to(ROOT)))
 def test_what_is_long_says_why(path: Path):
-    if str(path.relative_to(ROOT)) in TEMPORARY or has_reason(path):
+    if has_reason(path):
         return
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MOST_LINES_OF_A_FILE, "split it, or say in its head: Long because …"

@@ -22,7 +22,7 @@ from resfast.runs import folder as records
 from resfast.runs.statistics import p_value, statistics
 from resfast.training import loop as trainer
 from resfast.training import seeds as runs
-from resfast.training import stopping
+from resfast.training import stopping, warm_up
 from resfast.training.evaluator import Evaluator
 from resfast.training.step import TrainStep
 from tests.conftest import TINY_OPTIONS, change, interrupt_at
@@ -79,13 +79,13 @@ def test_nothing_of_a_run_reaches_the_next_one(several: Config, values: dict):
 
 def test_the_step_is_compiled_once(several: Config, monkeypatch: pytest.MonkeyPatch):
     compiled = []
-    warm_up = TrainStep.warm_up
+    warm_up_step = warm_up.warm_up_step
 
-    def counting(self: TrainStep, *args: object, **kwargs: object) -> float:
-        compiled.append(id(self))
-        return warm_up(self, *args, **kwargs)
+    def counting(step: TrainStep, *args: object, **kwargs: object) -> float:
+        compiled.append(id(step))
+        return warm_up_step(step, *args, **kwargs)
 
-    monkeypatch.setattr(TrainStep, "warm_up", counting)
+    monkeypatch.setattr(warm_up, "warm_up_step", counting)
     result = runs.train(change(several, compile="on", epochs=1))
     assert len(compiled) == 1
     seconds = [row.compile_seconds for row in result.summary.each]

@@ -27,7 +27,9 @@ from resfast.optim.schedules import Schedule
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.training.loop import Interrupted, train
-from resfast.training.step import TrainStep, _capturable, why_not_captured
+from resfast.training.step import TrainStep
+from resfast.training.step_graphs import _capturable, why_not_captured
+from resfast.training.warm_up import warm_up_step
 from tests.conftest import change, interrupt_at
 from tests.test_training import assert_same_weights
 
@@ -141,7 +143,7 @@ def test_training_writes_no_attribute_onto_the_modules_of_others(captured: bool)
     before = attributes(Net())
     assert {"", "norm", "conv1", "head"} <= set(before)
     set_winograd_tile(step.model, 4)
-    step.warm_up(*batch(99), fall_back=False)
+    warm_up_step(step, *batch(99), fall_back=False)
     run(step, last=2)
     assert attributes(step.model) == attributes(step.evaluated_model) == before
 
@@ -267,7 +269,7 @@ def test_batch_norm_sees_a_part_at_a_time():
 
 def test_the_parts_are_compiled_once():
     step = make_step(accumulate=3, compile=True)
-    step.warm_up(*batch(9), fall_back=False)
+    warm_up_step(step, *batch(9), fall_back=False)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = run(step)
     assert compiled == pytest.approx(run(make_step(accumulate=3)), rel=1e-3)
@@ -297,7 +299,7 @@ def test_the_captured_step_does_what_the_plain_one_does(name: str):
     plain, captured = make_step(**CONFIGS[name]), make_step(True, **CONFIGS[name])
     for step in (plain, captured):  # a rate of another last bit could round an update otherwise
         step.optimizer.product_dtype = torch.float32
-    captured.warm_up(*batch(99), fall_back=False)
+    warm_up_step(captured, *batch(99), fall_back=False)
     assert run(captured) == pytest.approx(run(plain), rel=1e-5)
     for model in ("model", "evaluated_model"):
         torch.testing.assert_close(
@@ -322,8 +324,8 @@ def test_learning_rates_are_read_from_the_table():
 
 def test_a_batch_is_copied_before_it_is_used():
     plain, captured = make_step(), make_step(True)
-    captured.warm_up(*batch(0), fall_back=False)
-    (graph,) = captured._graphs.values()
+    warm_up_step(captured, *batch(0), fall_back=False)
+    (graph,) = captured.graphs.captured.values()
     places = [value.data_ptr() for value in graph.inputs]
     for number in range(3):
         images, labels = batch(number)
@@ -344,7 +346,7 @@ def test_warm_up_changes_nothing(name: str, captured: bool):
     run(step, 0, 2)
     run(plain, 0, 2)
     generator = torch.get_rng_state()
-    step.warm_up(*batch(99, size=10), fall_back=False)
+    warm_up_step(step, *batch(99, size=10), fall_back=False)
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(parameter.grad is None for parameter in step.model.parameters())
     assert_same(step, plain)
@@ -355,10 +357,10 @@ def test_warm_up_changes_nothing(name: str, captured: bool):
 def test_every_kind_of_step_is_captured_ahead(monkeypatch: pytest.MonkeyPatch):
     step = make_step(True, **MUON)
     for size in (8, 10):
-        step.warm_up(*batch(0, size=size), fall_back=False)
-    kinds = {(kind.whitening_bias, kind.moves_average) for kind, *_ in step._graphs}
+        warm_up_step(step, *batch(0, size=size), fall_back=False)
+    kinds = {(kind.trains_whitening_bias, kind.moves_average) for kind, *_ in step.graphs.captured}
     assert kinds == {(True, False), (True, True), (False, False), (False, True)}
-    assert len(step._graphs) == 2 * 4
+    assert len(step.graphs.captured) == 2 * 4
 
     def late(*_: object, **__: object) -> None:
         raise AssertionError("captured during the training")
@@ -371,7 +373,7 @@ def test_every_kind_of_step_is_captured_ahead(monkeypatch: pytest.MonkeyPatch):
 def test_a_step_that_is_compiled_ahead_is_not_compiled_again():
     step = make_step(compile=True, **MUON)
     for size in (8, 10):
-        step.warm_up(*batch(0, size=size), fall_back=False)
+        warm_up_step(step, *batch(0, size=size), fall_back=False)
     with torch.compiler.set_stance("fail_on_recompile"):
         for number in range(STEPS):
             step(*batch(number, size=8 + 2 * (number % 2)))
@@ -450,7 +452,7 @@ def test_only_the_kinds_of_step_that_a_shape_gets_are_compiled(monkeypatch: pyte
     step = make_step(whitening_bias_epochs=1.2)
     frozen = step.schedule.whitening_bias_steps
     monkeypatch.setattr(
-        step, "_compile", lambda *_: compiled.append(step._whitening_bias.requires_grad)
+        step, "backward", lambda *_: compiled.append(step.model.whitening.bias.requires_grad)
     )
     for steps, expected in (
         (range(frozen), [True]),
@@ -459,7 +461,7 @@ def test_only_the_kinds_of_step_that_a_shape_gets_are_compiled(monkeypatch: pyte
         (None, [True, False]),
     ):
         compiled.clear()
-        step.warm_up(*batch(0), fall_back=False, steps=steps)
+        warm_up_step(step, *batch(0), fall_back=False, steps=steps)
         assert compiled == expected
 
 
@@ -486,9 +488,9 @@ def test_a_failing_capture_falls_back_and_says_so(
     step = make_step(True)
     monkeypatch.setattr(CudaGraph, "__init__", broken)
     with pytest.raises(RuntimeError, match="no graph today"):
-        step.warm_up(*batch(0), fall_back=False)
+        warm_up_step(step, *batch(0), fall_back=False)
     with caplog.at_level(logging.WARNING, "resfast"):
-        step.warm_up(*batch(0), fall_back=True)
+        warm_up_step(step, *batch(0), fall_back=True)
     assert "no graph today" in caplog.text
     assert run(step) == run(make_step())
 
@@ -616,8 +618,8 @@ def metrics(path: Path) -> list[dict]:
 def test_a_cuda_graph_does_what_the_plain_step_does(name: str, compile: bool):
     plain = make_step(device="cuda", compile=compile, **CONFIGS[name])
     captured = make_step(True, device="cuda", compile=compile, **CONFIGS[name])
-    captured.warm_up(*batch(99, device="cuda"), fall_back=False)
-    assert all(graph.graph is not None for graph in captured._graphs.values())
+    warm_up_step(captured, *batch(99, device="cuda"), fall_back=False)
+    assert all(graph.graph is not None for graph in captured.graphs.captured.values())
     assert run(captured, 0, 8) == pytest.approx(run(plain, 0, 8), rel=2e-2)
     for model in ("model", "evaluated_model"):
         torch.testing.assert_close(
@@ -634,7 +636,7 @@ def test_a_captured_step_never_waits_for_the_device(name: str):
     step = make_step(True, device="cuda", dtype=torch.bfloat16, **CONFIGS[name])
     batches = [batch(number, device="cuda") for number in range(STEPS)]
     losses = torch.zeros(STEPS, device="cuda")
-    step.warm_up(*batches[0], fall_back=False)
+    warm_up_step(step, *batches[0], fall_back=False)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number, (images, labels) in enumerate(batches):
@@ -651,13 +653,13 @@ def test_a_captured_step_never_waits_for_the_device(name: str):
 def test_a_cuda_graph_serves_a_training_that_begins_anew(name: str):
     used, new = (make_step(True, device="cuda", **CONFIGS[name]) for _ in range(2))
     run(used, 0, 7)
-    graphs = dict(used._graphs)
+    graphs = dict(used.graphs.captured)
     torch.manual_seed(5)
     state = Net().cuda().state_dict()
     new.model.load_state_dict(state)
     used.reset(state)
     assert run(used, 0, 8) == pytest.approx(run(new, 0, 8), rel=2e-2)
-    assert all(used._graphs[key] is graph for key, graph in graphs.items())
+    assert all(used.graphs.captured[key] is graph for key, graph in graphs.items())
 
 
 @pytest.mark.gpu

@@ -27,6 +27,7 @@ from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.training.loop import train
 from resfast.training.step import TrainStep
+from resfast.training.warm_up import warm_up_step
 from tests.conftest import TINY_OPTIONS, change, worker_count
 
 LIMIT_SECONDS = 180
@@ -490,7 +491,7 @@ def test_warm_up_leaves_weights_statistics_and_generators_alone():
     step = make_step(compile=False)
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
     generator = torch.get_rng_state()
-    step.warm_up(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), fall_back=True)
+    warm_up_step(step, torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64), fall_back=True)
     for name, value in step.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert all(parameter.grad is None for parameter in step.model.parameters())
@@ -507,8 +508,8 @@ def test_a_failing_compiler_falls_back_and_says_so(caplog: pytest.LogCaptureFixt
     step._loss = broken
     batch = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="no compiler"):
-        step.warm_up(*batch, fall_back=False)
-    step.warm_up(*batch, fall_back=True)
+        warm_up_step(step, *batch, fall_back=False)
+    warm_up_step(step, *batch, fall_back=True)
     assert "no compiler today" in caplog.text
     assert torch.isfinite(step(*batch)[0])
 
@@ -562,7 +563,7 @@ def test_an_epoch_on_cuda_never_waits_for_the_device(policy: str):
         device="cuda",
     )
     step.model.cuda()
-    step.ema.module.cuda()
+    step.evaluated_model.cuda()
     step.device = torch.device("cuda")
     for epoch in (0, 1):  # the second one has everything compiled and cached
         batches = loader.epoch(epoch)

@@ -12,7 +12,7 @@ from resfast.config.schema import Config, OptimConfig
 from resfast.data.batches import choose_loader
 from resfast.data.dataset import Dataset, Stream
 from resfast.errors import ResfastError
-from resfast.training.step import why_not_captured
+from resfast.training.step_graphs import why_not_captured
 
 SMALL_DATA_IMAGES = 10_000
 """Training sets with fewer images than this use the ``SMALL_DATA`` values, unless set."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterable
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from resfast import runtime
+from resfast.data.batch import BatchSource
 from resfast.training.display import Display
 from resfast.training.evaluator import blank_batch
 from resfast.training.session import Session
+from resfast.training.step import TrainStep
+from resfast.training.step_graphs import generators_restored
+from resfast.training.step_kinds import StepKind
+from resfast.training.step_metrics import StepMetrics
+
+logger = logging.getLogger("resfast")
 
 
 def warm_up_training(session: Session, display: Display) -> float:
@@ -50,9 +60,100 @@ def _compile(session: Session, display: Display) -> float:
         if config.data.augment.mixes:
             labels = F.one_hot(labels, len(session.data.classes)).float()
         steps = session.plan.steps_of(size, pixels)
-        seconds += session.step.warm_up(
-            images, labels, fall_back="on" not in requested, source=source, steps=steps
+        seconds += warm_up_step(
+            session.step,
+            images,
+            labels,
+            fall_back="on" not in requested,
+            source=source,
+            steps=steps,
         )
         runtime.release_memory(session.device)
     display.say(f"compiled in {seconds:.1f} s")
     return seconds
+
+
+def warm_up_step(
+    step: TrainStep,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    fall_back: bool,
+    source: tuple[BatchSource, StepMetrics] | None = None,
+    steps: Iterable[int] | None = None,
+) -> float:
+    """Compiles and captures, as the step was asked to, every kind of step on a dummy batch.
+
+    Weights, statistics, generators, the optimizer and the source are left as they were. Call it
+    once for each shape of batch.
+
+    Args:
+        step: the training step.
+        images: ``[B, C, H, W]``, of the shape, dtype and layout to train on.
+        labels: int64 ``[B]`` or float32 ``[B, classes]``.
+        fall_back: whether to log a warning and continue without compilation or capture if it fails.
+        source: source and metrics for :meth:`TrainStep.train_next`; None if the step will be called
+            with batches.
+        steps: steps of the run whose batches have this shape; by default all.
+
+    Returns:
+        Seconds it took.
+
+    Raises:
+        RuntimeError: compilation or capture failed and ``fall_back`` is False.
+    """
+    start = time.perf_counter()
+    kinds = step.kinds.of_steps(steps)
+    for trained in sorted({kind.trains_whitening_bias for kind in kinds}, reverse=True):
+        step.kinds.train_whitening_bias(trained)
+        _compile_step(step, images, labels, fall_back)
+    if step.graphs is not None:
+        try:
+            for kind in kinds:
+                _capture_step(step, kind, images, labels, source)
+        except RuntimeError as error:
+            if not fall_back:
+                raise
+            logger.warning(
+                "training continues without a CUDA graph, which failed: %s", _first_line(error)
+            )
+            step.graphs.close()
+            step.graphs = None
+    step.kinds.train_whitening_bias(step.kinds.of(step.steps or 0).trains_whitening_bias)
+    runtime.synchronize(step.device)
+    return time.perf_counter() - start
+
+
+def _compile_step(step: TrainStep, images: Tensor, labels: Tensor, fall_back: bool) -> None:
+    before = [buffer.clone() for buffer in step.model.buffers()]
+    with generators_restored(step.device):
+        try:
+            step.backward(images, labels)
+        except RuntimeError as error:
+            if not fall_back:
+                raise
+            logger.warning(
+                "training continues without torch.compile, which failed: %s", _first_line(error)
+            )
+            step.run_uncompiled()
+    step.optimizer.zero_grad(set_to_none=True)
+    for buffer, value in zip(step.model.buffers(), before, strict=True):
+        buffer.copy_(value)
+
+
+def _capture_step(
+    step: TrainStep,
+    kind: StepKind,
+    images: Tensor,
+    labels: Tensor,
+    source: tuple[BatchSource, StepMetrics] | None,
+) -> None:
+    step.kinds.train_whitening_bias(kind.trains_whitening_bias)
+    if source is None or not source[0].capturable:
+        step.graphs.for_batch(kind, images, labels)
+    else:
+        step.graphs.for_source(kind, *source, len(images), images.shape[3])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
