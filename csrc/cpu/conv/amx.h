@@ -1,6 +1,6 @@
 // Tiles of AMX, Intel's matrix unit ("Intel Architecture Instruction Set Extensions", chapter 3),
 // for the bfloat16 convolutions. With RESFAST_AMX_EMULATED they are emulated in plain C++, so that
-// the tests run on processors without AMX.
+// the tests run on processors without AMX; RESFAST_WITHOUT_AMX leaves them out.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 #include <cstring>
 
 #include "../common/dtype.h"
-#elif defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
+#elif !defined(RESFAST_WITHOUT_AMX) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
 #define RESFAST_AMX_COMPILED
 #include <cpuid.h>
 #include <immintrin.h>
@@ -163,10 +163,23 @@ RESFAST_AMX_INLINE void zero() {
 // Adds to tile kSum (0 to 3) the products of tiles kA (4 or 5) and kB (6 or 7).
 template <int kSum, int kA, int kB>
 RESFAST_AMX_INLINE void multiply() {
-  static_assert(kA == 4 + kSum / 2 && kB == 6 + kSum % 2);
-  if constexpr (kSum == 0) _tile_dpbf16ps(0, 4, 6);
-  else if constexpr (kSum == 1) _tile_dpbf16ps(1, 4, 7);
-  else if constexpr (kSum == 2) _tile_dpbf16ps(2, 5, 6);
+  static_assert(kSum >= 0 && kSum < 4 && kA / 2 == 2 && kB / 2 == 3);
+  constexpr int kWhich = 4 * kSum + 2 * (kA - 4) + (kB - 6);
+  if constexpr (kWhich == 0) _tile_dpbf16ps(0, 4, 6);
+  else if constexpr (kWhich == 1) _tile_dpbf16ps(0, 4, 7);
+  else if constexpr (kWhich == 2) _tile_dpbf16ps(0, 5, 6);
+  else if constexpr (kWhich == 3) _tile_dpbf16ps(0, 5, 7);
+  else if constexpr (kWhich == 4) _tile_dpbf16ps(1, 4, 6);
+  else if constexpr (kWhich == 5) _tile_dpbf16ps(1, 4, 7);
+  else if constexpr (kWhich == 6) _tile_dpbf16ps(1, 5, 6);
+  else if constexpr (kWhich == 7) _tile_dpbf16ps(1, 5, 7);
+  else if constexpr (kWhich == 8) _tile_dpbf16ps(2, 4, 6);
+  else if constexpr (kWhich == 9) _tile_dpbf16ps(2, 4, 7);
+  else if constexpr (kWhich == 10) _tile_dpbf16ps(2, 5, 6);
+  else if constexpr (kWhich == 11) _tile_dpbf16ps(2, 5, 7);
+  else if constexpr (kWhich == 12) _tile_dpbf16ps(3, 4, 6);
+  else if constexpr (kWhich == 13) _tile_dpbf16ps(3, 4, 7);
+  else if constexpr (kWhich == 14) _tile_dpbf16ps(3, 5, 6);
   else _tile_dpbf16ps(3, 5, 7);
 }
 

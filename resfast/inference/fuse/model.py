@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from resfast.cuda_graph import CudaGraph
 from resfast.errors import ResfastError
+from resfast.inference.fuse.chains import Chain, only_chain, with_chains
 from resfast.inference.fuse.report import FusionReport
 
 
@@ -44,6 +45,7 @@ class FusedModel(nn.Module):
         self._shapes = shapes
         self._captured: dict[Any, CudaGraph] = {}
         self._pool: Any = None
+        self._chains = _Chains()
         super().train(False)
 
     def train(self, mode: bool = True) -> FusedModel:
@@ -61,6 +63,12 @@ class FusedModel(nn.Module):
 
     def forward(self, x: Any, *others: Any) -> Any:
         inputs = (x, *others)
+        if not others and not self.cuda_graph and not torch.compiler.is_compiling():
+            chain = self._chains.only(self.network)
+            if chain is not None and chain.takes(x):
+                if self._shapes is not None:
+                    self._check_shapes(inputs)
+                return chain.network(x).float()
         if self._shapes is not None:
             self._check_shapes(inputs)
         if self.cuda_graph and not torch.compiler.is_compiling():
@@ -69,10 +77,11 @@ class FusedModel(nn.Module):
 
     def _run(self, *inputs: Any) -> Any:
         kind = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
+        network = self._chains.of(self.network, kind)
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return _floats(self.network(*inputs))
-        return _floats(self.network(*inputs))
+                return _floats(network(*inputs))
+        return _floats(network(*inputs))
 
     def _converted(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -126,6 +135,42 @@ class FusedModel(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.report)
+
+
+class _Chains:
+    """The network with chains that run as one call; none in a copy, which makes its own.
+
+    It is not a module, so that state dicts have each tensor once.
+    """
+
+    def __init__(self) -> None:
+        self.made_of: fx.GraphModule | None = None
+        self.network: fx.GraphModule | None = None
+        self.chain: Chain | None = None
+
+    def of(self, network: fx.GraphModule, device: str) -> fx.GraphModule:
+        """What to run in place of a network on a type of device."""
+        if device != "cpu" or torch.compiler.is_compiling():
+            return network
+        self._make(network)
+        return network if self.network is None else self.network
+
+    def only(self, network: fx.GraphModule) -> Chain | None:
+        """The chain that is all of a network, if one is."""
+        self._make(network)
+        return self.chain
+
+    def _make(self, network: fx.GraphModule) -> None:
+        if self.made_of is not network:
+            self.network = with_chains(network)
+            self.chain = None if self.network is None else only_chain(self.network)
+            self.made_of = network
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Chains:
+        return _Chains()
+
+    def __reduce__(self) -> tuple[type[_Chains], tuple[()]]:
+        return _Chains, ()
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:

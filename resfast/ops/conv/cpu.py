@@ -85,7 +85,7 @@ def plan(
         chosen = "oneDNN"
     if chosen is None:
         sizes = conv_choice.describe_sizes(x, weight, stride, padding, residual is not None)
-        key = f"{_machine()}|{torch.get_num_threads()} threads|{sizes}"
+        key = f"{machine()}|{torch.get_num_threads()} threads|{sizes}"
         key += f"|tile {tile}" if tile > 2 else ""
         chosen = CHOICES.get(key, names)
         if chosen is None:
@@ -303,7 +303,8 @@ def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[st
 
 
 @functools.cache
-def _machine() -> str:
+def machine() -> str:
+    """The part of a key that identifies the processor and the software."""
     name = platform.processor()
     if text := runtime.cpu_info():
         kept = ("model name", "model\t", "cpu fam")

@@ -190,6 +190,7 @@ class ConvBiasAct(nn.Module):
     to ``[N, K, P, Q]`` in ``channels_last`` memory.
 
     Attributes:
+        version: rises whenever the packed weights are discarded.
         tile: largest tile side of Winograd's algorithm on a CPU, 2 to 4; larger tiles are faster
             and less accurate (:func:`resfast.layers.conv.set_winograd_tile`).
 
@@ -238,6 +239,7 @@ class ConvBiasAct(nn.Module):
 
     def repack(self) -> None:
         """Discards the packed weights; the next call packs them again."""
+        self.version = getattr(self, "version", 0) + 1
         self._plans: dict[tuple, conv_choice.Plan] = {}
         self._packed: dict[Any, Any] = {}
         if self.weight.is_cuda:

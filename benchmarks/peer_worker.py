@@ -1,0 +1,150 @@
+"""The process of one peer of ``benchmarks.peers``: answers lines of JSON.
+
+``python -m benchmarks.peer_worker PEER MODEL BATCH DTYPE`` prints the error of the peer's result,
+then for each number of seconds on standard input the images per second of that time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+Run = Callable[[Tensor], Tensor]
+IMAGE_SIZE = 32
+
+
+def build(name: str) -> nn.Module:
+    """A preset or ``torchvision:NAME`` in eval mode, its batch norms not the identity."""
+    torch.manual_seed(0)
+    if name.startswith("torchvision:"):
+        from torchvision import models
+
+        model = models.get_model(name.partition(":")[2], weights=None, num_classes=10)
+    else:
+        import resfast
+
+        model = resfast.create_model(name)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.2)
+            norm.momentum = 1.0
+    model.train()(torch.randn(64, 3, IMAGE_SIZE, IMAGE_SIZE))
+    return model.eval().requires_grad_(False)
+
+
+def ours(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
+    import resfast
+
+    return resfast.fuse(model, dtype)
+
+
+def compiled(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
+    from torch._inductor import config
+
+    config.freezing = True
+    model = model.to(dtype=dtype, memory_format=torch.channels_last)
+    run = torch.compile(model, dynamic=False, mode="max-autotune")
+
+    def call(images: Tensor) -> Tensor:
+        return run(images.to(dtype, memory_format=torch.channels_last)).float()
+
+    return call
+
+
+def _onnx(model: nn.Module, x: Tensor, folder: str) -> Path:
+    path = Path(folder, "model.onnx")
+    torch.onnx.export(model, (x,), path, dynamo=True, external_data=False, verbose=False)
+    return path
+
+
+def openvino(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
+    import numpy
+    import openvino
+
+    core = openvino.Core()
+    with tempfile.TemporaryDirectory() as folder:
+        network = core.read_model(_onnx(model, x, folder))
+    network.reshape(list(x.shape))
+    # bfloat16 is its own choice where the processor has it.
+    options = {} if dtype == torch.bfloat16 else {"INFERENCE_PRECISION_HINT": "f32"}
+    request = core.compile_model(network, "CPU", options).create_infer_request()
+
+    def call(images: Tensor) -> Tensor:
+        result = request.infer({0: images.numpy()}, share_inputs=True, share_outputs=True)
+        return torch.from_numpy(numpy.asarray(result[0]))
+
+    return call
+
+
+def onnxruntime(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
+    import onnxruntime as runtime
+
+    with tempfile.TemporaryDirectory() as folder:
+        session = runtime.InferenceSession(
+            _onnx(model, x, folder), providers=["CPUExecutionProvider"]
+        )
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+PEERS: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Run]] = {
+    "resfast": ours,
+    "torch.compile": compiled,
+    "OpenVINO": openvino,
+    "ONNX Runtime": onnxruntime,
+}
+NEEDED = {"OpenVINO": ("openvino", "onnxscript"), "ONNX Runtime": ("onnxruntime", "onnxscript")}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def installed(peer: str, dtype: str) -> str | None:
+    """Why a peer cannot run here, or None."""
+    if peer == "ONNX Runtime" and dtype == "bf16":
+        return "it has no bfloat16 convolutions on the CPU"
+    missing = [name for name in NEEDED.get(peer, ()) if importlib.util.find_spec(name) is None]
+    return f"not installed: pip install {' '.join(missing)}" if missing else None
+
+
+def main() -> None:
+    # Keeps the output of libraries out of the answers.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    peer, name, batch, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), DTYPES[sys.argv[4]]
+    with torch.inference_mode():
+        model = build(name)
+        x = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE)
+        exact = model(x)
+        try:
+            run = PEERS[peer](model, x, dtype)
+            result = run(x)
+        except Exception as error:  # noqa: BLE001  # whatever a library raises is its answer
+            first = str(error).strip().partition("\n")[0]
+            print(json.dumps({"missing": f"{type(error).__name__}: {first}"}), file=answers)
+            return
+        error = float((result - exact).norm() / exact.norm())
+        for _ in range(3):
+            run(x)
+        print(json.dumps({"error": error}), file=answers)
+        for line in sys.stdin:
+            start, calls = time.perf_counter(), 0
+            while time.perf_counter() - start < float(line) or calls < 3:
+                run(x)
+                calls += 1
+            rate = calls * batch / (time.perf_counter() - start)
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            print(json.dumps({"rate": rate, "peak_rss_mib": peak}), file=answers)
+
+
+if __name__ == "__main__":
+    main()

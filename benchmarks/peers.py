@@ -1,0 +1,164 @@
+"""Fused networks against other libraries on the CPU, each alone in a process of its own.
+
+``python -m benchmarks.peers`` times resfast, torch.compile (max-autotune, freezing), OpenVINO and
+ONNX Runtime with their defaults; the allocator is that of a user. The processes of a case take
+turns, so that other load on the machine affects all of them equally, and sleep between their turns.
+A library that is not installed or cannot run a case is a row with the reason. Results are compared
+with float32 before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peer_worker import PEERS, installed
+from resfast import atomic
+
+OURS = "resfast"
+READY_SECONDS = 600
+
+
+@dataclass
+class Row:
+    """A peer's result for one network, batch and dtype.
+
+    Attributes:
+        rates: images per second of each turn.
+        error: relative RMS error against float32.
+        peak_rss_mib: peak memory of its process.
+        missing: why there is no result.
+    """
+
+    peer: str
+    model: str
+    batch: int
+    dtype: str
+    rates: list[float] = field(default_factory=list)
+    error: float | None = None
+    peak_rss_mib: int | None = None
+    missing: str | None = None
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+class Worker:
+    """A process that runs one peer."""
+
+    def __init__(self, row: Row) -> None:
+        self.row = row
+        arguments = [row.peer, row.model, str(row.batch), row.dtype]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.peer_worker", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        answer = self._answer()
+        row.missing, row.error = answer.get("missing"), answer.get("error")
+
+    def turn(self, seconds: float) -> None:
+        """Times calls for some seconds."""
+        assert self.process.stdin is not None
+        print(seconds, file=self.process.stdin, flush=True)
+        answer = self._answer()
+        if "rate" in answer:
+            self.row.rates.append(answer["rate"])
+            self.row.peak_rss_mib = answer["peak_rss_mib"]
+        else:
+            self.row.missing = answer.get("missing")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            return {"missing": f"its process ended with code {self.process.wait()}"}
+        return json.loads(line)
+
+
+def measure(
+    peers: Sequence[str], model: str, batch: int, dtype: str, turns: int, seconds: float
+) -> list[Row]:
+    """The rows of all peers for one case."""
+    rows, workers = [], []
+    for peer in peers:
+        row = Row(peer, model, batch, dtype)
+        rows.append(row)
+        row.missing = installed(peer, dtype)
+        if row.missing is None:
+            workers.append(Worker(row))
+    workers = [worker for worker in workers if worker.row.missing is None]
+    try:
+        for _ in range(turns):
+            for worker in workers:
+                if worker.row.missing is None:
+                    worker.turn(seconds)
+    finally:
+        for worker in workers:
+            worker.close()
+    return rows
+
+
+def lines(rows: list[Row]) -> list[str]:
+    """A case as text: images per second, and resfast's ratio to the fastest other."""
+    timed = {row.peer: row for row in rows if row.rates}
+    others = [row.rate for row in timed.values() if row.peer != OURS]
+    found = []
+    for row in rows:
+        text = row.missing or ""
+        if row.rates:
+            text = (
+                f"{row.rate:>9,.0f} images/s ({min(row.rates):,.0f} to {max(row.rates):,.0f}), "
+                f"error {row.error:.4f}, {row.peak_rss_mib:,} MiB"
+            )
+        found.append(f"  {row.peer:<14} {text}")
+    first = rows[0]
+    ratio = ""
+    if OURS in timed and others:
+        ratio = f": {timed[OURS].rate / max(others):.2f} times the fastest other"
+        best = max(max(row.rates) for row in timed.values() if row.peer != OURS)
+        ratio += f" ({max(timed[OURS].rates) / best:.2f} by the best turns)"
+    return [f"{first.model}, batch {first.batch}, {first.dtype}{ratio}", *found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.peers", description=__doc__)
+    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated")
+    parser.add_argument("--models", default="resnet-2111,resnet18", help="presets, comma-separated")
+    parser.add_argument("--batches", default="1,8,64,512", help="comma-separated")
+    parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated: bf16, fp32")
+    parser.add_argument("--turns", type=int, default=5, help="of each peer and case")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn")
+    parser.add_argument("--json", type=Path, help="file to write all rows to")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    for dtype in options.dtypes.split(","):
+        for model in options.models.split(","):
+            for batch in map(int, options.batches.split(",")):
+                peers = options.peers.split(",")
+                case = measure(peers, model, batch, dtype, options.turns, options.seconds)
+                print(*lines(case), sep="\n", flush=True)
+                rows += case
+    if options.json is not None:
+        from benchmarks.report import hardware
+
+        content = {"hardware": hardware("cpu"), "rows": [asdict(row) for row in rows]}
+        atomic.write_bytes(options.json, json.dumps(content, indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+// A plan of a network, or of a part of one, as resfast/ops/network/plan.py writes it: a header and
+// steps of int64, tables of int32, constants, and an arena that holds what goes from step to step.
+//
+// Maps in the arena are lines of 64 bytes: 32 channels of one pixel of one image. The lines of a block
+// of 32 channels follow each other, so that a tile of 16 of them is read without gaps:
+//
+//   [block of channels][group of images][phase][row][column][image of the group]
+//
+// A row ends with columns of zeros, and a plane with rows of zeros, which are the padding on both
+// sides. A map that is read with stride 2 is stored as its four phases: even and odd rows and columns.
+#pragma once
+
+#include <cstdint>
+
+namespace resfast::network {
+
+constexpr int64_t kLine = 64; // bytes
+constexpr int64_t kBlock = 32; // channels in a line
+constexpr int64_t kTile = 16; // lines that are multiplied together, and outputs in a panel
+constexpr int64_t kMagic = 0x7265736e6574'0002;
+
+enum Kind : int64_t { kConv, kPatches, kEnter, kMaxPool, kMean, kHead };
+
+struct Header {
+  int64_t magic;
+  int64_t steps;
+  int64_t together; // 1: threads share the steps of one item; 0: each takes whole items
+  int64_t tasks; // of an item, where threads share it
+  int64_t images; // of an item
+  int64_t arena_lines; // of an item
+  int64_t channels, height, width; // of the input
+  int64_t out_channels, out_height, out_width; // of the result
+  int64_t head; // channels that a linear layer at the end reads; 0: none, the result is a map
+};
+
+// Where the lines of a map are.
+struct Map {
+  int64_t line; // its first one in the arena, -1 for the plan's own input or result
+  int64_t block_lines; // from one block of channels to the next
+  int64_t lead; // lines of zeros before the first group
+  int64_t group; // images
+  int64_t pitch, rows; // of a plane, margins included: columns, rows
+  int64_t phases; // in each direction
+};
+
+struct Step {
+  int64_t kind;
+  int64_t first_task, tile_parts, panel_parts; // how threads share it
+  Map from, to, residual; // residual.line -1: none
+  int64_t blocks; // of channels of `from`
+  int64_t outputs; // channels of `to`
+  int64_t tiles, tile_count, tiles_at_once; // first in the tables; how many; that share the caches
+  int64_t taps, tap_count; // first in the tables
+  int64_t weights, bias; // lines in the constants
+  int64_t activation, negative_slope; // as in conv_bf16.h; the bits of a float
+  int64_t images, first_image; // of the item
+  int64_t channels, height, width, out_height, out_width; // of `from` and `to`
+  int64_t kernel_h, kernel_w, stride, padding_h, padding_w;
+};
+
+// A tile in the tables: the lines of its first row, from the start of each map. Where the rows of the
+// result do not follow each other, or some are outside of the map, `rows` is the place in the tables
+// of 16 pairs: the lines of result (-1: outside) and residual.
+struct Tile {
+  int32_t from, to, residual, rows;
+};
+
+} // namespace resfast::network

@@ -1,0 +1,583 @@
+"""Chains of convolutions in one call, against float64."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import resfast
+from resfast.inference.fuse import chains
+from resfast.inference.fuse.model import FusedModel
+from resfast.models.presets import create_model
+from resfast.ops.conv.op import ConvBiasAct
+from resfast.ops.conv.reference import ACTIVATIONS, conv2d_bias_act
+from resfast.ops.network import op as network_op
+from resfast.ops.network import plan as network_plan
+from resfast.ops.network.layers import (
+    Conv,
+    Head,
+    Layer,
+    MaxPool,
+    Mean,
+    Unplannable,
+    aligned_bytes,
+    pack,
+    shapes,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+needs_kernels = pytest.mark.skipif(
+    not network_op._has_kernels(), reason="the kernels need AVX512-BF16"
+)
+
+
+def conv(
+    source: int,
+    channels: int,
+    outputs: int,
+    kernel: int | tuple[int, int] = 3,
+    stride: int = 1,
+    padding: int | tuple[int, int] | None = None,
+    activation: str = "relu",
+    residual: int | None = None,
+    bias: bool = True,
+) -> Conv:
+    rows, columns = (kernel, kernel) if isinstance(kernel, int) else kernel
+    if padding is None:
+        padding = (rows // 2, columns // 2)
+    both = (padding, padding) if isinstance(padding, int) else padding
+    weight = torch.randn(outputs, channels, rows, columns) / (channels * rows * columns) ** 0.5
+    values = torch.randn(outputs) / 4 if bias else None
+    return Conv(source, weight.bfloat16(), values, stride, both, activation, 0.1, residual)
+
+
+CHAINS: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
+    "basic blocks": (
+        3, 16, 16,
+        lambda: [
+            conv(0, 3, 64), conv(1, 64, 64), conv(2, 64, 64, residual=1),
+            conv(3, 64, 96, 3, 2), conv(3, 64, 96, 1, 2, activation="none"),
+            conv(4, 96, 96, residual=5), Mean(6),
+        ],
+    ),
+    "bottleneck with a 7x7 stem and a max pool": (
+        3, 30, 22,
+        lambda: [
+            conv(0, 3, 40, 7, 2), MaxPool(1, 3, 2, 1), conv(2, 40, 16, 1), conv(3, 16, 16),
+            conv(4, 16, 72, 1, residual=None, activation="none"),
+            conv(2, 40, 72, 1, residual=5),
+        ],
+    ),
+    "channels and sizes that fill nothing": (
+        5, 7, 5,
+        lambda: [
+            conv(0, 5, 19, 3), conv(1, 19, 33, 3, 2), conv(2, 33, 50, 2, 1, 1), conv(3, 50, 7, 1),
+        ],
+    ),
+    "activations": (
+        40, 6, 6,
+        lambda: [conv(i, 40, 40, activation=name) for i, name in enumerate(ACTIVATIONS)],
+    ),
+    "a map read with both strides": (
+        32, 9, 12,
+        lambda: [
+            conv(0, 32, 32), conv(1, 32, 48, 3, 2), conv(1, 32, 48, 5, 1, 2), conv(3, 48, 48, 3, 2),
+            conv(4, 48, 48, 1, residual=2),
+        ],
+    ),
+    "kernels and paddings that are not square": (
+        20, 11, 13,
+        lambda: [
+            conv(0, 20, 24, (1, 5), 1, (0, 2)), conv(1, 24, 36, (3, 1), 2, (2, 0)),
+            conv(2, 36, 36, 3, 1, 0, bias=False), conv(3, 36, 20, 3, 2, 3),
+        ],
+    ),
+    "the input as a residual": (
+        64, 8, 8,
+        lambda: [conv(0, 64, 64), conv(1, 64, 64, residual=0), conv(2, 64, 64, residual=0)],
+    ),
+    "max pools without padding": (
+        16, 12, 12,
+        lambda: [
+            conv(0, 16, 48), MaxPool(1, 2, 2, 0), conv(2, 48, 48), MaxPool(3, 3, 1, 1),
+            conv(4, 48, 33),
+        ],
+    ),
+}  # fmt: skip
+
+
+def reference(layers: Sequence[Layer], x: Tensor) -> Tensor:
+    """The chain in float64, rounded to bfloat16 between the layers."""
+    values = [x.double()]
+    for layer in layers:
+        source = values[layer.source]
+        match layer:
+            case Conv():
+                value = conv2d_bias_act(
+                    source,
+                    layer.weight.double(),
+                    None if layer.bias is None else layer.bias.double(),
+                    None if layer.residual is None else values[layer.residual],
+                    [layer.stride] * 2,
+                    list(layer.padding),
+                    layer.activation,
+                    layer.negative_slope,
+                )
+            case MaxPool():
+                value = F.max_pool2d(source, layer.kernel, layer.stride, layer.padding)
+            case Mean():
+                value = source.mean((2, 3), keepdim=True)
+        values.append(value.bfloat16().double())
+    return values[-1]
+
+
+def images(count: int, channels: int, height: int, width: int) -> Tensor:
+    x = torch.randn(count, channels, height, width).bfloat16()
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class Planned:
+    """A chain with its plan and memory, for one shape."""
+
+    def __init__(self, layers: list[Layer], shape: Sequence[int], threads: int, item: int) -> None:
+        self.packed = pack(layers)
+        self.plan = network_plan.plan(layers, self.packed, shape, threads, item)
+        self.arena = aligned_bytes(self.plan.arena_bytes)
+        self.weight = self.bias = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        plan = self.plan
+        return torch.ops.resfast.network_run(
+            x, plan.program, plan.tables, self.packed.memory, self.arena, self.weight, self.bias
+        )
+
+
+def relative_error(result: Tensor, exact: Tensor) -> float:
+    return float((result.double() - exact).norm() / exact.norm())
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_computes_what_float64_does(name: str):
+    torch.manual_seed(0)
+    channels, height, width, make = CHAINS[name]
+    layers = make()
+    x = images(13, channels, height, width)
+    exact = reference(layers, x)
+    before = None
+    for item, threads in ((13, 1), (13, 3), (1, 1), (2, 2), (4, 3), (8, 1)):
+        planned = Planned(layers, x.shape, threads, item)
+        torch.set_num_threads(threads)
+        result = planned(x)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(result, exact) < 4e-3
+        # The order of sums depends neither on the batch nor on the threads.
+        assert before is None or torch.equal(result, before), (item, threads)
+        before = result
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 33])
+def test_results_do_not_depend_on_the_batch(count: int):
+    torch.manual_seed(0)
+    channels, height, width, make = CHAINS["basic blocks"]
+    layers = make()
+    x = images(count, channels, height, width)
+    one = Planned(layers, (1, channels, height, width), 1, 1)
+    expected = torch.cat([one(x[i : i + 1]) for i in range(count)])
+    for item in network_plan.item_sizes(count, 2):
+        torch.set_num_threads(2)
+        assert torch.equal(Planned(layers, x.shape, 2, item)(x), expected)
+
+
+@needs_kernels
+def test_memory_of_an_earlier_call_does_not_matter():
+    torch.manual_seed(0)
+    for channels, height, width, make in CHAINS.values():
+        layers = make()
+        x = images(5, channels, height, width)
+        for item in (5, 2):
+            planned = Planned(layers, x.shape, 1, item)
+            expected = planned(x)
+            planned(torch.full_like(x, torch.nan))
+            planned(torch.full_like(x, torch.inf))
+            assert torch.equal(planned(x), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinity_come_out_where_they_do_in_float64(value: float):
+    torch.manual_seed(0)
+    layers: list[Layer] = [
+        conv(0, 3, 32, activation="none"), conv(1, 32, 32, activation="relu"), MaxPool(2, 3, 2, 1),
+        conv(3, 32, 20, activation="leaky_relu"),
+    ]  # fmt: skip
+    x = images(3, 3, 21, 17)
+    x[1, 1, 9, 3] = value
+    exact = reference(layers, x)
+    for item in (3, 1):
+        result = Planned(layers, x.shape, 1, item)(x).double()
+        assert torch.equal(result.isnan(), exact.isnan())
+        assert torch.equal(result.isposinf(), exact.isposinf())
+        assert torch.equal(result.isneginf(), exact.isneginf())
+        assert exact.isfinite().any()
+        assert not exact.isfinite().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("channels", [3, 20])
+def test_inputs_of_any_memory_order_and_of_float32_give_the_same(channels: int):
+    torch.manual_seed(0)
+    layers: list[Layer] = [conv(0, channels, 32), conv(1, 32, 40, 3, 2)]
+    wide = torch.randn(5, channels, 9, 11)
+    x = wide.bfloat16().contiguous(memory_format=torch.channels_last)
+    for item in (5, 2):
+        planned = Planned(layers, x.shape, 2, item)
+        expected = planned(x)
+        for other in (wide, x.contiguous(), x.float(), x.transpose(2, 3).contiguous().mT):
+            assert torch.equal(planned(other), expected)
+        cut = torch.randn(7, channels, 12, 13)[1:6, :, 1:10, 2:]
+        assert torch.equal(planned(cut), planned(cut.clone()))
+    one = torch.randn(1, channels, 9, 11)
+    planned = Planned(layers, one.shape, 1, 1)
+    assert torch.equal(planned(one[0].unsqueeze(0)), planned(one))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("outputs", "bias"), [(10, True), (1, False), (1000, True)])
+def test_a_head_is_a_linear_layer_of_the_means(outputs: int, bias: bool):
+    torch.manual_seed(0)
+    layers: list[Layer] = [conv(0, 3, 48), conv(1, 48, 70, 3, 2)]
+    linear = nn.Linear(70, outputs, bias=bias)
+    x = images(7, 3, 10, 10)
+    means = Planned([*layers, Mean(2)], x.shape, 1, 7)(x).flatten(1)
+    exact = F.linear(means.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    for item, threads in ((7, 1), (7, 3), (2, 2)):
+        torch.set_num_threads(threads)
+        planned = Planned([*layers, Head(2, outputs)], x.shape, threads, item)
+        with pytest.raises(RuntimeError, match="head_weight is missing"):
+            planned(x)
+        planned.weight, planned.bias = linear.weight.detach(), linear.bias
+        result = planned(x)
+        assert result.dtype == torch.float32
+        assert result.shape == (7, outputs)
+        assert relative_error(result, exact) < 1e-6
+        planned.weight = planned.weight[:, 1:].contiguous()
+        with pytest.raises(RuntimeError, match=r"head_weight is \[.*, 69\]; expected \[.*, 70\]"):
+            planned(x)
+
+
+@needs_kernels
+def test_nan_weights_give_nan():
+    layers: list[Layer] = [conv(0, 3, 32), conv(1, 32, 32)]
+    layers[0].weight[5] = torch.nan
+    x = images(2, 3, 8, 8)
+    assert Planned(layers, x.shape, 1, 2)(x).isnan().all()
+
+
+def test_strides_above_two_and_maps_smaller_than_the_kernel_cannot_be_planned():
+    layers: list[Layer] = [conv(0, 3, 8), conv(1, 8, 8, 3, 3)]
+    with pytest.raises(Unplannable, match="stride 3"):
+        shapes(layers, (1, 3, 8, 8))
+    layers = [conv(0, 3, 8, 7, 1, 0)]
+    with pytest.raises(Unplannable, match="smaller than the kernel"):
+        shapes(layers, (1, 3, 6, 6))
+
+
+def test_a_mean_ends_a_network_and_a_max_pool_does_not():
+    with pytest.raises(Unplannable, match="a mean elsewhere"):
+        shapes([conv(0, 3, 8), Mean(1), conv(2, 8, 8, 1)], (1, 3, 6, 6))
+    with pytest.raises(Unplannable, match="a max pool at the end"):
+        shapes([conv(0, 3, 8), MaxPool(1, 2, 2, 0)], (1, 3, 6, 6))
+
+
+@needs_kernels
+def test_arguments_are_checked():
+    layers: list[Layer] = [conv(0, 3, 32), conv(1, 32, 32)]
+    planned = Planned(layers, (4, 3, 8, 8), 1, 4)
+    with pytest.raises(RuntimeError, match=r"x is \[4, 3, 9, 8\]; expected"):
+        planned(images(4, 3, 9, 8))
+    with pytest.raises(RuntimeError, match="x has 3 images; expected 4"):
+        planned(images(3, 3, 8, 8))
+    with pytest.raises(RuntimeError, match=r"x is torch.float64; expected torch.bfloat16 or"):
+        planned(images(4, 3, 8, 8).double())
+    planned.plan = dataclasses.replace(planned.plan, program=planned.plan.program[:-1])
+    with pytest.raises(RuntimeError, match=r"program of .* is none of this version"):
+        planned(images(4, 3, 8, 8))
+
+
+# -- the kernels for other processors ----------------------------------------------------------
+
+SCRIPT = """
+import sys
+import pytest
+import torch
+
+torch.ops.load_library(sys.argv[1])
+assert not hasattr(torch.ops.resfast, "conv_gemm")
+from tests.ops import test_network
+
+for name in test_network.CHAINS:
+    test_network.test_a_chain_computes_what_float64_does(name)
+for value in (torch.nan, torch.inf):
+    test_network.test_nan_and_infinity_come_out_where_they_do_in_float64(value)
+print("right")
+"""
+
+
+@needs_kernels
+@pytest.mark.skipif(not (ROOT / "csrc").exists() or COMPILER is None, reason="no compiler")
+@pytest.mark.parametrize("option", ["-DRESFAST_AMX_EMULATED", "-DRESFAST_WITHOUT_AMX"])
+def test_kernels_with_and_without_amx_compute_what_float64_does(option: str, tmp_path: Path):
+    headers = Path(torch.__file__).parent
+    library = tmp_path / "network.so"
+    source = ROOT / "csrc" / "cpu" / "network" / "network.cpp"
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fno-math-errno", option]
+    options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", headers / "include"]
+    link = [f"-L{headers / 'lib'}", "-ltorch_cpu"]
+    subprocess.run([COMPILER, *options, source, "-o", library, *link], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(library)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "RESFAST_EXTENSION": "0", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout == "right\n", done.stderr
+
+
+# -- fused networks ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Choices that are made by this test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(network_op, "MEASURE_SECONDS", 0.001)
+    network_op.CHOICES.forget()
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """The model in eval mode, with batch norms that are not the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.normal_(module.bias, std=0.1)
+    return model.eval()
+
+
+def small_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return settled(create_model("resnet-2111"))
+
+
+def chains_of(fused: FusedModel) -> list[chains.Chain]:
+    network = chains.with_chains(fused.network)
+    return [] if network is None else [m for m in network.children() if isinstance(m, chains.Chain)]
+
+
+@needs_kernels
+def test_a_fused_network_runs_as_one_chain(choices: None):
+    model = small_resnet()
+    fused = resfast.fuse(model)
+    (chain,) = chains_of(fused)
+    assert isinstance(chain.network.layers[-1], Head)
+    assert fused._chains.only(fused.network) is not None
+    for count in (1, 7):
+        x = torch.randn(count, 3, 32, 32)
+        with torch.inference_mode():
+            assert relative_error(fused(x), model.double()(x.double())) < 0.01
+            model.float()
+
+
+@needs_kernels
+def test_the_chain_has_no_tensors_of_its_own(choices: None):
+    model = small_resnet()
+    fused = resfast.fuse(model)
+    before = {name: tensor.data_ptr() for name, tensor in fused.state_dict().items()}
+    fused(torch.randn(2, 3, 32, 32))
+    assert {name: tensor.data_ptr() for name, tensor in fused.state_dict().items()} == before
+
+
+@needs_kernels
+def test_loaded_weights_are_used(choices: None):
+    fused, other = resfast.fuse(small_resnet()), resfast.fuse(settled(create_model("resnet-2111")))
+    x = torch.randn(2, 3, 32, 32)
+    first = fused(x)
+    fused.load_state_dict(other.state_dict())
+    assert not torch.equal(fused(x), first)
+    assert torch.equal(fused(x), other(x))
+
+
+@needs_kernels
+def test_copies_and_pickles_compute_the_same(choices: None):
+    fused = resfast.fuse(small_resnet())
+    x = torch.randn(3, 3, 32, 32)
+    expected = fused(x)
+    assert torch.equal(copy.deepcopy(fused)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(fused))(x), expected)
+
+
+@needs_kernels
+def test_threads_may_call_a_network_at_the_same_time(choices: None):
+    fused = resfast.fuse(small_resnet())
+    inputs = [torch.randn(2, 3, 32, 32) for _ in range(4)]
+    expected = [fused(x) for x in inputs]
+    wrong: list[int] = []
+
+    def call(index: int) -> None:
+        torch.set_num_threads(1)
+        wrong.extend(
+            index for _ in range(20) if not torch.equal(fused(inputs[index]), expected[index])
+        )
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@needs_kernels
+def test_the_variable_turns_chains_off(choices: None, monkeypatch: pytest.MonkeyPatch):
+    fused = resfast.fuse(small_resnet())
+    x = torch.randn(2, 3, 32, 32)
+    fused(x)
+    (chain,) = [m for m in fused._chains.network.children() if isinstance(m, chains.Chain)]
+    monkeypatch.setattr(chain.network, "_choose", lambda x: pytest.fail("a chain was planned"))
+    chain.network._chosen.clear()
+    monkeypatch.setenv("RESFAST_NETWORK", "0")
+    fused(x)
+    monkeypatch.delenv("RESFAST_NETWORK")
+    monkeypatch.setenv("RESFAST_CONV", "oneDNN")
+    fused(x)
+
+
+@needs_kernels
+def test_a_wrong_result_is_not_used(choices: None, monkeypatch: pytest.MonkeyPatch, caplog):
+    fused = resfast.fuse(small_resnet())
+    x = torch.randn(2, 3, 32, 32)
+    with monkeypatch.context() as patched:
+        patched.setenv("RESFAST_NETWORK", "0")
+        expected = fused(x)
+    run = network_op._Ready.run
+    monkeypatch.setattr(network_op._Ready, "run", lambda self, x: run(self, x) * 1.1)
+    assert torch.equal(fused(x), expected)
+    assert "not accurate enough in one call" in caplog.text
+
+
+@needs_kernels
+def test_a_first_call_with_nan_gives_nan_and_a_later_one_does_not(choices: None):
+    fused = resfast.fuse(small_resnet())
+    assert fused(torch.full((2, 3, 32, 32), torch.nan)).isnan().all()
+    assert fused(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
+@needs_kernels
+def test_planning_draws_no_random_numbers_of_the_caller(choices: None):
+    fused, x = resfast.fuse(small_resnet()), torch.zeros(2, 3, 32, 32)
+    before = torch.get_rng_state()
+    fused(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@needs_kernels
+def test_plans_are_kept_for_some_shapes(choices: None):
+    fused = resfast.fuse(small_resnet())
+    for count in range(1, network_op.MOST_PLANS + 3):
+        fused(torch.randn(count, 3, 8, 8))
+    (chain,) = [m for m in fused._chains.network.children() if isinstance(m, chains.Chain)]
+    assert len(chain.network._chosen) == network_op.MOST_PLANS
+
+
+@needs_kernels
+def test_values_that_are_read_outside_end_a_chain(choices: None):
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Sequential(
+                nn.Conv2d(3, 32, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(32, 32, 3, padding=1),
+                nn.ReLU(),
+            )
+            self.second = nn.Sequential(
+                nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1)
+            )
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            low = self.first(x)
+            return low, self.second(low)
+
+    torch.manual_seed(0)
+    model = Pyramid().eval()
+    fused = resfast.fuse(model)
+    assert [len(chain.network.layers) for chain in chains_of(fused)] == [2, 2]
+    x = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        for result, expected in zip(fused(x), model(x), strict=True):
+            assert relative_error(result, expected.double()) < 0.01
+
+
+@needs_kernels
+def test_a_compiled_fused_network_has_no_chains(choices: None):
+    fused = resfast.fuse(small_resnet())
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert relative_error(compiled(x), fused(x).double()) < 0.01
+
+
+@needs_kernels
+def test_hooks_on_modules_of_a_chain_are_called(choices: None):
+    fused = resfast.fuse(small_resnet())
+    x = torch.randn(2, 3, 32, 32)
+    expected, seen = fused(x), []
+    handles = [
+        module.register_forward_hook(lambda *_: seen.append(1))
+        for module in fused.network.modules()
+        if isinstance(module, ConvBiasAct)
+    ]
+    assert relative_error(fused(x), expected.double()) < 0.01
+    assert len(seen) == len(handles)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(fused(x), expected)
+
+
+@needs_kernels
+def test_a_value_may_be_input_and_residual_of_one_convolution(choices: None):
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 32, 3, padding=1)
+            self.second = nn.Conv2d(32, 32, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            return (self.second(x) + x).relu()
+
+    torch.manual_seed(0)
+    model = Doubled().eval()
+    fused, x = resfast.fuse(model), torch.randn(2, 3, 9, 9)
+    (chain,) = chains_of(fused)
+    assert chain.network.layers[1].residual == chain.network.layers[1].source == 1
+    with torch.inference_mode():
+        assert relative_error(fused(x), model(x).double()) < 0.01
