@@ -164,7 +164,7 @@ def probe_cache(options: Options) -> Iterator[Line]:
         yield Line("cache", "missing", text, "set XDG_CACHE_HOME to a writable folder")
         return
     files = []
-    for path in sorted(folder.glob("conv-*.json")):
+    for path in sorted([*folder.glob("conv-*.json"), *folder.glob("network-*.json")]):
         try:
             files.append(f"{len(json.loads(path.read_text(encoding='utf-8')))} in {path.name}")
         except (OSError, ValueError, TypeError) as error:
