@@ -24,7 +24,7 @@ from resfast.inference.fuse.model import FusedModel
 from resfast.models.presets import create_model
 from resfast.ops.conv.op import ConvBiasAct
 from resfast.ops.conv.reference import ACTIVATIONS, conv2d_bias_act
-from resfast.ops.network import op as network_op
+from resfast.ops.network import network as network_module
 from resfast.ops.network import plan as network_plan
 from resfast.ops.network.layers import (
     Conv,
@@ -41,7 +41,7 @@ from resfast.ops.network.layers import (
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 needs_kernels = pytest.mark.skipif(
-    not network_op._has_kernels(), reason="the kernels need AVX512-BF16"
+    not network_module._has_kernels(), reason="the kernels need AVX512-BF16"
 )
 
 
@@ -367,8 +367,8 @@ def test_kernels_with_and_without_amx_compute_what_float64_does(option: str, tmp
 def choices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Choices that are made by this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(network_op, "MEASURE_SECONDS", 0.001)
-    network_op.CHOICES.forget()
+    monkeypatch.setattr(network_module, "MEASURE_SECONDS", 0.001)
+    network_module.CHOICES.forget()
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -477,8 +477,8 @@ def test_a_wrong_result_is_not_used(choices: None, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patched:
         patched.setenv("RESFAST_NETWORK", "0")
         expected = fused(x)
-    run = network_op._Ready.run
-    monkeypatch.setattr(network_op._Ready, "run", lambda self, x: run(self, x) * 1.1)
+    run = network_module._Ready.run
+    monkeypatch.setattr(network_module._Ready, "run", lambda self, x: run(self, x) * 1.1)
     assert torch.equal(fused(x), expected)
     assert "not accurate enough in one call" in caplog.text
 
@@ -501,10 +501,10 @@ def test_planning_draws_no_random_numbers_of_the_caller(choices: None):
 @needs_kernels
 def test_plans_are_kept_for_some_shapes(choices: None):
     fused = resfast.fuse(small_resnet())
-    for count in range(1, network_op.MOST_PLANS + 3):
+    for count in range(1, network_module.MOST_PLANS + 3):
         fused(torch.randn(count, 3, 8, 8))
     (chain,) = [m for m in fused._chains.network.children() if isinstance(m, chains.Chain)]
-    assert len(chain.network._chosen) == network_op.MOST_PLANS
+    assert len(chain.network._chosen) == network_module.MOST_PLANS
 
 
 @needs_kernels

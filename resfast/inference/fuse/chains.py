@@ -13,7 +13,7 @@ from resfast.inference.fuse.nodes import MAX_POOLS, arguments
 from resfast.ops.basic_block.op import BasicBlock
 from resfast.ops.conv.op import ConvBiasAct
 from resfast.ops.network.layers import Conv, Head, Layer, MaxPool, Mean
-from resfast.ops.network.op import Network
+from resfast.ops.network.network import Network
 
 LEAST_CONVOLUTIONS = 2
 """Of a chain; fewer are not worth a plan."""
