@@ -318,6 +318,32 @@ def test_the_cache_line_counts_what_is_kept(tmp_path, monkeypatch):
     assert "conv-cuda.json is unreadable" in line.text
 
 
+def test_retune_deletes_measured_choices_and_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(doctor, "examine", lambda options: [])
+    folder = tmp_path / "resfast"
+    folder.mkdir()
+    for name in ("conv-cpu.json", "network-cpu.json", "other.json"):
+        (folder / name).write_text("{}")
+    assert doctor.main([]) == 0
+    assert len(list(folder.iterdir())) == 3
+    assert doctor.main(["--retune"]) == 0
+    assert [path.name for path in folder.iterdir()] == ["other.json"]
+    assert capsys.readouterr().err.count("deleted ") == 2
+
+
+def test_a_choice_file_that_cannot_be_deleted_is_an_error(tmp_path, monkeypatch, capsys):
+    def refuse(path: Path, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "resfast").mkdir()
+    (tmp_path / "resfast" / "conv-cpu.json").write_text("{}")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert doctor.main(["--retune"]) == 2
+    assert "cannot delete" in capsys.readouterr().err
+
+
 def test_a_cache_that_cannot_be_written_is_reported(tmp_path, monkeypatch):
     def refuse(**arguments: object) -> None:
         raise PermissionError(13, "Permission denied")

@@ -153,8 +153,19 @@ def probe_optional(options: Options) -> Iterator[Line]:
         yield Line("optional", "ok", text)
 
 
+def cache_folder() -> Path:
+    """The folder of measured choices."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resfast"
+
+
+def choice_files() -> list[Path]:
+    """The files of measured choices."""
+    folder = cache_folder()
+    return sorted([*folder.glob("conv-*.json"), *folder.glob("network-*.json")])
+
+
 def probe_cache(options: Options) -> Iterator[Line]:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resfast"
+    folder = cache_folder()
     exists = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=exists):
@@ -164,7 +175,7 @@ def probe_cache(options: Options) -> Iterator[Line]:
         yield Line("cache", "missing", text, "set XDG_CACHE_HOME to a writable folder")
         return
     files = []
-    for path in sorted([*folder.glob("conv-*.json"), *folder.glob("network-*.json")]):
+    for path in choice_files():
         try:
             files.append(f"{len(json.loads(path.read_text(encoding='utf-8')))} in {path.name}")
         except (OSError, ValueError, TypeError) as error:

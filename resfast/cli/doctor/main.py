@@ -123,7 +123,20 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default=Options.data, help="data set, as for training")
     parser.add_argument("--data-dir", default=Options.data_dir, help="where data sets are kept")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--retune",
+        action="store_true",
+        help="delete the measured choices of kernels first, so that they are measured again",
+    )
     parsed = parser.parse_args(args)
+    if parsed.retune:
+        for path in environment.choice_files():
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                print(f"resfast: error: cannot delete {path}: {error.strerror}", file=sys.stderr)
+                return 2
+            print(f"deleted {path}", file=sys.stderr)
     lines = examine(Options(parsed.data, parsed.data_dir))
     ok = not any(line.state == "problem" for line in lines)
     if parsed.json:
