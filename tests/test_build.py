@@ -679,6 +679,13 @@ if len(sys.argv) > 1 and hasattr(ops, "conv_bf16_supported") and ops.conv_bf16_s
             grad = torch.randn(y.shape).to(torch.bfloat16, memory_format=last)
             ops.conv_direct_weight_gradient(x.detach(), grad, stride, padding)
 
+    from tests.ops.test_network import CHAINS, Planned, images as network_images
+
+    for channels, height, width, layers in CHAINS.values():
+        x = network_images(5, channels, height, width)
+        for item, wide in itertools.product((5, 2), (False, True)):
+            Planned(layers(), x.shape, 2, item)(x.float().contiguous() if wide else x)
+
     from resfast.ops.norm_act import op as norm_act
 
     for (n, c, height, width), pool in itertools.product(
