@@ -157,7 +157,9 @@ def test_a_run_is_added_as_the_recipe_whose_numbers_it_has(
     assert tta.recipe_of(change(config, **free)) == "fast-tiny"
     assert tta.recipe_of(change(config, epochs=3, **free)) == "fast-longer"
     assert tta.recipe_of(change(longer, epochs=2)) == "fast-tiny"
-    with pytest.raises(ResfastError, match=r"no recipe \(fast-longer, but lr 7\.0 for"):
+    with pytest.raises(
+        ResfastError, match=r"no recipe \(the closest is fast-longer, but with lr 7\.0 instead of"
+    ):
         tta.recipe_of(change(config, epochs=3, lr=7.0))
 
 
