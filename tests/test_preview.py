@@ -110,13 +110,16 @@ def test_every_class_is_shown_before_one_is_shown_again():
     assert not torch.equal(chosen, preview._one_of_each_class(data, 40, seed=1))
 
 
-def test_parts_name_the_larger_class_first_and_add_up():
+def test_label_lines_name_the_larger_class_first_and_add_up():
     classes = ("cat", "dog", "ship")
-    assert preview._parts(torch.tensor([0.0, 1.0, 0.0]), classes) == ["100 % dog"]
-    assert preview._parts(torch.tensor([0.7, 0.0, 0.3]), classes) == ["70 % cat", "30 % ship"]
-    assert preview._parts(torch.tensor([0.396, 0.604, 0]), classes) == ["60 % dog", "40 % cat"]
-    assert preview._parts(torch.tensor([0.5, 0.5, 0]), classes) == ["50 % cat", "50 % dog"]
-    assert preview._parts(torch.tensor([1.0]), ("cat",)) == ["100 % cat"]
+    assert preview._label_lines(torch.tensor([0.0, 1.0, 0.0]), classes) == ["100 % dog"]
+    assert preview._label_lines(torch.tensor([0.7, 0.0, 0.3]), classes) == ["70 % cat", "30 % ship"]
+    assert preview._label_lines(torch.tensor([0.396, 0.604, 0]), classes) == [
+        "60 % dog",
+        "40 % cat",
+    ]
+    assert preview._label_lines(torch.tensor([0.5, 0.5, 0]), classes) == ["50 % cat", "50 % dog"]
+    assert preview._label_lines(torch.tensor([1.0]), ("cat",)) == ["100 % cat"]
 
 
 def test_long_names_stay_in_their_column_and_long_policies_are_broken_into_lines():
