@@ -4,8 +4,8 @@ Each layer keeps ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so it i
 trained and saved as usual. In eval mode without gradients (``torch.no_grad`` or
 ``torch.inference_mode``) the batch norm is folded into the weights, which are rounded once to the
 dtype of the call, and :class:`resfast.ops.conv.op.ConvBiasAct` runs. In training mode, with
-gradients enabled, or when a child cannot be folded (hooks, a subclass with its own forward, groups,
-dilation, no running statistics), the children run unchanged.
+gradients enabled, or when a child cannot be folded (hooks, a forward of its own, groups, dilation,
+no running statistics) or a residual broadcasts, the children run unchanged.
 
 Weights are folded again after any change to their inputs: an in-place change or replacement of a
 tensor, a move to another dtype or device, a call of ``train()`` or ``eval()``. Writes that PyTorch
@@ -23,16 +23,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 
 from resfast.layers.conv import Conv2d
-from resfast.ops.conv.reference import ACTIVATIONS, TORCH_NEGATIVE_SLOPE
+from resfast.ops.conv.reference import ACTIVATIONS, TORCH_NEGATIVE_SLOPE, output_shape
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether the module has forward hooks."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether forward hooks of the module, or of all modules, run when it is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+    )
+
+
+def overridden(module: nn.Module) -> bool:
+    """Whether an attribute of the instance replaces a method, or its class has its own call."""
+    kind = type(module)
+    if kind.__call__ is not nn.Module.__call__:
+        return True
+    return any(callable(getattr(kind, name, None)) for name in module.__dict__)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module runs the forward of its class and nothing else."""
+    return not hooked(module) and not overridden(module)
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -41,7 +60,7 @@ def is_conv(module: nn.Module) -> bool:
         isinstance(module, nn.Conv2d)
         and type(module).forward is nn.Conv2d.forward
         and type(module)._conv_forward in (nn.Conv2d._conv_forward, Conv2d._conv_forward)
-        and not hooked(module)
+        and is_plain(module)
     )
 
 
@@ -50,7 +69,7 @@ def is_norm(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
         and type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
-        and not hooked(module)
+        and is_plain(module)
         and not module.training
         and module.running_mean is not None
         and module.running_var is not None
@@ -204,7 +223,11 @@ class _FusedLayer(nn.Module):
     ) -> Tensor:
         """``activation(norm(conv(x)) + residual)``."""
         dtype = self._dtype(x)
-        if dtype is not None and self._foldable(conv, norm, x):
+        if (
+            dtype is not None
+            and self._foldable(conv, norm, x)
+            and (residual is None or self._addable(conv, x, residual))
+        ):
             x = x.to(dtype)
             residual = None if residual is None else residual.to(dtype)
             epilogue = (activation, negative_slope)
@@ -224,6 +247,13 @@ class _FusedLayer(nn.Module):
         # A dtype or device mismatch is left to PyTorch, which raises its own error.
         autocast = torch.is_autocast_enabled(x.device.type)
         return conv.weight.device == x.device and (autocast or conv.weight.dtype == x.dtype)
+
+    @staticmethod
+    def _addable(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> bool:
+        """Whether the kernel can add the residual: it neither broadcasts nor promotes dtypes."""
+        shape = output_shape(x, conv.weight, conv.stride, conv_padding(conv))
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return list(residual.shape) == list(shape) and (autocast or residual.dtype == x.dtype)
 
     @staticmethod
     def _in_graph(
@@ -305,7 +335,7 @@ class ConvBNAddReLU(ConvBNReLU):
     """Convolution, batch norm, addition of a residual, activation: the end of a residual block.
 
     Arguments and state dict are those of :class:`ConvBNReLU`; ``forward(x, residual)`` takes a
-    residual of the output's shape.
+    residual of the output's shape; one that broadcasts is added by PyTorch.
     """
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -334,7 +364,7 @@ class _Block(_FusedLayer):
         layers = self.downsample
         if layers is None:
             return x
-        if type(layers) is nn.Sequential and len(layers) == 2 and not hooked(layers):
+        if type(layers) is nn.Sequential and len(layers) == 2 and is_plain(layers):
             return self._conv("downsample", layers[0], layers[1], x)
         return layers(x)
 
