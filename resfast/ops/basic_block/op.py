@@ -222,6 +222,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor) or not x.is_cuda:  # torch.fx passes proxies
             return self.conv2(self.conv1(x), x)
+        if x.ndim == 3:
+            return self.forward(x[None])[0]
         args = self._arguments(x)
         if type(x) is not Tensor or torch.compiler.is_compiling():
             return torch.ops.resfast.basic_block(*args)

@@ -187,7 +187,7 @@ class ConvBiasAct(nn.Module):
         negative_slope: slope of ``leaky_relu`` for negative values.
 
     Shape: ``[N, C, H, W]`` of the weight's dtype and, optionally, a residual of the result's shape,
-    to ``[N, K, P, Q]`` in ``channels_last`` memory.
+    to ``[N, K, P, Q]`` in ``channels_last`` memory; or one image, ``[C, H, W]`` to ``[K, P, Q]``.
 
     Attributes:
         version: rises whenever the packed weights are discarded.
@@ -246,6 +246,8 @@ class ConvBiasAct(nn.Module):
             self.weight = channels_last(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.ndim == 3:
+            return self.forward(x[None], None if residual is None else residual[None])[0]
         is_cpu = x.is_cpu
         if type(x) is not Tensor or not (is_cpu or x.is_cuda) or torch.compiler.is_compiling():
             return torch.ops.resfast.conv2d_bias_act(*self._arguments(x, residual))
