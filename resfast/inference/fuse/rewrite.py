@@ -53,7 +53,7 @@ class Rewriter(Patterns):
         self,
         network: fx.GraphModule,
         dtype: torch.dtype,
-        example: tuple[Tensor, ...] | None,
+        example: tuple[Any, ...] | None,
         traced_by: str,
     ) -> None:
         super().__init__(network, example)
@@ -258,7 +258,10 @@ class Rewriter(Patterns):
                     nodes
                 )
                 dtype = torch.float32 if wide else self.dtype
-                module.to(dtype=dtype, memory_format=torch.channels_last)
+                module.to(dtype)
+                for tensor in (*module.parameters(), *module.buffers()):
+                    if tensor.ndim == 4:
+                        tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
             elif (tensor := self.constant(nodes[0])) is not None and tensor.is_floating_point():
                 users = {user for node in nodes for user in node.users}
                 dtype = torch.float32 if exact.issuperset(users) else self.dtype
