@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,12 +30,6 @@ IN_PLACE = {
     for name in ("add", "sub", "mul", "truediv", "floordiv", "pow")
 }
 STATEFUL = (operator.setitem, operator.iand, operator.ior, operator.ixor, operator.imatmul)
-VIEWS = {
-    *("view", "reshape", "flatten", "transpose", "permute", "t", "squeeze", "unsqueeze", "expand"),
-    *("narrow", "select", "chunk", "split", "unbind", "getitem", "contiguous", "to", "type"),
-    *("detach", "unflatten", "view_as", "reshape_as", "expand_as", "float", "half", "bfloat16"),
-    *("Flatten", "Unflatten", "movedim", "swapaxes", "getattr", "T", "mT", "diagonal", "unfold"),
-}
 FOREIGN = {
     *("gelu", "leaky_relu", "relu6", "elu", "selu", "celu", "mish", "hardswish", "hardtanh"),
     *("sigmoid", "tanh", "hardsigmoid", "softplus", "prelu", "rrelu", "logsigmoid", "clamp"),
@@ -82,3 +78,15 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
         case dict():
             return {name: map_leaves(function, item) for name, item in value.items()}
     return function(value)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Turns off PyTorch's log of errors, for attempts that may fail."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

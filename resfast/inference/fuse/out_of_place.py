@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import inspect
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from resfast.inference.fuse.nodes import IN_PLACE, STATEFUL, VIEWS, UntraceableError, kind_of
+from resfast.inference.fuse.memory import SharedMemory, is_mutable
+from resfast.inference.fuse.nodes import IN_PLACE, STATEFUL, UntraceableError, arguments
 from resfast.layers import fused
 
+DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+DROPOUTS += (F.alpha_dropout, F.feature_alpha_dropout)
 
-def make_out_of_place(network: fx.GraphModule) -> None:
+
+def make_out_of_place(network: fx.GraphModule, example: tuple[Any, ...] | None) -> None:
     """Removes no-ops of eval mode and makes every in-place operation return a new value.
 
     Later users of the value that was changed use the new value instead.
+
+    Args:
+        network: the traced network; rewritten in place.
+        example: its inputs, to find out which values share memory where schemas do not say it.
 
     Raises:
         UntraceableError: an in-place operation on a view of a value that is read later, or one
@@ -30,6 +39,7 @@ def make_out_of_place(network: fx.GraphModule) -> None:
         elif node.target is torch._assert:  # its use of the value would prevent fusion
             graph.erase_node(node)
     order = {node: index for index, node in enumerate(graph.nodes)}
+    memory = SharedMemory(network, example)
     for node in list(graph.nodes):
         if "out" in node.kwargs and node.op.startswith("call_"):
             raise UntraceableError(f"{node} writes to out=")
@@ -40,9 +50,14 @@ def make_out_of_place(network: fx.GraphModule) -> None:
             continue
         if old.op == "get_attr":
             raise UntraceableError(f"{node} changes the network's {old.target} in place")
-        for other in _same_memory(old, graph, network) - {old, node}:
-            if any(order[user] > order[node] for user in other.users):
-                raise UntraceableError(f"{node} changes {other}, which shares memory, in place")
+
+        def is_read_later(value: fx.Node, node: fx.Node = node) -> bool:
+            return any(order[user] > order[node] for user in value.users)
+
+        earlier = [value for value in order if order[value] < order[node] and value is not old]
+        others = [value for value in earlier if is_read_later(value)]
+        for other in memory.shared(old, others):
+            raise UntraceableError(f"{node} changes {old} in place, whose memory {other} may share")
         old.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
     for module in network.modules():
         if getattr(module, "inplace", False) is True:
@@ -54,12 +69,16 @@ def _is_no_op(node: fx.Node, network: fx.GraphModule) -> bool:
     if node.op == "call_module":
         module = network.get_submodule(node.target)
         no_op = isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
-        return no_op and not fused.hooked(module) and not node.kwargs
-    dropouts = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout)
-    if node.op == "call_function" and node.target in dropouts:
-        default = node.target is not torch.dropout
-        training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", default)
-        return training is False and bool(node.args)
+        return no_op and not module.training and fused.is_plain(module) and not node.kwargs
+    if node.op != "call_function" or not node.args:
+        return False
+    if node.target in DROPOUTS:
+        default = inspect.signature(node.target).parameters["training"].default
+        return arguments(node, "input p training").get("training", default) is False
+    if node.target is torch.dropout:
+        return arguments(node, "input p train").get("train") is False
+    if getattr(node.target, "__module__", None) == "torchvision.ops.stochastic_depth":
+        return arguments(node, "input p mode training").get("training", True) is False
     return False
 
 
@@ -81,7 +100,7 @@ def _to_out_of_place(node: fx.Node, network: fx.GraphModule) -> bool:
     if node.target in IN_PLACE:
         node.target = IN_PLACE[node.target]
         return True
-    if node.target in STATEFUL:
+    if node.target in STATEFUL or is_mutable(node.target):
         raise UntraceableError(f"{node} changes its argument in place")
     if name.endswith("_") and not name.endswith("__") and not hasattr(operator, name):
         node.target = getattr(torch, name[:-1], None) or getattr(F, name[:-1], None)
@@ -102,19 +121,3 @@ def _to_out_of_place(node: fx.Node, network: fx.GraphModule) -> bool:
     else:
         node.args = (*node.args[:position], False, *node.args[position + 1 :])
     return True
-
-
-def _same_memory(node: fx.Node, graph: fx.Graph, network: fx.GraphModule) -> set[fx.Node]:
-    """The values that may share memory with a value, because they are views of the same value."""
-
-    def root(value: fx.Node) -> fx.Node:
-        while (
-            kind_of(value, network) in VIEWS and value.args and isinstance(value.args[0], fx.Node)
-        ):
-            if value.target is getattr and value.args[1] in ("shape", "dtype", "device", "ndim"):
-                break
-            value = value.args[0]
-        return value
-
-    base = root(node)
-    return {other for other in graph.nodes if root(other) is base}
