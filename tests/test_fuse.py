@@ -524,7 +524,7 @@ def test_arguments_that_are_not_given_have_their_defaults():
         fused = resfast.fuse(model, torch.float32, example=example)
         assert fused.report.residuals == len(inputs) - 1
         torch.testing.assert_close(fused(*inputs), model(*inputs).detach())
-    with pytest.raises(TypeError):
+    with pytest.raises(ResfastError, match="with the default of 'residual'"):
         resfast.fuse(model)(x, residual)
 
 

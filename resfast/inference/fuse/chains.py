@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as module_hooks
 
 from resfast.inference.fuse.nodes import MAX_POOLS, arguments
+from resfast.layers import fused
 from resfast.ops.basic_block.op import BasicBlock
 from resfast.ops.conv.op import ConvBiasAct
 from resfast.ops.network.layers import Conv, Head, Layer, MaxPool, Mean
@@ -66,6 +68,7 @@ def with_chains(network: fx.GraphModule) -> fx.GraphModule | None:
     if not chains:
         return None
     graph = fx.Graph()
+    graph.set_codegen(copy.deepcopy(network.graph._codegen))  # of torch.export's nested values
     modules: dict[str, Any] = {}
     copies: dict[fx.Node, fx.Node] = {}
     starts = {nodes[0]: nodes for nodes in chains}
@@ -156,9 +159,9 @@ def _layers(node: fx.Node, network: fx.GraphModule) -> list[Layer] | None:
         case BasicBlock():
             pair = _conv(module.conv1, 0, None), _conv(module.conv2, -1, 0)
             return None if None in pair else list(pair)
-        case nn.MaxPool2d() if not _is_hooked(module):
+        case nn.MaxPool2d() if fused.is_plain(module):
             return _pool(vars(module))
-        case nn.AdaptiveAvgPool2d() if not _is_hooked(module):
+        case nn.AdaptiveAvgPool2d() if fused.is_plain(module):
             return [Mean(0)] if module.output_size in (1, (1, 1), [1, 1]) else None
     return None
 
@@ -179,7 +182,7 @@ def _head_nodes(mean: fx.Node, network: fx.GraphModule) -> list[fx.Node]:
 def _is_flatten(node: fx.Node, source: fx.Node, network: fx.GraphModule) -> bool:
     if node.op == "call_module":
         module = network.get_submodule(str(node.target))
-        plain = type(module) is nn.Flatten and not _is_hooked(module)
+        plain = type(module) is nn.Flatten and fused.is_plain(module)
         return plain and (module.start_dim, module.end_dim) in ((1, -1), (1, 3))
     if node.target not in (torch.flatten, "flatten"):
         return False
@@ -195,12 +198,8 @@ def _is_linear(node: fx.Node, source: fx.Node, network: fx.GraphModule) -> bool:
     if node.op != "call_module" or node.args != (source,) or node.kwargs:
         return False
     module = network.get_submodule(str(node.target))
-    plain = type(module) is nn.Linear and not _is_hooked(module)
+    plain = type(module) is nn.Linear and fused.is_plain(module)
     return plain and module.weight.dtype == torch.float32
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _conv(module: ConvBiasAct, source: int, residual: int | None) -> Conv | None:

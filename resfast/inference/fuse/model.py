@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,22 @@ from torch import Tensor, fx, nn
 from resfast.cuda_graph import CudaGraph
 from resfast.errors import ResfastError
 from resfast.inference.fuse.chains import Chain, only_chain, with_chains
+from resfast.inference.fuse.inputs import map_tensors, tensors
+from resfast.inference.fuse.nodes import FLOATS
 from resfast.inference.fuse.report import FusionReport
+from resfast.inference.fuse.trace import Traced
+
+_MISSING = object()
 
 
 class FusedModel(nn.Module):
     """A network returned by :func:`fuse`, for inference only.
 
-    Takes the inputs of the original: floating-point tensors are converted to :attr:`dtype` and, if
-    4-dimensional, to ``channels_last``. Floating-point outputs are float32. It can be copied,
-    pickled, compiled with ``torch.compile`` and exported with ``torch.export``.
+    Takes the inputs of the original, by position or by name: floating-point tensors, also those in
+    lists, tuples and dicts, are converted to :attr:`dtype` and, if 4-dimensional, to
+    ``channels_last``. Floating-point outputs are float32. It can be copied, pickled, compiled with
+    ``torch.compile`` and exported with ``torch.export``, and moved to another device, but not to
+    another dtype.
 
     Attributes:
         network: the rewritten graph.
@@ -31,18 +39,19 @@ class FusedModel(nn.Module):
 
     def __init__(
         self,
-        network: fx.GraphModule,
+        traced: Traced,
         dtype: torch.dtype,
         report: FusionReport,
         cuda_graph: bool,
-        shapes: tuple[tuple[int | None, ...], ...] | None,
     ) -> None:
         super().__init__()
-        self.network = network
+        self.network = traced.network
         self.dtype = dtype
         self.report = report
         self.cuda_graph = cuda_graph
-        self._shapes = shapes
+        self._inputs = traced.inputs
+        self._shapes = traced.shapes
+        self._output = traced.output
         self._captured: dict[Any, CudaGraph] = {}
         self._pool: Any = None
         self._chains = _Chains()
@@ -61,38 +70,48 @@ class FusedModel(nn.Module):
             )
         return self
 
-    def forward(self, x: Any, *others: Any) -> Any:
-        inputs = (x, *others)
-        if not others and not self.cuda_graph and not torch.compiler.is_compiling():
-            chain = self._chains.only(self.network)
-            if chain is not None and chain.takes(x):
-                if self._shapes is not None:
-                    self._check_shapes(inputs)
-                return chain.network(x).float()
+    def forward(self, x: Any = _MISSING, /, *others: Any, **named: Any) -> Any:
+        args = others if x is _MISSING else (x, *others)
+        inputs = self._inputs.bound(args, named)
         if self._shapes is not None:
             self._check_shapes(inputs)
-        if self.cuda_graph and not torch.compiler.is_compiling():
-            return self._replay(inputs)
+        if not torch.compiler.is_compiling():
+            if self.cuda_graph:
+                return self._replay(inputs)
+            if len(inputs) == 1 and self._output is None:
+                chain = self._chains.only(self.network)
+                if chain is not None and chain.takes(inputs[0]):
+                    return chain.network(inputs[0]).float()
         return self._run(*map(self._converted, inputs))
 
     def _run(self, *inputs: Any) -> Any:
-        kind = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
+        kind = next((x.device.type for x in tensors(inputs)), "cpu")
         network = self._chains.of(self.network, kind)
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return _floats(network(*inputs))
-        return _floats(network(*inputs))
+                out = network(*inputs)
+        else:
+            out = network(*inputs)
+        return _floats(out if self._output is None else _ordered(out, self._output))
 
-    def _converted(self, x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+    def _converted(self, value: Any) -> Any:
+        return map_tensors(self._converted_tensor, value)
+
+    def _converted_tensor(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
             return x
         if x.ndim == 4:
             return x.to(dtype=self.dtype, memory_format=torch.channels_last)
         return x.to(self.dtype)
 
     def _check_shapes(self, inputs: tuple[Any, ...]) -> None:
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
-        for index, (x, shape) in enumerate(zip(tensors, self._shapes, strict=False)):
+        found = list(tensors(inputs))
+        if len(found) != len(self._shapes):
+            raise ResfastError(
+                f"the inputs have {len(found)} tensors, but the network was traced by torch.export "
+                f"for {len(self._shapes)}; fuse it again with an example of the new inputs"
+            )
+        for index, (x, shape) in enumerate(zip(found, self._shapes, strict=True)):
             if len(x.shape) != len(shape) or any(
                 expected is not None and actual != expected
                 for actual, expected in zip(x.shape, shape, strict=True)
@@ -122,9 +141,27 @@ class FusedModel(nn.Module):
             self._captured[key] = captured
         return map_tensors(lambda x: x.clone(), captured.replay(*inputs))
 
-    def _apply(self, *args: Any, **kwargs: Any) -> FusedModel:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> FusedModel:
+        """Moves the tensors; each keeps its dtype.
+
+        Raises:
+            ResfastError: ``fn`` converts to another dtype than :attr:`dtype`.
+        """
+        place = next(self.buffers(), torch.empty(0)).device
+        for kind in FLOATS:
+            found = fn(torch.empty(1, dtype=kind, device=place)).dtype
+            if found not in (kind, self.dtype):
+                raise ResfastError(
+                    f"a fused network cannot be converted to {found}: it was fused for "
+                    f"{self.dtype}; fuse the original with dtype={found}"
+                )
+
+        def move(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == x.dtype else x.to(moved.device)
+
         self._captured = {}
-        return super()._apply(*args, **kwargs)
+        return super()._apply(move, *args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._captured = {}
@@ -173,19 +210,18 @@ class _Chains:
         return _Chains, ()
 
 
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """Applies the function to every tensor in a nested structure of lists, tuples and dicts."""
-    match value:
-        case Tensor():
-            return function(value)
-        case tuple() if hasattr(value, "_fields"):
-            return type(value)(*(map_tensors(function, item) for item in value))
-        case list() | tuple():
-            return type(value)(map_tensors(function, item) for item in value)
-        case dict():
-            return type(value)((name, map_tensors(function, item)) for name, item in value.items())
-    return value
-
-
 def _floats(value: Any) -> Any:
     return map_tensors(lambda x: x.float() if x.is_floating_point() else x, value)
+
+
+def _ordered(value: Any, like: Any) -> Any:
+    """The value with its dicts as ``OrderedDict`` where ``like`` has one."""
+    match like:
+        case dict():
+            items = [(name, _ordered(value[name], item)) for name, item in like.items()]
+            return OrderedDict(items) if isinstance(like, OrderedDict) else dict(items)
+        case tuple() if hasattr(like, "_fields"):
+            return type(value)(*map(_ordered, value, like))
+        case list() | tuple():
+            return type(value)(map(_ordered, value, like))
+    return value

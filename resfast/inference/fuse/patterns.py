@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
+from resfast.inference.fuse.inputs import map_tensors
 from resfast.inference.fuse.nodes import (
     ADDS,
     CONVS,
@@ -23,6 +24,7 @@ from resfast.inference.fuse.nodes import (
     arguments,
     kind_of,
     leaky,
+    quiet,
 )
 from resfast.layers import fused
 from resfast.layers.activation import name_and_slope
@@ -74,16 +76,16 @@ class Patterns:
         left: name of each operation that is not fused, and the reason.
     """
 
-    def __init__(self, network: fx.GraphModule, example: tuple[Tensor, ...] | None) -> None:
+    def __init__(self, network: fx.GraphModule, example: tuple[Any, ...] | None) -> None:
         self.network = network.eval()
         self.graph = network.graph
         self.left: list[tuple[str, str]] = []
         self._find_shapes(example)
 
-    def _find_shapes(self, example: tuple[Tensor, ...] | None) -> None:
+    def _find_shapes(self, example: tuple[Any, ...] | None) -> None:
         device = device_of(self.network)
         if example is not None:
-            inputs = [(x.shape, x.dtype) for x in example]
+            inputs = example
         else:
             needed = [n for n in self.graph.nodes if n.op == "placeholder" and not n.args]
             convs = (self.conv(node) for node in self.graph.nodes)
@@ -91,10 +93,13 @@ class Patterns:
             if first is None or len(needed) != 1:
                 return
             size = (2, first[0].in_channels, GUESSED_SIZE, GUESSED_SIZE)
-            inputs = [(size, first[0].weight.dtype)]
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            fakes = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in inputs]
-            Shapes(self.network).run(*fakes, enable_io_processing=False)
+            inputs = (torch.empty(size, dtype=first[0].weight.dtype, device="meta"),)
+        with FakeTensorMode(allow_non_fake_inputs=True), quiet():
+            fakes = map_tensors(
+                lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), inputs
+            )
+            flat = self.graph.process_inputs(*fakes)
+            Shapes(self.network).run(*flat, enable_io_processing=False)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.network.get_submodule(node.target) if node.op == "call_module" else None
@@ -165,7 +170,7 @@ class Patterns:
             return None
         module = self.module(node)
         if module is not None:
-            if fused.hooked(module):
+            if not fused.is_plain(module):
                 return None
             name, slope = name_and_slope(module) or ("none", 0.0)
             if name == "leaky_relu":
@@ -208,7 +213,7 @@ class Patterns:
     def is_max_pool(self, node: fx.Node) -> bool:
         module = self.module(node)
         if module is not None:
-            return type(module) is nn.MaxPool2d and not fused.hooked(module)
+            return type(module) is nn.MaxPool2d and fused.is_plain(module)
         return node.op == "call_function" and node.target in MAX_POOLS
 
     def is_increasing(self, node: fx.Node, x: fx.Node) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.overrides import TorchFunctionMode
 
 from resfast.errors import ResfastError
 from resfast.inference.fuse.blocks import group_blocks
@@ -16,14 +19,20 @@ from resfast.inference.fuse.nodes import DTYPES
 from resfast.inference.fuse.patterns import device_of
 from resfast.inference.fuse.rewrite import Rewriter
 from resfast.inference.fuse.trace import trace
+from resfast.layers import fused
 from resfast.ops.conv.op import ConvBiasAct
+
+_QUANTISED = ("torch.ao.", "torch.quantization", "torchao.")
+_FLOAT = (torch.ao.nn.quantized.FloatFunctional, torch.ao.quantization.QuantStub)
+_FLOAT += (torch.ao.quantization.DeQuantStub,)
+"""Modules of networks prepared for quantisation that compute in floating point."""
 
 
 def fuse(
     model: nn.Module,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    example: Tensor | tuple[Tensor, ...] | None = None,
+    example: Tensor | tuple[Any, ...] | dict[str, Any] | list[Any] | None = None,
     device: torch.device | str | None = None,
     cuda_graph: bool = False,
     report: Callable[[str], object] | None = None,
@@ -40,9 +49,10 @@ def fuse(
         model: any network in eval mode: resfast's, torchvision's, timm's, your own. It is not
             changed and shares no memory with the result.
         dtype: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``.
-        example: the network's positional inputs, on its device. Required if ``torch.fx`` cannot
-            trace the network (later inputs may then differ in batch size only); otherwise used to
-            infer shapes, which are inferred from 224x224 images without it.
+        example: the network's inputs, on its device: a tuple, or the only one. Required if
+            ``torch.fx`` cannot trace the network (later inputs may then differ in batch size only);
+            otherwise used to infer shapes, which are inferred from 224x224 images without it.
+            Arguments that it leaves out keep their defaults.
         device: device of the result; None for that of the model.
         cuda_graph: capture and replay a CUDA graph per input shape, for latency at small batches.
         report: called with the text of the report, for example ``print``.
@@ -52,10 +62,12 @@ def fuse(
 
     Raises:
         ResfastError: the model is in training mode, quantised, without weights, already fused or
-            cannot be traced; another dtype; ``cuda_graph`` without a CUDA device.
+            cannot be traced; forward hooks on all modules, or on a wrapper such as
+            ``nn.DataParallel``; another dtype; ``cuda_graph`` without a CUDA device.
     """
     model = _checked(model, dtype)
-    example = (example,) if isinstance(example, Tensor) else example
+    if example is not None and not isinstance(example, tuple):
+        example = (example,)
     where = torch.device(device) if device is not None else device_of(model)
     if cuda_graph and (where.type != "cuda" or not torch.cuda.is_available()):
         raise ResfastError(
@@ -63,12 +75,11 @@ def fuse(
             "device='cuda' on a machine with one, or cuda_graph=False"
         )
     with torch.inference_mode(False), torch.no_grad():
-        model = copy.deepcopy(model).requires_grad_(False)
-        network, shapes, traced_by = trace(model, example)
-        made = Rewriter(network, dtype, example, traced_by).run()
-        made = replace(made, blocks=group_blocks(network))
-        network = network.to(where)
-    result = FusedModel(network, dtype, made, cuda_graph, shapes)
+        traced = trace(_copied(model), example)
+        made = Rewriter(traced.network, dtype, example, traced.by).run()
+        made = replace(made, blocks=group_blocks(traced.network))
+        traced.network.to(where)
+    result = FusedModel(traced, dtype, made, cuda_graph)
     if report is not None:
         report(str(made))
     return result
@@ -81,18 +92,28 @@ def _checked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         raise ResfastError(f"cannot fuse a {type(model).__name__}; expected an nn.Module{hint}")
     if isinstance(model, torch.jit.ScriptModule):
         raise ResfastError("cannot fuse a TorchScript module; fuse the nn.Module it was made from")
+    if not isinstance(dtype, torch.dtype):
+        hint = (
+            "; pass inputs as example=" if isinstance(dtype, Tensor | tuple | dict | list) else ""
+        )
+        raise ResfastError(
+            f"dtype is a {type(dtype).__name__}; expected {', '.join(map(str, DTYPES))}{hint}"
+        )
     if dtype not in DTYPES:
         raise ResfastError(f"dtype {dtype} is not supported; choose {', '.join(map(str, DTYPES))}")
-    if hasattr(model, "_orig_mod"):
-        model = model._orig_mod
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        raise ResfastError(
+            "forward hooks are registered for all modules, and a fused network has other modules; "
+            "remove them before fusing"
+        )
+    model = _unwrapped(model)
     for name, module in model.named_modules():
         what = f"{name or 'the network'} ({type(module).__name__})"
         if isinstance(module, FusedModel | ConvBiasAct):
             raise ResfastError(f"{what} is already fused; fuse the original network")
-        if type(module).__module__.startswith(("torch.ao.", "torch.quantization", "torchao.")):
+        if type(module).__module__.startswith(_QUANTISED) and type(module) not in _FLOAT:
             raise ResfastError(f"{what} is quantised; fuse the network before quantising it")
+        _unwrapped(module)
         if module.training:
             raise ResfastError(
                 f"{what} is in training mode; call model.eval() first, because batch norms are "
@@ -104,3 +125,50 @@ def _checked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_meta:
             raise ResfastError(f"{name} is on the meta device; load the weights first")
     return model
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside of ``torch.compile``, ``nn.DataParallel`` and the like.
+
+    Raises:
+        ResfastError: the wrapper has forward hooks of its own.
+    """
+    while True:
+        if type(model).__module__.startswith("torch._dynamo") and hasattr(model, "_orig_mod"):
+            inner = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        else:
+            return model
+        if fused.hooked(model):
+            raise ResfastError(
+                f"the wrapper {type(model).__name__} has forward hooks; register them on the "
+                "network inside it"
+            )
+        model = inner
+
+
+class _Detached(TorchFunctionMode):
+    """Lets ``copy.deepcopy`` copy tensors with a gradient history, which modules may keep."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            x, memo = args
+            if id(x) not in memo:
+                memo[id(x)] = x.detach().clone()
+            return memo[id(x)]
+        return func(*args, **(kwargs or {}))
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy without gradients, with the networks inside of wrappers in place of the wrappers."""
+    with _Detached():
+        model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            inner = _unwrapped(child)
+            if inner is not child:
+                module.add_module(name, inner)
+    return model.requires_grad_(False)

@@ -3,59 +3,123 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from resfast.errors import ResfastError
-from resfast.inference.fuse.nodes import UntraceableError, aten
+from resfast.inference.fuse.inputs import Inputs, map_tensors, tensors
+from resfast.inference.fuse.memory import SharedMemory
+from resfast.inference.fuse.nodes import UntraceableError, aten, quiet
 from resfast.inference.fuse.out_of_place import make_out_of_place
+from resfast.layers import fused
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A network as a graph.
+
+    Attributes:
+        network: the graph, without in-place operations.
+        inputs: how the arguments of the original become its inputs.
+        shapes: of each tensor in the inputs, if the graph is specialized for them; None for a
+            dimension of any size.
+        output: what the original returns, with None for all but containers, if it has an
+            ``OrderedDict`` that the graph returns as a dict.
+        by: ``torch.fx`` or ``torch.export``.
+    """
+
+    network: fx.GraphModule
+    inputs: Inputs
+    shapes: tuple[tuple[int | None, ...], ...] | None
+    output: Any
+    by: str
 
 
 class _Tracer(fx.Tracer):
-    """Traces into every module except those whose forward is defined by ``torch.nn``."""
+    """Traces a call of a network, hooks included, for some of its inputs.
+
+    Traces into every module except those whose forward is defined by ``torch.nn``. Without inputs
+    it takes those of forward, as ``fx.GraphModule`` does when it is unpickled.
+    """
+
+    def __init__(self, inputs: Inputs | None = None) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.output: Any = None
 
     def is_leaf_module(self, m: nn.Module, qualname: str) -> bool:
         home = getattr(type(m).forward, "__module__", "")
-        return home.startswith("torch.nn") and not isinstance(m, nn.Sequential)
+        is_torch = home.startswith("torch.nn") and not isinstance(m, nn.Sequential)
+        return is_torch and m is not self.root and not fused.overridden(m)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        inputs = self.inputs
+        if inputs is None:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+        values = [self.create_proxy("placeholder", name, (), {}) for name in inputs.names]
+
+        def call(root: nn.Module, *values: fx.Proxy) -> Any:
+            positional, keywords = inputs.split(values)
+            out = root(*positional, **keywords)
+            self.output = _containers(out)
+            return out
+
+        return call, [self.root, *values]
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if m in self.submodule_paths:
+            return super().call_module(m, forward, args, kwargs)
+        if any(True for _ in (*m.parameters(), *m.buffers())):
+            raise UntraceableError(
+                f"a {type(m).__name__} with weights is called that is not a submodule"
+            )
+        return forward(*args, **kwargs)  # made in a forward
 
 
-def _traced(model: nn.Module, inputs: int) -> fx.Graph:
-    """The graph for the first ``inputs`` arguments; others with a default are fixed to it."""
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    defaults = {
-        p.name: p.default
-        for p in parameters[inputs:]
-        if p.default is None or isinstance(p.default, bool | int | float | str)
-    }
-    graph = _Tracer().trace(model, concrete_args=defaults or None)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, parameter in zip(placeholders, parameters, strict=False):
-        if parameter.name in defaults:  # only torch.fx's assertion on its value reads it
-            for user in list(node.users):
-                for check in (*user.users, user):
-                    graph.erase_node(check)
-            graph.erase_node(node)
-    return graph
+def _containers(value: Any) -> Any:
+    """The value with None for all but lists, tuples and dicts.
+
+    Raises:
+        UntraceableError: a dict of another class, which torch.fx would replace by a dict.
+    """
+    match value:
+        case dict():
+            if type(value) not in (dict, OrderedDict):
+                raise UntraceableError(f"it returns a {type(value).__name__}")
+            return type(value)((name, _containers(item)) for name, item in value.items())
+        case tuple() if hasattr(value, "_fields"):
+            return type(value)(*map(_containers, value))
+        case list() | tuple():
+            return type(value)(map(_containers, value))
+    return None
 
 
-def trace(
-    model: nn.Module, example: tuple[Tensor, ...] | None
-) -> tuple[fx.GraphModule, tuple[tuple[int | None, ...], ...] | None, str]:
+def _has_ordered(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value or ()
+    return isinstance(value, OrderedDict) or any(map(_has_ordered, items))
+
+
+def trace(model: nn.Module, example: tuple[Any, ...] | None) -> Traced:
     """Traces a network.
-
-    Returns:
-        The graph, without in-place operations; the input shapes it is specialized for, with None
-        for a dimension of any size, or None for no restriction; the name of the tracer.
 
     Raises:
         ResfastError: the network cannot be traced.
     """
+    inputs = Inputs.of(model, example)
     try:
-        network = fx.GraphModule(model, _traced(model, 1 if example is None else len(example)))
-        make_out_of_place(network)
-        return network, None, "torch.fx"
+        tracer = _Tracer(inputs)
+        network = fx.GraphModule(model, tracer.trace(model))
+        make_out_of_place(network, example)
+        output = tracer.output if _has_ordered(tracer.output) else None
+        return Traced(network, inputs, None, output, "torch.fx")
     except Exception as error:  # noqa: BLE001 - tracing runs the user's code
         first = _sentence(error)
     if example is None:
@@ -63,20 +127,27 @@ def trace(
             f"torch.fx cannot trace {type(model).__name__} ({first}); pass example=, a batch of at "
             "least 2 inputs, to trace it with torch.export"
         )
-    dynamic = [{0: torch.export.Dim.DYNAMIC} if x.ndim and len(x) > 1 else {} for x in example]
+    args, kwargs = inputs.split(example)
     second = ""
-    for shapes in (dynamic, [{} for _ in example]):
+    for dynamic in (True, False):
+        free = map_tensors(_free_batch if dynamic else _fixed, example)
         try:
-            program = torch.export.export(model, example, dynamic_shapes=_by_name(model, shapes))
-            network = from_export(program.run_decompositions({}).module())
+            with quiet():
+                program = torch.export.export(
+                    model, args, kwargs, dynamic_shapes=_by_name(model, free)
+                )
+                SharedMemory(program.module(), example).check_export()
+                network = from_export(program.run_decompositions({}).module())
         except Exception as error:  # noqa: BLE001 - so does export
             second = second or _sentence(error)
             continue
         bound = tuple(
-            tuple(None if d in free else size for d, size in enumerate(x.shape))
-            for x, free in zip(example, shapes, strict=True)
+            tuple(
+                None if dynamic and d == 0 and size > 1 else size for d, size in enumerate(x.shape)
+            )
+            for x in tensors(example)
         )
-        return network, bound, "torch.export"
+        return Traced(network, inputs, bound, None, "torch.export")
     raise ResfastError(
         f"neither torch.fx ({first}) nor torch.export ({second}) can trace {type(model).__name__}; "
         "fuse only the submodule with the convolutions"
@@ -88,10 +159,19 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}".strip(": ")
 
 
-def _by_name(model: nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
+def _free_batch(x: Tensor) -> dict[int, Any]:
+    """The dynamic dimensions of an input; a batch of 1 would be fixed anyway."""
+    return {0: torch.export.Dim.DYNAMIC} if x.ndim and len(x) > 1 else {}
+
+
+def _fixed(x: Tensor) -> dict[int, Any]:
+    return {}
+
+
+def _by_name(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
     kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
     variadic = bool(kinds) and kinds[0] is inspect.Parameter.VAR_POSITIONAL
-    return (tuple(shapes),) if variadic else tuple(shapes)
+    return (shapes,) if variadic else shapes
 
 
 def from_export(exported: fx.GraphModule) -> fx.GraphModule:
