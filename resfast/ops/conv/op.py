@@ -246,7 +246,7 @@ class ConvBiasAct(nn.Module):
             self.weight = channels_last(self.weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if x.ndim == 3:
+        if x.ndim == 3 and (residual is None or residual.ndim == 3):
             return self.forward(x[None], None if residual is None else residual[None])[0]
         is_cpu = x.is_cpu
         if type(x) is not Tensor or not (is_cpu or x.is_cuda) or torch.compiler.is_compiling():
