@@ -212,6 +212,25 @@ def test_onnx_graph_is_convolutions_with_bias_and_says_what_it_is(trained, tmp_p
     assert shapes == [["batch", 12, 12, 3], ["batch", 5]]
 
 
+WRONG_INPUTS = """
+def refusal(x):
+    try:
+        network(x)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+wrong = {
+    "size": images[:2, 1:],
+    "dtype": images[:2].float(),
+    "rank": images[:2, :, :, 0],
+    "stride": images[:2].permute(0, 2, 1, 3),
+    "batch": images[:3],
+}
+json.dump({name: refusal(x) for name, x in wrong.items()}, open("refused.json", "w"))
+"""
+
+
 @NEEDS_COMPILER
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [None, 2])
@@ -223,12 +242,32 @@ out = [network(images[:n]) for n in SIZES]
 json.dump(network.get_metadata(), open("found.json", "w"))
 """.replace("SIZES", "(1, 2, 9)" if batch is None else "(2,)")
     images = pixels(9)
-    for found in in_plain_torch(tmp_path, code, images):
+    for found in in_plain_torch(tmp_path, code + WRONG_INPUTS, images):
         assert relative_error(found, trained.logits(images[: len(found)])) < 1e-5
     metadata = json.loads((tmp_path / "found.json").read_text())
     assert made.metadata.items() <= metadata.items()
     if batch is None:
         check_metadata(metadata, "aoti")
+    refused = json.loads((tmp_path / "refused.json").read_text())
+    for name, message in {
+        "size": "unmatched dim value at 1, expected: 12, but got: 11",
+        "dtype": "unmatched dtype",
+        "rank": "unmatched number of dimensions, expected: 4, but got: 3",
+        "stride": "unmatched stride value",
+        "batch": "unmatched dim value at 0, expected: 2, but got: 3" if batch else "no error",
+    }.items():
+        assert message in refused[name]
+
+
+@NEEDS_COMPILER
+@pytest.mark.slow
+def test_aoti_file_takes_contiguous_images_without_normalization(trained, tmp_path):
+    output = tmp_path / "net.pt2"
+    made = export(trained, "aoti", output=output, batch=3, normalize=False)
+    images = pixels(3)
+    x = (images / 255 - trained.mean) / trained.std
+    x = x.permute(0, 3, 1, 2).contiguous()
+    assert relative_error(loaded(made)(x), trained.logits(images)) < 1e-5
 
 
 # -- options -----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch.export import ExportedProgram
 from resfast import __version__, atomic, runtime
 from resfast.data.dataset import print_to_stderr
 from resfast.errors import ResfastError
+from resfast.inference import aoti
 from resfast.inference import load as inference
 from resfast.inference.fuse import fuse
 from resfast.inference.load import TrainedRun, Which
@@ -106,7 +107,8 @@ def export(
     without ``normalize``, float32 ``[N, 3, H, W]`` of ``(pixel / 255 - mean) / std``. It returns
     logits, float32 ``[N, classes]``. The metadata holds class names, mean, standard deviation, test
     accuracy and more: ``metadata_props`` in ONNX, the extra file ``metadata.json`` with
-    ``torch.export``, ``get_metadata()`` with AOTInductor.
+    ``torch.export``, ``get_metadata()`` with AOTInductor. An ``aoti`` file takes contiguous images
+    only, and raises ``RuntimeError`` for another shape, dtype, layout or device.
 
     Args:
         run: path of a run or its weights, see :func:`resfast.load`, or a loaded run (``weights``
@@ -268,7 +270,7 @@ class _Portable(nn.Module):
 
     def prepared(self, images: Tensor) -> Tensor:
         """The network's input for images uint8 ``[N, H, W, 3]``: unchanged, or normalized."""
-        return images if self.normalize else self._normalized(images)
+        return images if self.normalize else self._normalized(images).contiguous()
 
     def _normalized(self, images: Tensor) -> Tensor:
         return (images.float() * self.scale + self.shift).permute(0, 3, 1, 2)
@@ -400,13 +402,12 @@ def _write_onnx(
 
 
 def _write_aoti(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import CppCompileError, InductorError
 
     # On the CPU, freezing packs the weights for oneDNN if the batch size is fixed.
     configs = {"aot_inductor.metadata": metadata, "freezing": metadata["device"] == "cpu"}
     try:
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+        aoti.compile_checked(program, path, configs)
     except (CppCompileError, InductorError) as error:
         raise ResfastError(
             f"AOTInductor cannot compile the network ({str(error).splitlines()[0]}); check the "
