@@ -10,7 +10,10 @@ import copy
 import itertools
 import json
 import logging
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,6 +247,103 @@ def test_batch_of_none_gives_none(where: str) -> None:
         assert module(args["x"]).shape == (0, 12, 5, 5)
     else:
         assert computed(where, args).shape == (0, 12, 5, 5)
+
+
+SPOILT = {
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "-infinity": -float("inf"),
+}
+
+
+def kinds(values: Tensor) -> Tensor:
+    """0 for finite values, 1 for NaN, 2 and 3 for infinities."""
+    infinite = torch.where(values > 0, 2, 3)
+    return torch.where(values.isnan(), 1, torch.where(values.isinf(), infinite, 0))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("where", "dtype"),
+    [("oneDNN", torch.float32), ("oneDNN", torch.bfloat16)]
+    + [pytest.param(*where.values, torch.bfloat16, marks=where.marks) for where in OURS],
+)
+def test_values_that_are_not_finite_reach_the_results_that_depend_on_them_and_no_others(
+    where: str, dtype: torch.dtype, activation: str
+) -> None:
+    for channels, residual, spoilt in itertools.product((3, 40), (False, True), SPOILT):
+        for name in ("x", "bias", "residual") if residual else ("x", "bias"):
+            args = arguments(2, channels, 24, (9, 9), dtype=dtype, residual=residual)
+            args["activation"] = activation
+            args[name][(0,) * args[name].ndim] = SPOILT[spoilt]
+            result, expected = computed(where, args), exact(args)
+            right = kinds(result) == kinds(expected)
+            if activation == "gelu" and dtype == torch.float32:  # torch's own is NaN at infinity
+                right |= (kinds(result) == 1) & (kinds(expected) == 2)
+            assert right.all(), f"{spoilt} in {name}, {channels} channels, residual {residual}"
+
+
+@pytest.mark.parametrize("where", ["oneDNN", *OURS[:1]])
+def test_weights_that_are_not_finite_make_no_result_finite(where: str) -> None:
+    for activation, dtype in itertools.product(("relu", "gelu"), (torch.float32, torch.bfloat16)):
+        if where == "oneDNN" or dtype == torch.bfloat16:
+            args = arguments(2, 8, 16, (6, 6), dtype=dtype)
+            args["weight"].fill_(torch.nan)
+            module = ConvBiasAct(args["weight"], padding=1, activation=activation)
+            assert module(args["x"]).isnan().all()
+
+
+ONE_COLUMN = """
+import sys, torch
+import torch.nn.functional as F
+from resfast.ops.conv.op import ConvBiasAct, conv2d_bias_act
+
+torch.set_num_threads(1)
+for kernel, stride, width in ((3, 2, 3), (3, 3, 4), (5, 2, 5), (5, 4, 7)):
+    for batch, channels, with_residual in ((1, 3, False), (4, 64, True)):
+        x = torch.randn(batch, channels, 32, width).bfloat16()
+        weight = torch.randn(16, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
+        weight = weight.bfloat16()
+        exact = F.conv2d(x.double(), weight.double(), None, stride)
+        residual = torch.randn(exact.shape).bfloat16() if with_residual else None
+        exact = exact if residual is None else exact + residual.double()
+        for run in (
+            ConvBiasAct(weight, stride=stride),
+            lambda x, residual: conv2d_bias_act(x, weight, None, residual, stride=stride),
+        ):
+            error = (run(x, residual).double() - exact).abs().max().item()
+            assert error < 0.1, (kernel, stride, width, error)
+"""
+
+
+def test_results_of_one_column_hold_nothing_of_uninitialized_memory(tmp_path: Path) -> None:
+    """torch 2.15's bfloat16 convolution does, with AMX and a stride of at least 2 (measured)."""
+    environment = {
+        **os.environ,
+        "MALLOC_PERTURB_": "128",  # glibc fills new memory with 0x7F, which is 3e38 in bfloat16
+        "RESFAST_CONV": "oneDNN",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_COLUMN],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_bf16
+def test_the_fallback_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def instant(*args: Any) -> Any:
+        return lambda x, residual: torch.zeros(1, 16, 8, 8, dtype=x.dtype)
+
+    for name in ("oneDNN", "gemm"):
+        monkeypatch.setitem(conv_cpu.BUILDERS, name, instant)
+    args = arguments(1, 16, 16, (8, 8))
+    module = ConvBiasAct(args["weight"], args["bias"], padding=1)
+    assert_right(module(args["x"]), args)
 
 
 def test_without_onednn_the_reference_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def fastest(
         calls: candidates by name, bound to their arguments.
         is_right: whether a result is accurate, such as :func:`near` returns.
         seconds: measures the candidates.
-        trusted: name of the candidate that is not checked and is the fallback if no other works.
+        trusted: name of the candidate that is the fallback if none works.
         what: description of the computation for messages.
 
     Returns:
@@ -123,7 +123,7 @@ def fastest(
     accurate = {}
     for name, call in calls.items():
         try:
-            if name == trusted or is_right(call()):
+            if is_right(call()):
                 accurate[name] = call
             else:
                 warn_once(f"{name} is not accurate enough for {what} and is not used")

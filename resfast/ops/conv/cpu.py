@@ -13,6 +13,10 @@ The last three are for bfloat16. :class:`~resfast.ops.conv.op.ConvBiasAct` asks 
 shape. The choice is cached in ``$XDG_CACHE_HOME/resfast/conv-cpu.json`` by processor, version,
 shape and number of threads, unless the machine was too busy to measure. ``RESFAST_CONV=oneDNN``,
 ``gemm``, ``winograd`` or ``direct`` forces that algorithm wherever it applies.
+
+NaN and infinity must reach only the results that depend on them. Winograd's algorithm spreads them
+over a tile, oneDNN's AMX kernels over neighbouring pixels, and our GELU is finite at -infinity.
+Batches with such values, which the sum of the batch tells, therefore take ``gemm``.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resfast import runtime
@@ -33,13 +38,7 @@ from resfast.ops.conv.choice import Plan, Run
 
 ALGORITHMS = conv_choice.NAMES["cpu"]
 CHOICES = conv_choice.Choices("conv-cpu.json")
-ONEDNN_NAMES = {
-    "none": "none",
-    "relu": "relu",
-    "leaky_relu": "leaky_relu",
-    "silu": "swish",
-    "gelu": "gelu",  # exact GELU, with the algorithm argument "none"
-}
+ONEDNN_NAMES = {"none": "none", "leaky_relu": "leaky_relu", "silu": "swish"}
 TILES = (4, 3, 2)
 """Output sizes of Winograd tiles for stride 1, largest first."""
 MAX_GROUP_BYTES = 16 * 2**20
@@ -59,7 +58,10 @@ def conv2d_bias_act(
     negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
 ) -> Tensor:
     """The operator for weights that may change between calls: oneDNN."""
-    run = _onednn(x, weight, bias, stride, padding, activation, negative_slope, 2, None)
+    args = (x, weight, bias, stride, padding, activation, negative_slope, 2)
+    run = _onednn(*args, None)
+    if _must_be_finite("oneDNN", x.dtype, activation):
+        run = _checked(run, *args, {})
     return run(x, residual)
 
 
@@ -82,7 +84,7 @@ def plan(
     named = conv_choice.forced("cpu")
     chosen = named if named in names else None
     if chosen is None and (named or len(names) == 1 or x.numel() == 0):
-        chosen = "oneDNN"
+        chosen = names[0]
     if chosen is None:
         sizes = conv_choice.describe_sizes(x, weight, stride, padding, residual is not None)
         key = f"{machine()}|{torch.get_num_threads()} threads|{sizes}"
@@ -91,8 +93,11 @@ def plan(
         if chosen is None:
             chosen, steady = _fastest(names, args, residual)
             CHOICES.put(key, chosen, keep=steady)
+    run = BUILDERS[chosen](*args)
+    if x.numel() and _must_be_finite(chosen, x.dtype, activation):
+        run = _checked(run, *args)
     shape = conv_reference.output_shape(x, weight, stride, padding)
-    return Plan(chosen, torch.Size(shape), BUILDERS[chosen](*args))
+    return Plan(chosen, torch.Size(shape), run)
 
 
 def fastest_tile(x: Tensor, stride: int, padding: int, largest: int = max(TILES)) -> int:
@@ -181,6 +186,18 @@ def _onednn_has(dtype: torch.dtype) -> bool:
     return True
 
 
+def _onednn_is_wrong(
+    dtype: torch.dtype, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]
+) -> bool:
+    """Whether oneDNN's AMX kernels read uninitialized memory (seen with torch 2.15).
+
+    They do for results that are one column wide, with a horizontal stride of at least 2. Columns of
+    zeros that make the result two columns wide avoid it.
+    """
+    columns = conv_reference.output_shape(x, weight, stride, padding)[3]
+    return dtype != torch.float32 and stride[1] > 1 and columns == 1
+
+
 def _onednn(
     x: Tensor,
     weight: Tensor,
@@ -199,36 +216,49 @@ def _onednn(
         )
     bias = None if bias is None else bias.to(dtype)
     weight = weight.to(dtype)
+    widened = _onednn_is_wrong(dtype, x, weight, stride, padding)
+    sizes = [*x.shape[:3], x.shape[3] + (stride[1] if widened else 0)]
     if packed is not None:
         key = ("oneDNN", x.shape)
         if key not in packed:
             packed[key] = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, padding, stride, [1, 1], 1, list(x.shape)
+                weight, padding, stride, [1, 1], 1, sizes
             )
         weight = packed[key]
-    name = ONEDNN_NAMES[activation]
+    # oneDNN's ReLU makes NaN 0, and its GELU differs from torch's at infinity.
+    apart = activation in ("relu", "gelu")
+    name = "none" if apart else ONEDNN_NAMES[activation]
     scalars = [negative_slope] if activation == "leaky_relu" else []
     rest = (padding, stride, [1, 1], 1)
     unary = torch.ops.mkldnn._convolution_pointwise.default
     binary = torch.ops.mkldnn._convolution_pointwise.binary
-    fused = activation in ("none", "relu")  # oneDNN's binary form fuses only these after the sum
-    attribute = "relu" if activation == "relu" else None
-    act = conv_reference.ACTIVATIONS[activation]
+    act = torch.relu_ if activation == "relu" else _activation(activation, negative_slope)
     channels_last = torch.channels_last
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         input_dtype = x.dtype
-        x = x.to(dtype).contiguous(memory_format=channels_last)
+        x = x.to(dtype)
+        if widened:
+            x = F.pad(x, (0, stride[1]))
+        x = x.contiguous(memory_format=channels_last)
         if residual is None:
-            out = unary(x, weight, bias, *rest, name, scalars, "none" if name == "gelu" else "")
+            out = unary(x, weight, bias, *rest, name, scalars, "")
+            out = act(out) if apart else out
+        elif widened:
+            out = act(unary(x, weight, bias, *rest, "none", [], "")[..., :1] + residual.to(dtype))
         else:
             residual = residual.to(dtype).contiguous(memory_format=channels_last)
-            out = binary(x, residual, weight, bias, *rest, "add", 1.0, attribute, [], "")
-            if not fused:
-                out = act(out, negative_slope)
+            out = act(binary(x, residual, weight, bias, *rest, "add", 1.0, None, [], ""))
+        if widened:
+            out = out[..., :1]
         return out.to(input_dtype).contiguous(memory_format=channels_last)
 
     return run
+
+
+def _activation(name: str, negative_slope: float) -> Callable[[Tensor], Tensor]:
+    function = conv_reference.ACTIVATIONS[name]
+    return lambda x: function(x, negative_slope)
 
 
 # -- our kernels -----------------------------------------------------------------------------------
@@ -273,6 +303,63 @@ BUILDERS: dict[str, Callable[..., Run]] = {
 }
 
 
+# -- NaN and infinity ------------------------------------------------------------------------------
+
+
+def _must_be_finite(name: str, dtype: torch.dtype, activation: str) -> bool:
+    """Whether an algorithm is right only where every input is finite."""
+    if dtype == torch.float32:
+        return False
+    return name != "gemm" or activation == "gelu"
+
+
+def _is_finite(tensor: Tensor | None) -> bool:
+    """False if a value is NaN or infinite, and sometimes for very large values."""
+    return tensor is None or math.isfinite(tensor.sum())
+
+
+def _checked(
+    run: Run,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    activation: str,
+    negative_slope: float,
+    tile: int,
+    packed: dict[Any, Any],
+) -> Run:
+    """``run``, but an exact algorithm if the weights or a batch are not finite."""
+
+    @functools.cache
+    def exact() -> Run:
+        rest = (weight, bias, stride, padding)
+        if not _applies("gemm", x, weight, stride, padding):
+            return lambda x, residual: conv_reference.conv2d_bias_act(
+                x, weight, bias, residual, stride, padding, activation, negative_slope
+            )
+        if activation != "gelu":
+            return _resfast("gemm", x, *rest, activation, negative_slope, tile, packed)
+        gemm = _resfast("gemm", x, *rest, "none", 0.0, tile, packed)
+        return lambda x, residual: _gelu(gemm(x, residual))
+
+    if not (_is_finite(weight) and _is_finite(bias)):
+        return exact()
+
+    def checked(x: Tensor, residual: Tensor | None) -> Tensor:
+        finite = _is_finite(x) and (activation != "gelu" or _is_finite(residual))
+        return (run if finite else exact())(x, residual)
+
+    return checked
+
+
+def _gelu(x: Tensor) -> Tensor:
+    """Exact GELU in float32; ``F.gelu`` may be NaN at infinity."""
+    wide = x.float()
+    return (0.5 * wide * (1 + torch.erf(wide * math.sqrt(0.5)))).to(x.dtype)
+
+
 # -- choice ----------------------------------------------------------------------------------------
 
 
@@ -290,14 +377,19 @@ def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[st
         activation,
         negative_slope,
     )
+    trusted = "gemm" if "gemm" in names else "oneDNN"
     if not exact.isfinite().all():  # comparison is impossible
-        return "oneDNN", False
-    runs = {name: BUILDERS[name](*args[:-1], {}) for name in names}
+        return trusted, False
+    runs = {}
+    for name in names:
+        runs[name] = BUILDERS[name](*args[:-1], {})
+        if _must_be_finite(name, x.dtype, activation):
+            runs[name] = _checked(runs[name], *args[:-1], {})
     return conv_choice.fastest(
         {name: functools.partial(run, x, residual) for name, run in runs.items()},
         is_right=conv_choice.near(exact, MAX_ERROR),
         seconds=conv_choice.host_seconds,
-        trusted="oneDNN",
+        trusted=trusted,
         what=f"{list(x.shape)} with {list(weight.shape)}",
     )
 
