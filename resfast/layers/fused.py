@@ -188,6 +188,14 @@ class _Folded:
         return self.module
 
 
+def _in_format(out: Tensor, x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """``out`` in the memory format of PyTorch's convolution, on which a later ``view`` depends."""
+    last = torch.channels_last
+    if any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, conv.weight)):
+        return out
+    return out.contiguous()
+
+
 class _FusedLayer(nn.Module):
     """Base of the fused layers: decides when to run one kernel and caches its weights."""
 
@@ -232,10 +240,11 @@ class _FusedLayer(nn.Module):
             residual = None if residual is None else residual.to(dtype)
             epilogue = (activation, negative_slope)
             if torch.compiler.is_compiling():
-                return self._in_graph(conv, norm, x, residual, *epilogue)
+                return _in_format(self._in_graph(conv, norm, x, residual, *epilogue), x, conv)
             if not conv.weight.is_inference():  # inference tensors have no version counter
                 module = self._folded.setdefault(name, _Folded()).get(conv, norm, dtype, *epilogue)
-                return module(x) if residual is None else module(x, residual)
+                out = module(x) if residual is None else module(x, residual)
+                return _in_format(out, x, conv)
         out = norm(conv(x))
         out = out if residual is None else out + residual
         return ACTIVATIONS[activation](out, negative_slope)
@@ -295,7 +304,7 @@ class ConvBNReLU(_FusedLayer):
         negative_slope: slope of ``leaky_relu`` below 0.
 
     Shape: ``[N, C, H, W]`` to ``[N, K, H', W']``; ``H' = (H + 2 padding - kernel_size) // stride
-    + 1``. Fastest in ``channels_last`` memory, the format of the fused call's output.
+    + 1``. Fastest in ``channels_last`` memory; the output has the memory format of the input.
 
     Raises:
         ValueError: an unknown activation.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
-from torch.overrides import TorchFunctionMode
 
 from resfast.errors import ResfastError
 from resfast.inference.fuse.blocks import group_blocks
+from resfast.inference.fuse.copying import copied, unwrapped
+from resfast.inference.fuse.layout import make_independent_of_layout
 from resfast.inference.fuse.model import FusedModel
 from resfast.inference.fuse.nodes import DTYPES
 from resfast.inference.fuse.patterns import device_of
 from resfast.inference.fuse.rewrite import Rewriter
 from resfast.inference.fuse.trace import trace
-from resfast.layers import fused
 from resfast.ops.conv.op import ConvBiasAct
 
 _QUANTISED = ("torch.ao.", "torch.quantization", "torchao.")
@@ -75,7 +74,8 @@ def fuse(
             "device='cuda' on a machine with one, or cuda_graph=False"
         )
     with torch.inference_mode(False), torch.no_grad():
-        traced = trace(_copied(model), example)
+        traced = trace(copied(model), example)
+        make_independent_of_layout(traced.network)
         made = Rewriter(traced.network, dtype, example, traced.by).run()
         made = replace(made, blocks=group_blocks(traced.network))
         traced.network.to(where)
@@ -106,14 +106,14 @@ def _checked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             "forward hooks are registered for all modules, and a fused network has other modules; "
             "remove them before fusing"
         )
-    model = _unwrapped(model)
+    model = unwrapped(model)
     for name, module in model.named_modules():
         what = f"{name or 'the network'} ({type(module).__name__})"
         if isinstance(module, FusedModel | ConvBiasAct):
             raise ResfastError(f"{what} is already fused; fuse the original network")
         if type(module).__module__.startswith(_QUANTISED) and type(module) not in _FLOAT:
             raise ResfastError(f"{what} is quantised; fuse the network before quantising it")
-        _unwrapped(module)
+        unwrapped(module)
         if module.training:
             raise ResfastError(
                 f"{what} is in training mode; call model.eval() first, because batch norms are "
@@ -125,50 +125,3 @@ def _checked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_meta:
             raise ResfastError(f"{name} is on the meta device; load the weights first")
     return model
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside of ``torch.compile``, ``nn.DataParallel`` and the like.
-
-    Raises:
-        ResfastError: the wrapper has forward hooks of its own.
-    """
-    while True:
-        if type(model).__module__.startswith("torch._dynamo") and hasattr(model, "_orig_mod"):
-            inner = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        else:
-            return model
-        if fused.hooked(model):
-            raise ResfastError(
-                f"the wrapper {type(model).__name__} has forward hooks; register them on the "
-                "network inside it"
-            )
-        model = inner
-
-
-class _Detached(TorchFunctionMode):
-    """Lets ``copy.deepcopy`` copy tensors with a gradient history, which modules may keep."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            x, memo = args
-            if id(x) not in memo:
-                memo[id(x)] = x.detach().clone()
-            return memo[id(x)]
-        return func(*args, **(kwargs or {}))
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy without gradients, with the networks inside of wrappers in place of the wrappers."""
-    with _Detached():
-        model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            inner = _unwrapped(child)
-            if inner is not child:
-                module.add_module(name, inner)
-    return model.requires_grad_(False)
