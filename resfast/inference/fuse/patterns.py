@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +34,8 @@ from resfast.ops.conv.reference import TORCH_NEGATIVE_SLOPE
 
 GUESSED_SIZE = 224
 """Height and width, in pixels, of the images assumed for shape propagation without an example."""
+LARGEST_STRIDE = 32
+"""Of networks; image sizes that differ by it have the same remainders on the way."""
 _SHAPE_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 
 
@@ -41,11 +45,21 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-class Shapes(fx.Interpreter):
-    """Propagates shapes through a graph up to its last addition, where they can be inferred."""
+def _leaves(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
-    def __init__(self, network: fx.GraphModule) -> None:
+
+class Shapes(fx.Interpreter):
+    """Propagates shapes through a graph up to its last addition, where they can be inferred.
+
+    Args:
+        network: the graph; each node's ``meta["shapes"]`` gets the shape of its value.
+        run: the key of that shape, as there are several for inputs of different sizes.
+    """
+
+    def __init__(self, network: fx.GraphModule, run: int = 0) -> None:
         super().__init__(network)
+        self.number = run
         nodes = list(network.graph.nodes)
         additions = [index for index, node in enumerate(nodes) if node.target in ADDS]
         self.needed = set(nodes[: additions[-1] + 1]) if additions else set()
@@ -58,13 +72,38 @@ class Shapes(fx.Interpreter):
         except _SHAPE_ERRORS:  # an input of unknown shape, or a wrong guess of the image size
             return None
         if isinstance(value, Tensor):
-            n.meta["shape"] = tuple(value.shape)
+            n.meta.setdefault("shapes", {})[self.number] = tuple(value.shape)
         return value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if fused.is_norm(self.fetch_attr(target)) and len(args) == 1:
             return args[0]  # the same shape, which is slow to infer
         return super().call_module(target, args, kwargs)
+
+
+Shape = tuple[int, ...]
+
+
+def _fake(shapes: Iterator[Shape], device: torch.device, x: Tensor) -> Tensor:
+    """A tensor of the next shape, with the dtype of another one."""
+    return torch.empty(next(shapes), dtype=x.dtype, device=device)
+
+
+def _variants(shapes: list[Shape], sizes_vary: bool) -> list[list[Shape]]:
+    """The inputs' shapes with another size of each batch and, if they vary, of the images."""
+    variants = []
+    for index, shape in enumerate(shapes):
+        if shape:
+            variants.append([*shapes])
+            variants[-1][index] = (shape[0] + 1, *shape[1:])
+    if sizes_vary:
+        step = LARGEST_STRIDE
+
+        def larger(shape: Shape) -> Shape:
+            return (*shape[:2], shape[2] + step, shape[3] + 2 * step) if len(shape) == 4 else shape
+
+        variants.append([larger(shape) for shape in shapes])
+    return variants
 
 
 class Patterns:
@@ -76,14 +115,22 @@ class Patterns:
         left: name of each operation that is not fused, and the reason.
     """
 
-    def __init__(self, network: fx.GraphModule, example: tuple[Any, ...] | None) -> None:
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        example: tuple[Any, ...] | None,
+        *,
+        sizes_vary: bool = True,
+    ) -> None:
         self.network = network.eval()
         self.graph = network.graph
         self.left: list[tuple[str, str]] = []
-        self._find_shapes(example)
+        self._find_shapes(example, sizes_vary)
 
-    def _find_shapes(self, example: tuple[Any, ...] | None) -> None:
+    def _find_shapes(self, example: tuple[Any, ...] | None, sizes_vary: bool) -> None:
+        """Finds shapes for inputs like the example, and for other batch and image sizes."""
         device = device_of(self.network)
+        inputs: tuple[Any, ...]
         if example is not None:
             inputs = example
         else:
@@ -94,12 +141,13 @@ class Patterns:
                 return
             size = (2, first[0].in_channels, GUESSED_SIZE, GUESSED_SIZE)
             inputs = (torch.empty(size, dtype=first[0].weight.dtype, device="meta"),)
+        shapes: list[Shape] = []
+        map_tensors(lambda x: shapes.append(tuple(x.shape)), inputs)
         with FakeTensorMode(allow_non_fake_inputs=True), quiet():
-            fakes = map_tensors(
-                lambda x: torch.empty(x.shape, dtype=x.dtype, device=device), inputs
-            )
-            flat = self.graph.process_inputs(*fakes)
-            Shapes(self.network).run(*flat, enable_io_processing=False)
+            for number, sizes in enumerate([shapes, *_variants(shapes, sizes_vary)]):
+                fakes = map_tensors(functools.partial(_fake, iter(sizes), device), inputs)
+                flat = self.graph.process_inputs(*fakes)
+                Shapes(self.network, number).run(*flat, enable_io_processing=False)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.network.get_submodule(node.target) if node.op == "call_module" else None
@@ -130,9 +178,12 @@ class Patterns:
         weight, bias = self.constant(a["weight"]), self.constant(a.get("bias"))
         if weight is None or (bias is None and a.get("bias") is not None):
             return None
+        names = ("stride", "padding", "dilation", "groups")
+        if any(isinstance(x, fx.Node) for n in names for x in _leaves(a.get(n))):
+            return None
         options = {
             name: tuple(a[name]) if isinstance(a[name], list) else a[name]
-            for name in ("stride", "padding", "dilation", "groups")
+            for name in names
             if name in a
         }
         k, c, *size = weight.shape
@@ -201,12 +252,15 @@ class Patterns:
         other = pair[1 - pair.index(x)]
         if not isinstance(other, fx.Node):
             return None
-        known = x.meta.get("shape"), other.meta.get("shape")
-        if None in known:
+        ours, theirs = x.meta.get("shapes", {}), other.meta.get("shapes", {})
+        if 0 not in ours or 0 not in theirs:
             self.left.append((node.name, "addition of values of unknown shape; pass an example"))
             return None
-        if known[0] != known[1]:
+        if ours[0] != theirs[0]:
             self.left.append((node.name, "addition that broadcasts"))
+            return None
+        if any(ours[run] != theirs[run] for run in ours.keys() & theirs.keys()):
+            self.left.append((node.name, "addition that broadcasts for other batches or images"))
             return None
         return other
 

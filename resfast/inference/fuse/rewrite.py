@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from resfast.inference.fuse.dtypes import cast_as_own, convert
 from resfast.inference.fuse.nodes import (
-    CASTS,
     CONVS,
-    FLOATS,
-    LINEARS,
     NORMS,
     arguments,
-    map_leaves,
-    only_scaled,
     only_user,
 )
 from resfast.inference.fuse.patterns import Patterns
@@ -56,14 +52,15 @@ class Rewriter(Patterns):
         example: tuple[Any, ...] | None,
         traced_by: str,
     ) -> None:
-        super().__init__(network, example)
+        super().__init__(network, example, sizes_vary=traced_by == "torch.fx")
         self.dtype = dtype
+        floats = (t.dtype for t in network.parameters() if t.is_floating_point())
+        self.own_dtype = next(floats, torch.float32)
         self.traced_by = traced_by
         self.counts: Counter[str] = Counter()
 
     def run(self) -> FusionReport:
-        for node in list(self.graph.nodes):
-            self._cast(node)
+        cast_as_own(self, self.own_dtype, self.dtype)
         for node in list(self.graph.nodes):
             self._delay_max_pool(node)
         branches = [branch for node in self.graph.nodes if (branch := self._branch(node))]
@@ -74,7 +71,7 @@ class Rewriter(Patterns):
             else:
                 self._keep(branch)
         self._report_rest()
-        self._convert()
+        convert(self, self.dtype)
         self.graph.eliminate_dead_code()
         self.network.delete_all_unused_submodules()
         self.graph.lint()
@@ -87,18 +84,6 @@ class Rewriter(Patterns):
             left=tuple(dict.fromkeys(self.left)),
             traced_by=self.traced_by,
         )
-
-    def _cast(self, node: fx.Node) -> None:
-        """Turns casts to a floating-point dtype into casts to the dtype of the network."""
-        if node.op == "call_method" and node.target in CASTS:
-            node.target, node.args, node.kwargs = "to", (node.args[0], self.dtype), {}
-        elif node.op.startswith("call_"):
-
-            def change(value: Any) -> Any:
-                return self.dtype if value in FLOATS else value
-
-            node.args = map_leaves(change, node.args)
-            node.kwargs = map_leaves(change, node.kwargs)
 
     def _delay_max_pool(self, conv: fx.Node) -> None:
         """Moves a convolution's max pool after the norms and activations it commutes with.
@@ -116,7 +101,7 @@ class Rewriter(Patterns):
             user.replace_input_with(pool, x)
             pool.replace_input_with(x, user)
             user.append(pool)
-            user.meta = {"shape": x.meta["shape"]} if "shape" in x.meta else {}
+            user.meta = {"shapes": x.meta["shapes"]} if "shapes" in x.meta else {}
             x = user
 
     def _branch(self, node: fx.Node) -> Branch | None:
@@ -214,7 +199,9 @@ class Rewriter(Patterns):
                 why = "with hooks or its own forward" if plain else "that is not nn.Conv2d"
                 self.left.append((name, f"convolution {why}"))
             elif node.target in CONVS:
-                self.left.append((name, "convolution whose weight is computed"))
+                plain = isinstance(self.constant(arguments(node, "input weight")["weight"]), Tensor)
+                what = "options are" if plain else "weight is"
+                self.left.append((name, f"convolution whose {what} computed"))
             elif isinstance(module, nn.modules.batchnorm._BatchNorm) or node.target in NORMS:
                 x = node.args[0] if node.args else None
                 conv = self.module(x) if isinstance(x, fx.Node) else None
@@ -229,45 +216,3 @@ class Rewriter(Patterns):
                 else:
                     why = "that cannot be folded (no statistics, hooks or its own forward)"
                 self.left.append((name, f"batch norm {why}"))
-
-    def _convert(self) -> None:
-        """Converts all else to the dtype, but batch norms and a final linear layer to float32."""
-        output = next(node for node in self.graph.nodes if node.op == "output")
-        exact: set[fx.Node] = set()
-        for node in list(self.graph.nodes):
-            if isinstance(self.module(node), nn.Linear) or node.target in LINEARS:
-                if only_scaled(node) is output and isinstance(node.args[0], fx.Node):
-                    exact.add(node)
-            elif node.target in NORMS:
-                exact.add(node)
-        for node in exact:
-            if node.target not in NORMS:
-                with self.graph.inserting_before(node):
-                    wide = self.graph.call_method("to", (node.args[0], torch.float32))
-                node.args = (wide, *node.args[1:])
-        calls: dict[str, list[fx.Node]] = {}
-        for node in self.graph.nodes:
-            if node.op in ("call_module", "get_attr"):
-                calls.setdefault(node.target, []).append(node)
-        for target, nodes in calls.items():
-            if nodes[0].op == "call_module":
-                module = self.network.get_submodule(target)
-                if isinstance(module, ConvBiasAct):
-                    continue
-                wide = isinstance(module, nn.modules.batchnorm._BatchNorm) or exact.issuperset(
-                    nodes
-                )
-                dtype = torch.float32 if wide else self.dtype
-                module.to(dtype)
-                for tensor in (*module.parameters(), *module.buffers()):
-                    if tensor.ndim == 4:
-                        tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
-            elif (tensor := self.constant(nodes[0])) is not None and tensor.is_floating_point():
-                users = {user for node in nodes for user in node.users}
-                dtype = torch.float32 if exact.issuperset(users) else self.dtype
-                owner, _, name = target.rpartition(".")
-                place = self.network.get_submodule(owner)
-                tensor = tensor.to(dtype)
-                if name in place._parameters:
-                    tensor = nn.Parameter(tensor, requires_grad=False)
-                setattr(place, name, tensor)
