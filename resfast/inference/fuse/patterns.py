@@ -90,12 +90,17 @@ def _fake(shapes: Iterator[Shape], device: torch.device, x: Tensor) -> Tensor:
 
 
 def _variants(shapes: list[Shape], sizes_vary: bool) -> list[list[Shape]]:
-    """The inputs' shapes with another size of each batch and, if they vary, of the images."""
+    """The inputs' shapes with another size of each batch and, if they vary, of the images.
+
+    Inputs of several images have one batch size; one of a single image may be for all of them.
+    """
+    together = [index for index, shape in enumerate(shapes) if shape and shape[0] > 1]
+    alone = [[index] for index, shape in enumerate(shapes) if shape and shape[0] == 1]
     variants = []
-    for index, shape in enumerate(shapes):
-        if shape:
-            variants.append([*shapes])
-            variants[-1][index] = (shape[0] + 1, *shape[1:])
+    for changed in ([together] if together else []) + alone:
+        variants.append([*shapes])
+        for index in changed:
+            variants[-1][index] = (shapes[index][0] + 1, *shapes[index][1:])
     if sizes_vary:
         step = LARGEST_STRIDE
 
