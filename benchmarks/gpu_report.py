@@ -54,9 +54,6 @@ from resfast.cli import common as entry
 from resfast.cli.doctor.line import Line, Options
 from resfast.cli.doctor.main import probe
 from resfast.errors import ResfastError
-from resfast.runs import folder as records
-from resfast.runs.epoch_row import read_rows, row_values
-from resfast.runs.summary import read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("build", "doctor", "tests", "benchmarks", "sanitizer", "training")
@@ -249,6 +246,11 @@ def _read_sanitizer(output: str) -> dict[str, Any]:
 
 def _read_training(run: Path, output: str) -> dict[str, Any]:
     """The summary of a run, or its last epoch if it was cut short."""
+    # pydantic, which they need, is there if the training began.
+    from resfast.runs import folder as records
+    from resfast.runs.epoch_row import read_rows, row_values
+    from resfast.runs.summary import read_run
+
     if (file := run / records.SUMMARY).exists():
         result = read_run(file)
         words = (

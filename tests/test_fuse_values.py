@@ -206,6 +206,25 @@ def test_shapes_that_agree_by_chance_are_added_as_in_the_original() -> None:
     assert both.report.residuals == 1
 
 
+class AddedInPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        same, channels = x, x.shape[1]
+        before = channels
+        channels += 1
+        x += 1
+        x *= before
+        return same * channels + x
+
+
+def test_operators_in_place_change_every_name_of_a_tensor_but_not_of_a_number() -> None:
+    check(AddedInPlace().eval(), images(2, 3, 8, 8), example=None)
+
+
 class Options(nn.Module):
     def __init__(self) -> None:
         super().__init__()

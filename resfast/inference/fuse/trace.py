@@ -15,6 +15,7 @@ from resfast.inference.fuse.inputs import Inputs, map_tensors, tensors
 from resfast.inference.fuse.memory import SharedMemory
 from resfast.inference.fuse.nodes import UntraceableError, aten, quiet
 from resfast.inference.fuse.out_of_place import make_out_of_place
+from resfast.inference.fuse.proxy import Proxy
 from resfast.layers import fused
 
 
@@ -82,6 +83,9 @@ class _Tracer(fx.Tracer):
                 f"a {type(m).__name__} with weights is called that is not a submodule"
             )
         return forward(*args, **kwargs)  # made in a forward
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
 
 
 def _containers(value: Any) -> Any:
