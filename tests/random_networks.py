@@ -200,7 +200,9 @@ class Network(nn.Module):
         if self.head == "keyword":
             return fc(input=x)
         if self.head == "computed":
-            return F.linear(F.normalize(x), F.normalize(fc.weight))
+            return F.linear(
+                F.normalize(x, eps=1.0), F.normalize(fc.weight)
+            )  # x may be 0 but for rounding
         if self.head == "twice":
             return fc(F.relu(fc(x)))
         if self.head == "float" and not (self.float64 and not self.building):
