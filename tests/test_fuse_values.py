@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,6 +114,26 @@ def test_what_depends_on_strides_or_bits_is_refused(view, word: str) -> None:
     model = trained_like(Viewed(view, Block(nn.Conv2d(3, 8, 3, padding=1))))
     with pytest.raises(ResfastError, match=word):
         resfast.fuse(model)
+
+
+class TwoBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (Block(nn.Conv2d(8, 8, 3, padding=1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] != x.shape[3]:
+            raise ValueError("square images only")
+        return self.b(self.a(x))
+
+
+def test_chain_of_an_exported_network_has_its_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("RESFAST_CONV")  # which turns chains off
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    x = images(2, 8, 8, 8)
+    check(trained_like(TwoBlocks()), x, example=x)
 
 
 class Head(nn.Module):

@@ -83,6 +83,7 @@ def with_chains(network: fx.GraphModule) -> fx.GraphModule | None:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op in ("call_module", "get_attr"):
                 modules.setdefault(node.target, _attribute(network, node.target))
+    graph.set_codegen(copy.deepcopy(network.graph._codegen))  # torch.export's unpacks the output
     return fx.GraphModule(modules, graph)
 
 
