@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -226,6 +229,28 @@ def test_shapes_that_agree_by_chance_are_added_as_in_the_original() -> None:
     assert not report.residuals
     both = resfast.fuse(Sum().eval(), torch.float32, example=(x, x))
     assert both.report.residuals == 1
+
+
+ONE_COLUMN = """
+import torch, resfast
+from torch import nn
+
+torch.set_num_threads(1)
+for options in ({"groups": 2}, {"groups": 8}, {"dilation": 2}):
+    model = nn.Conv2d(8, 8, 3, (1, 3), (1, 0), **options).eval()
+    x = torch.randn(2, 8, 32, 5)
+    with torch.no_grad():
+        error = (resfast.fuse(model)(x) - model(x)).abs().max()
+    assert error < 0.1, (options, error)
+"""
+
+
+def test_kept_convolutions_hold_nothing_of_uninitialized_memory() -> None:
+    """torch 2.15's bfloat16 convolution does, with AMX, where the result is one column wide."""
+    environment = {**os.environ, "MALLOC_PERTURB_": "128"}  # glibc fills new memory
+    command = [sys.executable, "-c", ONE_COLUMN]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class AddedInPlace(nn.Module):

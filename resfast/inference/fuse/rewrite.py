@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from resfast.inference.fuse.dtypes import cast_as_own, convert
+from resfast.inference.fuse.kept import KeptConv2d
 from resfast.inference.fuse.nodes import (
     CONVS,
     NORMS,
@@ -158,14 +159,14 @@ class Rewriter(Patterns):
         why = f"convolution with {fused.why_not_fused(branch.conv)}"
         norms = len(branch.nodes) - 1
         self.left.append((branch.name, f"{why} (its batch norm was folded)" if norms else why))
-        if norms:
-            self.counts["norm"] += norms
-            conv = copy.copy(branch.conv)
-            conv._parameters = {
-                "weight": nn.Parameter(branch.weight, requires_grad=False),
-                "bias": nn.Parameter(branch.bias, requires_grad=False),
-            }
-            self._replace(branch, conv, (branch.x,))
+        self.counts["norm"] += norms
+        conv = copy.copy(branch.conv)
+        tensors = {"weight": branch.weight, "bias": branch.bias}
+        conv._parameters = {
+            name: None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            for name, tensor in tensors.items()
+        }
+        self._replace(branch, KeptConv2d(conv), (branch.x,))
 
     def _replace(self, branch: Branch, module: nn.Module, args: tuple[fx.Node, ...]) -> None:
         with self.graph.inserting_before(branch.value):
