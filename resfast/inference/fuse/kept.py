@@ -19,7 +19,7 @@ class KeptConv2d(nn.Conv2d):
         nn.Module.__init__(self)
         tensors = {"weight": conv.weight, "bias": conv.bias}
         state = {name: value for name, value in vars(conv).items() if not name.startswith("_param")}
-        vars(self).update({**state, "_parameters": {}})
+        self.__dict__.update({**state, "_parameters": {}})
         for name, tensor in tensors.items():
             self.register_parameter(name, tensor)
 
