@@ -17,7 +17,7 @@ import resfast
 from resfast.errors import ResfastError
 from resfast.ops.conv import choice as conv_choice
 from resfast.ops.conv import cpu as conv_cpu
-from resfast.ops.network import op as network_op
+from resfast.ops.network import network as network_op
 from tests.random_networks import HEADS, STEPS, Network
 
 EXAMPLES = int(os.environ.get("RESFAST_FUSE_EXAMPLES", "200"))

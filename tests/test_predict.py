@@ -452,7 +452,7 @@ def test_wrong_images_are_one_sentence(run, here, capsys):
     error = fails(capsys, predict.main, run, "a.png", "bad.png")
     assert "bad.png is not a readable" in error
     assert "--skip-corrupt" in error
-    assert "beside 1 other" in fails(capsys, predict.main, run, "a.png", "empty")
+    assert "with 1 other" in fails(capsys, predict.main, run, "a.png", "empty")
     assert "no images were given" in fails(capsys, predict.main, run)
     assert "--top 0" in fails(capsys, predict.main, run, "a.png", "--top", "0")
     assert "all 1 images are corrupt" in fails(
