@@ -69,6 +69,7 @@ OURS = ("resfast", "cutlass")
 SANITIZER_FOUND = 86
 UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, ResfastError,
+    ModuleNotFoundError,  # as the training itself was without a module
 )  # fmt: skip
 """Exceptions when reading the results of a step that failed or was cut short."""
 

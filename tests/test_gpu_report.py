@@ -106,7 +106,7 @@ def test_garbage_for_results_is_a_failure_of_that_step_alone(tmp_path):
     assert {step["status"] for step in bad} == {"failed"}
     assert good["status"] == "ok"
     errors = [re.search("cannot be read: ([A-Za-z]+)", step["why"])[1] for step in bad]
-    kinds = ["JSONDecodeError"] * 2 + ["TypeError"] * 2 + ["ParseError", "FileNotFoundError"]
+    kinds = ["JSONDecodeError"] * 2 + ["TypeError"] * 2 + ["ParseError", "ResfastError"]
     assert errors == kinds
     tail = written["steps"][0]["tail"]
     assert len(tail) == gpu_report.TAIL_LINES
