@@ -24,23 +24,7 @@ from resfast.errors import ResfastError
 from resfast.inference import fuse as fusion
 from resfast.inference.fuse import inputs
 from resfast.layers.fused import ConvBNAddReLU, ConvBNReLU
-
-
-def trained_like(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The network in eval mode, with batch norms that are not the identity."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            size = module.num_features
-            module.running_mean.copy_(torch.randn(size, generator=generator) * 0.3)
-            module.running_var.copy_(torch.rand(size, generator=generator) + 0.5)
-            module.weight.data.copy_(torch.rand(size, generator=generator) + 0.5)
-            module.bias.data.copy_(torch.randn(size, generator=generator) * 0.2)
-    return model.eval()
-
-
-def images(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+from tests.test_fuse import images, trained_like
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

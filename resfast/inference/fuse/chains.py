@@ -68,7 +68,6 @@ def with_chains(network: fx.GraphModule) -> fx.GraphModule | None:
     if not chains:
         return None
     graph = fx.Graph()
-    graph.set_codegen(copy.deepcopy(network.graph._codegen))  # of torch.export's nested values
     modules: dict[str, Any] = {}
     copies: dict[fx.Node, fx.Node] = {}
     starts = {nodes[0]: nodes for nodes in chains}
@@ -83,7 +82,7 @@ def with_chains(network: fx.GraphModule) -> fx.GraphModule | None:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op in ("call_module", "get_attr"):
                 modules.setdefault(node.target, _attribute(network, node.target))
-    graph.set_codegen(copy.deepcopy(network.graph._codegen))  # torch.export's unpacks the output
+    graph.set_codegen(copy.deepcopy(network.graph._codegen))  # torch.export's nested values
     return fx.GraphModule(modules, graph)
 
 
@@ -204,6 +203,8 @@ def _is_linear(node: fx.Node, source: fx.Node, network: fx.GraphModule) -> bool:
 
 
 def _conv(module: ConvBiasAct, source: int, residual: int | None) -> Conv | None:
+    if module.weight.dtype != torch.bfloat16:
+        return None
     if module.stride[0] != module.stride[1] or module.stride[0] > 2:
         return None
     return Conv(

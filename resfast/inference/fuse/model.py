@@ -78,10 +78,11 @@ class FusedModel(nn.Module):
         if not torch.compiler.is_compiling():
             if self.cuda_graph:
                 return self._replay(inputs)
-            if len(inputs) == 1 and self._output is None:
+            x = inputs[0] if len(inputs) == 1 else None
+            if self._output is None and isinstance(x, Tensor) and x.is_cpu:
                 chain = self._chains.only(self.network)
-                if chain is not None and chain.takes(inputs[0]):
-                    return chain.network(inputs[0]).float()
+                if chain is not None and chain.takes(x):
+                    return chain.network(x).float()
         return self._run(*map(self._converted, inputs))
 
     def _run(self, *inputs: Any) -> Any:
