@@ -283,12 +283,12 @@ class _Conv(nn.Module):
         super().__init__()
         self.register_buffer("weight", conv.weight)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.to(conv.weight.dtype))
-        self.stride, self.padding = conv.stride, conv.padding
+        self.geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         self.activation = ACTIVATIONS[conv.activation]
         self.negative_slope = conv.negative_slope
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        x = F.conv2d(x, self.weight, self.bias, *self.geometry)
         return self.activation(x if residual is None else x + residual, self.negative_slope)
 
 

@@ -27,8 +27,13 @@ _NAMES = (
     (nn.LeakyReLU, "leaky_relu"),
     (nn.SiLU, "silu"),
     (nn.GELU, "gelu"),
+    (nn.Hardtanh, "relu6"),
+    (nn.Hardswish, "hardswish"),
+    (nn.Hardsigmoid, "hardsigmoid"),
+    (nn.Sigmoid, "sigmoid"),
+    (nn.Tanh, "tanh"),
 )
-"""Module types and their names in the operators."""
+"""Module types and their names in the operators; ``nn.ReLU6`` is an ``nn.Hardtanh``."""
 
 
 def name_and_slope(module: nn.Module) -> tuple[str, float] | None:
@@ -39,6 +44,8 @@ def name_and_slope(module: nn.Module) -> tuple[str, float] | None:
     for kind, name in _NAMES:
         if isinstance(module, kind) and type(module).forward is kind.forward:
             if kind is nn.GELU and module.approximate != "none":
+                return None
+            if name == "relu6" and (module.min_val, module.max_val) != (0, 6):
                 return None
             return name, module.negative_slope if kind is nn.LeakyReLU else 0.0
     return None

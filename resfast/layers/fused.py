@@ -4,8 +4,8 @@ Each layer keeps ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so it i
 trained and saved as usual. In eval mode without gradients (``torch.no_grad`` or
 ``torch.inference_mode``) the batch norm is folded into the weights, which are rounded once to the
 dtype of the call, and :class:`resfast.ops.conv.op.ConvBiasAct` runs. In training mode, with
-gradients enabled, or when a child cannot be folded (hooks, a forward of its own, groups, dilation,
-no running statistics) or a residual broadcasts, the children run unchanged.
+gradients enabled, or when a child cannot be folded (hooks, a forward of its own, no running
+statistics) or a residual broadcasts, the children run unchanged.
 
 Weights are folded again after any change to their inputs: an in-place change or replacement of a
 tensor, a move to another dtype or device, a call of ``train()`` or ``eval()``. Writes that PyTorch
@@ -88,10 +88,6 @@ def conv_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
 
 def why_not_fused(conv: nn.Conv2d) -> str | None:
     """Why the fused kernel cannot compute a plain ``nn.Conv2d``, or None if it can."""
-    if conv.groups != 1:
-        return f"{conv.groups} groups; the fused kernel supports 1"
-    if tuple(conv.dilation) != (1, 1):
-        return f"dilation {tuple(conv.dilation)}; the fused kernel supports 1"
     if conv.padding_mode != "zeros":
         return f"padding mode {conv.padding_mode!r}; the fused kernel pads with zeros"
     if conv_padding(conv) is None:
@@ -116,7 +112,7 @@ def fold(
     """Weight and bias of a convolution with the batch norm after it folded in.
 
     Args:
-        weight: ``[K, C, R, S]``.
+        weight: ``[K, C / groups, R, S]``.
         bias: ``[K]`` or None.
         norm: scale and shift from :func:`norm_factors`, or None for no norm.
 
@@ -175,6 +171,8 @@ class _Folded:
             "padding": conv_padding(conv),
             "activation": activation,
             "negative_slope": negative_slope,
+            "groups": conv.groups,
+            "dilation": tuple(conv.dilation),
         }
         key = (dtype, norm is None, conv.bias is None, eps, *options.values(), *versions)
         if self.module is None or self.key != key:
@@ -260,7 +258,8 @@ class _FusedLayer(nn.Module):
     @staticmethod
     def _addable(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> bool:
         """Whether the kernel can add the residual: it neither broadcasts nor promotes dtypes."""
-        shape = output_shape(x, conv.weight, conv.stride, conv_padding(conv))
+        geometry = (conv.stride, conv_padding(conv), conv.dilation)
+        shape = output_shape(x, conv.weight, *geometry)
         autocast = torch.is_autocast_enabled(x.device.type)
         return list(residual.shape) == list(shape) and (autocast or residual.dtype == x.dtype)
 
@@ -285,6 +284,8 @@ class _FusedLayer(nn.Module):
             padding=conv_padding(conv),
             activation=activation,
             negative_slope=negative_slope,
+            groups=conv.groups,
+            dilation=tuple(conv.dilation),
         )
 
 
@@ -300,7 +301,8 @@ class ConvBNReLU(_FusedLayer):
         kernel_size: height and width of the kernel.
         stride: vertical and horizontal stride.
         padding: zeros on each side; None for ``kernel_size // 2``.
-        activation: ``relu``, ``leaky_relu``, ``silu``, ``gelu`` or ``none``.
+        activation: ``relu``, ``leaky_relu``, ``silu``, ``gelu``, ``none`` or another one of
+            :func:`~resfast.ops.conv.op.conv2d_bias_act`.
         negative_slope: slope of ``leaky_relu`` below 0.
 
     Shape: ``[N, C, H, W]`` to ``[N, K, H', W']``; ``H' = (H + 2 padding - kernel_size) // stride

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from resfast.errors import ResfastError
 from resfast.layers.activation import NETWORK_NEGATIVE_SLOPE, name_and_slope
-from resfast.ops.conv.reference import ACTIVATIONS
+from resfast.ops.conv.reference import ACTIVATIONS, KERNEL_ACTIVATIONS
 
 LEAST_CHANNELS = 16
 """With fewer channels less than half of a vector would be used."""
@@ -58,8 +58,8 @@ def norm_act(
     Args:
         x: ``[N, C, H, W]``.
         bn: the norm, with its parameters and running statistics.
-        activation: a module, or ``none``, ``relu``, ``leaky_relu`` (slope 0.1), ``silu`` or
-            ``gelu`` (exact).
+        activation: a module, or ``none``, ``relu``, ``leaky_relu`` (slope 0.1), ``silu``,
+            ``gelu`` (exact) or another one of ``conv2d_bias_act``.
         residual: added before the activation; of the shape of the result.
         pool: whether to apply ``max_pool2d(x, 2)`` before the norm.
 
@@ -88,11 +88,12 @@ def norm_act(
 def _known(activation: str | nn.Module) -> tuple[str, float] | None:
     """Name and slope, or None if the operator does not support the module or it has hooks."""
     if isinstance(activation, str):
-        return activation, NETWORK_NEGATIVE_SLOPE
+        return (activation, NETWORK_NEGATIVE_SLOPE) if activation in KERNEL_ACTIVATIONS else None
     if activation._forward_hooks or activation._forward_pre_hooks:
         return None
     found = name_and_slope(activation)
-    return None if found is None or found[1] < 0 else found
+    known = found is not None and found[0] in KERNEL_ACTIVATIONS and found[1] >= 0
+    return found if known else None
 
 
 def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:

@@ -70,12 +70,15 @@ def arguments(
     *,
     dtype: torch.dtype = torch.bfloat16,
     residual: bool = False,
+    groups: int = 1,
+    dilation: int = 1,
 ) -> dict[str, Any]:
     """Random arguments of :func:`conv2d_bias_act` whose result is of the order of 1."""
     pad = kernel // 2 if padding is None else padding
     x = torch.randn(batch, channels, *size).to(dtype, memory_format=torch.channels_last)
-    weight = torch.randn(outputs, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
-    result = [(side + 2 * pad - kernel) // stride + 1 for side in size]
+    inputs = channels // groups
+    weight = torch.randn(outputs, inputs, kernel, kernel) / (inputs * kernel**2) ** 0.5
+    result = [(side + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1 for side in size]
     rest = torch.randn(batch, outputs, *result).to(dtype, memory_format=torch.channels_last)
     return {
         "x": x,
@@ -85,6 +88,8 @@ def arguments(
         "stride": stride,
         "padding": pad,
         "activation": "none",
+        **({"groups": groups} if groups > 1 else {}),
+        **({"dilation": dilation} if dilation > 1 else {}),
     }
 
 
@@ -114,6 +119,7 @@ def exact(arguments: dict[str, Any]) -> Tensor:
     return conv_reference.conv2d_bias_act(
         *(None if t is None else t.double() for t in tensors), stride, padding,
         rest["activation"], rest.get("negative_slope", conv_reference.TORCH_NEGATIVE_SLOPE),
+        rest.get("groups", 1), conv._pair(rest.get("dilation", 1)),
     )  # fmt: skip
 
 
@@ -164,7 +170,7 @@ def test_every_algorithm_computes_what_float64_does(
         for residual in (False, True):
             padding = PADDINGS[kernel][i % len(PADDINGS[kernel])]
             args = arguments(*shape, kernel, stride, padding, dtype=dtype, residual=residual)
-            args["activation"] = ACTIVATIONS[(i + residual) % 5]
+            args["activation"] = ACTIVATIONS[(i + residual) % len(ACTIVATIONS)]
             args["negative_slope"] = (0.01, 0.1, 1.5, -0.5)[i % 4]
             assert_right(computed(where, args), args)
 
@@ -196,8 +202,6 @@ def test_extreme_values_go_through_every_activation(where: str) -> None:
         torch.testing.assert_close(
             computed(where, args).double(), exact(args), rtol=2e-2, atol=atol
         )
-        if where == "oneDNN" and activation == "relu":
-            continue  # which makes 0 of NaN
         args["residual"] = torch.full_like(args["residual"], torch.nan)
         assert computed(where, args).isnan().all()
 
@@ -247,6 +251,56 @@ def test_batch_of_none_gives_none(where: str) -> None:
         assert module(args["x"]).shape == (0, 12, 5, 5)
     else:
         assert computed(where, args).shape == (0, 12, 5, 5)
+
+
+GROUPED = [
+    # batch, channels, outputs, size, kernel, stride, padding, groups, dilation
+    (2, 16, 16, (7, 9), 3, 1, 1, 16, 1),
+    (1, 24, 24, (8, 5), 5, 2, 2, 24, 1),
+    (2, 8, 16, (6, 6), 3, 1, 1, 8, 1),
+    (2, 32, 48, (7, 6), 3, 1, 1, 4, 1),
+    (1, 12, 6, (5, 5), 1, 1, 0, 3, 1),
+    (2, 6, 10, (9, 11), 3, 1, 2, 1, 2),
+    (2, 16, 16, (9, 9), 3, 2, 3, 16, 3),
+    (3, 20, 10, (9, 8), 2, 1, 1, 5, 2),
+    (2, 8, 8, (5, 3), 3, 2, 0, 8, 1),
+    (2, 8, 4, (9, 5), 3, 2, 0, 2, 2),
+]
+"""Of the last two the result is one column wide."""
+
+
+@pytest.mark.parametrize("activation", ["none", "relu6", "silu"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", [WHERE[0], WHERE[-1]])
+def test_groups_and_dilation_compute_what_float64_does(
+    where: str, dtype: torch.dtype, activation: str, poisoned: None
+) -> None:
+    torch.manual_seed(3)
+    for *shape, groups, dilation in GROUPED:
+        for residual in (False, True):
+            options = {"residual": residual, "groups": groups, "dilation": dilation}
+            args = arguments(*shape, dtype=dtype, **options) | {"activation": activation}
+            assert_right(computed(where, args), args)
+            if where != "cuda":
+                assert_right(conv2d_bias_act(**args), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_that_are_not_finite_stay_in_their_group(dtype: torch.dtype) -> None:
+    for activation, residual in itertools.product(ACTIVATIONS, (False, True)):
+        for groups, dilation in ((24, 1), (4, 1), (4, 2)):
+            args = arguments(
+                2, 24, 24, (9, 9), dtype=dtype, residual=False, groups=groups, dilation=dilation
+            ) | {"activation": activation}
+            if residual:
+                args["residual"] = torch.randn_like(exact(args)).to(dtype)
+            for value in SPOILT.values():
+                args["x"][0, 0, 0, 0] = value
+                result, expected = computed("oneDNN", args), exact(args)
+                right = kinds(result) == kinds(expected)
+                if activation == "gelu" and dtype == torch.float32:
+                    right |= (kinds(result) == 1) & (kinds(expected) == 2)
+                assert right.all(), f"{value}, {groups} groups, {activation}"
 
 
 SPOILT = {
@@ -404,8 +458,25 @@ def _wrong() -> dict[str, tuple[dict[str, Any], type[Exception], str]]:
         "activation": (
             {"activation": "rellu"},
             ValueError,
-            "activation 'rellu' is unknown; expected one of none, relu, leaky_relu, silu, gelu; "
+            "activation 'rellu' is unknown; expected one of none, relu, leaky_relu, silu, gelu, "
+            "relu6, hardswish, hardsigmoid, sigmoid, tanh; "
             "did you mean 'relu'",
+        ),
+        "groups": (
+            {"groups": 5},
+            ValueError,
+            "groups is 5; expected a divisor of the weight's 12 filters",
+        ),
+        "channels of groups": (
+            {"groups": 2},
+            ValueError,
+            r"x has 8 channels, and weight \[12, 8, 3, 3\] in 2 groups is for 16",
+        ),
+        "dilation": ({"dilation": 0}, ValueError, r"dilation is \[0, 0\]; expected .* at least 1"),
+        "small for the dilation": (
+            {"x": good["x"][..., :4, :4], "padding": 0, "dilation": 2, "residual": None},
+            ValueError,
+            r"smaller than the kernel of 3x3 with dilation \[2, 2\]",
         ),
         "slope": (
             {"negative_slope": float("nan")},
@@ -464,6 +535,11 @@ def test_operator_passes_opcheck(residual: bool) -> None:
         values = [*args.values()]
         values[4:6] = [[value, value] for value in values[4:6]]
         torch.library.opcheck(torch.ops.resfast.conv2d_bias_act.default, tuple(values))
+    args = arguments(2, 8, 12, (7, 6), groups=4, dilation=2, residual=residual)
+    values = [*args.values()]
+    values[4:6] = [[value, value] for value in values[4:6]]
+    values[7:] = [0.01, 4, [2, 2]]
+    torch.library.opcheck(torch.ops.resfast.conv2d_bias_act.default, tuple(values))
 
 
 class Block(nn.Module):

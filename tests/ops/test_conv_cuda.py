@@ -54,13 +54,16 @@ def arguments(
     residual: bool = True,
     bias: bool = True,
     device: str = "cpu",
+    groups: int = 1,
+    dilation: int = 1,
 ) -> tuple[Any, ...]:
     """Random ones of the operator, of the shape N, C, K, H, W, R = S, stride, padding."""
     n, c, k, h, w, r, stride, padding = shape
     x = torch.randn(n, c, h, w)
-    weight = torch.randn(k, c, r, r) / (c * r * r) ** 0.5
+    weight = torch.randn(k, c // groups, r, r) / (c * r * r / groups) ** 0.5
     geometry = [stride, stride], [padding, padding]
-    rest = torch.randn(conv_reference.output_shape(x, weight, *geometry))
+    apart = (dilation, dilation)
+    rest = torch.randn(conv_reference.output_shape(x, weight, *geometry, apart))
     as_image = {"device": device, "dtype": dtype, "memory_format": torch.channels_last}
     return (
         x.to(**as_image),
@@ -70,6 +73,8 @@ def arguments(
         *geometry,
         activation,
         0.125,
+        groups,
+        apart,
     )
 
 
@@ -162,7 +167,7 @@ def test_operator_and_module_share_the_choice(fake: Fake) -> None:
     args = arguments()
     assert_right(conv_cuda.conv2d_bias_act(*args), args)
     assert chosen(arguments()) == "ours:0,2"
-    assert_right(conv_cuda.conv2d_bias_act(*args[:-1]), (*args[:-1], 0.01))  # the slope's default
+    assert_right(conv_cuda.conv2d_bias_act(*args[:-3]), (*args[:-3], 0.01))  # the slope's default
     assert len(fake.measured) == 1  # kept in the file, which does not tell slopes apart
 
 
@@ -472,11 +477,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     def fused(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         *z, bias, stride, padding, dilation, groups = rest
         assert bias.dtype == x.dtype
-        assert (dilation, groups) == ((1, 1), 1)
         assert z[1:] == [1.0][: len(z) // 2]
         called.add("cudnn")
         residual = z[0] if z else None
-        args = x, weight, bias, residual, stride, padding, "relu", 0
+        args = x, weight, bias, residual, stride, padding, "relu", 0, groups, dilation
         return conv_reference.conv2d_bias_act(*args)
 
     library.impl("conv2d_cuda", ours, "CPU")
@@ -520,6 +524,40 @@ def test_every_way_gets_the_arguments_that_it_takes(
         assert "hopper" in emulated
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "silu", "hardswish"])
+@pytest.mark.parametrize(
+    ("groups", "dilation"), [(4, 1), (16, 1), (1, 2), (8, 2)], ids=lambda value: str(value)
+)
+def test_groups_and_dilation_are_left_to_cudnn_and_torch(
+    emulated: set[str], activation: str, groups: int, dilation: int
+) -> None:
+    for shape in (
+        (2, 16, 32, 7, 9, 3, 1, 1),
+        (1, 16, 16, 8, 8, 3, 2, 2),
+        (2, 16, 48, 5, 5, 1, 1, 0),
+    ):
+        for bias, residual in ((True, False), (False, True)):
+            args = arguments(
+                shape,
+                activation=activation,
+                bias=bias,
+                residual=residual,
+                groups=groups,
+                dilation=dilation,
+            )
+            candidates = conv_cuda._candidates(args)
+            assert list(candidates) == ["cudnn", "torch"]
+            for candidate in candidates.values():
+                assert_right(conv_cuda._call(candidate, args)(), args)
+
+
+def test_groups_and_dilations_have_choices_of_their_own(fake: Fake, cache: Path) -> None:
+    shape = (2, 16, 32, 9, 9, 3, 1, 2)
+    for groups, dilation in ((1, 1), (1, 2), (4, 1), (4, 2)):
+        assert chosen(arguments(shape, groups=groups, dilation=dilation)) == "ours:0,2"
+    assert len(fake.measured) == len(json.loads(cache.read_text())) == 4
+
+
 @pytest.mark.parametrize("named", ["ours", "cudnn", "torch"])
 def test_plan_and_operator_take_any_strides(
     emulated: set[str], named: str, monkeypatch: pytest.MonkeyPatch
@@ -559,7 +597,7 @@ def test_convolution_beyond_the_positions_of_our_kernel_is_left_to_others(
 ) -> None:
     x = torch.empty(1, 8, 1, 1, dtype=torch.bfloat16).expand(1 << 15, 8, 512, 512)
     weight = torch.zeros(8, 8, 1, 1, dtype=torch.bfloat16)
-    args = (x, weight, None, None, [1, 1], [0, 0], "relu", 0.01)
+    args = (x, weight, None, None, [1, 1], [0, 0], "relu", 0.01, 1, (1, 1))
     with caplog.at_level(logging.WARNING, "resfast"):
         assert "cudnn" in conv_cuda._candidates(args)
     assert "too large for the CUDA kernel's 32-bit positions" in caplog.text

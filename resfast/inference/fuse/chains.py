@@ -14,6 +14,7 @@ from resfast.inference.fuse.nodes import MAX_POOLS, arguments
 from resfast.layers import fused
 from resfast.ops.basic_block.op import BasicBlock
 from resfast.ops.conv.op import ConvBiasAct
+from resfast.ops.conv.reference import KERNEL_ACTIVATIONS
 from resfast.ops.network.layers import Conv, Head, Layer, MaxPool, Mean
 from resfast.ops.network.network import Network
 
@@ -203,7 +204,9 @@ def _is_linear(node: fx.Node, source: fx.Node, network: fx.GraphModule) -> bool:
 
 
 def _conv(module: ConvBiasAct, source: int, residual: int | None) -> Conv | None:
-    if module.weight.dtype != torch.bfloat16:
+    if module.weight.dtype != torch.bfloat16 or module.groups > 1 or max(module.dilation) > 1:
+        return None
+    if module.activation not in KERNEL_ACTIVATIONS:
         return None
     if module.stride[0] != module.stride[1] or module.stride[0] > 2:
         return None

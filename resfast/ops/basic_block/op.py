@@ -186,7 +186,8 @@ def applies(first: nn.Module, second: nn.Module) -> bool:
         and (weight.dtype, weight.device) == (second.weight.dtype, second.weight.device)
         and all(
             list(layer.weight.shape) == [channels, channels, 3, 3]
-            and layer.stride == layer.padding == _ONE
+            and layer.stride == layer.padding == layer.dilation == _ONE
+            and layer.groups == 1
             for layer in (first, second)
         )
     )

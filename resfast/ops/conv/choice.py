@@ -14,7 +14,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +75,17 @@ def forced(device: str) -> str | None:
 
 
 def describe_sizes(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], has_residual: bool
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    has_residual: bool,
+    dilation: Sequence[int] = (1, 1),
 ) -> str:
     """The part of a cache key that describes the convolution."""
-    sizes = (x.shape, weight.shape, stride, padding)
-    return "-".join(",".join(map(str, part)) for part in sizes) + f"-{has_residual:d}"
+    sizes: list[Sequence[int]] = [x.shape, weight.shape, stride, padding]
+    text = "-".join(",".join(map(str, part)) for part in sizes) + f"-{has_residual:d}"
+    return text if max(dilation) == 1 else f"{text}-{','.join(map(str, dilation))}"
 
 
 def versions() -> str:

@@ -9,10 +9,11 @@
 - ``direct``: for 3x3 kernels and AMX, over images laid out so that nothing is copied per tap or
   wasted on edges (``csrc/cpu/conv/conv_direct.cpp``); fast for batches that fill groups of 32.
 
-The last three are for bfloat16. :class:`~resfast.ops.conv.op.ConvBiasAct` asks for a plan once per
-shape. The choice is cached in ``$XDG_CACHE_HOME/resfast/conv-cpu.json`` by processor, version,
-shape and number of threads, unless the machine was too busy to measure. ``RESFAST_CONV=oneDNN``,
-``gemm``, ``winograd`` or ``direct`` forces that algorithm wherever it applies.
+The last three are for bfloat16 without groups or dilation.
+:class:`~resfast.ops.conv.op.ConvBiasAct` asks for a plan once per shape. The choice is cached in
+``$XDG_CACHE_HOME/resfast/conv-cpu.json`` by processor, version, shape and number of threads, unless
+the machine was too busy to measure. ``RESFAST_CONV=oneDNN``, ``gemm``, ``winograd`` or ``direct``
+forces that algorithm wherever it applies.
 
 NaN and infinity must reach only the results that depend on them. Winograd's algorithm spreads them
 over a tile, oneDNN's AMX kernels over neighbouring pixels, and our GELU is finite at -infinity.
@@ -24,7 +25,8 @@ from __future__ import annotations
 import functools
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +40,16 @@ from resfast.ops.conv.choice import Plan, Run
 
 ALGORITHMS = conv_choice.NAMES["cpu"]
 CHOICES = conv_choice.Choices("conv-cpu.json")
-ONEDNN_NAMES = {"none": "none", "leaky_relu": "leaky_relu", "silu": "swish"}
+ONEDNN_NAMES = {
+    "none": "none",
+    "leaky_relu": "leaky_relu",
+    "silu": "swish",
+    "hardswish": "hardswish",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+}
+"""oneDNN's names of the activations that it computes as torch does. Its ReLU, ReLU6 and hard
+sigmoid make NaN a number, and its GELU differs from torch's at infinity (torch 2.15)."""
 TILES = (4, 3, 2)
 """Output sizes of Winograd tiles for stride 1, largest first."""
 MAX_GROUP_BYTES = 16 * 2**20
@@ -47,21 +58,49 @@ MAX_ERROR = 0.02
 """Maximum RMS error of a candidate relative to the result's RMS: a few roundings to bfloat16."""
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """Arguments of the operator but for the residual, and the largest side of a Winograd tile."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    stride: list[int]
+    padding: list[int]
+    activation: str
+    negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE
+    groups: int = 1
+    dilation: Sequence[int] = (1, 1)
+    tile: int = 2
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is what our kernels compute: one group, without dilation."""
+        return self.groups == 1 and max(self.dilation) == 1
+
+    def shape(self) -> list[int]:
+        return conv_reference.output_shape(
+            self.x, self.weight, self.stride, self.padding, self.dilation
+        )
+
+    def reference(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        geometry = (self.stride, self.padding)
+        rest = (self.activation, self.negative_slope, self.groups, self.dilation)
+        return conv_reference.conv2d_bias_act(x, self.weight, self.bias, residual, *geometry, *rest)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """The activation of a value that nothing else reads, in place where torch can."""
+        return conv_reference.ACTIVATIONS[self.activation](x, self.negative_slope, True)
+
+
 def conv2d_bias_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    activation: str,
-    negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> Tensor:
     """The operator for weights that may change between calls: oneDNN."""
-    args = (x, weight, bias, stride, padding, activation, negative_slope, 2)
-    run = _onednn(*args, None)
-    if _must_be_finite("oneDNN", x.dtype, activation):
-        run = _checked(run, *args, {})
+    conv = Convolution(x, weight, bias, *rest)
+    run = _onednn(conv, None)
+    if _must_be_finite("oneDNN", conv):
+        run = _checked(run, conv, {})
     return run(x, residual)
 
 
@@ -70,34 +109,41 @@ def plan(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    activation: str,
-    negative_slope: float,
+    *rest: Any,
     packed: dict[Any, Any],
     largest_tile: int = 2,
 ) -> Plan:
-    """The algorithm for arguments like these; ``packed`` caches packed weights between plans."""
-    tile = fastest_tile(x, max(stride), padding[0], largest_tile)
-    args = (x, weight, bias, stride, padding, activation, negative_slope, tile, packed)
-    names = [name for name in ALGORITHMS if _applies(name, x, weight, stride, padding)]
+    """The algorithm for arguments like these.
+
+    Args:
+        x: as in the operator.
+        weight: as in the operator.
+        bias: as in the operator.
+        residual: as in the operator.
+        rest: the other arguments of the operator.
+        packed: caches packed weights between plans.
+        largest_tile: the largest side of a Winograd tile.
+    """
+    conv = Convolution(x, weight, bias, *rest)
+    conv = replace(conv, tile=fastest_tile(x, max(conv.stride), conv.padding[0], largest_tile))
+    names = [name for name in ALGORITHMS if _applies(name, conv)]
     named = conv_choice.forced("cpu")
     chosen = named if named in names else None
     if chosen is None and (named or len(names) == 1 or x.numel() == 0):
         chosen = names[0]
     if chosen is None:
-        sizes = conv_choice.describe_sizes(x, weight, stride, padding, residual is not None)
+        geometry = (conv.stride, conv.padding, residual is not None, conv.dilation)
+        sizes = conv_choice.describe_sizes(x, weight, *geometry)
         key = f"{machine()}|{torch.get_num_threads()} threads|{sizes}"
-        key += f"|tile {tile}" if tile > 2 else ""
+        key += f"|tile {conv.tile}" if conv.tile > 2 else ""
         chosen = CHOICES.get(key, names)
         if chosen is None:
-            chosen, steady = _fastest(names, args, residual)
+            chosen, steady = _fastest(names, conv, residual)
             CHOICES.put(key, chosen, keep=steady)
-    run = BUILDERS[chosen](*args)
-    if x.numel() and _must_be_finite(chosen, x.dtype, activation):
-        run = _checked(run, *args)
-    shape = conv_reference.output_shape(x, weight, stride, padding)
-    return Plan(chosen, torch.Size(shape), run)
+    run = BUILDERS[chosen](conv, packed)
+    if x.numel() and _must_be_finite(chosen, conv):
+        run = _checked(run, conv, packed)
+    return Plan(chosen, torch.Size(conv.shape()), run)
 
 
 def fastest_tile(x: Tensor, stride: int, padding: int, largest: int = max(TILES)) -> int:
@@ -124,17 +170,17 @@ def fastest_tile(x: Tensor, stride: int, padding: int, largest: int = max(TILES)
     return best
 
 
-def _applies(name: str, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> bool:
+def _applies(name: str, conv: Convolution) -> bool:
+    x = conv.x
     if name == "oneDNN":
         return True
-    if x.dtype != torch.bfloat16 or x.numel() == 0 or not _has_kernels():
+    if x.dtype != torch.bfloat16 or x.numel() == 0 or not conv.is_dense or not _has_kernels():
         return False
     if name == "gemm":
         return True
-    fits = list(weight.shape[2:]) == [3, 3] and list(stride) in ([1, 1], [2, 2])
+    fits = list(conv.weight.shape[2:]) == [3, 3] and list(conv.stride) in ([1, 1], [2, 2])
     if name == "direct":
-        columns = conv_reference.output_shape(x, weight, stride, padding)[3]
-        return fits and has_amx() and group_is_small(x, columns)
+        return fits and has_amx() and group_is_small(x, conv.shape()[3])
     return fits
 
 
@@ -186,53 +232,38 @@ def _onednn_has(dtype: torch.dtype) -> bool:
     return True
 
 
-def _onednn_is_wrong(
-    dtype: torch.dtype, x: Tensor, weight: Tensor, stride: list[int], padding: list[int]
-) -> bool:
+def _onednn_is_wrong(dtype: torch.dtype, conv: Convolution) -> bool:
     """Whether oneDNN's AMX kernels read uninitialized memory (seen with torch 2.15).
 
     They do for results that are one column wide, with a horizontal stride of at least 2. Columns of
     zeros that make the result two columns wide avoid it.
     """
-    columns = conv_reference.output_shape(x, weight, stride, padding)[3]
-    return dtype != torch.float32 and stride[1] > 1 and columns == 1
+    return dtype != torch.float32 and conv.stride[1] > 1 and conv.shape()[3] == 1
 
 
-def _onednn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    activation: str,
-    negative_slope: float,
-    tile: int,
-    packed: dict[Any, Any] | None,
-) -> Run:
+def _onednn(conv: Convolution, packed: dict[Any, Any] | None) -> Run:
+    x, stride, groups = conv.x, conv.stride, conv.groups
     dtype = x.dtype if _onednn_has(x.dtype) else torch.float32
     if not _onednn_has(dtype) or x.numel() == 0:
-        return lambda x, residual: conv_reference.conv2d_bias_act(
-            x, weight, bias, residual, stride, padding, activation, negative_slope
-        )
-    bias = None if bias is None else bias.to(dtype)
-    weight = weight.to(dtype)
-    widened = _onednn_is_wrong(dtype, x, weight, stride, padding)
+        return conv.reference
+    bias = None if conv.bias is None else conv.bias.to(dtype)
+    weight = conv.weight.to(dtype)
+    widened = _onednn_is_wrong(dtype, conv)
     sizes = [*x.shape[:3], x.shape[3] + (stride[1] if widened else 0)]
+    padding, dilation = list(conv.padding), list(conv.dilation)
     if packed is not None:
         key = ("oneDNN", x.shape)
         if key not in packed:
             packed[key] = torch.ops.mkldnn._reorder_convolution_weight(
-                weight, padding, stride, [1, 1], 1, sizes
+                weight, padding, stride, dilation, groups, sizes
             )
         weight = packed[key]
-    # oneDNN's ReLU makes NaN 0, and its GELU differs from torch's at infinity.
-    apart = activation in ("relu", "gelu")
-    name = "none" if apart else ONEDNN_NAMES[activation]
-    scalars = [negative_slope] if activation == "leaky_relu" else []
-    rest = (padding, stride, [1, 1], 1)
+    name = ONEDNN_NAMES.get(conv.activation)
+    scalars = [conv.negative_slope] if conv.activation == "leaky_relu" else []
+    rest = (padding, stride, dilation, groups)
     unary = torch.ops.mkldnn._convolution_pointwise.default
     binary = torch.ops.mkldnn._convolution_pointwise.binary
-    act = torch.relu_ if activation == "relu" else _activation(activation, negative_slope)
+    act = torch.relu_ if conv.activation == "relu" else conv.activated
     channels_last = torch.channels_last
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -242,8 +273,8 @@ def _onednn(
             x = F.pad(x, (0, stride[1]))
         x = x.contiguous(memory_format=channels_last)
         if residual is None:
-            out = unary(x, weight, bias, *rest, name, scalars, "")
-            out = act(out) if apart else out
+            out = unary(x, weight, bias, *rest, name or "none", scalars, "")
+            out = act(out) if name is None else out
         elif widened:
             out = act(unary(x, weight, bias, *rest, "none", [], "")[..., :1] + residual.to(dtype))
         else:
@@ -256,41 +287,28 @@ def _onednn(
     return run
 
 
-def _activation(name: str, negative_slope: float) -> Callable[[Tensor], Tensor]:
-    function = conv_reference.ACTIVATIONS[name]
-    return lambda x: function(x, negative_slope)
-
-
 # -- our kernels -----------------------------------------------------------------------------------
 
 
-def _resfast(
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    activation: str,
-    negative_slope: float,
-    tile: int,
-    packed: dict[Any, Any],
-) -> Run:
-    tiles = (tile,) if name == "winograd" else ()
+def _resfast(name: str, conv: Convolution, packed: dict[Any, Any]) -> Run:
+    weight, bias, stride, slope = conv.weight, conv.bias, conv.stride, conv.negative_slope
+    tiles = (conv.tile,) if name == "winograd" else ()
     key = (name, *tiles)
     if key not in packed:
         pack = getattr(torch.ops.resfast, f"conv_{name}_pack")
         packed[key] = pack(weight.contiguous(), *(stride[:1] if tiles else ()), *tiles)
     packed_weight, kernel = packed[key], getattr(torch.ops.resfast, f"conv_{name}").default
-    geometry = [*weight.shape, *stride, *padding]
-    code = list(conv_reference.ACTIVATIONS).index(activation)
+    geometry = [*weight.shape, *stride, *conv.padding]
+    apart = conv.activation not in conv_reference.KERNEL_ACTIVATIONS
+    code = 0 if apart else conv_reference.KERNEL_ACTIVATIONS.index(conv.activation)
     channels_last = torch.channels_last
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=channels_last)
-        return kernel(x, packed_weight, bias, residual, geometry, code, negative_slope, *tiles)
+        out = kernel(x, packed_weight, bias, residual, geometry, code, slope, *tiles)
+        return conv.activated(out) if apart else out
 
     return run
 
@@ -306,11 +324,11 @@ BUILDERS: dict[str, Callable[..., Run]] = {
 # -- NaN and infinity ------------------------------------------------------------------------------
 
 
-def _must_be_finite(name: str, dtype: torch.dtype, activation: str) -> bool:
+def _must_be_finite(name: str, conv: Convolution) -> bool:
     """Whether an algorithm is right only where every input is finite."""
-    if dtype == torch.float32:
+    if conv.x.dtype == torch.float32:
         return False
-    return name != "gemm" or activation == "gelu"
+    return name != "gemm" or conv.activation == "gelu"
 
 
 def _is_finite(tensor: Tensor | None) -> bool:
@@ -318,37 +336,24 @@ def _is_finite(tensor: Tensor | None) -> bool:
     return tensor is None or math.isfinite(tensor.sum())
 
 
-def _checked(
-    run: Run,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    activation: str,
-    negative_slope: float,
-    tile: int,
-    packed: dict[Any, Any],
-) -> Run:
+def _checked(run: Run, conv: Convolution, packed: dict[Any, Any]) -> Run:
     """``run``, but an exact algorithm if the weights or a batch are not finite."""
+    is_gelu = conv.activation == "gelu"
 
     @functools.cache
     def exact() -> Run:
-        rest = (weight, bias, stride, padding)
-        if not _applies("gemm", x, weight, stride, padding):
-            return lambda x, residual: conv_reference.conv2d_bias_act(
-                x, weight, bias, residual, stride, padding, activation, negative_slope
-            )
-        if activation != "gelu":
-            return _resfast("gemm", x, *rest, activation, negative_slope, tile, packed)
-        gemm = _resfast("gemm", x, *rest, "none", 0.0, tile, packed)
+        if not _applies("gemm", conv):
+            return conv.reference
+        if not is_gelu:
+            return _resfast("gemm", conv, packed)
+        gemm = _resfast("gemm", replace(conv, activation="none"), packed)
         return lambda x, residual: _gelu(gemm(x, residual))
 
-    if not (_is_finite(weight) and _is_finite(bias)):
+    if not (_is_finite(conv.weight) and _is_finite(conv.bias)):
         return exact()
 
     def checked(x: Tensor, residual: Tensor | None) -> Tensor:
-        finite = _is_finite(x) and (activation != "gelu" or _is_finite(residual))
+        finite = _is_finite(x) and (not is_gelu or _is_finite(residual))
         return (run if finite else exact())(x, residual)
 
     return checked
@@ -364,27 +369,20 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _fastest(names: list[str], args: tuple, residual: Tensor | None) -> tuple[str, bool]:
+def _fastest(names: list[str], conv: Convolution, residual: Tensor | None) -> tuple[str, bool]:
     """The fastest of the algorithms that are accurate on these arguments."""
-    x, weight, bias, stride, padding, activation, negative_slope, *_ = args
-    exact = conv_reference.conv2d_bias_act(
-        x.float(),
-        weight.float(),
-        bias,
-        None if residual is None else residual.float(),
-        stride,
-        padding,
-        activation,
-        negative_slope,
+    x, weight = conv.x, conv.weight
+    exact = replace(conv, weight=weight.float()).reference(
+        x.float(), None if residual is None else residual.float()
     )
     trusted = "gemm" if "gemm" in names else "oneDNN"
     if not exact.isfinite().all():  # comparison is impossible
         return trusted, False
     runs = {}
     for name in names:
-        runs[name] = BUILDERS[name](*args[:-1], {})
-        if _must_be_finite(name, x.dtype, activation):
-            runs[name] = _checked(runs[name], *args[:-1], {})
+        runs[name] = BUILDERS[name](conv, {})
+        if _must_be_finite(name, conv):
+            runs[name] = _checked(runs[name], conv, {})
     return conv_choice.fastest(
         {name: functools.partial(run, x, residual) for name, run in runs.items()},
         is_right=conv_choice.near(exact, MAX_ERROR),

@@ -5,6 +5,9 @@
 - ``cudnn``: cuDNN's fused calls for ReLU; otherwise its convolution, followed by our epilogue.
 - ``torch``: unfused PyTorch operators, the fallback if nothing else works.
 
+Only the last two compute several groups or dilation. Activations that our kernels lack
+(:data:`~resfast.ops.conv.reference.KERNEL_ACTIVATIONS`) follow them as an operator of their own.
+
 Each shape is measured once on each kind of GPU, and the choice is cached in
 ``$XDG_CACHE_HOME/resfast/conv-cuda.json``. Measured is the time on the GPU, which is what matters
 with CUDA graphs and large batches, with weights evicted from the L2 cache and an input that was
@@ -19,8 +22,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +49,18 @@ CHECKED_IMAGES = 4
 MAX_ERROR, MAX_ERROR_FLOAT32 = 0.02, 1e-4
 """Maximum RMS error relative to the result's RMS; the second is for float32 without TF32."""
 
-Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor | None, list[int], list[int], str, float]
+Arguments = tuple[
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    list[int],
+    list[int],
+    str,
+    float,
+    int,
+    Sequence[int],
+]
 """Arguments of the operator."""
 
 
@@ -64,7 +78,7 @@ class Candidate:
 
 def conv2d_bias_act(*args: Any) -> Tensor:
     """The operator for weights that may change between calls."""
-    args = _with_slope(*args)
+    args = _with_defaults(*args)
     x, weight, bias, residual = args[:4]
     candidate, _ = _choose(args)
     return candidate.run(
@@ -77,7 +91,7 @@ def conv2d_bias_act(*args: Any) -> Tensor:
 
 def plan(*args: Any) -> Plan:
     """The plan for arguments like these, with this weight and this bias."""
-    args = _with_slope(*args)
+    args = _with_defaults(*args)
     weight, bias, has_residual = channels_last(args[1]), args[2], args[3] is not None
     candidate, settled = _choose(args)
     run, bias = candidate.run, candidate.prepare_bias(bias, weight)
@@ -87,7 +101,7 @@ def plan(*args: Any) -> Plan:
             residual = channels_last(residual)
         return run(channels_last(x), weight, bias, residual)
 
-    shape = conv_reference.output_shape(args[0], weight, *args[4:6])
+    shape = conv_reference.output_shape(args[0], weight, *args[4:6], args[9])
     return Plan(candidate.name, torch.Size(shape), planned, settled)
 
 
@@ -110,8 +124,9 @@ def machine(device: torch.device) -> str:
     return f"{name}|{capability}|{conv_choice.versions()}|cuDNN {cudnn}"
 
 
-def _with_slope(*args: Any) -> Arguments:
-    return args if len(args) == 8 else (*args, conv_reference.TORCH_NEGATIVE_SLOPE)
+def _with_defaults(*args: Any) -> Arguments:
+    defaults = (conv_reference.TORCH_NEGATIVE_SLOPE, 1, (1, 1))
+    return (*args, *defaults[len(args) - 7 :])
 
 
 # -- candidates ------------------------------------------------------------------------------------
@@ -119,32 +134,48 @@ def _with_slope(*args: Any) -> Arguments:
 
 def _candidates(args: Arguments) -> dict[str, Candidate]:
     """The applicable candidates by name: the best guess first, ``torch`` always last."""
-    x, weight, _, _, stride, padding, activation, slope = args
+    x, weight, _, _, stride, padding, activation, slope, groups, dilation = args
+    if activation not in conv_reference.KERNEL_ACTIVATIONS:
+        plain = _candidates((*args[:6], "none", *args[7:]))
+        return {name: _then(candidate, activation) for name, candidate in plain.items()}
     geometry = stride, padding
     capability = _capability(x.device)
+    is_dense = groups == 1 and max(dilation) == 1
     found = []
     has_ours = _built("conv2d_cuda") and capability >= runtime.MIN_COMPUTE_CAPABILITY
-    if has_ours:
+    if has_ours and is_dense:
         kernel = torch.ops.resfast.conv2d_cuda.default
         sizes = x, weight, *geometry
         flat = _configurations("conv2d_cuda_candidates", *sizes, _multiprocessors(x.device))
         for tile, splits in zip(flat[::2], flat[1::2], strict=True):
             rest = (*geometry, activation, slope, tile, splits, tf32(x.dtype))
             found.append(Candidate(f"ours:{tile},{splits}", _bound(kernel, rest)))
-    if _built("conv2d_hopper") and capability == (9, 0) and x.dtype != torch.float32:
+    is_hopper = _built("conv2d_hopper") and capability == (9, 0)
+    if is_hopper and is_dense and x.dtype != torch.float32:
         kernel = torch.ops.resfast.conv2d_hopper.default
         for config in _configurations("conv2d_hopper_configs", x, weight, *geometry):
             rest = (*geometry, activation, slope, config)
             found.append(Candidate(f"hopper:{config}", _bound(kernel, rest)))
+    whole = (*geometry, dilation, groups)
     if torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled:
         if activation == "relu":
-            run = functools.partial(_cudnn_relu, *geometry)
+            run = functools.partial(_cudnn_relu, whole)
             found.append(Candidate("cudnn", run, _cudnn_bias))
         elif has_ours:
-            run = functools.partial(_cudnn_then_epilogue, *geometry, activation, slope)
+            run = functools.partial(_cudnn_then_epilogue, whole, activation, slope)
             found.append(Candidate("cudnn", run))
-    found.append(Candidate("torch", functools.partial(_torch, *geometry, activation, slope)))
+    found.append(Candidate("torch", functools.partial(_torch, whole, activation, slope)))
     return {candidate.name: candidate for candidate in found}
+
+
+def _then(candidate: Candidate, activation: str) -> Candidate:
+    """A candidate, followed by an activation in place."""
+    function = conv_reference.ACTIVATIONS[activation]
+
+    def run(*tensors: Tensor | None) -> Tensor:
+        return function(candidate.run(*tensors), 0.0, True)
+
+    return replace(candidate, run=run)
 
 
 def _configurations(name: str, *args: Any) -> list[int]:
@@ -181,23 +212,25 @@ def _cudnn_bias(bias: Tensor | None, weight: Tensor) -> Tensor:
     return bias.to(weight.dtype)
 
 
+Geometry = tuple[list[int], list[int], Sequence[int], int]
+"""Stride, padding, dilation and groups."""
+
+
 def _cudnn_relu(
-    stride: list[int],
-    padding: list[int],
+    geometry: Geometry,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    rest = (bias, stride, padding, (1, 1), 1)
     if residual is None:
-        return channels_last(torch.cudnn_convolution_relu(x, weight, *rest))
-    return channels_last(torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, *rest))
+        return channels_last(torch.cudnn_convolution_relu(x, weight, bias, *geometry))
+    out = torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+    return channels_last(out)
 
 
 def _cudnn_then_epilogue(
-    stride: list[int],
-    padding: list[int],
+    geometry: Geometry,
     activation: str,
     slope: float,
     x: Tensor,
@@ -205,15 +238,14 @@ def _cudnn_then_epilogue(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    out = channels_last(F.conv2d(x, weight, None, stride, padding))
+    out = channels_last(F.conv2d(x, weight, None, *geometry))
     if activation == "none" and bias is None and residual is None:
         return out
     return torch.ops.resfast.conv2d_epilogue_.default(out, bias, residual, activation, slope)
 
 
 def _torch(
-    stride: list[int],
-    padding: list[int],
+    geometry: Geometry,
     activation: str,
     slope: float,
     x: Tensor,
@@ -221,7 +253,7 @@ def _torch(
     bias: Tensor | None,
     residual: Tensor | None,
 ) -> Tensor:
-    out = F.conv2d(x, weight, None, stride, padding).float()
+    out = F.conv2d(x, weight, None, *geometry).float()
     if bias is not None:
         out = out + bias[:, None, None]
     if residual is not None:
@@ -238,8 +270,8 @@ _chosen: dict[tuple, Candidate] = {}
 
 def _choose(args: Arguments) -> tuple[Candidate, bool]:
     """The candidate to use, and whether that is final: not while measuring is impossible."""
-    x, weight, _, residual, stride, padding, activation, slope = args
-    sizes = x.shape, weight.shape, *stride, *padding, residual is None
+    x, weight, _, residual, stride, padding, activation, slope, groups, dilation = args
+    sizes = x.shape, weight.shape, *stride, *padding, *dilation, groups, residual is None
     named = os.environ.get("RESFAST_CONV")
     key = (*sizes, x.dtype, tf32(x.dtype), x.device, activation, slope, named)
     candidate = _chosen.get(key)
@@ -251,12 +283,13 @@ def _choose(args: Arguments) -> tuple[Candidate, bool]:
     return candidate, settled
 
 
-def choice_key(args: Arguments) -> str:
+def choice_key(args: tuple[Any, ...]) -> str:
     """The key in the cache file: everything that the choice depends on."""
-    x, weight, _, residual, stride, padding, activation, _ = args
+    x, weight, _, residual, stride, padding, activation, *more = _with_defaults(*args)
     kinds = "+".join(kind for kind in ("cuda", "hopper") if _built(f"conv2d_{kind}")) or "no"
     precision = "tf32" if tf32(x.dtype) else str(x.dtype).removeprefix("torch.")
-    sizes = conv_choice.describe_sizes(x, weight, stride, padding, residual is not None)
+    geometry = (stride, padding, residual is not None, more[2])
+    sizes = conv_choice.describe_sizes(x, weight, *geometry)
     parts = (machine(x.device), f"{kinds} kernels", precision, sizes, activation)
     return "|".join([*parts, conv_choice.forced("cuda") or "any"])
 

@@ -3,12 +3,13 @@
 ``activation(conv2d(x, weight, stride, padding) + bias + residual)``, accumulated in float32. The
 algorithm is chosen by :mod:`resfast.ops.conv.cpu` or :mod:`resfast.ops.conv.cuda`.
 
-Shapes: x ``[N, C, H, W]``, weight ``[K, C, R, S]``, result ``[N, K, P, Q]``.
+Shapes: x ``[N, C, H, W]``, weight ``[K, C / groups, R, S]``, result ``[N, K, P, Q]``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,12 +23,24 @@ from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.reference import channels_last, new_map, output_shape
 from resfast.ops.registration import fallback, register
 
-Activation = Literal["none", "relu", "leaky_relu", "silu", "gelu"]
+Activation = Literal[
+    "none",
+    "relu",
+    "leaky_relu",
+    "silu",
+    "gelu",
+    "relu6",
+    "hardswish",
+    "hardsigmoid",
+    "sigmoid",
+    "tanh",
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 SCHEMA = (
     "conv2d_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, "
-    "int[2] padding, str activation, float negative_slope=0.01) -> Tensor"
+    "int[2] padding, str activation, float negative_slope=0.01, int groups=1, int[2] dilation=1) "
+    "-> Tensor"
 )
 GRAD = (
     "{name} requires grad, and the fused convolution is for inference only; call it under "
@@ -45,23 +58,29 @@ def conv2d_bias_act(
     padding: int | tuple[int, int] = 0,
     activation: Activation = "none",
     negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
+    groups: int = 1,
+    dilation: int | tuple[int, int] = 1,
 ) -> Tensor:
-    """A convolution with its epilogue in one call; groups and dilation are 1.
+    """A convolution with its epilogue in one call.
 
     Args:
         x: ``[N, C, H, W]``, float32, bfloat16 or float16, any strides; fast in ``channels_last``.
-        weight: ``[K, C, R, S]`` of x's dtype. A constant weight is faster in :class:`ConvBiasAct`,
-            which packs it for the kernel once.
+        weight: ``[K, C / groups, R, S]`` of x's dtype. A constant weight is faster in
+            :class:`ConvBiasAct`, which packs it for the kernel once.
         bias: float32 ``[K]``.
         residual: the result's shape and dtype; added before the activation.
         stride: rows and columns, at least 1.
         padding: zeros on each side, rows and columns, at least 0.
-        activation: ``none``, ``relu``, ``leaky_relu``, ``silu`` or ``gelu`` (exact GELU).
+        activation: ``none``, ``relu``, ``leaky_relu``, ``silu``, ``gelu`` (exact GELU), ``relu6``,
+            ``hardswish``, ``hardsigmoid``, ``sigmoid`` or ``tanh``. Those after ``gelu`` are an
+            operation of their own on CUDA, and on the CPU where oneDNN lacks them.
         negative_slope: slope of ``leaky_relu`` for negative values.
+        groups: a divisor of C and K; the depthwise convolution has C.
+        dilation: of rows and columns, at least 1.
 
     Returns:
-        ``[N, K, P, Q]`` in ``channels_last`` memory, of x's dtype;
-        P = (H + 2 padding - R) // stride + 1 and Q = (W + 2 padding - S) // stride + 1.
+        ``[N, K, P, Q]`` in ``channels_last`` memory, of x's dtype; P = (H + 2 padding -
+        dilation (R - 1) - 1) // stride + 1, and Q from W and S.
 
     Raises:
         TypeError: a tensor of a wrong dtype.
@@ -69,7 +88,16 @@ def conv2d_bias_act(
         RuntimeError: a tensor requires grad while gradients are recorded.
     """
     return torch.ops.resfast.conv2d_bias_act(
-        x, weight, bias, residual, _pair(stride), _pair(padding), activation, negative_slope
+        x,
+        weight,
+        bias,
+        residual,
+        _pair(stride),
+        _pair(padding),
+        activation,
+        negative_slope,
+        groups,
+        _pair(dilation),
     )
 
 
@@ -86,6 +114,8 @@ def check_arguments(
     padding: list[int],
     activation: str,
     negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
+    groups: int = 1,
+    dilation: Sequence[int] = (1, 1),
 ) -> None:
     """Checks the operator's arguments.
 
@@ -111,12 +141,17 @@ def check_arguments(
         raise ValueError(f"x is {list(x.shape)}; expected [N, C, H, W]")
     if weight.ndim != 4 or 0 in weight.shape:
         raise ValueError(f"weight is {list(weight.shape)}; expected [K, C, R, S], none of them 0")
-    if x.shape[1] != weight.shape[1]:
+    if groups < 1 or weight.shape[0] % groups:
         raise ValueError(
-            f"x has {x.shape[1]} channels, and weight {list(weight.shape)} is for "
-            f"{weight.shape[1]}; they must be the same (groups are not supported)"
+            f"groups is {groups}; expected a divisor of the weight's {weight.shape[0]} filters"
         )
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0)):
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, and weight {list(weight.shape)} in {groups} groups is "
+            f"for {weight.shape[1] * groups}; they must be the same"
+        )
+    pairs = (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    for name, pair, least in pairs:
         if len(pair) != 2 or min(pair) < least:
             raise ValueError(f"{name} is {list(pair)}; expected two numbers of at least {least}")
     if activation not in conv_reference.ACTIVATIONS:
@@ -127,11 +162,12 @@ def check_arguments(
         )
     if not math.isfinite(negative_slope):
         raise ValueError(f"negative_slope is {negative_slope}; expected a finite number")
-    shape = output_shape(x, weight, stride, padding)
+    shape = output_shape(x, weight, stride, padding, dilation)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(
             f"images of {x.shape[2]}x{x.shape[3]} with padding {list(padding)} are smaller than "
             f"the kernel of {weight.shape[2]}x{weight.shape[3]}"
+            + (f" with dilation {list(dilation)}" if max(dilation) > 1 else "")
         )
     if bias is not None and list(bias.shape) != [weight.shape[0]]:
         raise ValueError(f"bias is {list(bias.shape)}; expected {[weight.shape[0]]}")
@@ -151,7 +187,7 @@ def _cuda(*args: Any) -> Tensor:
 
 def _fake(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     check_arguments(x, weight, *args)
-    return new_map(x, output_shape(x, weight, *args[2:4]))
+    return new_map(x, output_shape(x, weight, *args[2:4], *args[7:8]))
 
 
 def _refuse(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -179,12 +215,14 @@ class ConvBiasAct(nn.Module):
     """A convolution with its epilogue, for inference; its weight is packed once per device.
 
     Args:
-        weight: ``[K, C, R, S]``, float32, bfloat16 or float16.
+        weight: ``[K, C / groups, R, S]``, float32, bfloat16 or float16.
         bias: ``[K]``, or None.
         stride: rows and columns.
         padding: rows and columns.
         activation: as in :func:`conv2d_bias_act`.
         negative_slope: slope of ``leaky_relu`` for negative values.
+        groups: a divisor of C and K.
+        dilation: rows and columns.
 
     Shape: ``[N, C, H, W]`` of the weight's dtype and, optionally, a residual of the result's shape,
     to ``[N, K, P, Q]`` in ``channels_last`` memory; or one image, ``[C, H, W]`` to ``[K, P, Q]``.
@@ -216,6 +254,8 @@ class ConvBiasAct(nn.Module):
         padding: int | tuple[int, int] = 0,
         activation: Activation = "none",
         negative_slope: float = conv_reference.TORCH_NEGATIVE_SLOPE,
+        groups: int = 1,
+        dilation: int | tuple[int, int] = 1,
     ) -> None:
         super().__init__()
         if weight.ndim != 4:
@@ -225,8 +265,12 @@ class ConvBiasAct(nn.Module):
         self.stride, self.padding = _pair(stride), _pair(padding)
         self.activation = activation
         self.negative_slope = negative_slope
+        self.groups, self.dilation = groups, _pair(dilation)
+        least = (
+            d * (size - 1) + 1 for d, size in zip(self.dilation, weight.shape[2:], strict=True)
+        )
         check_arguments(
-            weight.new_empty((1, *weight.shape[1:]), device="meta"),
+            weight.new_empty((1, weight.shape[1] * groups, *least), device="meta"),
             self.weight.to("meta"),
             None if bias is None else self.bias.to("meta"),
             None,
@@ -234,6 +278,8 @@ class ConvBiasAct(nn.Module):
             self.padding,
             activation,
             negative_slope,
+            groups,
+            self.dilation,
         )
         self.repack()
 
@@ -258,7 +304,7 @@ class ConvBiasAct(nn.Module):
             args = self._arguments(x, residual)
             check_arguments(*args)
             if is_cpu:
-                plan = conv_cpu.plan(*args, self._packed, self.tile)
+                plan = conv_cpu.plan(*args, packed=self._packed, largest_tile=self.tile)
             else:
                 plan = conv_cuda.plan(*args)
             if plan.settled:
@@ -276,14 +322,16 @@ class ConvBiasAct(nn.Module):
     def _arguments(self, x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
         """The operator's arguments."""
         where = (x, self.weight, self.bias, residual, self.stride, self.padding)
-        return (*where, self.activation, self.negative_slope)
+        return (*where, self.activation, self.negative_slope, self.groups, self.dilation)
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))
         slope = f"({self.negative_slope})" if self.activation == "leaky_relu" else ""
+        rest = f", groups={self.groups}" if self.groups > 1 else ""
+        rest += f", dilation={self.dilation}" if max(self.dilation) > 1 else ""
         return (
             f"{shape}, stride={self.stride}, padding={self.padding}, "
-            f"activation={self.activation}{slope}"
+            f"activation={self.activation}{slope}{rest}"
         )
 
     def _apply(self, *args: Any, **kwargs: Any) -> ConvBiasAct:

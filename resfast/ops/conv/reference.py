@@ -5,7 +5,7 @@ They define what the kernels must compute, and run where no kernel of ours does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +13,35 @@ from torch import Tensor
 
 TORCH_NEGATIVE_SLOPE = 0.01
 """Default slope of leaky ReLU, the same as in ``torch.nn.LeakyReLU``."""
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "none": lambda x, negative_slope: x,
-    "relu": lambda x, negative_slope: F.relu(x),
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "none": lambda x, slope, inplace=False: x,
+    "relu": lambda x, slope, inplace=False: F.relu(x, inplace),
     "leaky_relu": F.leaky_relu,
-    "silu": lambda x, negative_slope: F.silu(x),
-    "gelu": lambda x, negative_slope: F.gelu(x),
+    "silu": lambda x, slope, inplace=False: F.silu(x, inplace),
+    "gelu": lambda x, slope, inplace=False: F.gelu(x),
+    "relu6": lambda x, slope, inplace=False: F.relu6(x, inplace),
+    "hardswish": lambda x, slope, inplace=False: F.hardswish(x, inplace),
+    "hardsigmoid": lambda x, slope, inplace=False: F.hardsigmoid(x, inplace),
+    "sigmoid": lambda x, slope, inplace=False: x.sigmoid_() if inplace else x.sigmoid(),
+    "tanh": lambda x, slope, inplace=False: x.tanh_() if inplace else x.tanh(),
 }
-"""Name to function of a tensor and the slope of leaky ReLU."""
+"""Name to function of a tensor, the slope of leaky ReLU and whether it may overwrite the tensor."""
+KERNEL_ACTIVATIONS = tuple(ACTIVATIONS)[:5]
+"""Those of the kernels in C++, CUDA and Triton, which number them in this order."""
 
 
-def output_shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int]) -> list[int]:
+def output_shape(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+) -> list[int]:
     """``[N, K, P, Q]``."""
     sides = (
-        (x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i]
+        + 1
+        for i in (0, 1)
     )
     return [x.shape[0], weight.shape[0], *sides]
 
@@ -46,12 +61,13 @@ def conv2d_bias_act(
     padding: list[int],
     activation: str,
     negative_slope: float = TORCH_NEGATIVE_SLOPE,
+    groups: int = 1,
+    dilation: Sequence[int] = (1, 1),
 ) -> Tensor:
     """Computes in float32 (float64 for float64) and rounds once to x's dtype; ``channels_last``."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    out = F.conv2d(
-        x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), stride, padding
-    )
+    bias = None if bias is None else bias.to(dtype)
+    out = F.conv2d(x.to(dtype), weight.to(dtype), bias, stride, padding, dilation, groups)
     if residual is not None:
         out = out + residual.to(dtype)
     out = ACTIVATIONS[activation](out, negative_slope).to(x.dtype)

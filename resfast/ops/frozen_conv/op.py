@@ -17,7 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfast import runtime
-from resfast.ops.conv.reference import ACTIVATIONS, channels_last, new_map
+from resfast.ops.conv.reference import (
+    ACTIVATIONS,
+    KERNEL_ACTIVATIONS,
+    channels_last,
+    new_map,
+)
 from resfast.ops.registration import register
 
 AVAILABLE = runtime.has_triton()
@@ -77,8 +82,9 @@ def frozen_conv_act(
         ValueError: an unknown activation, or padded images smaller than the weight.
         RuntimeError: x or weight requires grad while gradients are recorded.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    if activation not in KERNEL_ACTIVATIONS:
+        known = ", ".join(KERNEL_ACTIVATIONS)
+        raise ValueError(f"activation is {activation!r}; expected one of {known}")
     if min(_shape(x, weight, before, after)[2:]) < 1:
         raise ValueError(
             f"images of {x.shape[2]}x{x.shape[3]} with {before} and {after} rows of zeros are "

@@ -34,7 +34,7 @@ class Conv:
         bias: float32 ``[K]``, or None.
         stride: of rows and columns, 1 or 2.
         padding: rows and columns of zeros on each side.
-        activation: a key of :data:`resfast.ops.conv.reference.ACTIVATIONS`.
+        activation: a key of :data:`resfast.ops.conv.reference.KERNEL_ACTIVATIONS`.
         negative_slope: slope of leaky ReLU.
         residual: the value added before the activation, or None.
     """

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from resfast.ops.conv.reference import ACTIVATIONS
+from resfast.ops.conv.reference import KERNEL_ACTIVATIONS
 from resfast.ops.network.layers import (
     BLOCK,
     LINE,
@@ -362,7 +362,7 @@ class _Planner:
             tiles=(tiles, count, max(4, CACHE_BYTES // (TILE * LINE * source.blocks) // 4 * 4)),
             taps=taps,
             constants=(self.packed.weights[index], self.packed.biases[index]),
-            activation=(list(ACTIVATIONS).index(conv.activation), slope),
+            activation=(KERNEL_ACTIVATIONS.index(conv.activation), slope),
             sizes=(0, 0, 0, *sizes),
         )
         for _, other in others:  # copies, as max pools of single pixels

@@ -28,7 +28,7 @@ from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.reference import channels_last, new_map
 from resfast.ops.registration import register
 
-ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
+ACTIVATIONS = conv_reference.KERNEL_ACTIVATIONS
 """In the order of their numbers in ``csrc/cpu/conv/conv_bf16.h``."""
 AVAILABLE = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "norm_act_forward")
 """Whether the CPU kernels are built and this processor has AVX512-BF16."""
