@@ -12,25 +12,23 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensorMode
 
+from resfast.inference.fuse.activations import FUNCTIONS
 from resfast.inference.fuse.inputs import map_tensors, tensors
 from resfast.inference.fuse.nodes import (
     ADDS,
     CONVS,
-    GELUS,
-    LEAKY,
     LINEARS,
     MAX_POOLS,
     NORMS,
-    RELUS,
     SCALINGS,
-    SILUS,
     UntraceableError,
     aten,
     quiet,
 )
 from resfast.layers import fused
 
-COMPUTES = (*ADDS, *CONVS, *GELUS, *LEAKY, *LINEARS, *MAX_POOLS, *NORMS, *RELUS, *SCALINGS, *SILUS)
+COMPUTES = (*ADDS, *CONVS, *LINEARS, *MAX_POOLS, *NORMS, *SCALINGS)
+COMPUTES += tuple(target for targets in FUNCTIONS.values() for target in targets)
 """Return new values. Most are composite operators, whose schemas need not say what is a view."""
 COMPUTING_MODULES = tuple(
     f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "conv", "linear", "pooling")
@@ -135,7 +133,7 @@ class SharedMemory:
         if found is not None:
             return found
         inputs = node.all_input_nodes
-        if node.op == "call_function" and not _is_of_torch(node.target):
+        if node.op == "call_function" and not is_of_torch(node.target):
             return inputs
         return [source for source in inputs if self.storages.may_share(node, source)]
 
@@ -178,7 +176,7 @@ def _computes(module: nn.Module) -> bool:
     return is_computing and fused.is_plain(module)
 
 
-def _is_of_torch(target: Any) -> bool:
+def is_of_torch(target: Any) -> bool:
     """Whether a function is one of PyTorch's or an operator on Python values."""
     if isinstance(target, OpOverload | OpOverloadPacket) or target is getattr:
         return True
@@ -191,7 +189,7 @@ def _schemas(node: fx.Node) -> list[Any]:
     """Schemas that say all about the memory of a call's results; none if there are no such."""
     target = node.target
     if node.op == "call_function":
-        if not _is_of_torch(target):
+        if not is_of_torch(target):
             return []
         name = getattr(target, "__name__", "")
     else:

@@ -15,10 +15,6 @@ from torch import fx
 aten = torch.ops.aten
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOATS = (*DTYPES, torch.float64)
-RELUS = (F.relu, torch.relu, aten.relu.default, "relu")
-SILUS = (F.silu, aten.silu.default)
-GELUS = (F.gelu, aten.gelu.default)
-LEAKY = (F.leaky_relu, aten.leaky_relu.default)
 ADDS = (operator.add, torch.add, aten.add.Tensor, "add")
 CONVS = (F.conv2d, torch.conv2d, aten.conv2d.default)
 NORMS = (F.batch_norm, aten.batch_norm.default)
@@ -31,10 +27,10 @@ IN_PLACE = {
 }
 STATEFUL = (operator.setitem, operator.iand, operator.ior, operator.ixor, operator.imatmul)
 FOREIGN = {
-    *("gelu", "leaky_relu", "relu6", "elu", "selu", "celu", "mish", "hardswish", "hardtanh"),
-    *("sigmoid", "tanh", "hardsigmoid", "softplus", "prelu", "rrelu", "logsigmoid", "clamp"),
+    *("gelu", "leaky_relu", "elu", "selu", "celu", "mish", "hardtanh", "softplus", "prelu"),
+    *("rrelu", "logsigmoid", "clamp", "softsign", "hardshrink", "softshrink", "tanhshrink"),
 }
-"""Activations that the fused kernel does not support."""
+"""Activations that the fused kernel does not support, with some arguments at least."""
 CASTS = {"float", "double", "half", "bfloat16"}
 
 

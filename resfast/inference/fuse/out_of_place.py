@@ -41,7 +41,7 @@ def make_out_of_place(network: fx.GraphModule, example: tuple[Any, ...] | None) 
     order = {node: index for index, node in enumerate(graph.nodes)}
     memory = SharedMemory(network, example)
     for node in list(graph.nodes):
-        if "out" in node.kwargs and node.op.startswith("call_"):
+        if node.kwargs.get("out") is not None and node.op.startswith("call_"):
             raise UntraceableError(f"{node} writes to out=")
         if not _to_out_of_place(node, network):
             continue

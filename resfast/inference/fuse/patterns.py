@@ -12,28 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
+from resfast.inference.fuse import activations
 from resfast.inference.fuse.inputs import map_tensors
 from resfast.inference.fuse.nodes import (
     ADDS,
     CONVS,
     FOREIGN,
-    GELUS,
-    LEAKY,
     MAX_POOLS,
     NORMS,
-    RELUS,
-    SILUS,
     arguments,
     kind_of,
-    leaky,
     quiet,
 )
 from resfast.layers import fused
-from resfast.layers.activation import name_and_slope
-from resfast.ops.conv.reference import TORCH_NEGATIVE_SLOPE
 
 GUESSED_SIZE = 224
 """Height and width, in pixels, of the images assumed for shape propagation without an example."""
+INCREASING = ("relu", "relu6", "hardsigmoid")
+"""Activations that never decrease, rounding included."""
 LARGEST_STRIDE = 32
 """Of networks; image sizes that differ by it have the same remainders on the way."""
 _SHAPE_ERRORS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
@@ -222,29 +218,7 @@ class Patterns:
 
     def activation(self, node: fx.Node, x: fx.Node) -> dict[str, Any] | None:
         """Arguments of the fused kernel if the node is an activation of ``x``, else None."""
-        if not node.args or node.args[0] is not x:
-            return None
-        module = self.module(node)
-        if module is not None:
-            if not fused.is_plain(module):
-                return None
-            name, slope = name_and_slope(module) or ("none", 0.0)
-            if name == "leaky_relu":
-                return leaky(slope)
-            return None if name == "none" else {"activation": name}
-        if node.op not in ("call_function", "call_method"):
-            return None
-        if node.target in RELUS:
-            return {"activation": "relu"}
-        if node.target in SILUS:
-            return {"activation": "silu"}
-        if node.target in GELUS:
-            a = arguments(node, "input approximate")
-            return {"activation": "gelu"} if a.get("approximate", "none") == "none" else None
-        if node.target in LEAKY:
-            a = arguments(node, "input negative_slope")
-            return leaky(a.get("negative_slope", TORCH_NEGATIVE_SLOPE))
-        return None
+        return activations.activation(node, x, self.network)
 
     def residual(self, node: fx.Node, x: fx.Node) -> fx.Node | None:
         """The other operand if the node adds a value of the same shape to ``x``, else None."""
@@ -281,7 +255,7 @@ class Patterns:
             return bool((norm[0] > 0).all())
         found = self.activation(node, x) or {}
         kind, slope = found.get("activation"), found.get("negative_slope", 0)
-        return kind == "relu" or (kind == "leaky_relu" and slope >= 0)
+        return kind in INCREASING or (kind == "leaky_relu" and slope >= 0)
 
     def foreign_activation(self, node: fx.Node, x: fx.Node) -> str | None:
         """The reason not to fuse, if the node is an activation of ``x`` the kernel lacks."""

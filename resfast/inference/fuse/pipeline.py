@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from resfast.errors import ResfastError
+from resfast.inference.fuse.activations import name_activations
 from resfast.inference.fuse.blocks import group_blocks
+from resfast.inference.fuse.constants import fold_constants
 from resfast.inference.fuse.copying import copied, unwrapped
 from resfast.inference.fuse.layout import make_independent_of_layout
 from resfast.inference.fuse.model import FusedModel
@@ -76,6 +78,8 @@ def fuse(
     with torch.inference_mode(False), torch.no_grad():
         traced = trace(copied(model), example)
         make_independent_of_layout(traced.network)
+        fold_constants(traced.network)
+        name_activations(traced.network)
         made = Rewriter(traced.network, dtype, example, traced.by).run()
         made = replace(made, blocks=group_blocks(traced.network))
         traced.network.to(where)

@@ -149,6 +149,8 @@ class Rewriter(Patterns):
             branch.bias,
             stride=tuple(branch.conv.stride),
             padding=fused.conv_padding(branch.conv),
+            groups=branch.conv.groups,
+            dilation=tuple(branch.conv.dilation),
             **epilogue,
         )
         self.counts["convolution"] += 1

@@ -111,6 +111,34 @@ def _has_ordered(value: Any) -> bool:
     return isinstance(value, OrderedDict) or any(map(_has_ordered, items))
 
 
+class _Unchanged:
+    """Checks that tracing changes no tensor of a network, and gives it back as it was.
+
+    ``torch.fx`` runs what a forward does with buffers only, so that changes of them are lost.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.versions = self._versions()
+        self.values = {name: x.clone() for name, x in self.model.named_buffers()}
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        found = self._versions()
+        changed = [name for name, version in self.versions.items() if found.get(name) != version]
+        for name in changed:
+            owner, _, last = name.rpartition(".")
+            if name in self.values:
+                self.model.get_submodule(owner)._buffers[last] = self.values[name]
+        if changed and kind is None:
+            raise UntraceableError(f"forward changes {changed[0]}")
+
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+        return {name: (id(x), 0 if x.is_inference() else x._version) for name, x in tensors}
+
+
 def trace(model: nn.Module, example: tuple[Any, ...] | None) -> Traced:
     """Traces a network.
 
@@ -120,7 +148,9 @@ def trace(model: nn.Module, example: tuple[Any, ...] | None) -> Traced:
     inputs = Inputs.of(model, example)
     try:
         tracer = _Tracer(inputs)
-        network = fx.GraphModule(model, tracer.trace(model))
+        with _Unchanged(model):
+            graph = tracer.trace(model)
+        network = fx.GraphModule(model, graph)
         make_out_of_place(network, example)
         output = tracer.output if _has_ordered(tracer.output) else None
         return Traced(network, inputs, None, output, "torch.fx")
