@@ -7,9 +7,11 @@ operator on a GPU.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import logging
+import math
 import os
 import pickle
 import subprocess
@@ -624,6 +626,8 @@ def test_one_module_serves_several_shapes() -> None:
 def test_choice_is_measured_once_and_kept_for_other_processes(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(conv_choice, "MAX_SPREAD", math.inf)  # other tests run at the same time
+    monkeypatch.setattr(conv_choice, "order_is_certain", lambda times: True)
     args = arguments(1, 64, 64, (8, 8))
 
     def fresh() -> str:
@@ -653,6 +657,51 @@ def test_choice_of_a_busy_machine_is_not_kept(cache: Path, monkeypatch: pytest.M
     args = arguments(1, 16, 16, (8, 8))
     assert_right(ConvBiasAct(args["weight"], args["bias"], padding=1)(args["x"]), args)
     assert not cache.exists()
+
+
+def test_an_order_is_certain_if_chance_does_not_explain_it() -> None:
+    certain = conv_choice.order_is_certain
+    slow = [1.2] * 20
+    assert certain({"a": [1.0, 1.1, 1.0], "b": [1.2, 1.3, 1.15]})  # all of a before all of b
+    assert certain({"a": [1.0] * 20, "b": slow, "c": [3.0] * 20})
+    assert certain({"a": [1.0, 5.0] * 10, "b": [1.0, 5.0] * 10})  # equally good
+    assert not certain({"a": [1.0, 1.0, 1.3], "b": [1.1, 1.2, 1.2]})
+    for wins, expected in ((15, False), (16, True)):  # of 20: probabilities of 0.021 and 0.006
+        first = [1.0] * wins + [2.0] * (20 - wins)
+        assert certain({"a": first, "b": slow}) == certain({"b": slow, "a": first}) == expected
+
+
+def test_candidates_are_measured_again_while_none_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, calls = 0.0, {"a": 0, "b": 0}
+    monkeypatch.setattr(conv_choice.time, "perf_counter", lambda: now)
+
+    def seconds(name: str, number: int) -> float:
+        if name == "b":
+            return 0.02
+        return (0.01, 0.04)[number % 2] if number < 4 else 0.01
+
+    def call(name: str) -> torch.Tensor:
+        nonlocal now
+        now += seconds(name, calls[name])
+        calls[name] += 1
+        return torch.empty(0)
+
+    def measure() -> tuple[str, bool]:
+        return conv_choice.fastest(
+            {name: functools.partial(call, name) for name in calls},
+            is_right=lambda out: True,
+            seconds=conv_choice.host_seconds,
+            trusted="a",
+            what="a test",
+        )
+
+    assert measure() == ("a", True)
+    assert 4 < calls["a"] <= 3 * conv_choice.MAX_REPEATS + 1
+    calls.update(a=-1000, b=-1000)
+    assert not measure()[1]
+    assert calls["a"] == -1000 + 3 * conv_choice.MAX_REPEATS + 1
 
 
 @needs_bf16

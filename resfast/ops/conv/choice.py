@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 import re
 import statistics
@@ -36,6 +37,12 @@ MEASURE_SECONDS = 0.04
 """Time to measure each candidate for each shape on the CPU."""
 MAX_SPREAD = 1.5
 """Largest ratio of median to shortest time at which a choice is cached for other processes."""
+MAX_REPEATS = 5
+"""On the CPU, candidates are measured for at most this many times as long if none is faster yet."""
+TIE = 1.03
+"""Ratio of median times up to which either of two candidates is a good choice."""
+MAX_CHANCE = 0.01
+"""Largest probability of an order of two candidates that were equally fast."""
 
 Run = Callable[[Tensor, Tensor | None], Tensor]
 Call = Callable[[], Tensor]
@@ -123,8 +130,8 @@ def fastest(
         what: description of the computation for messages.
 
     Returns:
-        The name, and whether its times are consistent, so that the choice can be cached; on a busy
-        machine they are not.
+        The name, and whether its times are consistent and the order certain, so that the choice can
+        be cached; on a busy machine they are not.
     """
     accurate = {}
     for name, call in calls.items():
@@ -142,23 +149,51 @@ def fastest(
         warn_once(f"using {trusted} for {what}: none of {', '.join(calls)} works")
         return trusted, False
     times = seconds(accurate)
-    chosen = min(times, key=lambda name: min(times[name]))
-    shortest = {name: min(values) for name, values in times.items()}
-    logger.debug("%s: %s of %s", what, chosen, shortest)
-    steady = statistics.median(times[chosen]) <= MAX_SPREAD * shortest[chosen]
-    return chosen, steady
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    chosen = min(medians, key=medians.__getitem__)
+    logger.debug("%s: %s of %s", what, chosen, medians)
+    steady = medians[chosen] <= MAX_SPREAD * min(times[chosen])
+    return chosen, steady and order_is_certain(times)
+
+
+def order_is_certain(times: Times) -> bool:
+    """Whether the candidate with the shortest median time is the fastest, or as good as that.
+
+    Compares the times of each round, in which all candidates were measured one after the other: by
+    a sign test, or because all times of one candidate are shorter than all of the other.
+    """
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    first = min(medians, key=medians.__getitem__)
+    for name, values in times.items():
+        if name == first or medians[name] <= TIE * medians[first] or max(times[first]) < min(values):
+            continue
+        wins = sum(one < other for one, other in zip(times[first], values, strict=True))
+        rounds = len(values)
+        if sum(math.comb(rounds, k) for k in range(wins, rounds + 1)) > MAX_CHANCE * 2**rounds:
+            return False
+    return True
 
 
 def host_seconds(calls: Mapping[str, Call], seconds: float = MEASURE_SECONDS) -> Times:
-    """Times on the CPU, measured in turns so that other load slows all candidates alike."""
+    """Times on the CPU, measured in turns so that other load slows all candidates alike.
+
+    Args:
+        calls: candidates by name.
+        seconds: to spend on each; up to :data:`MAX_REPEATS` times as long while the order is not
+            certain.
+    """
     times: Times = {name: [] for name in calls}
-    end, rounds = time.perf_counter() + seconds * len(calls), 0
-    while rounds < 3 or (time.perf_counter() < end and rounds < 100):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-        rounds += 1
+    for _ in range(MAX_REPEATS):
+        end = time.perf_counter() + seconds * len(calls)
+        rounds = 0
+        while rounds < 3 or (time.perf_counter() < end and rounds < 100):
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+            rounds += 1
+        if order_is_certain(times):
+            break
     return times
 
 
