@@ -38,11 +38,12 @@ bench: $(INSTALLED) ## Time inference, the training step, augmentation and loade
 
 bench-report: $(INSTALLED) ## The same as tables and plots; RESULTS="a.json b.json" takes these instead
 ifeq ($(RESULTS),)
-	@mkdir -p build && rm -f build/benchmarks.json
+	@mkdir -p build && rm -f build/benchmarks.json build/peers.json
 	status=0; \
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json $(ARGS) \
 	  || status=$$?; \
-	$(BIN)/python -m benchmarks.bench_report build/benchmarks.json && exit $$status
+	$(BIN)/python -m benchmarks.peers --json build/peers.json || status=$$?; \
+	$(BIN)/python -m benchmarks.bench_report $$(ls build/benchmarks.json build/peers.json) && exit $$status
 else
 	$(BIN)/python -m benchmarks.bench_report $(RESULTS) $(ARGS)
 endif

@@ -48,6 +48,16 @@ ABOUT = (
     "torch.compile, `compile max-autotune` is torch.compile in that mode with freezing (and CUDA "
     "graphs on CUDA)."
 )
+KINDS = {
+    "model": ("Networks", ABOUT),
+    "peer": (
+        "Networks, each library alone in a process",
+        "With the defaults of each library (`python -m benchmarks.peers`). The speed is relative "
+        "to the fastest library other than resfast.",
+    ),
+    "layer": ("Layers", ABOUT),
+}
+"""Title and introduction of the tables of a kind of rows."""
 Dtype = Literal["bf16", "fp16", "fp32"]
 _VERSIONS = ("resfast", "torch", "cuda", "cudnn", "triton", "python")
 
@@ -56,7 +66,8 @@ class Row(BaseModel):
     """One measurement.
 
     Attributes:
-        kind: a whole network, one layer, a rate of the machine, or another benchmark.
+        kind: a whole network, one by a library alone in its process (``benchmarks.peers``), one
+            layer, a rate of the machine, or another benchmark.
         case: what was run, such as ``resnet-2111``; for other benchmarks, their group.
         name: the implementation that was timed.
         hardware: processor.
@@ -74,7 +85,7 @@ class Row(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    kind: Literal["model", "layer", "machine", "other"]
+    kind: Literal["model", "peer", "layer", "machine", "other"]
     case: str = Field(min_length=1)
     name: str = Field(min_length=1)
     hardware: str = Field(min_length=1)
@@ -110,11 +121,29 @@ class Row(BaseModel):
         return *self.what, self.name, self.source if self.given else None
 
 
+class Skipped(BaseModel):
+    """A measurement that could not be made; the fields are those of :class:`Row`.
+
+    Attributes:
+        reason: why, such as a library that is not installed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    case: str = Field(min_length=1)
+    name: str = Field(min_length=1)
+    hardware: str = Field(min_length=1)
+    batch: PositiveInt | None = None
+    dtype: Dtype | None = None
+    reason: str = Field(min_length=1)
+
+
 @dataclass(frozen=True)
 class Report:
-    """Rows in the order they were read, and the rates of the machines."""
+    """Rows in the order they were read, the rates of the machines, and what was skipped."""
 
     rows: tuple[Row, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     def best(self, case: str, hardware: str, dtype: str | None = None) -> float | None:
         """Operations or bytes per second of a machine's ``matmul`` or ``copy``, or None."""
@@ -209,17 +238,22 @@ def load(paths: Sequence[Path]) -> Report:
         ResfastError: a file that cannot be read or has another format; names the row and field.
     """
     rows: dict[tuple[Any, ...], Row] = {}
+    skipped: dict[Skipped, None] = {}
     for path in paths:
-        rows.update((row.key, row) for row in _read(Path(path)))
+        for row in _read(Path(path)):
+            if isinstance(row, Skipped):
+                skipped[row] = None
+            else:
+                rows[row.key] = row
     base = {row.what: row for row in rows.values() if row.baseline == row.name}
     for key, row in rows.items():
         if row.given and (measured := base.get(row.what)):
             compared = {"baseline": measured.name, "ratio": measured.seconds / row.seconds}
             rows[key] = row.model_copy(update=compared)
-    return Report(tuple(rows.values()))
+    return Report(tuple(rows.values()), tuple(skipped))
 
 
-def _read(path: Path) -> list[Row]:
+def _read(path: Path) -> list[Row | Skipped]:
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -230,7 +264,10 @@ def _read(path: Path) -> list[Row]:
         case {"benchmarks": list(rows)}:
             return [_row(path, i, _Benchmark, row, content) for i, row in enumerate(rows)]
         case {"format": str(name), "rows": list(rows)} if name == FORMAT:
-            return [_row(path, i, Row, row) for i, row in enumerate(rows)]
+            skipped = content.get("skipped", [])
+            return [_row(path, i, Row, row) for i, row in enumerate(rows)] + [
+                _row(path, i, Skipped, row) for i, row in enumerate(skipped)
+            ]
         case list(rows):
             return [_row(path, i, _Given, row) for i, row in enumerate(rows)]
     raise ResfastError(
@@ -239,10 +276,10 @@ def _read(path: Path) -> list[Row]:
     )
 
 
-def _row(path: Path, index: int, kind: type[BaseModel], value: Any, *args: Any) -> Row:
+def _row(path: Path, index: int, kind: type[BaseModel], value: Any, *args: Any) -> Any:
     try:
         read = kind.model_validate(value)
-        return read if isinstance(read, Row) else read.row(*args)
+        return read if isinstance(read, Row | Skipped) else read.row(*args)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "row"
@@ -267,10 +304,10 @@ def tables(report: Report, plots: Mapping[str, str] | None = None) -> str:
     for name, (title, about) in PLOTS.items():
         if name in plots:
             parts.append(f"## {title}\n\n{about}\n\n![{title}]({plots[name]})")
-    for kind, title in (("model", "Networks"), ("layer", "Layers")):
+    for kind, (title, about) in KINDS.items():
         chosen = [row for row in rows if row.kind == kind]
         for case in dict.fromkeys(row.case for row in chosen):
-            parts += [f"## {title}\n\n{ABOUT}"] if case == chosen[0].case else []
+            parts += [f"## {title}\n\n{about}"] if case == chosen[0].case else []
             parts.append(f"### {case}\n\n" + _speeds(report, chosen, case))
     others = [
         (row.case, _name(row), row.hardware, _ms(row.seconds), _ms(row.iqr_seconds),
@@ -281,6 +318,13 @@ def tables(report: Report, plots: Mapping[str, str] | None = None) -> str:
     if others:
         head = "benchmark | name | hardware | median, ms | IQR, ms | images/s | figures"
         parts.append("## Other benchmarks\n\n" + _table(head, others))
+    if report.skipped:
+        head = "case | hardware | batch | dtype | name | reason"
+        lines = [
+            (row.case, row.hardware, str(row.batch or ""), row.dtype or "", row.name, row.reason)
+            for row in report.skipped
+        ]
+        parts.append("## Not measured\n\n" + _table(head, lines))
     parts.append(_machines(report))
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -391,6 +435,9 @@ COLORS = {
     "compile": "#e3a857",
     "compile max-autotune": "#d1495b",
     "cuDNN": "#5b7f3a",
+    "torch.compile": "#d1495b",
+    "OpenVINO": "#6a4c93",
+    "ONNX Runtime": "#5b7f3a",
     "resfast": "#1f5fa8",
     "resfast, CUDA graph": "#0c2d57",
 }
@@ -399,7 +446,9 @@ GIVEN_COLOR = "#7a5195"
 
 def _panels(rows: Iterable[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
     panels: dict[Any, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (row.kind != "model", row.case, row.batch or 0)):
+    for row in sorted(
+        rows, key=lambda row: (list(KINDS).index(row.kind), row.case, row.batch or 0)
+    ):
         panels.setdefault(key(row), []).append(row)
     return panels
 
@@ -410,7 +459,8 @@ def _speedup(report: Report) -> Any:
 
     from resfast.runs.plots import plain
 
-    shown = [r for r in report.rows if r.ratio and (r.kind == "model" or r.name == "resfast")]
+    whole = ("model", "peer")
+    shown = [r for r in report.rows if r.ratio and (r.kind in whole or r.name == "resfast")]
     panels = _panels((r for r in shown if r.kind != "other"), lambda r: (r.hardware, r.kind))
     if not panels:
         return None
@@ -418,7 +468,7 @@ def _speedup(report: Report) -> Any:
     for axes, ((hardware, kind), rows) in zip(
         figure.subplots(len(panels), squeeze=False).flat, panels.items(), strict=True
     ):
-        model = kind == "model"
+        model = kind in whole
         bars: dict[str, dict[str, Row]] = {}  # by color, then by position on the axis
         for row in rows:
             batch = f"batch {row.batch}"
@@ -441,8 +491,12 @@ def _speedup(report: Report) -> Any:
         names = ["\n".join(map(plain, place.split("\n"))) for place in places]
         axes.set_xticks(range(len(places)), names, rotation=30, ha="right", fontsize=7)
         baselines = " or ".join(dict.fromkeys(row.baseline for row in rows))
+        if kind == "peer":
+            baselines = "the fastest other library"
         axes.set_ylabel(f"speed relative to\n{plain(baselines)}", fontsize=8)
-        what = "networks" if model else "resfast, layers"
+        what = {"model": "networks", "peer": "networks, each library alone in a process"}.get(
+            kind, "resfast, layers"
+        )
         axes.set_title(f"{what}: {plain(hardware)}", fontsize=9)
         _finish(axes)
     return figure
@@ -506,10 +560,8 @@ def write(report: Report, folder: Path, name: str) -> list[Path]:
     if not report.rows:
         raise ResfastError("the results have no rows: no benchmark ran; check what was skipped")
     atomic.make_folder(folder, "--out")
-    rows = [row.model_dump(mode="json", exclude_defaults=True) for row in report.rows]
     data, page = folder / f"{name}.json", folder / f"{name}.md"
-    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    atomic.save(data, f'{{"format": "{FORMAT}", "rows": [\n{lines}\n]}}\n'.encode())
+    atomic.save(data, encoded(report))
     plots = save_plots(report, folder, name)
     linked = {kind: path.name for kind, path in plots.items()}
     dates = sorted({row.date for row in report.rows if row.date})
@@ -518,6 +570,19 @@ def write(report: Report, folder: Path, name: str) -> list[Path]:
     page_text = f"{title}\n\n{command} [{data.name}]({data.name}).\n\n{tables(report, linked)}"
     atomic.save(page, page_text.encode())
     return [data, page, *plots.values()]
+
+
+def encoded(report: Report) -> bytes:
+    """The rows as a file that :func:`load` reads, a row a line."""
+
+    def lines(rows: Sequence[BaseModel]) -> str:
+        values = (row.model_dump(mode="json", exclude_defaults=True) for row in rows)
+        return ",\n".join(json.dumps(value, ensure_ascii=False) for value in values)
+
+    parts = [f'"format": "{FORMAT}"', f'"rows": [\n{lines(report.rows)}\n]']
+    if report.skipped:
+        parts.append(f'"skipped": [\n{lines(report.skipped)}\n]')
+    return f"{{{', '.join(parts)}}}\n".encode()
 
 
 def default_folder(report: Report) -> Path:

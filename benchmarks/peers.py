@@ -15,11 +15,14 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks import bench_report
 from benchmarks.peer_worker import PEERS, installed
+from benchmarks.report import hardware, version
 from resfast import atomic
 
 OURS = "resfast"
@@ -135,6 +138,43 @@ def lines(rows: list[Row]) -> list[str]:
     return [f"{first.model}, batch {first.batch}, {first.dtype}{ratio}", *found]
 
 
+PACKAGES = {
+    "resfast": ("resfast", "torch"),
+    "torch.compile": ("torch",),
+    "OpenVINO": ("openvino",),
+    "ONNX Runtime": ("onnxruntime",),
+}
+"""Packages whose versions matter to a peer."""
+
+
+def report(rows: list[Row]) -> bench_report.Report:
+    """A case as rows of :mod:`benchmarks.bench_report`, relative to the fastest other library."""
+    processor = str(hardware("cpu")["processor"])
+    timed = [row for row in rows if row.rates]
+    others = [row for row in timed if row.peer != OURS]
+    fastest = max(others, key=lambda row: row.rate, default=None)
+    found, skipped = [], []
+    for row in rows:
+        case: dict[str, Any] = {"case": row.model, "name": row.peer, "hardware": processor}
+        case |= {"batch": row.batch, "dtype": row.dtype}
+        if not row.rates:
+            reason = row.missing or "it was not timed"
+            skipped.append(bench_report.Skipped(**case, reason=reason))
+            continue
+        versions = (f"{name} {version(name)}" for name in PACKAGES[row.peer])
+        case |= {"kind": "peer", "device": "cpu", "source": "python -m benchmarks.peers"}
+        case |= {"seconds": row.batch / row.rate, "images_per_second": row.rate}
+        case |= {"rounds": len(row.rates), "relative_error": row.error}
+        case |= {"figures": {"peak_rss_mib": row.peak_rss_mib}, "versions": ", ".join(versions)}
+        case |= {"date": f"{datetime.now(UTC):%Y-%m-%d}"}
+        if fastest is not None:
+            turns = [one / other for one, other in zip(row.rates, fastest.rates, strict=False)]
+            case |= {"baseline": fastest.peer, "ratio": row.rate / fastest.rate}
+            case |= {"ratio_range": (min(turns), max(turns))}
+        found.append(bench_report.Row(**case))
+    return bench_report.Report(tuple(found), tuple(skipped))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.peers", description=__doc__)
     parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated")
@@ -143,21 +183,21 @@ def main() -> None:
     parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated: bf16, fp32")
     parser.add_argument("--turns", type=int, default=5, help="of each peer and case")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn")
-    parser.add_argument("--json", type=Path, help="file to write all rows to")
+    parser.add_argument(
+        "--json", type=Path, help="file to write all rows to, for benchmarks.bench_report"
+    )
     options = parser.parse_args()
-    rows: list[Row] = []
+    done = bench_report.Report()
     for dtype in options.dtypes.split(","):
         for model in options.models.split(","):
             for batch in map(int, options.batches.split(",")):
                 peers = options.peers.split(",")
                 case = measure(peers, model, batch, dtype, options.turns, options.seconds)
                 print(*lines(case), sep="\n", flush=True)
-                rows += case
-    if options.json is not None:
-        from benchmarks.report import hardware
-
-        content = {"hardware": hardware("cpu"), "rows": [asdict(row) for row in rows]}
-        atomic.write_bytes(options.json, json.dumps(content, indent=1).encode())
+                found = report(case)
+                done = bench_report.Report(done.rows + found.rows, done.skipped + found.skipped)
+                if options.json is not None:  # now, so that nothing is lost if a case is cut off
+                    atomic.write_bytes(options.json, bench_report.encoded(done))
 
 
 if __name__ == "__main__":
