@@ -24,7 +24,7 @@ class FusedModel(nn.Module):
     """A network returned by :func:`fuse`, for inference only.
 
     Takes the inputs of the original, by position or by name: floating-point tensors, also those in
-    lists, tuples and dicts, are converted to :attr:`dtype` and, if 4-dimensional, to
+    lists, tuples and dicts, are converted to :attr:`input_dtype` and, if 4-dimensional, to
     ``channels_last``. Floating-point outputs are float32. It can be copied, pickled, compiled with
     ``torch.compile`` and exported with ``torch.export``, and moved to another device, but not to
     another dtype.
@@ -32,6 +32,7 @@ class FusedModel(nn.Module):
     Attributes:
         network: the rewritten graph.
         dtype: dtype of the computation.
+        input_dtype: that of floating-point inputs: ``dtype``, or float32 for int8.
         report: what was fused and what was not.
         cuda_graph: whether the first call for each input shape captures a CUDA graph that later
             calls replay. Graphs keep their memory; call the module from one stream at a time.
@@ -47,6 +48,7 @@ class FusedModel(nn.Module):
         super().__init__()
         self.network = traced.network
         self.dtype = dtype
+        self.input_dtype = torch.float32 if dtype == torch.int8 else dtype
         self.report = report
         self.cuda_graph = cuda_graph
         self._inputs = traced.inputs
@@ -102,8 +104,8 @@ class FusedModel(nn.Module):
         if not x.is_floating_point():
             return x
         if x.ndim == 4:
-            return x.to(dtype=self.dtype, memory_format=torch.channels_last)
-        return x.to(self.dtype)
+            return x.to(dtype=self.input_dtype, memory_format=torch.channels_last)
+        return x.to(self.input_dtype)
 
     def _check_shapes(self, inputs: tuple[Any, ...]) -> None:
         found = list(tensors(inputs))
@@ -151,11 +153,16 @@ class FusedModel(nn.Module):
         place = next(self.buffers(), torch.empty(0)).device
         for kind in FLOATS:
             found = fn(torch.empty(1, dtype=kind, device=place)).dtype
-            if found not in (kind, self.dtype):
+            if found not in (kind, self.input_dtype):
                 raise ResfastError(
                     f"a fused network cannot be converted to {found}: it was fused for "
                     f"{self.dtype}; fuse the original with dtype={found}"
                 )
+
+        if self.dtype == torch.int8:
+            moved = fn(torch.empty(0)).device
+            if moved.type not in ("cpu", "meta"):
+                raise ResfastError(f"an int8 network runs on the CPU and cannot move to {moved}")
 
         def move(x: Tensor) -> Tensor:
             moved = fn(x)

@@ -19,6 +19,7 @@ from resfast.inference.fuse.layout import make_independent_of_layout
 from resfast.inference.fuse.model import FusedModel
 from resfast.inference.fuse.nodes import DTYPES
 from resfast.inference.fuse.patterns import device_of
+from resfast.inference.fuse.quantize import batches_of, check_device, quantize
 from resfast.inference.fuse.rewrite import Rewriter
 from resfast.inference.fuse.trace import trace
 from resfast.ops.conv.op import ConvBiasAct
@@ -36,6 +37,7 @@ def fuse(
     example: Tensor | tuple[Any, ...] | dict[str, Any] | list[Any] | None = None,
     device: torch.device | str | None = None,
     cuda_graph: bool = False,
+    calibration: Any = None,
     report: Callable[[str], object] | None = None,
 ) -> FusedModel:
     """A copy of a network for inference, with convolutions fused with the operations after them.
@@ -49,13 +51,18 @@ def fuse(
     Args:
         model: any network in eval mode: resfast's, torchvision's, timm's, your own. It is not
             changed and shares no memory with the result.
-        dtype: ``torch.bfloat16``, ``torch.float16`` or ``torch.float32``.
+        dtype: ``torch.bfloat16``, ``torch.float16``, ``torch.float32``, or ``torch.int8`` on a CPU:
+            convolutions have 8-bit operands, and what is between them stays so (all else is
+            float32). Images with NaN or infinity then have outputs of NaN.
         example: the network's inputs, on its device: a tuple, or the only one. Required if
             ``torch.fx`` cannot trace the network (later inputs may then differ in batch size only);
             otherwise used to infer shapes, which are inferred from 224x224 images without it.
             Arguments that it leaves out keep their defaults.
         device: device of the result; None for that of the model.
         cuda_graph: capture and replay a CUDA graph per input shape, for latency at small batches.
+        calibration: images for the ranges of int8, some hundred as the network sees them: a batch,
+            a tuple of all inputs, or an iterable of either, such as a ``DataLoader``, of which
+            about the first thousand images are used.
         report: called with the text of the report, for example ``print``.
 
     Returns:
@@ -64,7 +71,8 @@ def fuse(
     Raises:
         ResfastError: the model is in training mode, quantised, without weights, already fused or
             cannot be traced; forward hooks on all modules, or on a wrapper such as
-            ``nn.DataParallel``; another dtype; ``cuda_graph`` without a CUDA device.
+            ``nn.DataParallel``; another dtype; ``cuda_graph`` without a CUDA device; int8 without
+            calibration images or on another device than a CPU.
     """
     model = _checked(model, dtype)
     if example is not None and not isinstance(example, tuple):
@@ -75,13 +83,25 @@ def fuse(
             f"cuda_graph=True needs a CUDA device, but the network would be on {where}; pass "
             "device='cuda' on a machine with one, or cuda_graph=False"
         )
+    is_int8 = dtype == torch.int8
+    if is_int8:
+        check_device(where)
+    elif calibration is not None:
+        raise ResfastError(f"calibration is for torch.int8, but dtype is {dtype}")
     with torch.inference_mode(False), torch.no_grad():
         traced = trace(copied(model), example)
+        batches = batches_of(calibration, traced.inputs) if is_int8 else []
         make_independent_of_layout(traced.network)
         fold_constants(traced.network)
         name_activations(traced.network)
-        made = Rewriter(traced.network, dtype, example, traced.by).run()
-        made = replace(made, blocks=group_blocks(traced.network))
+        if is_int8:
+            traced.network.to("cpu")
+        operands = torch.float32 if is_int8 else dtype
+        made = Rewriter(traced.network, operands, example, traced.by).run()
+        if is_int8:
+            made = replace(made, int8=quantize(traced.network, batches))
+        else:
+            made = replace(made, blocks=group_blocks(traced.network))
         traced.network.to(where)
     result = FusedModel(traced, dtype, made, cuda_graph)
     if report is not None:
@@ -103,8 +123,9 @@ def _checked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         raise ResfastError(
             f"dtype is a {type(dtype).__name__}; expected {', '.join(map(str, DTYPES))}{hint}"
         )
-    if dtype not in DTYPES:
-        raise ResfastError(f"dtype {dtype} is not supported; choose {', '.join(map(str, DTYPES))}")
+    if dtype not in (*DTYPES, torch.int8):
+        known = ", ".join(map(str, (*DTYPES, torch.int8)))
+        raise ResfastError(f"dtype {dtype} is not supported; choose {known}")
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         raise ResfastError(
             "forward hooks are registered for all modules, and a fused network has other modules; "

@@ -19,6 +19,7 @@ class FusionReport:
         traced_by: ``torch.fx`` or ``torch.export``.
         blocks: pairs of the fused convolutions that form a residual block, which a GPU can run as
             one kernel (:class:`~resfast.ops.basic_block.op.BasicBlock`).
+        int8: those of the fused convolutions that run with 8-bit operands.
     """
 
     convolutions: int
@@ -28,6 +29,7 @@ class FusionReport:
     left: tuple[tuple[str, str], ...]
     traced_by: str
     blocks: int = 0
+    int8: int = 0
 
     def __str__(self) -> str:
         lines = [
@@ -37,6 +39,8 @@ class FusionReport:
         ]
         if self.blocks:
             lines.append(f"{self.blocks} pairs of them form residual blocks")
+        if self.int8:
+            lines.append(f"{self.int8} of them in int8")
         reasons: dict[str, list[str]] = {}
         for name, reason in self.left:
             reasons.setdefault(reason, []).append(name)

@@ -165,7 +165,11 @@ def order_is_certain(times: Times) -> bool:
     medians = {name: statistics.median(values) for name, values in times.items()}
     first = min(medians, key=medians.__getitem__)
     for name, values in times.items():
-        if name == first or medians[name] <= TIE * medians[first] or max(times[first]) < min(values):
+        if (
+            name == first
+            or medians[name] <= TIE * medians[first]
+            or max(times[first]) < min(values)
+        ):
             continue
         wins = sum(one < other for one, other in zip(times[first], values, strict=True))
         rounds = len(values)
