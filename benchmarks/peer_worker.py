@@ -104,6 +104,11 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Run]] = {
     "OpenVINO": openvino,
     "ONNX Runtime": onnxruntime,
 }
+
+BESIDE = {f"resfast beside {name}": name for name in ("OpenVINO", "ONNX Runtime")}
+"""resfast in a process where another library has just computed, so that its threads are alive."""
+CALLS_BESIDE = 5
+"""Calls of resfast after each of the other library, whose time does not count."""
 NEEDED = {"OpenVINO": ("openvino", "onnxscript"), "ONNX Runtime": ("onnxruntime", "onnxscript")}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -112,7 +117,8 @@ def installed(peer: str, dtype: str) -> str | None:
     """Why a peer cannot run here, or None."""
     if peer == "ONNX Runtime" and dtype == "bf16":
         return "it has no bfloat16 convolutions on the CPU"
-    missing = [name for name in NEEDED.get(peer, ()) if importlib.util.find_spec(name) is None]
+    needed = NEEDED.get(BESIDE.get(peer, peer), ())
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 
 
@@ -126,7 +132,11 @@ def main() -> None:
         x = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE)
         exact = model(x)
         try:
-            run = PEERS[peer](model, x, dtype)
+            other = None
+            if peer in BESIDE:
+                other = PEERS[BESIDE[peer]](model, x, torch.float32)
+                other(x)
+            run = PEERS["resfast" if other else peer](model, x, dtype)
             result = run(x)
         except Exception as error:  # noqa: BLE001  # whatever a library raises is its answer
             first = str(error).strip().partition("\n")[0]
@@ -137,11 +147,15 @@ def main() -> None:
             run(x)
         print(json.dumps({"error": error}), file=answers)
         for line in sys.stdin:
-            start, calls = time.perf_counter(), 0
-            while time.perf_counter() - start < float(line) or calls < 3:
+            spent, calls = 0.0, 0
+            while spent < float(line) or calls < 3:
+                if other is not None and calls % CALLS_BESIDE == 0:
+                    other(x)
+                start = time.perf_counter()
                 run(x)
+                spent += time.perf_counter() - start
                 calls += 1
-            rate = calls * batch / (time.perf_counter() - start)
+            rate = calls * batch / spent
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
             print(json.dumps({"rate": rate, "peak_rss_mib": peak}), file=answers)
 

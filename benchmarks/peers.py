@@ -3,6 +3,8 @@
 ``python -m benchmarks.peers`` times resfast, torch.compile (max-autotune, freezing), OpenVINO and
 ONNX Runtime with their defaults; the allocator is that of a user. The processes of a case take
 turns, so that other load on the machine affects all of them equally, and sleep between their turns.
+``--peers "resfast,resfast beside OpenVINO"`` compares with a process where the threads of another
+library are alive.
 A library that is not installed or cannot run a case is a row with the reason. Results are compared
 with float32 before they are timed.
 """
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench_report
-from benchmarks.peer_worker import PEERS, installed
+from benchmarks.peer_worker import BESIDE, PEERS, installed
 from benchmarks.report import hardware, version
 from resfast import atomic
 
@@ -119,7 +121,7 @@ def measure(
 def lines(rows: list[Row]) -> list[str]:
     """A case as text: images per second, and resfast's ratio to the fastest other."""
     timed = {row.peer: row for row in rows if row.rates}
-    others = [row.rate for row in timed.values() if row.peer != OURS]
+    others = [row.rate for row in timed.values() if not row.peer.startswith(OURS)]
     found = []
     for row in rows:
         text = row.missing or ""
@@ -133,7 +135,7 @@ def lines(rows: list[Row]) -> list[str]:
     ratio = ""
     if OURS in timed and others:
         ratio = f": {timed[OURS].rate / max(others):.2f} times the fastest other"
-        best = max(max(row.rates) for row in timed.values() if row.peer != OURS)
+        best = max(max(row.rates) for row in timed.values() if not row.peer.startswith(OURS))
         ratio += f" ({max(timed[OURS].rates) / best:.2f} by the best turns)"
     return [f"{first.model}, batch {first.batch}, {first.dtype}{ratio}", *found]
 
@@ -143,6 +145,7 @@ PACKAGES = {
     "torch.compile": ("torch",),
     "OpenVINO": ("openvino",),
     "ONNX Runtime": ("onnxruntime",),
+    **dict.fromkeys(BESIDE, ("resfast", "torch")),
 }
 """Packages whose versions matter to a peer."""
 
@@ -151,7 +154,7 @@ def report(rows: list[Row]) -> bench_report.Report:
     """A case as rows of :mod:`benchmarks.bench_report`, relative to the fastest other library."""
     processor = str(hardware("cpu")["processor"])
     timed = [row for row in rows if row.rates]
-    others = [row for row in timed if row.peer != OURS]
+    others = [row for row in timed if not row.peer.startswith(OURS)]
     fastest = max(others, key=lambda row: row.rate, default=None)
     found, skipped = [], []
     for row in rows:
@@ -177,7 +180,11 @@ def report(rows: list[Row]) -> bench_report.Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.peers", description=__doc__)
-    parser.add_argument("--peers", default=",".join(PEERS), help="comma-separated")
+    parser.add_argument(
+        "--peers",
+        default=",".join(PEERS),
+        help=f"comma-separated, of {', '.join([*PEERS, *BESIDE])}",
+    )
     parser.add_argument("--models", default="resnet-2111,resnet18", help="presets, comma-separated")
     parser.add_argument("--batches", default="1,8,64,512", help="comma-separated")
     parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated: bf16, fp32")
