@@ -103,7 +103,7 @@ def test_development_install_has_the_extension():
 
 @needs_compiler
 def test_wheel_holds_the_extension_and_compiles_without_a_warning(source):
-    output, tag, wheel = build(source)
+    output, tag, wheel = build(source, CXXFLAGS="-Og")  # -O3 takes three times as long
     assert not tag.startswith("py3-none"), tag
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -746,7 +746,8 @@ def test_kernels_stay_inside_their_memory_and_have_no_undefined_behaviour(tmp_pa
         pytest.skip("g++ has no sanitizers here")
     folder = Path(torch.__file__).parent
     flags = [flag for flag in resfast_build.FLAGS if flag not in ("-O3", "-g0")]
-    options = ["-O1", "-g1", "-fPIC", "-shared", "-isystem", str(folder / "include")]
+    # -Og compiles in half the time of -O1.
+    options = ["-Og", "-g1", "-fPIC", "-shared", "-isystem", str(folder / "include")]
     options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     sources = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
     link = [f"-L{folder / 'lib'}", "-ltorch_cpu"]
