@@ -1,0 +1,1 @@
+"""Others' training scripts against our recipes, on the same device and images."""
