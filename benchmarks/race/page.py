@@ -79,7 +79,7 @@ def _trials(result: Race) -> list[str]:
 
 def _with_warmup(result: Race) -> list[str]:
     lines = [
-        "| contender | preparation, s | warm-up, s | start to first result, s | s a trial with both |",
+        "| contender | preparation, s | warm-up, s | to first result, s | a trial with both, s |",
         "|---|---|---|---|---|",
     ]
     for one in result.contenders:
