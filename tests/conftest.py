@@ -40,6 +40,7 @@ SLOWEST_FIRST = (
     "test_package",
     "test_runs",
     "test_doctor",
+    "test_race",
 )
 """The slowest test files, in descending order of their processor time."""
 

@@ -197,7 +197,7 @@ def _race(given: argparse.Namespace, options: Sequence[str]) -> None:
         *(who.peers(given.peers, work, given.only) if given.peers else []),
     ]
     who.check_names(found)
-    hidden = {str(work): "WORK", sys.prefix: "PYTHON", sys.base_prefix: "PYTHON"}
+    hidden = {str(work): "WORK", sys.prefix: "PYTHON"}
     hidden = {str(given.peers.resolve()): "PEERS", **hidden} if given.peers else hidden
     recorder = _Recorder(given.out, earlier, {**hidden, str(who.ROOT): ".", str(Path.home()): "~"})
     rules = Rules(given.trials, given.block, given.warmup, given.patience)
@@ -228,6 +228,9 @@ def _race(given: argparse.Namespace, options: Sequence[str]) -> None:
     page.write(result, given.out)
     try:
         run(runners, sampler, first_block)
+    except KeyboardInterrupt:
+        print("stopped; the same command with --resume continues", file=sys.stderr)
+        raise
     finally:
         result = results.race(found, recorder.rows, **settings)
         page.write(result, given.out)

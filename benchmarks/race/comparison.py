@@ -1,8 +1,8 @@
 """Statistics of two independent samples: a ratio of means, a difference of means, and a test.
 
-The variances may differ (Welch). Sources: E. C. Fieller, Some problems in interval estimation,
-J. R. Stat. Soc. B 16 (1954); B. L. Welch, The generalization of Student's problem, Biometrika 34
-(1947).
+The variances may differ: degrees of freedom are those of Welch and Satterthwaite, for the interval
+of a ratio at its estimate. Sources: E. C. Fieller, Some problems in interval estimation, J. R.
+Stat. Soc. B 16 (1954); B. L. Welch, The generalization of Student's problem, Biometrika 34 (1947).
 """
 
 from __future__ import annotations

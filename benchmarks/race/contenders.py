@@ -25,7 +25,10 @@ from resfast.errors import ResfastError, nearest
 
 PEERS = "peers.toml"
 ROOT = Path(__file__).resolve().parents[2]
-_SET_BY_THE_RACE = ("--data", "--data-dir", "--out", "--name", "--runs", "--seed", "--resume")
+_SET_BY_THE_RACE = (
+    *("--data", "--data-dir", "--out", "--name", "--runs", "--seed", "--recipe"),
+    *("--config", "--resume", "--list", "--summary", "--profile"),
+)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def _figure(result: Race, rows: Sequence[Row]) -> Figure:
                 ls="",
                 label=plots.plain(f"{one.name}: {seconds.mean:.4g} s, {accuracy.mean:.2%}"),
             )
+        axes.set_xlim(left=0)
         axes.set_title(_TITLES[clock], fontsize=10)
         axes.set_xlabel("seconds of a trial")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -86,7 +86,9 @@ class Runner:
         launch = self.contender.launch(needed, self._finished)
         name = f"{slug(self.contender.name)}-{self._session}"
         self._format = launch.format
-        self._caches = tempfile.TemporaryDirectory(prefix=f"race-{name}-")
+        self._caches = tempfile.TemporaryDirectory(
+            prefix=f"race-{name}-", ignore_cleanup_errors=True
+        )
         variables = dict.fromkeys(COMPILER_CACHES, self._caches.name)
         log = self._logs / f"{name}.log"
         self._process = Process(launch.command, launch.folder, log, variables)
