@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from resfast.optim.muon import Muon
 from resfast.optim.optimizers import build_optimizer, parameter_groups
 from resfast.optim.schedules import Schedule
 from resfast.training.resolve import resolve
+from resfast.training.step_graphs import why_not_captured
 
 
 def rates(epochs: int, steps: int, **values: object) -> list[float]:
@@ -119,6 +122,44 @@ def test_multistep_falls_at_its_milestones(warmup: float):
     assert values[19] == pytest.approx(0.4)
     assert values[20] == pytest.approx(0.04)
     assert values[40] == pytest.approx(0.004)
+
+
+def test_milestones_may_be_steps():
+    values = rates(10, 5, schedule="multistep", milestone_steps=(7, 30), gamma=0.1, warmup=0.0)
+    assert values[6] == pytest.approx(0.4)
+    assert values[7] == values[29] == pytest.approx(0.04)
+    assert values[30] == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize("epochs", [5, 10, 40])
+def test_the_length_of_a_cosine_is_its_own(epochs: int):
+    """As of ``CosineAnnealingLR`` with ``T_max`` 10, but without a new rise after the end."""
+    values = rates(epochs, 4, schedule="cosine", schedule_epochs=10, end_factor=0.0, warmup=0.0)
+    for step, value in enumerate(values):
+        expected = 0.2 * (1 + math.cos(math.pi * min(step / 40, 1)))
+        assert value == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_cosine_per_epoch_is_that_of_torch():
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], 0.4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    options = {"schedule": "cosine", "rate_per_epoch": True, "end_factor": 0.0, "warmup": 0.0}
+    values = rates(10, 7, **options)
+    for epoch in range(10):
+        (lr,) = theirs.get_last_lr()
+        assert values[7 * epoch : 7 * epoch + 7] == [pytest.approx(lr)] * 7
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "linear", "multistep"])
+def test_a_rate_per_epoch_is_that_of_its_first_step(schedule: str):
+    options = {"schedule": schedule, "milestone_steps": (7,), "warmup": 0.3}
+    every = rates(6, 5, **options)
+    per_epoch = rates(6, 5, rate_per_epoch=True, **options)
+    for step, value in enumerate(per_epoch):
+        assert value == every[step // 5 * 5]
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.2])
@@ -304,6 +345,47 @@ def test_a_whitening_bias_that_is_not_there_cannot_be_trained():
         build_optimizer(nn.Linear(2, 2), OptimConfig(whitening_bias_epochs=2.0))
 
 
+@pytest.mark.parametrize(
+    ("options", "like"),
+    [
+        ({"optimizer": "adagrad"}, lambda p: torch.optim.Adagrad(p, 0.1, weight_decay=0.01)),
+        ({"optimizer": "adadelta"}, lambda p: torch.optim.Adadelta(p, 0.1, weight_decay=0.01)),
+        ({"optimizer": "rmsprop"}, lambda p: torch.optim.RMSprop(p, 0.1, weight_decay=0.01)),
+        (
+            {"optimizer": "sgd", "nesterov": False, "momentum": 0.8},
+            lambda p: torch.optim.SGD(p, 0.1, 0.8, weight_decay=0.01),
+        ),
+        (
+            {"optimizer": "sgd", "momentum": 0.8},
+            lambda p: torch.optim.SGD(p, 0.1, 0.8, weight_decay=0.01, nesterov=True),
+        ),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_steps_are_those_of_torch_with_its_defaults(options: dict[str, Any], like: Any):
+    torch.manual_seed(0)
+    ours = nn.Linear(6, 4, bias=False)
+    theirs = copy.deepcopy(ours)
+    x = torch.randn(5, 6)
+    optimizers = (
+        build_optimizer(ours, OptimConfig(lr=0.1, weight_decay=0.01, **options)),
+        like(theirs.parameters()),
+    )
+    for _ in range(4):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adadelta", "rmsprop"])
+def test_such_steps_are_not_captured(optimizer: str):
+    why = why_not_captured(OptimConfig(optimizer=optimizer), torch.bfloat16)
+    assert why is not None
+    assert optimizer in why
+
+
 def test_a_model_without_trainable_parameters_is_refused():
     with pytest.raises(ResfastError, match="no trainable parameter"):
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimConfig())
@@ -404,7 +486,7 @@ def test_a_schedule_takes_up_the_state_of_version_01():
         ({"lookahead_decay": 1.0}, "--lookahead-decay"),
         ({"lookahead_power": -1.0}, "--lookahead-power"),
         ({"lookahead": 5, "ema": 0.9}, "--ema and --lookahead are both set; choose one"),
-        ({"schedule": "cosine", "end_factor": 0.0}, "--end-factor 0.0.*above 0"),
+        ({"schedule": "onecycle", "end_factor": 0.0}, "--end-factor 0.0.*above 0"),
         ({"schedule": "linear", "end_factor": -0.1}, "--end-factor"),
     ],
 )

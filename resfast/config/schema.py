@@ -253,9 +253,12 @@ class OptimConfig:
     accumulate: PositiveInt = 1
     """Parts that a batch is split into to save memory; their gradients are added. Batch norm sees
     one part at a time."""
-    optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
-    """Optimizer; sgd uses Nesterov momentum; muon orthogonalizes the updates of convolution filters
-    and trains everything else with sgd."""
+    loss: Literal["cross_entropy", "mse", "smooth_l1", "bce_with_logits"] = "cross_entropy"
+    """Training loss. All but cross_entropy compare each logit with its one-hot label, and take the
+    mean over the classes."""
+    optimizer: Literal["sgd", "adam", "adamw", "muon", "adagrad", "adadelta", "rmsprop"] = "sgd"
+    """Optimizer; muon orthogonalizes the updates of convolution filters and trains everything else
+    with sgd."""
     lr: Positive = 0.1
     """Peak learning rate of all parameters for which --head-lr and --bias-lr give no other. When
     the batch size is adapted to a small data set, all learning rates are scaled with it."""
@@ -264,7 +267,9 @@ class OptimConfig:
     bias_lr: Positive | None = None
     """Peak learning rate of norm parameters and biases (None: --lr)."""
     momentum: BelowOne = 0.9
-    """Momentum of sgd and muon, beta1 of adam and adamw."""
+    """Momentum of sgd and muon, beta1 of adam and adamw; the others have none."""
+    nesterov: bool = True
+    """Sgd: Nesterov's momentum."""
     sgd_momentum: BelowOne | None = None
     """Muon: momentum of the parameters trained with sgd (None: --momentum)."""
     weight_decay: NonNegative = 5e-4
@@ -288,6 +293,11 @@ class OptimConfig:
         "onecycle"
     )
     """Learning rate schedule; all but plateau change the rate every batch."""
+    rate_per_epoch: bool = False
+    """Change the learning rate at the beginning of each epoch instead of every batch."""
+    schedule_epochs: NonNegative = 0.0
+    """Cosine and linear: epochs after which the final rate is reached and kept; with more than
+    --epochs, it is not reached (0: --epochs)."""
     anneal: Literal["cos", "linear"] = "cos"
     """Shape of one-cycle's rise and fall."""
     cycle_momentum: bool = False
@@ -301,6 +311,8 @@ class OptimConfig:
     """Final learning rate of onecycle, cosine, linear and plateau as a fraction of the peak."""
     milestones: IntList = ()
     """Multistep: epochs at which the learning rate is multiplied by --gamma."""
+    milestone_steps: IntList = ()
+    """Multistep: the same in steps (iterations) instead of epochs."""
     gamma: OpenFraction = 0.1
     """Factor by which multistep and plateau multiply the learning rate."""
     patience: NonNegativeInt = 5

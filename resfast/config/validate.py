@@ -153,6 +153,16 @@ def _check_optimizer(config: Config) -> None:
         if getattr(optim, first) and getattr(optim, second):
             options = " and ".join("--" + name.replace("_", "-") for name in (first, second))
             raise ResfastError(f"{options} are both set; choose one")
+    if not optim.nesterov and optim.optimizer != "sgd":
+        raise ResfastError(
+            f"--no-nesterov is an option of sgd, but the optimizer is {optim.optimizer}; leave it "
+            "out or choose --optimizer sgd"
+        )
+    if optim.cycle_momentum and optim.optimizer in ("adagrad", "adadelta", "rmsprop"):
+        raise ResfastError(
+            f"--cycle-momentum needs an optimizer with momentum, which {optim.optimizer} is not; "
+            "leave it out"
+        )
     if optim.optimizer == "muon":
         return
     for name, unset in (("normalize_filters", False), ("sgd_momentum", None)):
@@ -165,17 +175,33 @@ def _check_optimizer(config: Config) -> None:
 
 def _check_schedule(config: Config) -> None:
     optim = config.optim
-    if optim.schedule != "linear" and optim.end_factor == 0:
+    if optim.schedule not in ("linear", "cosine") and optim.end_factor == 0:
         expected = expectation(PositiveFraction)
         raise ResfastError(_out_of_range("--end-factor", optim.end_factor, expected))
     milestones = ",".join(map(str, optim.milestones))
-    if optim.schedule == "multistep" and not optim.milestones:
-        raise ResfastError("--schedule multistep needs --milestones, for example 30,60")
+    if optim.schedule == "multistep" and not (optim.milestones or optim.milestone_steps):
+        raise ResfastError(
+            "--schedule multistep needs --milestones, for example 30,60, or --milestone-steps"
+        )
+    if optim.milestones and optim.milestone_steps:
+        raise ResfastError("--milestones and --milestone-steps are both set; choose one")
+    if list(optim.milestone_steps) != sorted({m for m in optim.milestone_steps if m >= 1}):
+        steps = ",".join(map(str, optim.milestone_steps))
+        expected = "increasing steps of at least 1"
+        raise ResfastError(_out_of_range("--milestone-steps", steps, expected))
+    if optim.schedule_epochs and optim.schedule not in ("linear", "cosine"):
+        raise ResfastError(
+            f"--schedule-epochs is an option of cosine and linear, but the schedule is "
+            f"{optim.schedule}; leave it out"
+        )
+    if optim.rate_per_epoch and optim.schedule == "plateau":
+        raise ResfastError("--rate-per-epoch does nothing with --schedule plateau; leave it out")
     if list(optim.milestones) != sorted({m for m in optim.milestones if m >= 1}):
         expected = "increasing epochs of at least 1"
         raise ResfastError(_out_of_range("--milestones", milestones, expected))
     epochs = optim.epochs
-    if optim.schedule == "multistep" and epochs is not None and optim.milestones[-1] >= epochs:
+    late = bool(optim.milestones) and epochs is not None and optim.milestones[-1] >= epochs
+    if optim.schedule == "multistep" and late:
         expected = f"epochs below --epochs {epochs}"
         raise ResfastError(_out_of_range("--milestones", milestones, expected))
 

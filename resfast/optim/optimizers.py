@@ -104,7 +104,8 @@ def _muon(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opti
 
 def _sgd(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
     momentum = config.momentum
-    return torch.optim.SGD(groups, config.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    nesterov = config.nesterov and momentum > 0
+    return torch.optim.SGD(groups, config.lr, momentum=momentum, nesterov=nesterov, fused=True)
 
 
 def _adam(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -115,10 +116,25 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Opt
     return torch.optim.AdamW(groups, config.lr, betas=(config.momentum, 0.999), fused=True)
 
 
+def _adagrad(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(groups, config.lr, foreach=True)
+
+
+def _adadelta(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.Adadelta(groups, config.lr, foreach=True)
+
+
+def _rmsprop(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(groups, config.lr, foreach=True)
+
+
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], torch.optim.Optimizer]] = {
     "sgd": _sgd,
     "adam": _adam,
     "adamw": _adamw,
     "muon": _muon,
+    "adagrad": _adagrad,
+    "adadelta": _adadelta,
+    "rmsprop": _rmsprop,
 }
 """Constructors by value of ``--optimizer``, called with :func:`parameter_groups` and the config."""

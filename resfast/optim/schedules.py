@@ -89,6 +89,9 @@ class Schedule:
 
     def _rate(self, peak: float, position: float) -> float:
         config = self.config
+        if config.rate_per_epoch:
+            steps = self.total / self.epochs
+            position = int(position / steps + 1e-6) * steps
         if config.schedule == "onecycle":
             # The same order of operations as torch's OneCycleLR, for bit-identical rates.
             first = peak / (1 / config.start_factor)
@@ -101,8 +104,12 @@ class Schedule:
             for milestone in config.milestones:
                 if position >= milestone * self.total / self.epochs:
                     peak *= config.gamma
+            for milestone in config.milestone_steps:
+                if position >= milestone:
+                    peak *= config.gamma
             return peak
-        done = (position - self.warmup) / max(self.total - self.warmup, 1)
+        length = self.total * ((config.schedule_epochs or self.epochs) / self.epochs)
+        done = min(1.0, (position - self.warmup) / max(length - self.warmup, 1))
         curve = CURVES.get(config.schedule)
         return peak if curve is None else curve(peak, peak * config.end_factor, done)
 

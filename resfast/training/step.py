@@ -102,7 +102,7 @@ class TrainStep:
         logits = logits.float()
         reduction = "none" if self._keep_image_losses else "mean"
         smoothing = self.config.label_smoothing
-        loss = LOSSES["cross_entropy"](logits, labels, smoothing, reduction)
+        loss = LOSSES[self.config.loss](logits, labels, smoothing, reduction)
         main = labels if labels.ndim == 1 else labels.argmax(1)
         correct = (logits.detach().argmax(1) == main).sum()
         if self._keep_image_losses:

@@ -31,6 +31,8 @@ def why_not_captured(config: OptimConfig, dtype: torch.dtype) -> str | None:
         return "the plateau schedule is decided by the host"
     if config.schedule == "onecycle" and config.cycle_momentum:
         return "--cycle-momentum changes the optimizer's momentum on the host"
+    if config.optimizer in ("adagrad", "adadelta", "rmsprop"):
+        return f"torch's {config.optimizer} reads its learning rate on the host"
     return None
 
 
