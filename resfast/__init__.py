@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from resfast.models.resnet import ResNetSpec as ResNetSpec
     from resfast.models.speednet import SpeedNet as SpeedNet
     from resfast.models.speednet import SpeedNetSpec as SpeedNetSpec
+    from resfast.models.vgg import VGG as VGG
+    from resfast.models.vgg import VGGSpec as VGGSpec
     from resfast.training.seeds import train as train
 
 __version__ = "0.1.0"
@@ -43,6 +45,8 @@ _HOME = {
     "ResNetSpec": "resfast.models.resnet",
     "SpeedNet": "resfast.models.speednet",
     "SpeedNetSpec": "resfast.models.speednet",
+    "VGG": "resfast.models.vgg",
+    "VGGSpec": "resfast.models.vgg",
     "ResfastError": "resfast.errors",
     "create_model": "resfast.models.presets",
     "fuse": "resfast.inference.fuse",

@@ -4,14 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import resfast
 from resfast.errors import ResfastError
 from resfast.layers.activation import ACTIVATIONS
 from resfast.layers.shortcut import PoolPadShortcut
 from resfast.models.presets import PRESETS, create_model, preset
 from resfast.models.resnet import ResNet, ResNetSpec, count_parameters
 from resfast.models.summary import count_macs, layer_table
+from resfast.models.vgg import VGG, VGGSpec
 
 PARAMETERS = {
     "resnet18": 11_173_962,
@@ -23,6 +26,7 @@ PARAMETERS = {
     "resnet-1111": 4_903_242,
     "resnet-6543-half": 4_865_322,
     "resnet-2222-half": 2_797_610,
+    "resnet-2222-half-identity": 2_753_706,
     "resnet-222": 2_777_674,
     "resnet-222-identity": 2_735_946,
     "resnet-narrow": 2_768_490,
@@ -36,6 +40,10 @@ PARAMETERS = {
     "resnet-member1m": 987_402,
     "speednet-94": 2_487_504,
     "speednet-96": 3_358_992,
+    "cnn": 522_046,
+    "vgg-a": 9_750_922,
+    "vgg-a-bn": 9_756_426,
+    "vgg-a-light": 285_162,
 }
 
 
@@ -173,6 +181,86 @@ def test_a_bad_shape_is_refused(values: dict, message: str):
 def test_a_narrowing_parameter_free_shortcut_is_refused():
     with pytest.raises(ResfastError, match="cannot narrow 64 channels to 16"):
         ResNet(ResNetSpec((1,), (16,), 64, shortcut="pool"))
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_a_vgg_computes_the_textbook_formula(activation: str, norm: str):
+    spec = VGGSpec((8, 12), (1, 2), norm, activation, 0.3, head=(6,), dropout=0.5)
+    model = VGG(spec, classes=3, image_size=9).eval()
+    x = torch.randn(4, 3, 9, 9)
+    act = ACTIVATIONS[activation](0.3)
+    out = x
+    for layer in model.features:
+        if isinstance(layer, nn.MaxPool2d):
+            out = F.max_pool2d(out, 2)
+            continue
+        out = F.conv2d(out, layer.conv.weight, layer.conv.bias, padding=1)
+        out = act(layer.bn(out) if norm == "batch" else out)
+    _, _, hidden, _, _, last = model.head
+    assert out.shape == (4, 12, 2, 2)
+    expected = last(act(hidden(out.flatten(1))))
+    torch.testing.assert_close(model(x), expected)
+    model.train()(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_a_vgg_says_which_images_are_too_small():
+    with pytest.raises(ResfastError, match=r"images of 31x31 pixels .* 5 max pools; use .* 32"):
+        VGG(PRESETS["vgg-a"], image_size=31)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"convolutions": (1,)}, "same number of stages"),
+        ({"channels": (8, 0)}, "must all be at least 1"),
+        ({"dropout": 1.0}, "dropout 1.0"),
+        ({"activation": "swish"}, "activation 'swish' is unknown"),
+        ({"negative_slope": float("nan")}, "negative_slope nan"),
+    ],
+)
+def test_a_bad_vgg_is_refused(values: dict, message: str):
+    with pytest.raises(ResfastError, match=message):
+        VGGSpec(**{"channels": (8, 8), "convolutions": (1, 1), **values})
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_a_resnet_without_norms_has_biases_instead(block: str):
+    spec = ResNetSpec((1, 2), (8, 12), 8, (), block, norm="none")
+    model = ResNet(spec, classes=3)
+    assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(m.bias is not None for m in model.modules() if isinstance(m, nn.Conv2d))
+    x = torch.randn(4, 3, 9, 9)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+    model.zero_init_residual()
+    first = model.stages[1][1]
+    out = torch.relu(torch.randn(2, 12 * spec.expansion, 4, 4))
+    torch.testing.assert_close(first(out), out)
+
+
+def test_the_stem_of_imagenet_quarters_the_image():
+    model = ResNet(ResNetSpec((1,), (8,), 8, stem_kind="imagenet")).eval()
+    assert model.stem(torch.randn(1, 3, 64, 64)).shape == (1, 8, 16, 16)
+    conv = model.stem[0].conv
+    assert (conv.kernel_size, conv.stride, conv.padding) == ((7, 7), (2, 2), (3, 3))
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["vgg-a-light", "vgg-a-bn"])
+def test_a_vgg_is_fused(name: str):
+    torch.manual_seed(0)
+    model = create_model(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        fused = resfast.fuse(model, torch.float32)
+        torch.testing.assert_close(fused(x), model(x), atol=1e-5, rtol=1e-4)
+    convolutions = sum(PRESETS[name].convolutions)
+    assert (fused.report.convolutions, fused.report.activations) == (convolutions, convolutions)
+    assert not fused.report.left
 
 
 def test_an_unknown_preset_names_the_nearest():

@@ -10,22 +10,28 @@ from resfast.errors import ResfastError
 from resfast.models.presets import Spec, preset
 from resfast.models.resnet import ResNetSpec
 from resfast.models.speednet import SpeedNetSpec
+from resfast.models.vgg import VGGSpec
 
-_CUSTOM = {"resnet": ("blocks", ResNetSpec), "speednet": ("convolutions", SpeedNetSpec)}
-"""Networks without a preset: the option required besides --channels, and the class of the spec."""
+_FAMILIES: dict[str, tuple[str, type]] = {
+    "resnet": ("blocks", ResNetSpec),
+    "speednet": ("convolutions", SpeedNetSpec),
+    "vgg": ("convolutions", VGGSpec),
+}
+"""Families of networks: the option for their depth, and the class of the spec. The name is also a
+value of ``--model``, which requires that option and --channels."""
 
 
 def network(config: ModelConfig) -> Spec:
     """The shape of the configured preset with the configuration's overrides applied.
 
     Raises:
-        ResfastError: an unknown preset, 'resnet' without blocks and channels, 'speednet' without
-            convolutions and channels, an option of the other family, or two options that exclude
-            each other.
+        ResfastError: an unknown preset, a family without depth and channels, an option of another
+            family, or two options that exclude each other.
     """
     values: dict[str, Any] = {}
-    if config.model in _CUSTOM:
-        depth, spec_class = _CUSTOM[config.model]
+    if config.model in _FAMILIES:
+        family = config.model
+        depth, spec_class = _FAMILIES[family]
         if not getattr(config, depth) or not config.channels:
             raise ResfastError(
                 f"model {config.model!r} needs --{depth} and --channels, for example "
@@ -34,25 +40,29 @@ def network(config: ModelConfig) -> Spec:
     else:
         spec = preset(config.model)
         values, spec_class = asdict(spec), type(spec)
-        depth = "blocks" if spec_class is ResNetSpec else "convolutions"
+        family, depth = next(
+            (name, depth) for name, (depth, kind) in _FAMILIES.items() if kind is spec_class
+        )
         stages = getattr(config, depth)
-        if stages and not config.strides and len(stages) != len(values["strides"]):
+        resized = stages and not config.strides and len(stages) != len(values.get("strides", ()))
+        if resized and "strides" in values:
             values["strides"] = ()
-    is_resnet = spec_class is ResNetSpec
-    shape = {f.name for f in fields(spec_class)}
-    others = {"model", "param_budget"} | ({"zero_init_residual"} if is_resnet else set())
+    shape = _options(spec_class)
     for option in fields(ModelConfig):
         value = getattr(config, option.name)
-        if value == option.default:
+        if value == option.default or option.name in ("model", "param_budget"):
             continue
         if option.name in shape:
             values[option.name] = value
-        elif option.name not in others:
-            family, other = ("resnet", "speednet") if is_resnet else ("speednet", "resnet")
-            raise ResfastError(
-                f"--{option.name.replace('_', '-')} is an option of {other}s, but "
-                f"{config.model!r} is a {family}; leave it out or choose another --model"
-            )
+            continue
+        if family == "resnet" and option.name == "zero_init_residual":
+            continue
+        others = [name for name, (_, kind) in _FAMILIES.items() if option.name in _options(kind)]
+        owners = " and ".join(f"{name}s" for name in others or ["resnet"])
+        raise ResfastError(
+            f"--{option.name.replace('_', '-')} is an option of {owners}, but "
+            f"{config.model!r} is a {family}; leave it out or choose another --model"
+        )
     result = spec_class(**values)
     if config.zero_init_residual and result.freeze_norm_scale:
         raise ResfastError(
@@ -60,3 +70,8 @@ def network(config: ModelConfig) -> Spec:
             "them there; choose one"
         )
     return result
+
+
+def _options(spec_class: type) -> set[str]:
+    """The options of a family, which are the fields of its spec."""
+    return {field.name for field in fields(spec_class)}

@@ -19,7 +19,7 @@ import tyro
 from resfast.data.augment import POLICIES, Augment, parse_augment
 from resfast.errors import ResfastError
 from resfast.models.presets import DEFAULT_MODEL
-from resfast.models.resnet import Activation, Block, Shortcut
+from resfast.models.resnet import Activation, Block, Norm, Shortcut, Stem
 from resfast.models.speednet import FinalPool, Padding
 
 
@@ -139,11 +139,11 @@ class ModelConfig:
 
     model: str = DEFAULT_MODEL
     """Name of a preset (--list shows them), or 'resnet' with --blocks and --channels, or 'speednet'
-    with --convolutions and --channels."""
+    or 'vgg' with --convolutions and --channels."""
     blocks: IntList = ()
     """Residual blocks of each stage."""
     convolutions: IntList = ()
-    """Speednet: convolutions of each stage."""
+    """Speednet and VGG: convolutions of each stage."""
     channels: IntList = ()
     """Channels of each stage."""
     strides: IntList = ()
@@ -158,6 +158,13 @@ class ModelConfig:
     the new channels."""
     activation: Annotated[Activation | None, _choice(Activation)] = None
     """Activation after each norm and dense layer."""
+    negative_slope: float | None = None
+    """Slope of leaky_relu for negative values."""
+    norm: Annotated[Norm | None, _choice(Norm)] = None
+    """Norm after each convolution: batch norm, or none, with a bias instead."""
+    stem_kind: Annotated[Stem | None, _choice(Stem)] = None
+    """First layers: a 3x3 convolution (cifar), or a 7x7 convolution of stride 2 and a 3x3 max pool
+    (imagenet)."""
     head: IntList = ()
     """Sizes of dense layers before the logits."""
     dropout: float | None = None

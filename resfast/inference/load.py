@@ -245,7 +245,8 @@ def _weights_file(run: Path, weights: Which) -> Path:
 def _network(file: Path, weights: Weights) -> nn.Module:
     """The network of the configuration, with the weights in it."""
     with torch.random.fork_rng(devices=[]):  # initialization must not advance the generator
-        model = build_model(network(weights.config.model), len(weights.classes))
+        size = weights.config.data.image_size
+        model = build_model(network(weights.config.model), len(weights.classes), size)
     wanted, given = model.state_dict(), weights.tensors
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} is not part of the network" for name in given if name not in wanted]

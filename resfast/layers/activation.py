@@ -12,13 +12,26 @@ from torch import nn
 NETWORK_NEGATIVE_SLOPE = 0.1
 """Negative slope of leaky ReLU in the networks; torch's default is 0.01."""
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: nn.ReLU(inplace=True),
-    "leaky_relu": lambda: nn.LeakyReLU(NETWORK_NEGATIVE_SLOPE, inplace=True),
-    "silu": lambda: nn.SiLU(inplace=True),
-    "gelu": nn.GELU,
+ACTIVATIONS: dict[str, Callable[[float], nn.Module]] = {
+    "relu": lambda slope: nn.ReLU(inplace=True),
+    "leaky_relu": lambda slope: nn.LeakyReLU(slope, inplace=True),
+    "silu": lambda slope: nn.SiLU(inplace=True),
+    "gelu": lambda slope: nn.GELU(),
+    "sigmoid": lambda slope: nn.Sigmoid(),
+    "tanh": lambda slope: nn.Tanh(),
+    "softplus": lambda slope: nn.Softplus(),
 }
-"""Module constructors of the networks, by name."""
+"""Module constructors of the networks, by name; the argument is the slope of leaky ReLU."""
+
+
+def make_activation(name: str, negative_slope: float = NETWORK_NEGATIVE_SLOPE) -> nn.Module:
+    """An activation of the networks.
+
+    Args:
+        name: a key of :data:`ACTIVATIONS`.
+        negative_slope: of ``leaky_relu``.
+    """
+    return ACTIVATIONS[name](negative_slope)
 
 
 _NAMES = (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Conv2d(nn.Conv2d):
-    """``torch.nn.Conv2d`` without bias and with "same" padding for odd kernels.
+    """``torch.nn.Conv2d`` with "same" padding for odd kernels, by default without a bias.
 
     When gradients are recorded under CPU autocast to bfloat16, 3x3 convolutions with enough
     channels run as :func:`resfast.ops.conv_train.op.conv2d`, and strided 1x1 convolutions as matrix
@@ -21,10 +21,16 @@ class Conv2d(nn.Conv2d):
     tile = 2
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        *,
+        bias: bool = False,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
+            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias
         )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -39,10 +45,11 @@ class Conv2d(nn.Conv2d):
             where = self.stride[0], self.padding[0]
             if conv_train.applies(input, weight, *where):
                 tile = conv_cpu.fastest_tile(input, *where, self.tile)
-                return conv_train.conv2d(input.to(torch.bfloat16), weight, *where, tile)
+                out = conv_train.conv2d(input.to(torch.bfloat16), weight, *where, tile)
+                return out if bias is None else out + bias.to(out.dtype)[:, None, None]
             if self.kernel_size == (1, 1) and self.stride[0] > 1 and input.device.type == "cpu":
                 pixels = input.permute(0, 2, 3, 1)[:, :: self.stride[0], :: self.stride[1]]
-                return F.linear(pixels, weight.flatten(1)).permute(0, 3, 1, 2)
+                return F.linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
         return super()._conv_forward(input, weight, bias)
 
 

@@ -48,7 +48,7 @@ def in_captured_step() -> bool:
 
 def norm_act(
     x: Tensor,
-    bn: nn.BatchNorm2d,
+    bn: nn.Module,
     activation: str | nn.Module,
     residual: Tensor | None = None,
     pool: bool = False,
@@ -57,7 +57,7 @@ def norm_act(
 
     Args:
         x: ``[N, C, H, W]``.
-        bn: the norm, with its parameters and running statistics.
+        bn: a batch norm, or ``nn.Identity``.
         activation: a module, or ``none``, ``relu``, ``leaky_relu`` (slope 0.1), ``silu``,
             ``gelu`` (exact) or another one of ``conv2d_bias_act``.
         residual: added before the activation; of the shape of the result.
@@ -75,7 +75,7 @@ def norm_act(
             "module"
         )
     known = _known(activation)
-    if known is not None and _applies(x, bn, pool):
+    if known is not None and isinstance(bn, nn.BatchNorm2d) and _applies(x, bn, pool):
         return _fused(x, bn, *known, residual, pool)
     out = bn(F.max_pool2d(x, 2) if pool else x)
     if residual is not None:

@@ -7,13 +7,15 @@ from torch import nn
 from resfast.errors import ResfastError, nearest
 from resfast.models.resnet import ResNet, ResNetSpec
 from resfast.models.speednet import SpeedNet, SpeedNetSpec
+from resfast.models.vgg import IMAGE_SIZE, VGG, VGGSpec
 
-Spec = ResNetSpec | SpeedNetSpec
+Spec = ResNetSpec | SpeedNetSpec | VGGSpec
 """The architecture of a network."""
 
 WIDE = (64, 128, 256, 512)
 HALF = (32, 64, 128, 256)
 NARROW = (16, 64, 128, 256)
+VGG_A = (64, 128, 256, 512, 512)
 
 PRESETS: dict[str, Spec] = {
     "resnet18": ResNetSpec((2, 2, 2, 2), WIDE),  # 11,173,962
@@ -25,6 +27,9 @@ PRESETS: dict[str, Spec] = {
     "resnet-1111": ResNetSpec((1, 1, 1, 1), WIDE),  # 4,903,242
     "resnet-6543-half": ResNetSpec((6, 5, 4, 3), HALF, stem=32),  # 4,865,322
     "resnet-2222-half": ResNetSpec((2, 2, 2, 2), HALF, stem=32),  # 2,797,610
+    "resnet-2222-half-identity": ResNetSpec(  # 2,753,706
+        (2, 2, 2, 2), HALF, stem=32, shortcut="pool"
+    ),
     "resnet-222": ResNetSpec((2, 2, 2), (64, 128, 256)),  # 2,777,674
     "resnet-222-identity": ResNetSpec((2, 2, 2), (64, 128, 256), shortcut="pool"),  # 2,735,946
     "resnet-narrow": ResNetSpec((2, 2, 2, 2), NARROW),  # 2,768,490
@@ -46,6 +51,10 @@ PRESETS: dict[str, Spec] = {
     "speednet-96": SpeedNetSpec(  # 3,358,992
         (96, 256, 256), (3, 3, 3), residual=True, whitening_width=8, final_pool="both"
     ),
+    "cnn": VGGSpec((32, 64), (1, 1), head=(120, 84)),  # 522,046
+    "vgg-a": VGGSpec(VGG_A, (1, 1, 2, 2, 2), head=(512, 512)),  # 9,750,922
+    "vgg-a-bn": VGGSpec(VGG_A, (1, 1, 2, 2, 2), "batch", head=(512, 512)),  # 9,756,426
+    "vgg-a-light": VGGSpec((16, 32), (1, 1), head=(128, 128)),  # 285,162
 }
 """Architectures by preset name."""
 
@@ -62,7 +71,7 @@ def preset(name: str) -> Spec:
         raise ResfastError(
             f"unknown model {name!r}{nearest(name, PRESETS)} "
             f"(known: {', '.join(PRESETS)}; or 'resnet' with your own blocks and channels, or "
-            "'speednet' with your own convolutions and channels)"
+            "'speednet' or 'vgg' with your own convolutions and channels)"
         )
     return PRESETS[name]
 
@@ -75,8 +84,9 @@ def create_model(name: str = DEFAULT_MODEL, *, classes: int = 10) -> nn.Module:
         classes: number of logits.
 
     Returns:
-        A :class:`~resfast.models.resnet.ResNet` or :class:`~resfast.models.speednet.SpeedNet` in
-        training mode on the CPU, in float32.
+        A :class:`~resfast.models.resnet.ResNet`, :class:`~resfast.models.speednet.SpeedNet` or
+        :class:`~resfast.models.vgg.VGG` (for images of 32x32 pixels) in training mode on the CPU,
+        in float32.
 
     Raises:
         ResfastError: an unknown name or fewer than two classes.
@@ -90,7 +100,8 @@ def build_model(spec: Spec, classes: int = 10, image_size: int | None = None) ->
     Args:
         spec: the architecture.
         classes: number of logits.
-        image_size: height and width in pixels of images it must accept; None for no check.
+        image_size: height and width in pixels of images it must accept; None for no check, and
+            for 32 in a VGG.
 
     Returns:
         As :func:`create_model`.
@@ -100,6 +111,8 @@ def build_model(spec: Spec, classes: int = 10, image_size: int | None = None) ->
     """
     if isinstance(spec, ResNetSpec):
         return ResNet(spec, classes)
+    if isinstance(spec, VGGSpec):
+        return VGG(spec, classes, IMAGE_SIZE if image_size is None else image_size)
     if image_size is not None and image_size < spec.least_image_size:
         raise ResfastError(
             f"images of {image_size}x{image_size} pixels are too small for this network, which "

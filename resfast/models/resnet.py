@@ -7,6 +7,7 @@ for Image Recognition", arXiv:1512.03385, with the 3x3 stem used on CIFAR.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
-from resfast.layers.activation import ACTIVATIONS
+from resfast.layers.activation import ACTIVATIONS, NETWORK_NEGATIVE_SLOPE, make_activation
 from resfast.layers.conv import Conv2d
 from resfast.layers.norm import norm_act
 from resfast.layers.shortcut import PoolPadShortcut
 
 Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["conv1", "conv3", "pool"]
-Activation = Literal["relu", "leaky_relu", "silu", "gelu"]
+Activation = Literal["relu", "leaky_relu", "silu", "gelu", "sigmoid", "tanh", "softplus"]
+Norm = Literal["batch", "none"]
+Stem = Literal["cifar", "imagenet"]
 
 BOTTLENECK_EXPANSION = 4
 
@@ -40,7 +43,11 @@ class ResNetSpec:
         shortcut: shortcut of blocks that change the shape: ``conv1`` or ``conv3`` (convolution of
             that kernel size and batch norm), ``pool`` (average pooling and zero-padded channels, no
             parameters).
-        activation: ``relu``, ``leaky_relu`` (slope 0.1), ``silu`` or ``gelu``.
+        activation: a key of :data:`resfast.layers.activation.ACTIVATIONS`.
+        negative_slope: of ``leaky_relu``.
+        norm: ``batch``, or ``none`` for convolutions with a bias and no norm.
+        stem_kind: ``cifar`` (3x3 convolution) or ``imagenet`` (7x7 convolution of stride 2, 3x3 max
+            pool of stride 2).
         head: sizes of dense layers between the pooled features and the logits.
         dropout: probability of dropping a feature before each dense layer.
         freeze_norm_scale: whether batch norm scales stay 1 (Jordan, arXiv:2404.00498).
@@ -62,6 +69,9 @@ class ResNetSpec:
     dropout: float = 0.0
     freeze_norm_scale: bool = False
     dirac_init: bool = False
+    negative_slope: float = NETWORK_NEGATIVE_SLOPE
+    norm: Norm = "batch"
+    stem_kind: Stem = "cifar"
 
     def __post_init__(self) -> None:
         stages = len(self.blocks)
@@ -79,21 +89,32 @@ class ResNetSpec:
             raise ResfastError(f"stem {self.stem} must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ResfastError(f"dropout {self.dropout} must be at least 0 and below 1")
-        if self.activation not in ACTIVATIONS:
-            raise ResfastError(
-                f"activation {self.activation!r} is unknown; choose {', '.join(ACTIVATIONS)}"
-            )
+        check_activation(self.activation, self.negative_slope)
 
     def __str__(self) -> str:
         text = f"blocks {as_text(self.blocks)}  channels {as_text(self.channels)}  stem {self.stem}"
         text += f"  {self.block}" if self.block != "basic" else ""
         text += f"  shortcut {self.shortcut}" if self.shortcut != "conv1" else ""
+        text += f"  norm {self.norm}" if self.norm != "batch" else ""
+        text += f"  stem {self.stem_kind}" if self.stem_kind != "cifar" else ""
         return text + (f"  head {as_text(self.head)}" if self.head else "")
 
     @property
     def expansion(self) -> int:
         """Output channels of a block per channel of its stage."""
         return BOTTLENECK_EXPANSION if self.block == "bottleneck" else 1
+
+
+def check_activation(name: str, negative_slope: float) -> None:
+    """Checks an activation of a network.
+
+    Raises:
+        ResfastError: an unknown name, or a slope that is not finite.
+    """
+    if name not in ACTIVATIONS:
+        raise ResfastError(f"activation {name!r} is unknown; choose {', '.join(ACTIVATIONS)}")
+    if not math.isfinite(negative_slope):
+        raise ResfastError(f"negative_slope {negative_slope} must be a finite number")
 
 
 def as_text(values: tuple[int, ...]) -> str:
@@ -114,10 +135,23 @@ def _shortcut(spec: ResNetSpec, in_channels: int, out_channels: int, stride: int
     kernel_size = 3 if spec.shortcut == "conv3" else 1
     return ConvNorm(
         OrderedDict(
-            conv=Conv2d(in_channels, out_channels, kernel_size, stride),
-            bn=nn.BatchNorm2d(out_channels),
+            conv=_conv(spec, in_channels, out_channels, kernel_size, stride),
+            bn=_norm(spec, out_channels),
         )
     )
+
+
+def _conv(spec: ResNetSpec, *sizes: int) -> Conv2d:
+    """A convolution of these channels, kernel size and stride, with a bias if there is no norm."""
+    return Conv2d(*sizes, bias=spec.norm == "none")
+
+
+def _norm(spec: ResNetSpec, channels: int) -> nn.Module:
+    return nn.BatchNorm2d(channels) if spec.norm == "batch" else nn.Identity()
+
+
+def _activation(spec: ResNetSpec) -> nn.Module:
+    return make_activation(spec.activation, spec.negative_slope)
 
 
 class ConvNorm(nn.Sequential):
@@ -132,21 +166,21 @@ class BasicBlock(nn.Module):
 
     def __init__(self, spec: ResNetSpec, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = Conv2d(in_channels, channels, 3, stride)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = Conv2d(channels, channels, 3)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv1 = _conv(spec, in_channels, channels, 3, stride)
+        self.bn1 = _norm(spec, channels)
+        self.conv2 = _conv(spec, channels, channels, 3)
+        self.bn2 = _norm(spec, channels)
         self.shortcut = _shortcut(spec, in_channels, channels, stride)
-        self.activation = ACTIVATIONS[spec.activation]()
+        self.activation = _activation(spec)
 
     def forward(self, x: Tensor) -> Tensor:
         out = norm_act(self.conv1(x), self.bn1, self.activation)
         return norm_act(self.conv2(out), self.bn2, self.activation, self.shortcut(x))
 
     @property
-    def last_bn(self) -> nn.BatchNorm2d:
-        """The norm before the addition."""
-        return self.bn2
+    def last(self) -> nn.Module:
+        """The norm before the addition, or the convolution if there is no norm."""
+        return self.conv2 if isinstance(self.bn2, nn.Identity) else self.bn2
 
 
 class Bottleneck(nn.Module):
@@ -155,14 +189,14 @@ class Bottleneck(nn.Module):
     def __init__(self, spec: ResNetSpec, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
         out_channels = channels * BOTTLENECK_EXPANSION
-        self.conv1 = Conv2d(in_channels, channels, 1)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = Conv2d(channels, channels, 3, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = Conv2d(channels, out_channels, 1)
-        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.conv1 = _conv(spec, in_channels, channels, 1)
+        self.bn1 = _norm(spec, channels)
+        self.conv2 = _conv(spec, channels, channels, 3, stride)
+        self.bn2 = _norm(spec, channels)
+        self.conv3 = _conv(spec, channels, out_channels, 1)
+        self.bn3 = _norm(spec, out_channels)
         self.shortcut = _shortcut(spec, in_channels, out_channels, stride)
-        self.activation = ACTIVATIONS[spec.activation]()
+        self.activation = _activation(spec)
 
     def forward(self, x: Tensor) -> Tensor:
         out = norm_act(self.conv1(x), self.bn1, self.activation)
@@ -170,9 +204,9 @@ class Bottleneck(nn.Module):
         return norm_act(self.conv3(out), self.bn3, self.activation, self.shortcut(x))
 
     @property
-    def last_bn(self) -> nn.BatchNorm2d:
-        """The norm before the addition."""
-        return self.bn3
+    def last(self) -> nn.Module:
+        """The norm before the addition, or the convolution if there is no norm."""
+        return self.conv3 if isinstance(self.bn3, nn.Identity) else self.bn3
 
 
 BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {
@@ -205,11 +239,13 @@ class ResNet(nn.Module):
         self.classes = classes
         self.stem = ConvNorm(
             OrderedDict(
-                conv=Conv2d(3, spec.stem, 3),
-                bn=nn.BatchNorm2d(spec.stem),
-                activation=ACTIVATIONS[spec.activation](),
+                conv=_conv(spec, 3, spec.stem, *((3,) if spec.stem_kind == "cifar" else (7, 2))),
+                bn=_norm(spec, spec.stem),
+                activation=_activation(spec),
             )
         )
+        if spec.stem_kind == "imagenet":
+            self.stem = nn.Sequential(self.stem, nn.MaxPool2d(3, 2, 1))
         block = BLOCKS[spec.block]
         stages, width = [], spec.stem
         for blocks, channels, stride in zip(spec.blocks, spec.channels, spec.strides, strict=True):
@@ -222,7 +258,7 @@ class ResNet(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         head: list[nn.Module] = [nn.Flatten()]
         for size in spec.head:
-            head += [*_dropout(spec), nn.Linear(width, size), ACTIVATIONS[spec.activation]()]
+            head += [*_dropout(spec), nn.Linear(width, size), _activation(spec)]
             width = size
         head += [*_dropout(spec), nn.Linear(width, classes)]
         self.head = nn.Sequential(*head)
@@ -232,19 +268,21 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if self.spec.dirac_init:
             dirac_init(self)
         if self.spec.freeze_norm_scale:
             freeze_norm_scales(self)
 
     def zero_init_residual(self) -> None:
-        """Zeroes the last norm scale of every block, which then starts as its shortcut.
+        """Zeroes the last scale (or filters) of every block, which then starts as its shortcut.
 
         Source: Goyal et al., "Accurate, Large Minibatch SGD", arXiv:1706.02677, section 5.1.
         """
         for module in self.modules():
             if isinstance(module, BasicBlock | Bottleneck):
-                nn.init.zeros_(module.last_bn.weight)
+                nn.init.zeros_(module.last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.pool(self.stages(self.stem(x))))

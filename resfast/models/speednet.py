@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast.errors import ResfastError
-from resfast.layers.activation import ACTIVATIONS, NETWORK_NEGATIVE_SLOPE
+from resfast.layers.activation import ACTIVATIONS, NETWORK_NEGATIVE_SLOPE, make_activation
 from resfast.layers.conv import Conv2d
 from resfast.layers.norm import norm_act
 from resfast.models.resnet import (
@@ -55,8 +55,8 @@ class SpeedNetSpec:
             size; an even kernel gets one more row and column after the image than before it.
         whitening_width: number of eigenvectors, each used as two filters of opposite sign; 0 for
             all ``3 * whitening_kernel**2``.
-        activation: ``gelu``, ``silu``, ``relu`` or ``leaky_relu`` (slope 0.1), after every norm and
-            after the whitening.
+        activation: a key of :data:`resfast.layers.activation.ACTIVATIONS` (leaky ReLU has slope
+            0.1), after every norm and after the whitening.
         final_pool: maximum (``max``) or average (``avg``) of each channel before the head, or
             ``both``, the maxima first.
         logit_scale: factor applied to the logits.
@@ -184,7 +184,7 @@ class SpeedStage(nn.Module):
             nn.BatchNorm2d(channels, eps=spec.norm_eps, momentum=spec.norm_momentum)
             for _ in range(convolutions)
         )
-        self.activation = ACTIVATIONS[spec.activation]()
+        self.activation = make_activation(spec.activation)
         self.pool = stride == 2
         self.residual = spec.residual and convolutions >= 3
 
@@ -229,11 +229,11 @@ class SpeedNet(nn.Module):
             self.whitening = first
             first.weight.requires_grad_(False)
             nn.init.zeros_(first.bias)
-            self.activation = ACTIVATIONS[spec.activation]()
+            self.activation = make_activation(spec.activation)
         else:
             norm = nn.BatchNorm2d(spec.stem, eps=spec.norm_eps, momentum=spec.norm_momentum)
             self.stem = nn.Sequential(
-                OrderedDict(conv=first, bn=norm, activation=ACTIVATIONS[spec.activation]())
+                OrderedDict(conv=first, bn=norm, activation=make_activation(spec.activation))
             )
         stages, width = [], spec.stem
         for channels, convolutions, stride in zip(
