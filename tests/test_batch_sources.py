@@ -228,3 +228,33 @@ def test_shards_of_another_run_are_refused(request: pytest.FixtureRequest):
     batches.next(BATCH, SIZE)
     with pytest.raises(ResfastError, match="is of seed 3, but this run has seed 4"):
         make("shards", request, seed=4).load_state_dict(batches.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["resident", "files"])
+def test_label_noise_replaces_a_fraction_of_the_labels_by_other_classes(kind: str, files: Files):
+    images = pictures().repeat(40, 1, 1, 1)
+    labels = LABELS.repeat(40)
+    paths = files.paths * 40
+    source = (images, labels) if kind == "resident" else Files(paths, labels)
+
+    def noisy(fraction: float, seed: int = 0) -> Tensor:
+        made = feed.with_label_noise(source, fraction, CLASSES, seed)
+        assert (made[0] is images) if isinstance(made, tuple) else (made.paths == paths)
+        return made[1] if isinstance(made, tuple) else made.labels
+
+    before = labels.clone()
+    changed = noisy(0.2) != labels
+    assert changed.sum() == int(0.2 * len(labels))  # every replaced label is another class
+    assert torch.equal(labels, before)
+    assert torch.equal(noisy(0.2), noisy(0.2))
+    assert not torch.equal(noisy(0.2), noisy(0.2, seed=1))
+    assert torch.equal(noisy(0.0), labels)
+    shifts = (noisy(0.9) - labels)[noisy(0.9) != labels] % CLASSES
+    counts = torch.bincount(shifts, minlength=CLASSES)
+    assert counts[0] == 0
+    assert counts[1:].min() > 0.8 * counts.sum() / (CLASSES - 1)
+
+
+def test_labels_in_shards_cannot_be_noisy():
+    with pytest.raises(ResfastError, match="--label-noise cannot change the labels in shards"):
+        feed.with_label_noise(Shards(("a.tar",), 5), 0.1, CLASSES, 0)

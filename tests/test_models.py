@@ -83,6 +83,16 @@ def test_every_variant_trains_all_its_parameters(activation: str, block: str, sh
         assert torch.isfinite(parameter.grad).all(), name
 
 
+def test_convolutions_start_as_those_of_torch_where_asked():
+    torch.manual_seed(0)
+    model = ResNet(ResNetSpec((1,), (8,), 8, init="torch"))
+    torch.manual_seed(0)
+    expected = nn.Conv2d(3, 8, 3, padding=1, bias=False)  # the first layer that is made
+    assert torch.equal(model.stem.conv.weight, expected.weight)
+    he = ResNet(ResNetSpec((1,), (64,), 64)).stages[0][0].conv1.weight
+    assert he.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.03)
+
+
 @pytest.mark.parametrize("shortcut", ["conv1", "conv3"])
 def test_dirac_init_passes_channels_on(shortcut: str):
     spec = ResNetSpec((1, 1), (8, 4), 8, shortcut=shortcut, dirac_init=True)

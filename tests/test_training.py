@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,25 @@ def test_train_mean_and_std_are_saved(tiny: Config):
     pixels = data.train_images.double().view(-1, 3) / 255
     assert result.summary.mean == pytest.approx(pixels.mean(0).tolist(), abs=1e-6)
     assert result.summary.std == pytest.approx(pixels.std(0).tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "mean", "std"),
+    [
+        ({"normalize": False}, [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]),
+        ({"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}, [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]),
+        ({"std": (0.2, 0.3, 0.25)}, None, [0.2, 0.3, 0.25]),
+    ],
+)
+def test_given_normalization_is_used_and_saved(
+    tiny: Config, options: dict[str, Any], mean: list[float] | None, std: list[float]
+):
+    own = resfast.load(train(change(tiny, epochs=1, name="own")).path)
+    run = train(change(tiny, epochs=1, **options))
+    loaded = resfast.load(run.path)
+    assert loaded.mean.tolist() == pytest.approx(own.mean.tolist() if mean is None else mean)
+    assert loaded.std.tolist() == pytest.approx(std)
+    assert resfast.evaluate(run.path).accuracy == pytest.approx(run.summary.test_accuracy)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])

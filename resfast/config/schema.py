@@ -19,7 +19,7 @@ import tyro
 from resfast.data.augment import POLICIES, Augment, parse_augment
 from resfast.errors import ResfastError
 from resfast.models.presets import DEFAULT_MODEL
-from resfast.models.resnet import Activation, Block, Norm, Shortcut, Stem
+from resfast.models.resnet import Activation, Block, Init, Norm, Shortcut, Stem
 from resfast.models.speednet import FinalPool, Padding
 
 
@@ -85,6 +85,33 @@ IntList = Annotated[
     _text_option("N,N,…", _int_list, tuple, lambda values: ",".join(map(str, values))),
 ]
 """``2,1,1,1`` on the command line, a tuple of integers in Python."""
+
+
+def _float_list(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part != "")
+    except ValueError:
+        raise ValueError(f"{text!r} is not a comma-separated list of numbers") from None
+
+
+def _floats_option() -> tyro.constructors.PrimitiveConstructorSpec:
+    def show(values: tuple[float, ...]) -> str:
+        return ",".join(f"{value:g}" for value in values)
+
+    return _text_option("X,X,X", _float_list, tuple, show)
+
+
+Means = Annotated[
+    tuple[Annotated[float, pydantic.Field(ge=0, le=1)], ...],
+    _floats_option(),
+    Expected("three numbers from 0 to 1, as pixels / 255 have"),
+]
+Deviations = Annotated[
+    tuple[Annotated[float, pydantic.Field(gt=0, le=1)], ...],
+    _floats_option(),
+    Expected("three numbers above 0 and at most 1, as pixels / 255 have"),
+]
+"""``0.49,0.48,0.45`` on the command line."""
 
 OptionalBool = Annotated[bool | None, _choice(bool)]
 
@@ -171,6 +198,8 @@ class ModelConfig:
     """Probability of dropping a feature before each dense layer."""
     zero_init_residual: bool = False
     """Initialize the scale of the last norm of each block to zero."""
+    init: Annotated[Init | None, _choice(Init)] = None
+    """ResNet: initial convolutions by He et al. (he), or as torch draws them (torch)."""
     dirac_init: OptionalBool = None
     """Initialize convolutions to the identity on their first channels."""
     freeze_norm_scale: OptionalBool = None
@@ -221,6 +250,17 @@ class DataConfig:
     hold_out: NonNegativeInt = 0
     """Training images to hold out, as a number instead of a fraction: the last ones of each class,
     the same number per class, independent of the seed (0: none)."""
+    normalize: bool = True
+    """Subtract the mean of each channel and divide by its standard deviation; otherwise pixels are
+    only divided by 255."""
+    mean: Means = ()
+    """Means of the channels, of pixels / 255 (empty: those of the training images)."""
+    std: Deviations = ()
+    """Standard deviations of the channels, of pixels / 255 (empty: those of the training
+    images)."""
+    label_noise: BelowOne = 0.0
+    """Fraction of the training images whose label is replaced by another class, both drawn by the
+    seed; held-out and test labels stay."""
     sizes: PhaseList = ()
     """Progressive image sizes: heights and widths in pixels, each used up to a fraction of
     training. 24:0.5,28:0.8 trains at 24 for the first half, at 28 up to 80 % and at full size after

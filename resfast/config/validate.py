@@ -21,7 +21,9 @@ from resfast.config.network import network
 from resfast.config.schema import (
     ADAPTER,
     Config,
+    Deviations,
     Expected,
+    Means,
     ModelConfig,
     PhaseList,
     Phases,
@@ -52,6 +54,7 @@ def check(config: Config) -> None:
     """
     check_fields(config)
     _check_scoring(config)
+    _check_normalization(config)
     _check_phases(config.data.sizes, "sizes")
     _check_phases(config.optim.batch_sizes, "batch-sizes")
     _check_optimizer(config)
@@ -83,7 +86,10 @@ def _message(config: Config, error: pydantic.ValidationError) -> str:
     types = {e["type"] for e in errors if e["loc"][:2] == (group, name)}
     if types <= _RANGE_ERRORS:
         hint = _hints(type(getattr(config, group)))[name]
-        shown = phases_text(value) if name in ("sizes", "batch_sizes") else value
+        shown = value
+        if isinstance(value, tuple):
+            phases = name in ("sizes", "batch_sizes")
+            shown = phases_text(value) if phases else ",".join(map(str, value))
         return _out_of_range(option, shown, expectation(hint))
     return f"{option} {value!r} is invalid: {errors[0]['msg']}"
 
@@ -145,6 +151,16 @@ def _check_scoring(config: Config) -> None:
             "--no-score-test leaves nothing to score: hold out images with --hold-out or "
             "--val-fraction"
         )
+
+
+def _check_normalization(config: Config) -> None:
+    data = config.data
+    for name, values, hint in (("mean", data.mean, Means), ("std", data.std, Deviations)):
+        text = ",".join(f"{value:g}" for value in values)
+        if values and not data.normalize:
+            raise ResfastError(f"--{name} {text} and --no-normalize exclude each other; choose one")
+        if len(values) not in (0, 3):
+            raise ResfastError(_out_of_range(f"--{name}", text, expectation(hint)))
 
 
 def _check_optimizer(config: Config) -> None:

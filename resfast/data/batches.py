@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resfast.data.augment import Augment, ResizeBy
+from resfast.data.augment.streams import LABEL_NOISE, generator
 from resfast.data.batch import BatchSource
 from resfast.data.dataset import Dataset, Files, Loader, Shards, Stream
 from resfast.data.device_batches import DeviceBatches
@@ -76,6 +77,33 @@ def split_sources(
     else:
         kept, held_out = ((train[0][part], train[1][part]) for part in parts)
     return kept, held_out, test
+
+
+def with_label_noise(source: Source, fraction: float, classes: int, seed: int) -> Source:
+    """The images with some labels replaced by another class.
+
+    Args:
+        source: the images; not changed.
+        fraction: of the images, rounded down, whose label is replaced.
+        classes: number of classes; each other class is equally likely.
+        seed: seed of the choice.
+
+    Raises:
+        ResfastError: shards, whose labels are read during training.
+    """
+    if not fraction:
+        return source
+    if isinstance(source, Shards):
+        raise ResfastError(
+            "--label-noise cannot change the labels in shards; use an image folder instead"
+        )
+    labels = source.labels if isinstance(source, Files) else source[1]
+    random = generator(seed, LABEL_NOISE)
+    chosen = torch.randperm(len(labels), generator=random)[: int(fraction * len(labels))]
+    shift = torch.randint(1, max(classes, 2), (len(chosen),), generator=random)
+    noisy = labels.clone()
+    noisy[chosen] = (labels[chosen] + shift.to(labels.device)) % classes
+    return Files(source.paths, noisy) if isinstance(source, Files) else (source[0], noisy)
 
 
 def count(source: Source) -> int:

@@ -25,6 +25,7 @@ Block = Literal["basic", "bottleneck"]
 Shortcut = Literal["conv1", "conv3", "pool"]
 Activation = Literal["relu", "leaky_relu", "silu", "gelu", "sigmoid", "tanh", "softplus"]
 Norm = Literal["batch", "none"]
+Init = Literal["he", "torch"]
 Stem = Literal["cifar", "imagenet"]
 
 BOTTLENECK_EXPANSION = 4
@@ -48,6 +49,8 @@ class ResNetSpec:
         norm: ``batch``, or ``none`` for convolutions with a bias and no norm.
         stem_kind: ``cifar`` (3x3 convolution) or ``imagenet`` (7x7 convolution of stride 2, 3x3 max
             pool of stride 2).
+        init: of convolutions: ``he`` (fan-out, arXiv:1502.01852), or ``torch`` for its default,
+            uniform.
         head: sizes of dense layers between the pooled features and the logits.
         dropout: probability of dropping a feature before each dense layer.
         freeze_norm_scale: whether batch norm scales stay 1 (Jordan, arXiv:2404.00498).
@@ -72,6 +75,7 @@ class ResNetSpec:
     negative_slope: float = NETWORK_NEGATIVE_SLOPE
     norm: Norm = "batch"
     stem_kind: Stem = "cifar"
+    init: Init = "he"
 
     def __post_init__(self) -> None:
         stages = len(self.blocks)
@@ -225,7 +229,7 @@ class ResNet(nn.Module):
     Shape: float ``[N, 3, H, W]`` (fastest in ``channels_last``) to ``[N, classes]``, for any H and
     W that leave a last feature map of at least 1x1.
 
-    Convolutions use He initialisation (fan-out, arXiv:1502.01852); norms start at scale 1, bias 0.
+    Norms start at scale 1, bias 0.
 
     Raises:
         ResfastError: fewer than two classes.
@@ -266,7 +270,7 @@ class ResNet(nn.Module):
 
     def _initialise(self) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and self.spec.init == "he":
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

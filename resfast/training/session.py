@@ -145,6 +145,9 @@ def open_session(
     train_source, val_source, test_source = feed.split_sources(
         data, config.data.val_fraction, config.runtime.seed, config.data.hold_out
     )
+    train_source = feed.with_label_noise(
+        train_source, config.data.label_noise, len(data.classes), config.runtime.seed
+    )
     config, notes = resolve(config, data, feed.count(train_source))
     for note in notes if shared.step is None else ():
         display.say(note)
@@ -157,7 +160,7 @@ def open_session(
         tuned_allocator=config.runtime.tune_allocator,
     )
     pipeline = _pipeline(config)
-    mean, std = feed.mean_std(train_source, data.image_size, device=device, **pipeline)
+    mean, std = _mean_std(config, train_source, data.image_size, device)
     train_batches = feed.training_batches(
         train_source,
         mean,
@@ -207,6 +210,25 @@ def open_session(
         train_batches, plan, parameters, macs, macs_by_pixels, shared.step, shared.step_metrics,
         compiled, whitening_seconds,
     )  # fmt: skip
+
+
+def _mean_std(
+    config: Config, source: feed.Source, image_size: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel that images are normalized with.
+
+    Both float32 ``[3]`` in units of pixel / 255.
+    """
+    data = config.data
+    if not data.normalize:
+        return torch.zeros(3), torch.ones(3)
+    if data.mean and data.std:
+        return torch.tensor(data.mean), torch.tensor(data.std)
+    mean, std = feed.mean_std(source, image_size, device=device, **_pipeline(config))
+    return (
+        torch.tensor(data.mean) if data.mean else mean,
+        torch.tensor(data.std) if data.std else std,
+    )
 
 
 def _pipeline(config: Config) -> dict[str, int]:

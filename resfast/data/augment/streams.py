@@ -20,6 +20,7 @@ MIX = 8  # MixUp or CutMix, lambda, centre's row, column
 PARTNER = 9  # second image
 ORDER = 10  # key of the shuffle, two words
 CROP = 11  # top, left of the window that progressive image sizes crop to
+LABEL_NOISE = 12  # of the whole run, not of Philox: which labels are replaced, and by what
 WINDOW_STREAM = 32  # as RESIZE, for random-resized crop in DALI on full-size images
 
 
