@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from resfast.data.dataset import Dataset as Dataset
     from resfast.data.sources import load_dataset as load_dataset
     from resfast.errors import ResfastError as ResfastError
+    from resfast.inference.ensemble import ensemble as ensemble
     from resfast.inference.evaluate import evaluate as evaluate
     from resfast.inference.export import export as export
     from resfast.inference.fuse import fuse as fuse
@@ -55,13 +56,23 @@ _HOME = {
     "recipe": "resfast.config.recipes",
 }
 
-__all__ = ["__version__", "evaluate", "export", "predict", "train", *sorted(_HOME)]
+_COMMANDS = ("ensemble", "evaluate", "export", "predict", "train")
+
+__all__ = [
+    "__version__",
+    "ensemble",
+    "evaluate",
+    "export",
+    "predict",
+    "train",
+    *sorted(_HOME),
+]
 
 
 if not TYPE_CHECKING:  # type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
-        if name in ("train", "evaluate", "predict", "export"):
+        if name in _COMMANDS:
             # Entry points are callable modules (see resfast.cli.common.make_callable).
             return importlib.import_module(f"resfast.{name}")
         if name in _HOME:

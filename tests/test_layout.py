@@ -30,6 +30,7 @@ LAYERS = (
 EXEMPT = {
     "resfast",
     "resfast.train",
+    "resfast.ensemble",
     "resfast.evaluate",
     "resfast.predict",
     "resfast.export",

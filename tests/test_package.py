@@ -105,7 +105,7 @@ def test_network_is_made_without_compiler_and_network(tmp_path):
     run_python(code, tmp_path, bare=True)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "ensemble", "predict", "export"])
 def test_entry_point_is_function_and_module_in_either_import_order(name, tmp_path):
     check = f"""
 import types
@@ -217,7 +217,7 @@ assert main(["--help"]) == 0 and main(["--version"]) == 0
 assert not {"torch", "numpy", "tyro"} & set(sys.modules)
 """
     shown = run_python(code, tmp_path).stdout
-    for name in ("train", "evaluate", "predict", "export", "data", "doctor"):
+    for name in ("train", "evaluate", "ensemble", "predict", "export", "data", "doctor"):
         assert f"\n  {name} " in shown
     assert shown.endswith(f"\nresfast {resfast.__version__}\n")
 
@@ -229,7 +229,9 @@ def test_an_unknown_command_is_one_sentence_with_the_nearest(capsys):
     assert output.endswith("; did you mean 'evaluate'?\n")
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "export", "data", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "ensemble", "predict", "export", "data", "doctor"]
+)
 def test_the_console_script_and_python_m_are_the_same_command(name, tmp_path):
     code = f"""
 import sys

@@ -16,6 +16,7 @@ from resfast.errors import nearest
 COMMANDS = {
     "train": ("resfast.cli.train", "train a network"),
     "evaluate": ("resfast.cli.evaluate", "score a run on the test images of a data set"),
+    "ensemble": ("resfast.cli.ensemble", "score several runs as one classifier"),
     "predict": ("resfast.cli.predict", "classify images with a run"),
     "export": ("resfast.cli.export", "write a run as a file that runs without resfast"),
     "data": ("resfast.cli.data", "preview augmentations, or pack an image folder as shards"),
