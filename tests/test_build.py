@@ -652,8 +652,25 @@ for size in (0, 1, 7, 1001):
     assert torch.equal(words, reference.philox(indices, -5, 2**32 - 1, 3))
     add(words)
 
-# The bfloat16 convolutions: their numbers are tested elsewhere, here only what they touch.
+# The convolutions: their numbers are tested elsewhere, here only what they touch.
 ops, last = torch.ops.resfast, torch.channels_last
+
+
+def run_chains(kind, side=0):
+    from tests.ops.test_network import WINOGRAD, Planned, images as network_images
+
+    for channels, height, width, layers in WINOGRAD.values():
+        x = network_images(5, channels, height, width, kind)
+        for item, wide in itertools.product((5, 2), (False, True)):
+            planned = Planned(layers(), x.shape, 2, item, kind, side)
+            planned(x.float().contiguous() if wide else x)
+            planned(torch.full_like(x, float("nan")))
+
+
+if len(sys.argv) > 1 and hasattr(ops, "network_run") and ops.network_f32_supported():
+    run_chains("bf16 in fp32")
+    for tile in (0, 2, 4):
+        run_chains("fp32", tile)
 if len(sys.argv) > 1 and hasattr(ops, "conv_bf16_supported") and ops.conv_bf16_supported():
     from resfast.ops.conv_train import op as conv_train
 
@@ -679,12 +696,7 @@ if len(sys.argv) > 1 and hasattr(ops, "conv_bf16_supported") and ops.conv_bf16_s
             grad = torch.randn(y.shape).to(torch.bfloat16, memory_format=last)
             ops.conv_direct_weight_gradient(x.detach(), grad, stride, padding)
 
-    from tests.ops.test_network import CHAINS, Planned, images as network_images
-
-    for channels, height, width, layers in CHAINS.values():
-        x = network_images(5, channels, height, width)
-        for item, wide in itertools.product((5, 2), (False, True)):
-            Planned(layers(), x.shape, 2, item)(x.float().contiguous() if wide else x)
+    run_chains("bf16")
 
     from resfast.ops.norm_act import op as norm_act
 

@@ -22,26 +22,54 @@ import resfast
 from resfast.inference.fuse import chains
 from resfast.inference.fuse.model import FusedModel
 from resfast.models.presets import create_model
+from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv.op import ConvBiasAct
 from resfast.ops.conv.reference import ACTIVATIONS, conv2d_bias_act
 from resfast.ops.network import network as network_module
 from resfast.ops.network import plan as network_plan
+from resfast.ops.network import winograd
 from resfast.ops.network.layers import (
+    BFLOAT16,
+    FLOAT32,
+    FLOAT32_TO_BFLOAT16,
     Conv,
     Head,
     Layer,
     MaxPool,
     Mean,
     Unplannable,
-    aligned_bytes,
-    pack,
     shapes,
 )
+from resfast.ops.network.packing import aligned_bytes, pack
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 needs_kernels = pytest.mark.skipif(
-    not network_module._has_kernels(), reason="the kernels need AVX512-BF16"
+    network_module.layout_for(torch.bfloat16) is None, reason="the kernels need AVX2 with FMA"
+)
+KINDS = {"bf16": BFLOAT16, "fp32": FLOAT32, "bf16 in fp32": FLOAT32_TO_BFLOAT16}
+"""Layout by name."""
+MAX_ERRORS = {"bf16": 4e-3, "fp32": 1e-6, "bf16 in fp32": 2e-3}
+"""Relative to float64."""
+
+
+def runs_here(name: str) -> bool:
+    """Whether this processor has the kernels of some lines."""
+    if not hasattr(torch.ops.resfast, "network_run"):
+        return False
+    bf16, fp32 = conv_cpu._has_kernels(), torch.ops.resfast.network_f32_supported()
+    return bf16 if name == "bf16" else fp32
+
+
+each_kind = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(not runs_here(name), reason="this processor cannot run it"),
+        )
+        for name in KINDS
+    ],
 )
 
 
@@ -62,7 +90,7 @@ def conv(
     both = (padding, padding) if isinstance(padding, int) else padding
     weight = torch.randn(outputs, channels, rows, columns) / (channels * rows * columns) ** 0.5
     values = torch.randn(outputs) / 4 if bias else None
-    return Conv(source, weight.bfloat16(), values, stride, both, activation, 0.1, residual)
+    return Conv(source, weight, values, stride, both, activation, 0.1, residual)
 
 
 CHAINS: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
@@ -120,8 +148,18 @@ CHAINS: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
 }  # fmt: skip
 
 
-def reference(layers: Sequence[Layer], x: Tensor) -> Tensor:
-    """The chain in float64, rounded to bfloat16 between the layers."""
+def rounded(layers: Sequence[Layer], kind: str) -> list[Layer]:
+    """The chain with weights of the dtype that a network of its kind has."""
+    return [
+        dataclasses.replace(layer, weight=layer.weight.to(KINDS[kind].result))
+        if isinstance(layer, Conv)
+        else layer
+        for layer in layers
+    ]
+
+
+def reference(layers: Sequence[Layer], x: Tensor, kind: str) -> Tensor:
+    """The chain in float64, rounded to bfloat16 between the layers where the kernels round."""
     values = [x.double()]
     for layer in layers:
         source = values[layer.source]
@@ -141,20 +179,32 @@ def reference(layers: Sequence[Layer], x: Tensor) -> Tensor:
                 value = F.max_pool2d(source, layer.kernel, layer.stride, layer.padding)
             case Mean():
                 value = source.mean((2, 3), keepdim=True)
-        values.append(value.bfloat16().double())
+        values.append(value.bfloat16().double() if kind == "bf16" else value)
     return values[-1]
 
 
-def images(count: int, channels: int, height: int, width: int) -> Tensor:
-    x = torch.randn(count, channels, height, width).bfloat16()
+def images(count: int, channels: int, height: int, width: int, kind: str = "bf16") -> Tensor:
+    x = torch.randn(count, channels, height, width).to(KINDS[kind].result)
     return x.contiguous(memory_format=torch.channels_last)
 
 
 class Planned:
     """A chain with its plan and memory, for one shape."""
 
-    def __init__(self, layers: list[Layer], shape: Sequence[int], threads: int, item: int) -> None:
-        self.packed = pack(layers)
+    def __init__(
+        self,
+        layers: list[Layer],
+        shape: Sequence[int],
+        threads: int,
+        item: int,
+        kind: str,
+        side: int = 0,
+    ) -> None:
+        layout = KINDS[kind]
+        sides = {
+            i: side for i, layer in enumerate(layers) if side and winograd.suits(layer, layout)
+        }
+        self.packed = pack(rounded(layers, kind), layout, sides)
         self.plan = network_plan.plan(layers, self.packed, shape, threads, item)
         self.arena = aligned_bytes(self.plan.arena_bytes)
         self.weight = self.bias = None
@@ -167,70 +217,139 @@ class Planned:
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
-    return float((result.double() - exact).norm() / exact.norm())
+    return float(((result.double() - exact).norm() / exact.norm()).detach())
 
 
-@needs_kernels
+@each_kind
 @pytest.mark.parametrize("name", CHAINS)
-def test_a_chain_computes_what_float64_does(name: str):
+def test_a_chain_computes_what_float64_does(name: str, kind: str):
     torch.manual_seed(0)
     channels, height, width, make = CHAINS[name]
-    layers = make()
-    x = images(13, channels, height, width)
-    exact = reference(layers, x)
+    layers = rounded(make(), kind)
+    x = images(13, channels, height, width, kind)
+    exact = reference(layers, x, kind)
     before = None
     for item, threads in ((13, 1), (13, 3), (1, 1), (2, 2), (4, 3), (8, 1)):
-        planned = Planned(layers, x.shape, threads, item)
+        planned = Planned(layers, x.shape, threads, item, kind)
         torch.set_num_threads(threads)
         result = planned(x)
         assert result.is_contiguous(memory_format=torch.channels_last)
-        assert relative_error(result, exact) < 4e-3
+        assert result.dtype == KINDS[kind].result
+        assert relative_error(result, exact) < MAX_ERRORS[kind]
         # The order of sums depends neither on the batch nor on the threads.
         assert before is None or torch.equal(result, before), (item, threads)
         before = result
 
 
-@needs_kernels
+needs_f32 = pytest.mark.skipif(not runs_here("fp32"), reason="the kernels need AVX2 with FMA")
+WINOGRAD: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
+    **CHAINS,
+    "maps that tiles do not divide": (
+        17, 13, 7,
+        lambda: [
+            conv(0, 17, 33), conv(1, 33, 40, 3, 1, 0), conv(2, 40, 33, 3, 1, 2),
+            conv(3, 33, 33, residual=1), conv(4, 33, 80, 3, 2), conv(4, 33, 80, activation="none"),
+            conv(6, 80, 80, 1, 2, residual=5),
+        ],
+    ),
+    "many channels and few tiles": (
+        130, 5, 4,
+        lambda: [conv(0, 130, 140), conv(1, 140, 150), conv(2, 150, 150, residual=2), Mean(3)],
+    ),
+}  # fmt: skip
+
+
+@needs_f32
+@pytest.mark.parametrize("side", winograd.SIDES)
+@pytest.mark.parametrize("name", WINOGRAD)
+def test_winograd_computes_what_float64_does(name: str, side: int):
+    torch.manual_seed(0)
+    channels, height, width, make = WINOGRAD[name]
+    layers = make()
+    x = images(13, channels, height, width, "fp32")
+    exact = reference(layers, x, "fp32")
+    before = None
+    for item, threads in ((13, 1), (13, 3), (1, 1), (2, 2), (4, 3), (8, 1)):
+        planned = Planned(layers, x.shape, threads, item, "fp32", side)
+        torch.set_num_threads(threads)
+        result = planned(x)
+        assert relative_error(result, exact) < 5e-6
+        assert before is None or torch.equal(result, before), (item, threads)
+        before = result
+
+
+@needs_f32
+@pytest.mark.parametrize("side", winograd.SIDES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38, -3e38])
+def test_winograd_keeps_what_is_not_finite_where_it_is_in_float32(value: float, side: int):
+    """-inf and ReLU hide what Winograd would spread; 3e38 overflows in its transforms only."""
+    torch.manual_seed(0)
+    layers: list[Layer] = [
+        conv(0, 16, 32, activation="none"), conv(1, 32, 32), MaxPool(2, 3, 2, 1),
+        conv(3, 32, 20, activation="leaky_relu"),
+    ]  # fmt: skip
+    for layer in (layers[0], layers[1], layers[3]):
+        layer.weight.div_(4)
+    x = images(9, 16, 21, 17, "fp32")
+    x[1, 1, 9, 3] = value
+    exact = Planned(layers, x.shape, 1, 9, "fp32")(x)
+    plain = x.clone()
+    plain[1] = 0
+    for item, threads in ((9, 1), (9, 2), (4, 1)):
+        torch.set_num_threads(threads)
+        planned = Planned(layers, x.shape, threads, item, "fp32", side)
+        result = planned(x)
+        assert torch.equal(result.isnan(), exact.isnan())
+        assert torch.equal(result.isposinf(), exact.isposinf())
+        assert torch.equal(result.isneginf(), exact.isneginf())
+        finite = exact.isfinite()
+        assert finite.all() == (abs(value) == 3e38)
+        assert relative_error(result[finite], exact[finite].double()) < 5e-6
+        assert planned(plain).isfinite().all()
+
+
+@each_kind
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 33])
-def test_results_do_not_depend_on_the_batch(count: int):
+def test_results_do_not_depend_on_the_batch(count: int, kind: str):
     torch.manual_seed(0)
     channels, height, width, make = CHAINS["basic blocks"]
     layers = make()
-    x = images(count, channels, height, width)
-    one = Planned(layers, (1, channels, height, width), 1, 1)
+    x = images(count, channels, height, width, kind)
+    one = Planned(layers, (1, channels, height, width), 1, 1, kind)
     expected = torch.cat([one(x[i : i + 1]) for i in range(count)])
     for item in network_plan.item_sizes(count, 2):
         torch.set_num_threads(2)
-        assert torch.equal(Planned(layers, x.shape, 2, item)(x), expected)
+        assert torch.equal(Planned(layers, x.shape, 2, item, kind)(x), expected)
 
 
-@needs_kernels
-def test_memory_of_an_earlier_call_does_not_matter():
+@each_kind
+def test_memory_of_an_earlier_call_does_not_matter(kind: str):
     torch.manual_seed(0)
     for channels, height, width, make in CHAINS.values():
         layers = make()
-        x = images(5, channels, height, width)
+        x = images(5, channels, height, width, kind)
         for item in (5, 2):
-            planned = Planned(layers, x.shape, 1, item)
+            planned = Planned(layers, x.shape, 1, item, kind)
             expected = planned(x)
             planned(torch.full_like(x, torch.nan))
             planned(torch.full_like(x, torch.inf))
             assert torch.equal(planned(x), expected)
 
 
-@needs_kernels
+@each_kind
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_nan_and_infinity_come_out_where_they_do_in_float64(value: float):
+def test_nan_and_infinity_come_out_where_they_do_in_float64(value: float, kind: str):
     torch.manual_seed(0)
     layers: list[Layer] = [
         conv(0, 3, 32, activation="none"), conv(1, 32, 32, activation="relu"), MaxPool(2, 3, 2, 1),
         conv(3, 32, 20, activation="leaky_relu"),
     ]  # fmt: skip
-    x = images(3, 3, 21, 17)
+    layers = rounded(layers, kind)
+    x = images(3, 3, 21, 17, kind)
     x[1, 1, 9, 3] = value
-    exact = reference(layers, x)
+    exact = reference(layers, x, kind)
     for item in (3, 1):
-        result = Planned(layers, x.shape, 1, item)(x).double()
+        result = Planned(layers, x.shape, 1, item, kind)(x).double()
         assert torch.equal(result.isnan(), exact.isnan())
         assert torch.equal(result.isposinf(), exact.isposinf())
         assert torch.equal(result.isneginf(), exact.isneginf())
@@ -238,37 +357,44 @@ def test_nan_and_infinity_come_out_where_they_do_in_float64(value: float):
         assert not exact.isfinite().all()
 
 
-@needs_kernels
+@each_kind
 @pytest.mark.parametrize("channels", [3, 20])
-def test_inputs_of_any_memory_order_and_of_float32_give_the_same(channels: int):
+def test_inputs_of_any_memory_order_and_of_float32_give_the_same(channels: int, kind: str):
     torch.manual_seed(0)
     layers: list[Layer] = [conv(0, channels, 32), conv(1, 32, 40, 3, 2)]
     wide = torch.randn(5, channels, 9, 11)
     x = wide.bfloat16().contiguous(memory_format=torch.channels_last)
     for item in (5, 2):
-        planned = Planned(layers, x.shape, 2, item)
+        planned = Planned(layers, x.shape, 2, item, kind)
         expected = planned(x)
-        for other in (wide, x.contiguous(), x.float(), x.transpose(2, 3).contiguous().mT):
+        for other in (x.contiguous(), x.float(), x.transpose(2, 3).contiguous().mT):
             assert torch.equal(planned(other), expected)
+        if kind == "bf16":  # which rounds the input
+            assert torch.equal(planned(wide), expected)
+        else:
+            expected = planned(wide.contiguous(memory_format=torch.channels_last))
+            assert torch.equal(planned(wide), expected)
         cut = torch.randn(7, channels, 12, 13)[1:6, :, 1:10, 2:]
         assert torch.equal(planned(cut), planned(cut.clone()))
     one = torch.randn(1, channels, 9, 11)
-    planned = Planned(layers, one.shape, 1, 1)
+    planned = Planned(layers, one.shape, 1, 1, kind)
     assert torch.equal(planned(one[0].unsqueeze(0)), planned(one))
 
 
-@needs_kernels
+@each_kind
 @pytest.mark.parametrize(("outputs", "bias"), [(10, True), (1, False), (1000, True)])
-def test_a_head_is_a_linear_layer_of_the_means(outputs: int, bias: bool):
+def test_a_head_is_a_linear_layer_of_the_means(outputs: int, bias: bool, kind: str):
     torch.manual_seed(0)
     layers: list[Layer] = [conv(0, 3, 48), conv(1, 48, 70, 3, 2)]
     linear = nn.Linear(70, outputs, bias=bias)
-    x = images(7, 3, 10, 10)
-    means = Planned([*layers, Mean(2)], x.shape, 1, 7)(x).flatten(1)
+    x = images(7, 3, 10, 10, kind)
+    # Layout of float32 are not rounded before a head.
+    exactly = "fp32" if kind == "bf16 in fp32" else kind
+    means = Planned(rounded([*layers, Mean(2)], kind), x.shape, 1, 7, exactly)(x).flatten(1)
     exact = F.linear(means.double(), linear.weight.double(), linear.bias.double() if bias else None)
     for item, threads in ((7, 1), (7, 3), (2, 2)):
         torch.set_num_threads(threads)
-        planned = Planned([*layers, Head(2, outputs)], x.shape, threads, item)
+        planned = Planned([*layers, Head(2, outputs)], x.shape, threads, item, kind)
         with pytest.raises(RuntimeError, match="head_weight is missing"):
             planned(x)
         planned.weight, planned.bias = linear.weight.detach(), linear.bias
@@ -281,12 +407,12 @@ def test_a_head_is_a_linear_layer_of_the_means(outputs: int, bias: bool):
             planned(x)
 
 
-@needs_kernels
-def test_nan_weights_give_nan():
+@each_kind
+def test_nan_weights_give_nan(kind: str):
     layers: list[Layer] = [conv(0, 3, 32), conv(1, 32, 32)]
     layers[0].weight[5] = torch.nan
-    x = images(2, 3, 8, 8)
-    assert Planned(layers, x.shape, 1, 2)(x).isnan().all()
+    x = images(2, 3, 8, 8, kind)
+    assert Planned(layers, x.shape, 1, 2, kind)(x).isnan().all()
 
 
 def test_strides_above_two_and_maps_smaller_than_the_kernel_cannot_be_planned():
@@ -305,10 +431,10 @@ def test_a_mean_ends_a_network_and_a_max_pool_does_not():
         shapes([conv(0, 3, 8), MaxPool(1, 2, 2, 0)], (1, 3, 6, 6))
 
 
-@needs_kernels
-def test_arguments_are_checked():
+@each_kind
+def test_arguments_are_checked(kind: str):
     layers: list[Layer] = [conv(0, 3, 32), conv(1, 32, 32)]
-    planned = Planned(layers, (4, 3, 8, 8), 1, 4)
+    planned = Planned(layers, (4, 3, 8, 8), 1, 4, kind)
     with pytest.raises(RuntimeError, match=r"x is \[4, 3, 9, 8\]; expected"):
         planned(images(4, 3, 9, 8))
     with pytest.raises(RuntimeError, match="x has 3 images; expected 4"):
@@ -331,27 +457,41 @@ torch.ops.load_library(sys.argv[1])
 assert not hasattr(torch.ops.resfast, "conv_gemm")
 from tests.ops import test_network
 
-for name in test_network.CHAINS:
-    test_network.test_a_chain_computes_what_float64_does(name)
-for value in (torch.nan, torch.inf):
-    test_network.test_nan_and_infinity_come_out_where_they_do_in_float64(value)
+kinds = sys.argv[2].split(",")
+for kind in kinds:
+    for name in test_network.CHAINS:
+        test_network.test_a_chain_computes_what_float64_does(name, kind)
+    for value in (torch.nan, torch.inf):
+        test_network.test_nan_and_infinity_come_out_where_they_do_in_float64(value, kind)
+    test_network.test_a_head_is_a_linear_layer_of_the_means(10, True, kind)
 print("right")
 """
 
 
 @needs_kernels
 @pytest.mark.skipif(not (ROOT / "csrc").exists() or COMPILER is None, reason="no compiler")
-@pytest.mark.parametrize("option", ["-DRESFAST_AMX_EMULATED", "-DRESFAST_WITHOUT_AMX"])
-def test_kernels_with_and_without_amx_compute_what_float64_does(option: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("option", "kinds"),
+    [
+        pytest.param("-DRESFAST_AMX_EMULATED", "bf16", id="amx"),
+        pytest.param("-DRESFAST_WITHOUT_AMX", "bf16", id="without amx"),
+        pytest.param("-DRESFAST_AVX512_EMULATED", "fp32,bf16 in fp32", id="avx512"),
+    ],
+)
+def test_kernels_for_other_processors_compute_what_float64_does(
+    option: str, kinds: str, tmp_path: Path
+):
+    if not all(map(runs_here, kinds.split(","))):
+        pytest.skip("this processor cannot run them")
     headers = Path(torch.__file__).parent
     library = tmp_path / "network.so"
-    source = ROOT / "csrc" / "cpu" / "network" / "network.cpp"
+    sources = sorted((ROOT / "csrc" / "cpu" / "network").glob("*.cpp"))
     options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-fno-math-errno", option]
     options += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", headers / "include"]
     link = [f"-L{headers / 'lib'}", "-ltorch_cpu"]
-    subprocess.run([COMPILER, *options, source, "-o", library, *link], check=True)
+    subprocess.run([COMPILER, *options, *sources, "-o", library, *link], check=True)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(library)],
+        [sys.executable, "-c", SCRIPT, str(library), kinds],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -393,16 +533,19 @@ def chains_of(fused: FusedModel) -> list[chains.Chain]:
 
 
 @needs_kernels
-def test_a_fused_network_runs_as_one_chain(choices: None):
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.bfloat16, 0.01), (torch.float32, 1e-5)], ids=["bf16", "fp32"]
+)
+def test_a_fused_network_runs_as_one_chain(choices: None, dtype: torch.dtype, error: float):
     model = small_resnet()
-    fused = resfast.fuse(model)
+    fused = resfast.fuse(model, dtype)
     (chain,) = chains_of(fused)
     assert isinstance(chain.network.layers[-1], Head)
     assert fused._chains.only(fused.network) is not None
     for count in (1, 7):
         x = torch.randn(count, 3, 32, 32)
         with torch.inference_mode():
-            assert relative_error(fused(x), model.double()(x.double())) < 0.01
+            assert relative_error(fused(x), model.double()(x.double())) < error
             model.float()
 
 

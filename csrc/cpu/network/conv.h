@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../conv/conv_bf16.h"
-#include "plan.h"
+#include "kernels.h"
 
 namespace resfast::network {
 

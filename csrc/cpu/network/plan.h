@@ -1,8 +1,9 @@
 // A plan of a network, or of a part of one, as resfast/ops/network/plan.py writes it: a header and
 // steps of int64, tables of int32, constants, and an arena that holds what goes from step to step.
 //
-// Maps in the arena are lines of 64 bytes: 32 channels of one pixel of one image. The lines of a block
-// of 32 channels follow each other, so that a tile of 16 of them is read without gaps:
+// Maps in the arena are lines of 64 bytes: a block of channels of one pixel of one image, 32 of bfloat16
+// or 16 of float32. The lines of a block follow each other, so that a tile of 16 of them is read
+// without gaps:
 //
 //   [block of channels][group of images][phase][row][column][image of the group]
 //
@@ -15,11 +16,12 @@
 namespace resfast::network {
 
 constexpr int64_t kLine = 64; // bytes
-constexpr int64_t kBlock = 32; // channels in a line
-constexpr int64_t kTile = 16; // lines that are multiplied together, and outputs in a panel
-constexpr int64_t kMagic = 0x7265736e6574'0002;
+constexpr int64_t kBlock = 32; // channels of bfloat16 in a line
+constexpr int64_t kTile = 16; // lines of bfloat16 that are multiplied together; outputs in a panel
+constexpr int64_t kRows = 6; // pixels of float32 that are multiplied together
+constexpr int64_t kMagic = 0x7265736e6574'0003;
 
-enum Kind : int64_t { kConv, kPatches, kEnter, kMaxPool, kMean, kHead };
+enum Kind : int64_t { kConv, kPatches, kEnter, kMaxPool, kMean, kHead, kWinograd };
 
 struct Header {
   int64_t magic;
@@ -31,6 +33,8 @@ struct Header {
   int64_t channels, height, width; // of the input
   int64_t out_channels, out_height, out_width; // of the result
   int64_t head; // channels that a linear layer at the end reads; 0: none, the result is a map
+  int64_t wide; // 1: lines of float32, 0: of bfloat16
+  int64_t wide_result; // likewise, of a map
 };
 
 // Where the lines of a map are.
@@ -56,13 +60,20 @@ struct Step {
   int64_t images, first_image; // of the item
   int64_t channels, height, width, out_height, out_width; // of `from` and `to`
   int64_t kernel_h, kernel_w, stride, padding_h, padding_w;
+  int64_t side, transformed; // of kWinograd: results of a tile in each direction; lines of weights
 };
 
-// A tile in the tables: the lines of its first row, from the start of each map. Where the rows of the
+// A tile of bfloat16 in the tables: the lines of its first row, from the start of each map. Where the rows of the
 // result do not follow each other, or some are outside of the map, `rows` is the place in the tables
 // of 16 pairs: the lines of result (-1: outside) and residual.
 struct Tile {
   int32_t from, to, residual, rows;
+};
+
+// A pixel in the tables, of tiles of kRows pixels of float32: its lines, from the start of each map;
+// `to` is -1 where a tile is not full.
+struct Pixel {
+  int32_t from, to, residual;
 };
 
 } // namespace resfast::network

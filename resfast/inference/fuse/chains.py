@@ -104,6 +104,8 @@ def _find(order: list[fx.Node], network: fx.GraphModule) -> list[list[fx.Node]]:
         while end < len(order) and _layers(order[end], network) is not None:
             end += 1
             nodes = order[start:end]
+            if len(_dtypes(nodes, network)) > 1:
+                break
             layers = _layers(nodes[-1], network) or []
             ends = not isinstance(layers[-1], MaxPool)
             if ends and len(_inputs(nodes)) == 1 and _results(nodes) == [nodes[-1]]:
@@ -112,7 +114,7 @@ def _find(order: list[fx.Node], network: fx.GraphModule) -> list[list[fx.Node]]:
                 break
         nodes = order[start:best]
         if nodes and _is_mean(nodes[-1], network):
-            nodes += _head_nodes(nodes[-1], network)
+            nodes += _head_nodes(nodes[-1], network, *_dtypes(nodes, network))
         if sum(_convolutions(node, network) for node in nodes) >= LEAST_CONVOLUTIONS:
             chains.append(nodes)
             start = order.index(nodes[-1]) + 1
@@ -132,6 +134,12 @@ def _results(nodes: list[fx.Node]) -> list[fx.Node]:
     """Those of some nodes whose value is read outside."""
     inside = set(nodes)
     return [node for node in nodes if any(user not in inside for user in node.users)]
+
+
+def _dtypes(nodes: list[fx.Node], network: fx.GraphModule) -> set[torch.dtype]:
+    """Dtypes of the weights of some nodes."""
+    layers = (layer for node in nodes for layer in _layers(node, network) or ())
+    return {layer.weight.dtype for layer in layers if isinstance(layer, Conv)}
 
 
 def _convolutions(node: fx.Node, network: fx.GraphModule) -> int:
@@ -167,11 +175,15 @@ def _layers(node: fx.Node, network: fx.GraphModule) -> list[Layer] | None:
     return None
 
 
-def _head_nodes(mean: fx.Node, network: fx.GraphModule) -> list[fx.Node]:
-    """What follows a mean: flattening, conversion to float32 and a linear layer; or nothing."""
+def _head_nodes(
+    mean: fx.Node, network: fx.GraphModule, dtype: torch.dtype = torch.float32
+) -> list[fx.Node]:
+    """What follows a mean of a dtype: flattening, conversion to float32 and a linear layer; or
+    nothing."""
     found: list[fx.Node] = []
     node = mean
-    for is_next in (_is_flatten, _is_conversion, _is_linear):
+    conversion = () if dtype == torch.float32 else (_is_conversion,)
+    for is_next in (_is_flatten, *conversion, _is_linear):
         users = list(node.users)
         if len(users) != 1 or not is_next(users[0], node, network):
             return []
@@ -204,7 +216,9 @@ def _is_linear(node: fx.Node, source: fx.Node, network: fx.GraphModule) -> bool:
 
 
 def _conv(module: ConvBiasAct, source: int, residual: int | None) -> Conv | None:
-    if module.weight.dtype != torch.bfloat16 or module.groups > 1 or max(module.dilation) > 1:
+    if module.weight.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    if module.groups > 1 or max(module.dilation) > 1:
         return None
     if module.activation not in KERNEL_ACTIVATIONS:
         return None

@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 LINE = 64
 """Bytes of a line, the unit of memory."""
-BLOCK = 32
-"""Channels in a line."""
-TILE = 16
-"""Lines multiplied together, and outputs in a panel of weights."""
+PANEL = 16
+"""Outputs in a panel of weights."""
 FEW_CHANNELS = 16
 """An input with fewer channels is read as patches, so that lines are not mostly zeros."""
 MOST_PATCH = 512
 """Values of a patch."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How kernels keep maps and weights in lines of memory.
+
+    Attributes:
+        dtype: of maps and weights.
+        result: dtype of a map that is the result of a network.
+        block: channels in a line.
+        tile: pixels multiplied together.
+        patch_row: most values in a row of a patch.
+    """
+
+    dtype: torch.dtype
+    result: torch.dtype
+    block: int
+    tile: int
+    patch_row: int
+
+
+BFLOAT16 = Layout(torch.bfloat16, torch.bfloat16, 32, 16, 32)
+"""For AVX512-BF16 and AMX."""
+FLOAT32 = Layout(torch.float32, torch.float32, 16, 6, MOST_PATCH)
+"""For AVX2 with FMA and AVX-512."""
+FLOAT32_TO_BFLOAT16 = replace(FLOAT32, result=torch.bfloat16)
+"""For bfloat16 networks on processors without instructions for it."""
 
 
 class Unplannable(Exception):
@@ -30,7 +55,7 @@ class Conv:
 
     Attributes:
         source: the value it reads: 0 is the input, i the result of layer i - 1.
-        weight: bfloat16 ``[K, C, R, S]``.
+        weight: bfloat16 or float32 ``[K, C, R, S]``.
         bias: float32 ``[K]``, or None.
         stride: of rows and columns, 1 or 2.
         padding: rows and columns of zeros on each side.
@@ -53,11 +78,10 @@ class Conv:
         """Rows and columns."""
         return self.weight.shape[2], self.weight.shape[3]
 
-    @property
-    def reads_patches(self) -> bool:
+    def reads_patches(self, layout: Layout) -> bool:
         """Whether it multiplies patches of the network's input."""
         channels, (rows, columns) = self.weight.shape[1], self.kernel
-        few = channels < FEW_CHANNELS and channels * columns <= BLOCK
+        few = channels < FEW_CHANNELS and channels * columns <= layout.patch_row
         small = rows * columns * channels <= MOST_PATCH
         return self.source == 0 and self.residual != 0 and few and small
 
@@ -90,7 +114,7 @@ class Mean:
 class Head:
     """The mean of each channel and a linear layer of it in float32; ends a network.
 
-    The means are rounded to bfloat16. Weight and bias are given to each call.
+    The means of lines of bfloat16 are rounded to it. Weight and bias are given to each call.
 
     Attributes:
         source: the value it reads.
@@ -155,49 +179,3 @@ def aligned_bytes(count: int) -> Tensor:
     memory = torch.zeros(count + LINE, dtype=torch.uint8)
     start = -memory.data_ptr() % LINE
     return memory[start : start + count]
-
-
-@dataclass
-class Packed:
-    """The constants of a network.
-
-    Attributes:
-        memory: uint8, aligned to 64 bytes.
-        weights: first line of the weights of each convolution, by the number of its layer.
-        biases: first line of its bias.
-    """
-
-    memory: Tensor
-    weights: dict[int, int]
-    biases: dict[int, int]
-
-
-def pack(layers: Sequence[Layer]) -> Packed:
-    """Packs the weights of a network, as ``csrc/cpu/network/conv.h`` reads them."""
-    parts: list[Tensor] = []
-    weights: dict[int, int] = {}
-    biases: dict[int, int] = {}
-    lines = 0
-    for index, layer in enumerate(layers):
-        if not isinstance(layer, Conv):
-            continue
-        weight = layer.weight.detach().to(torch.bfloat16)
-        if layer.reads_patches:
-            weight = weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)
-        outputs, inputs, rows, columns = weight.shape
-        panels, blocks, taps = -(-outputs // TILE), -(-inputs // BLOCK), rows * columns
-        full = weight.new_zeros(panels * TILE, blocks * BLOCK, taps)
-        full[:outputs, :inputs] = weight.flatten(2)
-        # [panel, output, block, pair, 2, tap] to [panel, block, tap, pair, output, 2]
-        tiles = full.view(panels, TILE, blocks, BLOCK // 2, 2, taps)
-        tiles = tiles.permute(0, 2, 5, 3, 1, 4).contiguous()
-        bias = torch.zeros(panels * TILE)
-        if layer.bias is not None:
-            bias[:outputs] = layer.bias.detach().float()
-        for places, values in ((weights, tiles), (biases, bias)):
-            places[index] = lines
-            parts.append(values.reshape(-1).view(torch.uint8))
-            lines += values.numel() * values.element_size() // LINE
-    memory = aligned_bytes(lines * LINE)
-    torch.cat(parts, out=memory)
-    return Packed(memory, weights, biases)

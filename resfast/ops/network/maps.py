@@ -9,8 +9,9 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import torch
 
-from resfast.ops.network.layers import BLOCK, TILE, Conv
+from resfast.ops.network.layers import Conv, Layout
 
 OUTSIDE = [-1, 0, 0, 1, 1, 1, 1]
 """Words of the network's own input or result, or of no map."""
@@ -25,6 +26,7 @@ class Map:
         height: in pixels.
         width: in pixels.
         images: that it has room for.
+        layout: what it is kept in.
         group: images whose pixels of one place are next to each other.
         phases: 2 for a map that is read with stride 2, otherwise 1.
         margin: rows and columns of zeros of a plane.
@@ -34,6 +36,7 @@ class Map:
     height: int
     width: int
     images: int
+    layout: Layout
     group: int = 1
     phases: int = 1
     margin: tuple[int, int] = (0, 0)
@@ -50,24 +53,24 @@ class Map:
 
     @cached_property
     def plane(self) -> int:
-        """Lines of a plane."""
+        """Layout of a plane."""
         return self.rows * self.pitch * self.group
 
     @cached_property
     def lead(self) -> int:
-        """Lines of zeros before the first plane and after the last."""
+        """Layout of zeros before the first plane and after the last."""
         return (self.margin[0] * self.pitch + self.margin[1]) * self.group
 
     @cached_property
     def blocks(self) -> int:
         """Blocks of channels."""
-        return -(-self.channels // BLOCK)
+        return -(-self.channels // self.layout.block)
 
     @cached_property
     def block_lines(self) -> int:
-        """Lines from one block of channels to the next."""
+        """Layout from one block of channels to the next."""
         planes = -(-self.images // self.group) * self.phases**2
-        return planes * self.plane + 2 * self.lead + TILE
+        return planes * self.plane + 2 * self.lead + self.layout.tile
 
     @property
     def lines(self) -> int:
@@ -92,14 +95,19 @@ class Map:
         return [line, self.block_lines, self.lead, self.group, self.pitch, self.rows, self.phases]
 
 
-def group_size(width: int, images: int) -> int:
+def group_size(width: int, images: int, layout: Layout) -> int:
     """Images to keep next to each other, so that tiles end with the rows of a map.
+
+    Tiles of float32 need not: their pixels may be anywhere.
 
     Args:
         width: columns of a convolution's result.
         images: that there are.
+        layout: what the map is kept in.
     """
-    group = TILE // math.gcd(width, TILE)
+    if layout.dtype == torch.float32:
+        return 1
+    group = layout.tile // math.gcd(width, layout.tile)
     while images % group:
         group //= 2
     return group
@@ -145,12 +153,12 @@ class Tables:
         return self._known[key]
 
     def taps(self, map_: Map, conv: Conv) -> tuple[int, int]:
-        """Lines from a pixel of the first phase to each that a convolution reads for it.
+        """Layout from a pixel of the first phase to each that a convolution reads for it.
 
         Returns:
             Place of the table, and the number of taps.
         """
-        if conv.reads_patches:
+        if conv.reads_patches(map_.layout):
             return self._add("patch", lambda: (np.zeros(1), 1))
 
         def make() -> tuple[np.ndarray, int]:
@@ -199,13 +207,42 @@ class Tables:
             else:
                 written = result.line(image, row, column)
             added = np.zeros_like(read) if residual is None else residual.line(image, row, column)
-            return _tile_table(read, written, added, residual is not None, self._size)
+            if source.layout.dtype == torch.float32:
+                return _pixel_table(read, written, added, source.layout.tile)
+            tile = source.layout.tile
+            return _tile_table(read, written, added, residual is not None, self._size, tile)
 
         return self._add(("tiles", source, stride, result, residual, images, height, width), make)
 
 
+def _pixel_table(
+    read: np.ndarray, written: np.ndarray, added: np.ndarray, tile: int
+) -> tuple[np.ndarray, int]:
+    """Tiles that cover all pixels in their order, the last one filled up.
+
+    Args:
+        read: line of each pixel in the map that is read.
+        written: in the result.
+        added: in the residual.
+        tile: pixels of a tile.
+
+    Returns:
+        The pixels of the tiles, as plan.h has them; the number of tiles.
+    """
+    missing = -len(read) % tile
+    table = np.stack([read, written, added], axis=1)
+    rest = np.repeat(table[-1:], missing, axis=0)
+    rest[:, 1] = -1
+    return np.concatenate([table, rest]), (len(read) + missing) // tile
+
+
 def _tile_table(
-    read: np.ndarray, written: np.ndarray, added: np.ndarray, has_residual: bool, start: int
+    read: np.ndarray,
+    written: np.ndarray,
+    added: np.ndarray,
+    has_residual: bool,
+    start: int,
+    tile: int,
 ) -> tuple[np.ndarray, int]:
     """Tiles that cover all pixels: each begins with the first that no earlier one has.
 
@@ -215,6 +252,7 @@ def _tile_table(
         added: in the residual.
         has_residual: whether there is one.
         start: place of the table.
+        tile: lines of a tile.
 
     Returns:
         The tiles, then the rows of those that are not sixteen lines in order, as plan.h has them;
@@ -224,22 +262,22 @@ def _tile_table(
     read, written, added = read[order], written[order], added[order]
     starts = [0]
     while starts[-1] < len(read):
-        starts.append(int(np.searchsorted(read, read[starts[-1]] + TILE)))
+        starts.append(int(np.searchsorted(read, read[starts[-1]] + tile)))
     tiles, rows = [], []
-    steps = np.arange(TILE)
+    steps = np.arange(tile)
     for first, last in pairwise(starts):
         in_order = (
-            last - first == TILE
+            last - first == tile
             and np.array_equal(written[first:last], written[first] + steps)
             and (not has_residual or np.array_equal(added[first:last], added[first] + steps))
         )
         tiles.append((read[first], written[first], added[first], -1 if in_order else len(rows)))
         if not in_order:
-            places = np.full((TILE, 2), -1, np.int64)
+            places = np.full((tile, 2), -1, np.int64)
             inside = read[first:last] - read[first]
             places[inside, 0], places[inside, 1] = written[first:last], added[first:last]
             rows.append(places)
     table = np.array(tiles, np.int64)
     first_row = start + table.size
-    table[:, 3] = np.where(table[:, 3] < 0, -1, first_row + table[:, 3] * 2 * TILE)
+    table[:, 3] = np.where(table[:, 3] < 0, -1, first_row + table[:, 3] * 2 * tile)
     return np.concatenate([table.ravel(), *(places.ravel() for places in rows)]), len(tiles)

@@ -1,11 +1,13 @@
 """Runs a chain of fused convolutions on the CPU as one call: no dispatch between the layers.
 
 Between the layers, maps stay in the layout that the kernels read, in memory that is planned ahead
-(:mod:`resfast.ops.network.plan`). For bfloat16 on processors with AVX512-BF16 or AMX. The first
-call for a shape measures which way to share the work among the threads is the fastest, and whether
-it beats the layers one by one (:mod:`resfast.ops.conv.cpu`). The choice is kept in
-``$XDG_CACHE_HOME/resfast/network-cpu.json`` by processor, version, network, shape and number of
-threads, unless the machine was too busy to tell. ``RESFAST_NETWORK=0`` turns it off.
+(:mod:`resfast.ops.network.plan`). For bfloat16 on processors with AVX512-BF16 or AMX, and for
+float32 with AVX2 or AVX-512; the latter also run bfloat16 networks on processors without
+instructions for it, in float32 until the result is rounded. The first call for a shape measures
+which way to share the work among the threads is the fastest, and whether it beats the layers one by
+one (:mod:`resfast.ops.conv.cpu`). The choice is kept in
+``$XDG_CACHE_HOME/resfast/network-cpu.json`` by processor, version, network, shape, dtype and number
+of threads, unless the machine was too busy to tell. ``RESFAST_NETWORK=0`` turns it off.
 """
 
 from __future__ import annotations
@@ -26,16 +28,18 @@ from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.op import ConvBiasAct
 from resfast.ops.network.layers import (
+    BFLOAT16,
+    FLOAT32,
+    FLOAT32_TO_BFLOAT16,
     Conv,
     Head,
     Layer,
+    Layout,
     MaxPool,
     Mean,
-    Packed,
     Unplannable,
-    aligned_bytes,
-    pack,
 )
+from resfast.ops.network.packing import Packed, aligned_bytes, pack
 from resfast.ops.network.plan import Plan, item_sizes, plan
 
 CHOICES = conv_choice.Choices("network-cpu.json")
@@ -43,20 +47,27 @@ LAYERS = "layers"
 """The choice of the layers one by one."""
 MOST_PLANS = 8
 """Shapes that a network keeps plans and memory for."""
-MAX_ERROR = 0.03
-"""Root mean square error of a plan relative to the layers' result, which rounds differently."""
+MAX_ERRORS = {torch.bfloat16: 0.03, torch.float32: 1e-5}
+"""Root mean square error of a result relative to the reference, by dtype of the result."""
 MEASURE_SECONDS = 0.1
 """Spent on each way to share the work, for each shape."""
 
 
-def available() -> bool:
-    """Whether the kernels are built, this processor runs them, and they are not turned off."""
-    return os.environ.get("RESFAST_NETWORK") != "0" and _has_kernels()
+def available(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether the kernels for weights of a dtype are built, run here, and are not turned off."""
+    return os.environ.get("RESFAST_NETWORK") != "0" and layout_for(dtype) is not None
 
 
 @functools.cache
-def _has_kernels() -> bool:
-    return conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "network_run")
+def layout_for(dtype: torch.dtype) -> Layout | None:
+    """What a network with weights of a dtype is kept in on this processor; None: no kernels."""
+    if not hasattr(torch.ops.resfast, "network_run"):
+        return None
+    if dtype == torch.bfloat16 and conv_cpu._has_kernels():
+        return BFLOAT16
+    if not torch.ops.resfast.network_f32_supported():
+        return None
+    return {torch.float32: FLOAT32, torch.bfloat16: FLOAT32_TO_BFLOAT16}.get(dtype)
 
 
 @dataclass
@@ -94,7 +105,8 @@ class Network:
         layers: the chain; the tensors of a :class:`~resfast.ops.network.plan.Conv` are replaced by
             those that its module has when they are packed.
         modules: the module of each convolution, in the order of the chain.
-        one_by_one: computes the same with the modules, for bfloat16 in ``channels_last`` memory.
+        one_by_one: computes the same with the modules, for inputs of the weights' dtype in
+            ``channels_last`` memory.
         head: the linear layer of a :class:`~resfast.ops.network.layers.Head` that ends the chain.
     """
 
@@ -138,17 +150,17 @@ class Network:
             and x.is_cpu
             and weight.is_cpu
             and x.dtype in (torch.bfloat16, torch.float32)
-            and weight.dtype == torch.bfloat16
             and x.ndim == 4
             and x.numel() > 0
             and not (torch.is_grad_enabled() and x.requires_grad)
-            and available()
+            and available(weight.dtype)
             and conv_choice.forced("cpu") is None
         )
 
     def by_layers(self, x: Tensor) -> Tensor:
         """The result by the layers one by one, for the same inputs."""
-        return self.one_by_one(x.to(torch.bfloat16, memory_format=torch.channels_last))
+        dtype = self.modules[0].weight.dtype
+        return self.one_by_one(x.to(dtype, memory_format=torch.channels_last))
 
     # -- the choice ----------------------------------------------------------------------------
 
@@ -162,13 +174,15 @@ class Network:
             first = ready(sizes[0])
         except Unplannable:
             return self.by_layers
-        if not self._is_right(layers, first, x.shape):
+        if not self._is_right(layers, packed.layout, first, x.shape):
             return self.by_layers
         ways = {str(images): images for images in sizes}
-        names = list(ways) if conv_cpu.has_amx() else [*ways, LAYERS]
+        on_amx = packed.layout is BFLOAT16 and conv_cpu.has_amx()
+        names = list(ways) if on_amx else [*ways, LAYERS]
         if len(names) == 1:
             return first.run
-        key = f"{conv_cpu.machine()}|{threads} threads|{self._digest()}|{list(x.shape)}"
+        dtype = self.modules[0].weight.dtype
+        key = f"{conv_cpu.machine()}|{threads} threads|{self._digest()}|{list(x.shape)}|{dtype}"
         name = CHOICES.get(key, names)
         if name is None:
             calls = {one: ready(ways[one]).run if one in ways else self.by_layers for one in names}
@@ -176,17 +190,18 @@ class Network:
             CHOICES.put(key, name, keep=steady)
         return self.by_layers if name == LAYERS else ready(ways[name]).run
 
-    def _is_right(self, layers: list[Layer], ready: _Ready, shape: torch.Size) -> bool:
-        """Whether the first and the last image of a random batch have the result of float32."""
+    def _is_right(
+        self, layers: list[Layer], layout: Layout, ready: _Ready, shape: torch.Size
+    ) -> bool:
+        """Whether the first and the last image of a random batch have the reference's result."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator).bfloat16()
+        x = torch.randn(shape, generator=generator).to(layout.result)
         ends = [0, len(x) - 1]
-        exact = _reference(layers, x[ends], self.head)
-        result = ready.run(x)[ends].float()
+        exact = _reference(layers, x[ends], self.head, layout)
+        result = ready.run(x)[ends].to(exact.dtype)
         finite = exact.isfinite()  # weights may be such that nothing is
-        if torch.equal(finite, result.isfinite()) and (
-            not finite.any() or conv_choice.near(exact[finite], MAX_ERROR)(result[finite])
-        ):
+        is_near = conv_choice.near(exact[finite], MAX_ERRORS[layout.result])
+        if torch.equal(finite, result.isfinite()) and (not finite.any() or is_near(result[finite])):
             return True
         conv_choice.warn_once(
             f"the network on {list(shape)} is not accurate enough in one call, so it runs layer by "
@@ -209,7 +224,9 @@ class Network:
             layers.append(layer)
         if self._packed is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._packed = pack(layers)
+                layout = layout_for(self.modules[0].weight.dtype)
+                assert layout is not None  # as `fits` found
+                self._packed = pack(layers, layout)
         return layers, self._packed
 
     def _digest(self) -> str:
@@ -234,16 +251,23 @@ def _measure(x: Tensor, ways: dict[str, Callable[[Tensor], Tensor]]) -> tuple[st
 
 
 @torch.no_grad()
-def _reference(layers: Sequence[Layer], x: Tensor, head: nn.Linear | None) -> Tensor:
-    """The result of a chain in float32, rounded to bfloat16 between the layers."""
-    values = [x.float()]
+def _reference(
+    layers: Sequence[Layer], x: Tensor, head: nn.Linear | None, layout: Layout
+) -> Tensor:
+    """The result of a chain in float32, rounded as the lines are; for float32 in float64."""
+    dtype = torch.float64 if layout.result == torch.float32 else torch.float32
+
+    def kept(value: Tensor) -> Tensor:
+        return value.bfloat16().to(dtype) if layout.dtype == torch.bfloat16 else value
+
+    values = [x.to(dtype)]
     for layer in layers:
         source = values[layer.source]
         match layer:
             case Conv():
                 value = conv_reference.conv2d_bias_act(
                     source,
-                    layer.weight.float(),
+                    layer.weight.to(dtype),
                     layer.bias,
                     None if layer.residual is None else values[layer.residual],
                     [layer.stride] * 2,
@@ -257,6 +281,7 @@ def _reference(layers: Sequence[Layer], x: Tensor, head: nn.Linear | None) -> Te
                 value = source.mean((2, 3), keepdim=True)
             case Head():
                 assert head is not None
-                return head(source.mean((2, 3)).bfloat16().float())
-        values.append(value.bfloat16().float())
+                bias = None if head.bias is None else head.bias.to(dtype)
+                return F.linear(kept(source.mean((2, 3))), head.weight.to(dtype), bias)
+        values.append(kept(value))
     return values[-1]

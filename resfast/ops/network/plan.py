@@ -19,24 +19,27 @@ import torch
 from torch import Tensor
 
 from resfast.ops.conv.reference import KERNEL_ACTIVATIONS
+from resfast.ops.network import winograd
 from resfast.ops.network.layers import (
-    BLOCK,
     LINE,
-    TILE,
+    PANEL,
     Conv,
     Head,
     Layer,
+    Layout,
     MaxPool,
-    Packed,
     shapes,
     sources,
 )
 from resfast.ops.network.maps import OUTSIDE, Map, Tables, group_size, margin
+from resfast.ops.network.packing import Packed
 
-MAGIC = 0x7265736E65740002
-CONV, PATCHES, ENTER, MAX_POOL, MEAN, HEAD = range(6)
+MAGIC = 0x7265736E65740003
+CONV, PATCHES, ENTER, MAX_POOL, MEAN, HEAD, WINOGRAD = range(7)
 CACHE_BYTES = 512 * 1024
 """Of a core's cache, for the tiles that share one pass over the weights."""
+WINOGRAD_BYTES = 1024 * 1024
+"""Of the transformed inputs of Winograd tiles that share one pass over the weights."""
 PASS_BYTES = 640 * 1024
 """Of the largest map of a pass."""
 MOST_IMAGES = 16
@@ -92,6 +95,17 @@ def plan(
     return _Planner(layers, packed, shape, threads, images).plan()
 
 
+def tiles_at_once(side: int, channels: int) -> int:
+    """Winograd tiles that share one pass over the weights.
+
+    Args:
+        side: results of a tile in each direction.
+        channels: of the input.
+    """
+    fitting = WINOGRAD_BYTES // (winograd.points(side) * 4 * channels)
+    return max(24, min(96, fitting // 6 * 6))
+
+
 @dataclass
 class _Value:
     """A value of the network, and where it is kept."""
@@ -99,6 +113,7 @@ class _Value:
     channels: int
     height: int
     width: int
+    layout: Layout
     readers: list[Conv] = field(default_factory=list)
     """Convolutions that read it from a map."""
     last_use: int = 0
@@ -109,9 +124,14 @@ class _Value:
     """Segment of the layer that reads it last."""
 
     @property
+    def blocks(self) -> int:
+        """Blocks of channels."""
+        return -(-self.channels // self.layout.block)
+
+    @property
     def bytes(self) -> int:
         """Of one image."""
-        return -(-self.channels // BLOCK) * LINE * self.height * self.width
+        return self.blocks * LINE * self.height * self.width
 
     @property
     def strides(self) -> list[int]:
@@ -170,9 +190,11 @@ class _Planner:
         images: int,
     ) -> None:
         self.layers, self.packed, self.threads = layers, packed, threads
+        self.layout = packed.layout
         self.shape, self.images = tuple(shape), images
-        self.values = [_Value(*sizes) for sizes in shapes(layers, shape)]
+        self.values = [_Value(*sizes, self.layout) for sizes in shapes(layers, shape)]
         self.together = images >= shape[0]
+        self.split = _Split(self.layout, threads, self.together)
         self.steps: list[list[int]] = []
         self.tasks = 0
         self.tables, self.memory = Tables(), _Memory()
@@ -183,7 +205,7 @@ class _Planner:
         for number, (indices, _) in enumerate(segments):
             for index in indices:
                 layer = self.layers[index]
-                if isinstance(layer, Conv) and not layer.reads_patches:
+                if isinstance(layer, Conv) and not layer.reads_patches(self.layout):
                     self.values[layer.source].readers.append(layer)
                 for source in sources(layer):
                     self.values[source].last_use = index
@@ -204,6 +226,7 @@ class _Planner:
         words += [self.memory.lines, *self.shape[1:], last.channels, last.height, last.width]
         end = self.layers[-1]
         words.append(self.values[end.source].channels if isinstance(end, Head) else 0)
+        words += [int(kind == torch.float32) for kind in (self.layout.dtype, self.layout.result)]
         for step in self.steps:
             words += step
         return Plan(
@@ -215,7 +238,7 @@ class _Planner:
     def _layer(self, index: int) -> None:
         layer = self.layers[index]
         if isinstance(layer, Conv):
-            if 0 in sources(layer) and not layer.reads_patches:
+            if 0 in sources(layer) and not layer.reads_patches(self.layout):
                 self._enter()
             self._conv(index, layer)
             return
@@ -249,7 +272,8 @@ class _Planner:
                 found.height,
                 found.width,
                 self.pass_images if found.is_local else self.images,
-                group_size(width, self.pass_images),
+                self.layout,
+                group_size(width, self.pass_images, self.layout),
                 stride,
                 margin(found.readers, stride, found.height, found.width),
             )
@@ -288,16 +312,13 @@ class _Planner:
         activation: tuple[int, int] = (0, 0),
         sizes: Sequence[int] = (0, 0, 0, 0, 0),
         window: Sequence[int] = (1, 1, 1, 0, 0),
+        winograd: tuple[int, int] = (0, 0),
     ) -> None:
         """Adds a ``Step`` of plan.h."""
         words = [kind, self.tasks, *split, *source, *result, *residual, blocks, outputs, *tiles]
         words += [*taps, *constants, *activation, self.pass_images, self.first_image]
-        self.steps.append([*words, *sizes, *window])
+        self.steps.append([*words, *sizes, *window, *winograd])
         self.tasks += split[0] * split[1]
-
-    def _split(self, rows: int) -> tuple[int, int]:
-        """Parts of a step that is divided by rows."""
-        return (min(rows, self.threads) if self.together else 1, 1)
 
     def _enter(self) -> None:
         """Steps that copy the input to maps, before the first layer that reads them."""
@@ -308,7 +329,7 @@ class _Planner:
             sizes = (value.channels, value.height, value.width, value.height, value.width)
             _, words = self._map(0, stride)
             self._step(
-                ENTER, self._split(self.pass_images * value.height), OUTSIDE, words, sizes=sizes
+                ENTER, self.split.rows(self.pass_images * value.height), OUTSIDE, words, sizes=sizes
             )
 
     def _patches(self, conv: Conv, result: _Value) -> tuple[Map, int]:
@@ -320,12 +341,13 @@ class _Planner:
             result.height,
             width,
             self.pass_images,
-            group_size(width, self.pass_images),
+            self.layout,
+            group_size(width, self.pass_images, self.layout),
         )
         line = self.memory.take(form)
         self._step(
             PATCHES,
-            self._split(self.pass_images * result.height),
+            self.split.rows(self.pass_images * result.height),
             OUTSIDE,
             form.words(line),
             sizes=(value.channels, value.height, value.width, result.height, width),
@@ -334,8 +356,8 @@ class _Planner:
         return form, line
 
     def _conv(self, index: int, conv: Conv) -> None:
-        result, patches = self.values[index + 1], None
-        if conv.reads_patches:
+        read, result, patches = self.values[conv.source], self.values[index + 1], None
+        if conv.reads_patches(self.layout):
             patches = self._patches(conv, result)
             source, stride = patches[0], 1
             words = source.words(patches[1])
@@ -347,23 +369,37 @@ class _Planner:
         if conv.residual is not None:
             added, added_words = self._map(conv.residual)
         (written, written_words), others = targets[0], targets[1:]
-        sizes = (result.height, result.width)
-        tiles, count = self.tables.tiles(source, stride, written, added, self.pass_images, *sizes)
+        panels, side = -(-result.channels // PANEL), self.packed.sides.get(index, 0)
+        if side:
+            kind, first, at_once = WINOGRAD, 0, tiles_at_once(side, source.channels)
+            count = self.pass_images * winograd.tiles(side, result.height, result.width)
+        else:
+            kind = CONV
+            first, count = self.tables.tiles(
+                source, stride, written, added, self.pass_images, result.height, result.width
+            )
+            at_once = max(4, CACHE_BYTES // (self.layout.tile * LINE * source.blocks) // 4 * 4)
         taps = self.tables.taps(source, conv)
+        if side:
+            split = self.split.conv(count, panels, source.blocks * winograd.points(side), 12)
+        else:
+            split = self.split.conv(count, panels, source.blocks * taps[1])
         slope = struct.unpack("<q", struct.pack("<fxxxx", conv.negative_slope))[0]
         self._step(
-            CONV,
-            self._split_conv(count, -(-result.channels // TILE), source.blocks * taps[1]),
+            kind,
+            split,
             words,
             written_words,
             residual=added_words,
             blocks=source.blocks,
             outputs=result.channels,
-            tiles=(tiles, count, max(4, CACHE_BYTES // (TILE * LINE * source.blocks) // 4 * 4)),
+            tiles=(first, count, at_once),
             taps=taps,
             constants=(self.packed.weights[index], self.packed.biases[index]),
             activation=(KERNEL_ACTIVATIONS.index(conv.activation), slope),
-            sizes=(0, 0, 0, *sizes),
+            sizes=(0, read.height, read.width, result.height, result.width),
+            window=(*conv.kernel, conv.stride, *conv.padding),
+            winograd=(side, self.packed.transformed.get(index, 0)),
         )
         for _, other in others:  # copies, as max pools of single pixels
             self._pool(MAX_POOL, written_words, other, result, result)
@@ -379,32 +415,59 @@ class _Planner:
         written: _Value,
         window: Sequence[int] = (1, 1, 1, 0, 0),
     ) -> None:
-        split = self._split(self.pass_images * (written.height if kind == MAX_POOL else 1))
-        if kind == HEAD and self.together:
-            split = split[0], max(1, min(self.threads // split[0], written.channels // TILE))
+        split = self.split.rows(self.pass_images * (written.height if kind == MAX_POOL else 1))
+        if kind == HEAD:
+            split = self.split.head(self.pass_images, written.channels)
         self._step(
             kind,
             split,
             words,
             target,
-            blocks=-(-read.channels // BLOCK),
+            blocks=read.blocks,
             outputs=written.channels,
             sizes=(read.channels, read.height, read.width, written.height, written.width),
             window=window,
         )
 
-    def _split_conv(self, tiles: int, panels: int, products: int) -> tuple[int, int]:
-        """Parts in tiles and in panels of weights."""
+
+@dataclass(frozen=True)
+class _Split:
+    """How threads share a step: parts in rows, images or tiles, and parts in panels of weights."""
+
+    layout: Layout
+    threads: int
+    together: bool
+
+    def rows(self, rows: int) -> tuple[int, int]:
+        """Of a step that is divided by rows."""
+        return (min(rows, self.threads) if self.together else 1, 1)
+
+    def head(self, images: int, outputs: int) -> tuple[int, int]:
+        """Of a linear layer."""
+        parts, _ = self.rows(images)
+        panels = max(1, min(self.threads // parts, outputs // PANEL)) if self.together else 1
+        return parts, panels
+
+    def conv(self, tiles: int, panels: int, products: int, least: int = 4) -> tuple[int, int]:
+        """Of a convolution.
+
+        Args:
+            tiles: of its result.
+            panels: of weights.
+            products: of a tile and a panel.
+            least: tiles of a part.
+        """
         if not self.together:
             return 1, 1
         small = tiles * panels * products <= SMALL_STEP
         wanted = self.threads if small else 2 * self.threads
-        if 2 * panels >= tiles or tiles < 4 * wanted:
-            # Both panels of a line belong to one part, so that no two threads write to it.
-            fitting = [parts for parts in range(1, wanted + 1) if panels % (2 * parts) == 0]
+        if 2 * panels >= tiles or tiles < least * wanted:
+            # The panels of a line belong to one part, so that no two threads write to it.
+            shared = self.layout.block // PANEL
+            fitting = [parts for parts in range(1, wanted + 1) if panels % (shared * parts) == 0]
             if fitting and fitting[-1] >= self.threads:
                 return 1, fitting[-1]
-        return min(wanted, max(1, tiles // 4)), 1
+        return min(wanted, max(1, tiles // least)), 1
 
 
 def _segments(

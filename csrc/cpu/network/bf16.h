@@ -1,0 +1,258 @@
+// The steps of a plan on lines of bfloat16, for AVX512-BF16 and AMX.
+#pragma once
+
+#include "conv.h"
+#include "kernels.h"
+
+namespace resfast::network {
+namespace {
+
+void conv(const Step& step, const Memory& memory, int64_t begin, int64_t end, int64_t first_panel,
+          int64_t last_panel) {
+  const auto* tiles = reinterpret_cast<const Tile*>(memory.tables + step.tiles);
+  Operand operand{
+      reinterpret_cast<const uint16_t*>(memory.line(step.from.line)),
+      step.from.block_lines * kBlock, step.blocks, step.tap_count, memory.tables + step.taps,
+      nullptr};
+  const bool outside = step.to.line < 0; // the result of the plan
+  const int64_t pixels = step.out_height * step.out_width;
+  Epilogue epilogue{};
+  epilogue.activation = step.activation;
+  std::memcpy(&epilogue.negative_slope, &step.negative_slope, sizeof(float));
+  epilogue.to_bytes = outside ? 2 * step.outputs : kLine;
+  epilogue.last = outside ? (memory.images - step.first_image) * pixels : INT64_MAX;
+  alignas(64) float sums[kMostTiles * kSums];
+  for (int64_t first = begin; first < end; first += step.tiles_at_once) {
+    const int64_t last = std::min(end, first + step.tiles_at_once);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      operand.weights = reinterpret_cast<const uint16_t*>(
+          memory.constants + step.weights * kLine +
+          panel * step.blocks * step.tap_count * kWeights * 2);
+      epilogue.bias =
+          reinterpret_cast<const float*>(memory.constants + step.bias * kLine) + panel * kTile;
+      const int64_t block = panel / 2, half = panel % 2 * kLine / 2;
+      if (outside) {
+        epilogue.to = reinterpret_cast<char*>(
+            static_cast<uint16_t*>(memory.result) + step.first_image * pixels * step.outputs +
+            panel * kTile);
+        epilogue.mask = lane_mask(step.outputs - panel * kTile);
+      } else {
+        epilogue.to = memory.line(step.to.line + block * step.to.block_lines) + half;
+        epilogue.mask = 0xFFFF;
+      }
+      if (step.residual.line >= 0)
+        epilogue.residual =
+            memory.line(step.residual.line + block * step.residual.block_lines) + half;
+      for (int64_t tile = first; tile < last; tile += kMostTiles) {
+        const int64_t count = std::min(kMostTiles, last - tile);
+        multiply(operand, tiles + tile, count, sums);
+        for (int64_t i = 0; i < count; ++i)
+          finish(epilogue, tiles[tile + i], memory.tables, sums + i * kSums);
+      }
+    }
+  }
+}
+
+// Copies `count` values into lines of one pixel, filled up with zeros.
+RESFAST_BF16 void put(
+    const uint16_t* values, int64_t count, uint16_t* line, int64_t block_values) {
+  for (int64_t channel = 0; channel < count; channel += kBlock, line += block_values) {
+    const int64_t left = count - channel;
+    const __mmask32 mask = left >= kBlock ? 0xFFFFFFFF : (uint32_t{1} << left) - 1;
+    _mm512_store_si512(line, _mm512_maskz_loadu_epi16(mask, values + channel));
+  }
+}
+
+// Rows of an image of the item as bfloat16 [rows, W, C], in `copy` where they are not in this order.
+RESFAST_BF16 const uint16_t* input_rows(
+    const Step& step, const Memory& memory, int64_t image, int64_t first, int64_t last,
+    uint16_t* copy) {
+  const Input& input = memory.input;
+  const int64_t at = (memory.first + image) * input.stride[0] + first * input.stride[2];
+  if (input.lined_up) return static_cast<const uint16_t*>(input.values) + at;
+  auto copy_from = [&](auto* values) {
+    for (int64_t row = 0; row < last - first; ++row)
+      for (int64_t channel = 0; channel < step.channels; ++channel) {
+        auto* from = values + at + row * input.stride[2] + channel * input.stride[1];
+        uint16_t* to = copy + row * step.width * step.channels + channel;
+        for (int64_t column = 0; column < step.width; ++column) {
+          if constexpr (sizeof(*values) == sizeof(float))
+            to[column * step.channels] = to_bfloat16(from[column * input.stride[3]]);
+          else to[column * step.channels] = from[column * input.stride[3]];
+        }
+      }
+  };
+  if (input.wide) copy_from(static_cast<const float*>(input.values));
+  else copy_from(static_cast<const uint16_t*>(input.values));
+  return copy;
+}
+
+uint16_t* room_for_rows(const Step& step, int64_t rows) {
+  thread_local Workspace<uint16_t> workspace;
+  return workspace.get(rows * step.width * step.channels);
+}
+
+// The input's pixels as lines.
+void enter(const Step& step, const Memory& memory, int64_t begin, int64_t end) {
+  auto* to = reinterpret_cast<uint16_t*>(memory.line(step.to.line));
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t image = step.first_image + i / step.height, row = i % step.height;
+    if (image >= memory.images) return;
+    const uint16_t* values =
+        input_rows(step, memory, image, row, row + 1, room_for_rows(step, 1));
+    for (int64_t column = 0; column < step.width; ++column)
+      put(values + column * step.channels, step.channels,
+          to + line_of(step.to, i / step.height, row, column) * kBlock,
+          step.to.block_lines * kBlock);
+  }
+}
+
+__mmask32 first_lanes(int64_t count) {
+  return count >= kBlock ? 0xFFFFFFFF : (uint32_t{1} << count) - 1;
+}
+
+// The patches of rows of the result of one image, from the input's rows `first_row` on.
+RESFAST_BF16 void patches_of_row(
+    const Step& step, const Memory& memory, int64_t image, int64_t row, const uint16_t* values,
+    int64_t first_row) {
+  const int64_t row_values = step.kernel_w * step.channels; // at most kBlock
+  const int64_t size = step.kernel_h * row_values;
+  alignas(kLine) uint16_t patch[kMostPatch];
+  const int64_t top = row * step.stride - step.padding_h;
+  auto* to = reinterpret_cast<uint16_t*>(memory.line(step.to.line)) +
+      line_of(step.to, image, row, 0) * kBlock;
+  for (int64_t column = 0; column < step.out_width; ++column, to += step.to.group * kBlock) {
+    const int64_t left = column * step.stride - step.padding_w;
+    const int64_t first = std::clamp<int64_t>(-left, 0, step.kernel_w);
+    const int64_t last = std::clamp<int64_t>(step.width - left, first, step.kernel_w);
+    const __mmask32 inside =
+        first_lanes(last * step.channels) & ~first_lanes(first * step.channels);
+    uint16_t* place = size <= kBlock ? to : patch;
+    for (int64_t r = 0; r < step.kernel_h; ++r) {
+      const bool there = top + r >= 0 && top + r < step.height;
+      const __m512i part = _mm512_maskz_loadu_epi16(
+          there ? inside : 0,
+          values + ((top + r - first_row) * step.width + left) * step.channels);
+      _mm512_mask_storeu_epi16(place + r * row_values, first_lanes(row_values), part);
+    }
+    if (place == patch) put(patch, size, to, step.to.block_lines * kBlock);
+  }
+}
+
+// The patches of the input that a convolution of few channels multiplies, as lines: [R, S, C].
+void patches(const Step& step, const Memory& memory, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const int64_t image = begin / step.out_height, row = begin % step.out_height;
+    if (step.first_image + image >= memory.images) return;
+    const int64_t last_row = std::min(step.out_height, row + end - begin);
+    const int64_t top = row * step.stride - step.padding_h;
+    const int64_t bottom = (last_row - 1) * step.stride - step.padding_h + step.kernel_h;
+    const int64_t first = std::clamp<int64_t>(top, 0, step.height);
+    const int64_t last = std::clamp<int64_t>(bottom, first, step.height);
+    const uint16_t* values = input_rows(
+        step, memory, step.first_image + image, first, last, room_for_rows(step, last - first));
+    for (int64_t i = row; i < last_row; ++i) patches_of_row(step, memory, image, i, values, first);
+    begin += last_row - row;
+  }
+}
+
+RESFAST_BF16 __m512 widened(const uint16_t* values) { return load_bf16(0xFFFF, values); }
+
+// The larger value, or NaN where either is.
+RESFAST_BF16 __m512 larger(__m512 a, __m512 b) {
+  const __mmask16 taken =
+      _mm512_cmp_ps_mask(b, a, _CMP_GT_OQ) | _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q);
+  return _mm512_mask_mov_ps(a, taken, b);
+}
+
+RESFAST_BF16 void max_pool(const Step& step, const Memory& memory, int64_t begin, int64_t end) {
+  for (int64_t block = 0; block < step.blocks; ++block) {
+    const auto* from = reinterpret_cast<const uint16_t*>(
+        memory.line(step.from.line + block * step.from.block_lines));
+    auto* to = reinterpret_cast<uint16_t*>(memory.line(step.to.line + block * step.to.block_lines));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / step.out_height, row = i % step.out_height;
+      for (int64_t column = 0; column < step.out_width; ++column) {
+        const int64_t top = row * step.stride - step.padding_h;
+        const int64_t left = column * step.stride - step.padding_w;
+        __m512 low = _mm512_set1_ps(-INFINITY), high = low;
+        const int64_t bottom = std::min(top + step.kernel_h, step.height);
+        const int64_t right = std::min(left + step.kernel_w, step.width);
+        for (int64_t y = std::max<int64_t>(top, 0); y < bottom; ++y)
+          for (int64_t x = std::max<int64_t>(left, 0); x < right; ++x) {
+            const uint16_t* values = from + line_of(step.from, image, y, x) * kBlock;
+            low = larger(low, widened(values)), high = larger(high, widened(values + kTile));
+          }
+        uint16_t* line = to + line_of(step.to, image, row, column) * kBlock;
+        store_bf16(0xFFFF, line, low), store_bf16(0xFFFF, line + kTile, high);
+      }
+    }
+  }
+}
+
+// The means of an image's map, [K] as float32 rounded to bfloat16.
+RESFAST_BF16 void means_of(const Step& step, const Memory& memory, int64_t image, float* means) {
+  const __m512 count = _mm512_set1_ps(static_cast<float>(step.height * step.width));
+  auto rounded = [&](__m512 sum) RESFAST_BF16 {
+    const __m512i bits =
+        _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_div_ps(sum, count)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+  };
+  for (int64_t block = 0; block < step.blocks; ++block, means += kBlock) {
+    const auto* from = reinterpret_cast<const uint16_t*>(
+        memory.line(step.from.line + block * step.from.block_lines));
+    __m512 low = _mm512_setzero_ps(), high = low;
+    for (int64_t y = 0; y < step.height; ++y)
+      for (int64_t x = 0; x < step.width; ++x) {
+        const uint16_t* values = from + line_of(step.from, image, y, x) * kBlock;
+        low = _mm512_add_ps(low, widened(values));
+        high = _mm512_add_ps(high, widened(values + kTile));
+      }
+    _mm512_storeu_ps(means, rounded(low)), _mm512_storeu_ps(means + kTile, rounded(high));
+  }
+}
+
+// Means of whole maps, the result of the plan.
+RESFAST_BF16 void mean(const Step& step, const Memory& memory, int64_t begin, int64_t end) {
+  thread_local Workspace<float> workspace;
+  float* means = workspace.get(step.blocks * kBlock);
+  for (int64_t image = begin; image < end; ++image) {
+    if (step.first_image + image >= memory.images) return;
+    means_of(step, memory, image, means);
+    uint16_t* result = static_cast<uint16_t*>(memory.result) +
+        (step.first_image + image) * step.outputs;
+    for (int64_t channel = 0; channel < step.outputs; channel += kTile)
+      store_bf16(lane_mask(step.outputs - channel), result + channel,
+                 _mm512_loadu_ps(means + channel));
+  }
+}
+
+// A linear layer in float32 of the means of whole maps: outputs `first` to `last`.
+RESFAST_BF16 void head(
+    const Step& step, const Memory& memory, int64_t begin, int64_t end, int64_t first,
+    int64_t last) {
+  thread_local Workspace<float> workspace;
+  const int64_t size = step.blocks * kBlock;
+  float* means = workspace.get((end - begin) * size);
+  end = std::min(end, memory.images - step.first_image);
+  for (int64_t image = begin; image < end; ++image)
+    means_of(step, memory, image, means + (image - begin) * size);
+  for (int64_t output = first; output < last; ++output) {
+    const float* weights = memory.head + output * step.channels;
+    for (int64_t image = begin; image < end; ++image) {
+      const float* values = means + (image - begin) * size;
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t channel = 0; channel < step.channels; channel += kTile)
+        sum = _mm512_fmadd_ps(
+            _mm512_maskz_loadu_ps(lane_mask(step.channels - channel), weights + channel),
+            _mm512_loadu_ps(values + channel), sum);
+      static_cast<float*>(memory.result)[(step.first_image + image) * step.outputs + output] =
+          _mm512_reduce_add_ps(sum) + (memory.head_bias ? memory.head_bias[output] : 0.0f);
+    }
+  }
+}
+
+constexpr Kernels kBf16{conv, nullptr, head, patches, enter, max_pool, mean};
+
+} // namespace
+} // namespace resfast::network

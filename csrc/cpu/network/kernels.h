@@ -1,0 +1,54 @@
+// What the kernels of all instruction sets share: the memory of a plan, and the table of kernels.
+#pragma once
+
+#include "../conv/conv_bf16.h"
+#include "plan.h"
+
+namespace resfast::network {
+
+constexpr int64_t kMostPatch = 512; // values
+
+// The input of the plan, [N, C, H, W] of bfloat16 or float32 in any memory order.
+struct Input {
+  const void* values;
+  bool wide; // float32
+  bool lined_up; // in channels_last memory, of the dtype of the lines
+  int64_t stride[4]; // in values
+};
+
+struct Memory {
+  Input input;
+  int64_t first; // image of the item in the batch
+  int64_t images; // that there are from the item's first one on
+  void* result; // [N, P, Q, K], or float32 [N, K] of a head; from the item's first image on
+  bool wide_result; // float32, otherwise bfloat16
+  const float* head; // [K, C]
+  const float* head_bias; // [K], or null
+  char* arena; // of the item
+  const char* constants;
+  const int32_t* tables;
+
+  char* line(int64_t index) const { return arena + index * kLine; }
+};
+
+// The line of a pixel, from the start of a block of a map.
+inline int64_t line_of(const Map& map, int64_t image, int64_t row, int64_t column) {
+  const int64_t phase = row % map.phases * map.phases + column % map.phases;
+  const int64_t plane = image / map.group * map.phases * map.phases + phase;
+  const int64_t place = (plane * map.rows + row / map.phases) * map.pitch + column / map.phases;
+  return map.lead + place * map.group + image % map.group;
+}
+
+// The kernels of one kind of lines and one instruction set. All take a part of a step: tiles, rows of
+// the result or images `begin` to `end`, and panels or outputs `first` to `last`.
+struct Kernels {
+  using Part = void (*)(const Step&, const Memory&, int64_t begin, int64_t end);
+  using PanelPart = void (*)(
+      const Step&, const Memory&, int64_t begin, int64_t end, int64_t first, int64_t last);
+  PanelPart conv, winograd, head;
+  Part patches, enter, max_pool, mean;
+};
+
+extern const Kernels kF32Avx2, kF32Avx512; // for lines of float32
+
+} // namespace resfast::network

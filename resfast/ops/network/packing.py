@@ -1,0 +1,90 @@
+"""Packs the weights of a network into one block of memory, as the kernels read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from resfast.ops.network import winograd
+from resfast.ops.network.layers import BFLOAT16, LINE, PANEL, Conv, Layer, Layout
+
+
+def aligned_bytes(count: int) -> Tensor:
+    """uint8 zeros ``[count]``, aligned to 64 bytes."""
+    memory = torch.zeros(count + LINE, dtype=torch.uint8)
+    start = -memory.data_ptr() % LINE
+    return memory[start : start + count]
+
+
+@dataclass
+class Packed:
+    """The constants of a network.
+
+    Attributes:
+        layout: what they are packed for.
+        sides: results of a Winograd tile in each direction, by the number of its layer.
+        memory: uint8, aligned to 64 bytes.
+        weights: first line of the weights of each convolution, by the number of its layer.
+        biases: first line of its bias.
+        transformed: first line of its weights for Winograd's algorithm.
+    """
+
+    layout: Layout
+    sides: Mapping[int, int]
+    memory: Tensor
+    weights: dict[int, int] = field(default_factory=dict)
+    biases: dict[int, int] = field(default_factory=dict)
+    transformed: dict[int, int] = field(default_factory=dict)
+
+
+def pack(
+    layers: Sequence[Layer], layout: Layout = BFLOAT16, sides: Mapping[int, int] | None = None
+) -> Packed:
+    """Packs the weights of a network, as ``csrc/cpu/network/conv.h`` and ``f32.h`` read them.
+
+    Args:
+        layers: the network.
+        layout: what the kernels keep maps and weights in.
+        sides: those of :class:`Packed`; None: no layer uses Winograd's algorithm.
+    """
+    packed = Packed(layout, sides or {}, aligned_bytes(0))
+    parts: list[Tensor] = []
+    count = 0
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, Conv):
+            continue
+        weight = layer.weight.detach().to(layout.dtype)
+        if layer.reads_patches(layout):
+            weight = weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)
+        bias = torch.zeros(-(-len(weight) // PANEL) * PANEL)
+        if layer.bias is not None:
+            bias[: len(weight)] = layer.bias.detach().float()
+        places = [(packed.weights, _tiles(weight.flatten(2), layout)), (packed.biases, bias)]
+        if index in packed.sides:
+            values = winograd.transformed(weight, packed.sides[index])
+            # [panel, block, point, ...] to [panel, point, block, ...]
+            places.append((packed.transformed, _tiles(values, layout).transpose(1, 2).contiguous()))
+        for lines, values in places:
+            lines[index] = count
+            parts.append(values.reshape(-1).view(torch.uint8))
+            count += values.numel() * values.element_size() // LINE
+    packed.memory = aligned_bytes(count * LINE)
+    torch.cat(parts, out=packed.memory)
+    return packed
+
+
+def _tiles(weight: Tensor, layout: Layout) -> Tensor:
+    """A weight ``[K, C, taps]`` as ``[panel, block, tap, channel, output, 1]``.
+
+    Two channels of bfloat16 are next to each other: ``[..., pair, output, 2]``.
+    """
+    outputs, inputs, taps = weight.shape
+    panels, blocks = -(-outputs // PANEL), -(-inputs // layout.block)
+    together = 4 // layout.dtype.itemsize
+    full = weight.new_zeros(panels * PANEL, blocks * layout.block, taps)
+    full[:outputs, :inputs] = weight
+    tiles = full.view(panels, PANEL, blocks, layout.block // together, together, taps)
+    return tiles.permute(0, 2, 5, 3, 1, 4).contiguous()
