@@ -47,7 +47,7 @@ RESFAST_F32 void multiply(const Operand& operand, const Pixel* pixels, float* su
         // GCC would keep the address of each channel in memory.
         asm("" : "+r"(panel[j]));
       }
-#pragma GCC unroll 16
+#pragma GCC unroll kUnrolled
       for (int channel = 0; channel < kLanes; ++channel) {
         Vector w[kPanels][kVectors];
 #pragma GCC unroll 4

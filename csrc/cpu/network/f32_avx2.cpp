@@ -14,6 +14,7 @@ namespace {
 using Vector = __m256;
 constexpr int kVectors = 2; // in a line
 constexpr int kMostPanels = 1; // multiplied with the same pixels: 12 of 16 registers hold sums
+constexpr int kUnrolled = 16; // channels of the innermost loop
 
 RESFAST_F32_INLINE __m256i lanes_below(int64_t count) {
   return _mm256_cmpgt_epi32(

@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kVectors = 1; // in a line
 constexpr int kMostPanels = 4; // multiplied with the same pixels: 24 of 32 registers hold sums
+constexpr int kUnrolled = 4; // channels of the innermost loop
 
 #if defined(RESFAST_AVX512_EMULATED)
 

@@ -79,7 +79,7 @@ class Winograd {
       to_[i] = step.to.line < 0 ? row * step.out_width + column : offset(step.to, row, column);
       residual_[i] = step.residual.line < 0 ? 0 : offset(step.residual, row, column);
     }
-    thread_local Workspace<float> workspace;
+    thread_local LargeWorkspace workspace;
     inputs_ = workspace.get(
         kPoints * (input_values_ + product_values_) + kInputs * kInputs * kLanes);
     products_ = inputs_ + kPoints * input_values_;

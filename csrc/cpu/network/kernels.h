@@ -1,6 +1,14 @@
 // What the kernels of all instruction sets share: the memory of a plan, and the table of kernels.
 #pragma once
 
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../conv/conv_bf16.h"
 #include "plan.h"
 
@@ -38,6 +46,33 @@ inline int64_t line_of(const Map& map, int64_t image, int64_t row, int64_t colum
   const int64_t place = (plane * map.rows + row / map.phases) * map.pitch + column / map.phases;
   return map.lead + place * map.group + image % map.group;
 }
+
+// Memory of one thread for some megabytes, kept between calls; in huge pages where Linux has them.
+class LargeWorkspace {
+ public:
+  float* get(int64_t count) {
+    constexpr size_t kHugePage = size_t{2} << 20;
+    const size_t bytes = round_up(count * sizeof(float), kHugePage);
+    if (bytes > bytes_) {
+      memory_.reset(), bytes_ = 0;
+      memory_.reset(static_cast<float*>(std::aligned_alloc(kHugePage, bytes)));
+      if (!memory_) throw std::bad_alloc();
+      bytes_ = bytes;
+#if defined(__linux__)
+      madvise(memory_.get(), bytes, MADV_HUGEPAGE); // without them it is only slower
+#endif
+      std::fill(memory_.get(), memory_.get() + bytes / sizeof(float), 0.0f);
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  size_t bytes_ = 0;
+};
 
 // The kernels of one kind of lines and one instruction set. All take a part of a step: tiles, rows of
 // the result or images `begin` to `end`, and panels or outputs `first` to `last`.

@@ -18,6 +18,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from resfast.ops.conv import choice as conv_choice
 from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.op import ConvBiasAct
+from resfast.ops.network import winograd
 from resfast.ops.network.layers import (
     BFLOAT16,
     FLOAT32,
@@ -40,7 +42,7 @@ from resfast.ops.network.layers import (
     Unplannable,
 )
 from resfast.ops.network.packing import Packed, aligned_bytes, pack
-from resfast.ops.network.plan import Plan, item_sizes, plan
+from resfast.ops.network.plan import MOST_IMAGES, Plan, item_sizes, plan
 
 CHOICES = conv_choice.Choices("network-cpu.json")
 LAYERS = "layers"
@@ -49,6 +51,8 @@ MOST_PLANS = 8
 """Shapes that a network keeps plans and memory for."""
 MAX_ERRORS = {torch.bfloat16: 0.03, torch.float32: 1e-5}
 """Root mean square error of a result relative to the reference, by dtype of the result."""
+MEASURED_ITEMS = 1
+"""For each thread, at most: a part of a large batch is measured."""
 MEASURE_SECONDS = 0.1
 """Spent on each way to share the work, for each shape."""
 
@@ -70,12 +74,12 @@ def layout_for(dtype: torch.dtype) -> Layout | None:
     return {torch.float32: FLOAT32, torch.bfloat16: FLOAT32_TO_BFLOAT16}.get(dtype)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Ready:
     """A plan with the memory that its calls use, one arena for each call at a time."""
 
     plan: Plan
-    constants: Tensor
+    packed: Packed
     head: nn.Linear | None = None
     arenas: list[Tensor] = field(default_factory=list)
 
@@ -89,7 +93,7 @@ class _Ready:
             x,
             self.plan.program,
             self.plan.tables,
-            self.constants,
+            self.packed.memory,
             arena,
             None if self.head is None else self.head.weight,
             None if self.head is None else self.head.bias,
@@ -120,7 +124,7 @@ class Network:
         self.layers, self.modules = list(layers), list(modules)
         self.one_by_one, self.head = one_by_one, head
         self._versions: list[int] = []
-        self._packed: Packed | None = None
+        self._packed: WeakValueDictionary[tuple, Packed] = WeakValueDictionary()
         self._chosen: OrderedDict[tuple, Callable[[Tensor], Tensor]] = OrderedDict()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -131,7 +135,8 @@ class Network:
         """
         versions = [module.version for module in self.modules]
         if versions != self._versions:
-            self._versions, self._packed = versions, None
+            self._versions = versions
+            self._packed.clear()
             self._chosen.clear()
         key = (x.shape, torch.get_num_threads())
         run = self._chosen.get(key)
@@ -166,55 +171,95 @@ class Network:
 
     def _choose(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """What computes a batch like this one."""
-        threads = torch.get_num_threads()
+        layers, threads, dtype = (
+            self._current(),
+            torch.get_num_threads(),
+            self.modules[0].weight.dtype,
+        )
+        layout = layout_for(dtype)
+        assert layout is not None  # as `fits` found
         try:
-            layers, packed = self._current()
-            ready = functools.cache(functools.partial(self._ready, layers, packed, x.shape))
-            sizes = item_sizes(x.shape[0], threads)
-            first = ready(sizes[0])
+            ways = self.ways(layers, layout, x.shape)
+            trusted = next(iter(ways.values()))()
         except Unplannable:
             return self.by_layers
-        if not self._is_right(layers, packed.layout, first, x.shape):
+        is_right = self._check(layers, layout, x.shape)
+        if not is_right(trusted):
             return self.by_layers
-        ways = {str(images): images for images in sizes}
-        on_amx = packed.layout is BFLOAT16 and conv_cpu.has_amx()
+        on_amx = layout is BFLOAT16 and conv_cpu.has_amx()
         names = list(ways) if on_amx else [*ways, LAYERS]
         if len(names) == 1:
-            return first.run
-        dtype = self.modules[0].weight.dtype
+            return trusted.run
         key = f"{conv_cpu.machine()}|{threads} threads|{self._digest()}|{list(x.shape)}|{dtype}"
         name = CHOICES.get(key, names)
         if name is None:
-            calls = {one: ready(ways[one]).run if one in ways else self.by_layers for one in names}
+            calls = {one: ways[one]().run for one in ways if is_right(ways[one]())}
+            if LAYERS in names:
+                calls[LAYERS] = self.by_layers
             name, steady = _measure(x, calls)
             CHOICES.put(key, name, keep=steady)
-        return self.by_layers if name == LAYERS else ready(ways[name]).run
+        return self.by_layers if name == LAYERS else ways[name]().run
 
-    def _is_right(
-        self, layers: list[Layer], layout: Layout, ready: _Ready, shape: torch.Size
-    ) -> bool:
-        """Whether the first and the last image of a random batch have the reference's result."""
+    def ways(
+        self, layers: list[Layer], layout: Layout, shape: torch.Size
+    ) -> dict[str, Callable[[], _Ready]]:
+        """Plans by name: images of an item, with "w" where layers use Winograd's algorithm.
+
+        The first one is direct.
+        """
+        found: dict[str, Callable[[], _Ready]] = {}
+        for images in item_sizes(shape[0], torch.get_num_threads(), layout):
+            sides = winograd.sides(layers, shape, layout, images)
+            for mark, of_layers in (("", {}), ("w", sides)):
+                if of_layers if mark else not (found and sides):
+                    ready = functools.partial(self._ready, layers, layout, of_layers, shape, images)
+                    found[f"{images}{mark}"] = functools.cache(ready)
+        return found
+
+    def _check(
+        self, layers: list[Layer], layout: Layout, shape: torch.Size
+    ) -> Callable[[_Ready], bool]:
+        """A predicate: the first and the last image of a random batch have the right result."""
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(shape, generator=generator).to(layout.result)
         ends = [0, len(x) - 1]
         exact = _reference(layers, x[ends], self.head, layout)
-        result = ready.run(x)[ends].to(exact.dtype)
         finite = exact.isfinite()  # weights may be such that nothing is
         is_near = conv_choice.near(exact[finite], MAX_ERRORS[layout.result])
-        if torch.equal(finite, result.isfinite()) and (not finite.any() or is_near(result[finite])):
-            return True
-        conv_choice.warn_once(
-            f"the network on {list(shape)} is not accurate enough in one call, so it runs layer by "
-            "layer"
-        )
-        return False
 
-    def _ready(self, layers: list[Layer], packed: Packed, shape: torch.Size, images: int) -> _Ready:
+        @functools.cache
+        def is_right(ready: _Ready) -> bool:
+            result = ready.run(x)[ends].to(exact.dtype)
+            same = torch.equal(finite, result.isfinite())
+            if same and (not finite.any() or is_near(result[finite])):
+                return True
+            conv_choice.warn_once(
+                f"the network on {list(shape)} is not accurate enough in one call, so it runs "
+                "layer by layer or without Winograd's algorithm"
+            )
+            return False
+
+        return is_right
+
+    def _ready(
+        self,
+        layers: list[Layer],
+        layout: Layout,
+        sides: dict[int, int],
+        shape: torch.Size,
+        images: int,
+    ) -> _Ready:
+        """A plan for items of some images."""
+        key = tuple(sides.items())
+        packed = self._packed.get(key)
+        if packed is None:
+            with torch.inference_mode(False), torch.no_grad():
+                packed = self._packed[key] = pack(layers, layout, sides)
         planned = plan(layers, packed, shape, torch.get_num_threads(), images)
-        return _Ready(planned, packed.memory, self.head)
+        return _Ready(planned, packed, self.head)
 
-    def _current(self) -> tuple[list[Layer], Packed]:
-        """The layers with the weights of their modules, and these packed."""
+    def _current(self) -> list[Layer]:
+        """The layers with the weights of their modules."""
         modules = iter(self.modules)
         layers = []
         for layer in self.layers:
@@ -222,12 +267,7 @@ class Network:
                 module = next(modules)
                 layer = replace(layer, weight=module.weight, bias=module.bias)
             layers.append(layer)
-        if self._packed is None:
-            with torch.inference_mode(False), torch.no_grad():
-                layout = layout_for(self.modules[0].weight.dtype)
-                assert layout is not None  # as `fits` found
-                self._packed = pack(layers, layout)
-        return layers, self._packed
+        return layers
 
     def _digest(self) -> str:
         """What the time of a call depends on besides shape and machine."""
@@ -241,6 +281,9 @@ class Network:
 
 def _measure(x: Tensor, ways: dict[str, Callable[[Tensor], Tensor]]) -> tuple[str, bool]:
     """The fastest of the ways, which were checked before, and whether its times agree."""
+    most = MEASURED_ITEMS * torch.get_num_threads() * max(MOST_IMAGES.values())
+    if len(x) >= 2 * most:  # no way has items of a whole batch then
+        x = x[:most]
     return conv_choice.fastest(
         {name: functools.partial(run, x) for name, run in ways.items()},
         is_right=lambda result: True,

@@ -21,6 +21,7 @@ from torch import Tensor
 from resfast.ops.conv.reference import KERNEL_ACTIVATIONS
 from resfast.ops.network import winograd
 from resfast.ops.network.layers import (
+    BFLOAT16,
     LINE,
     PANEL,
     Conv,
@@ -38,12 +39,14 @@ MAGIC = 0x7265736E65740003
 CONV, PATCHES, ENTER, MAX_POOL, MEAN, HEAD, WINOGRAD = range(7)
 CACHE_BYTES = 512 * 1024
 """Of a core's cache, for the tiles that share one pass over the weights."""
-WINOGRAD_BYTES = 1024 * 1024
+WINOGRAD_BYTES = 2304 * 1024
 """Of the transformed inputs of Winograd tiles that share one pass over the weights."""
+MOST_TILES = 64
+"""That share it."""
 PASS_BYTES = 640 * 1024
 """Of the largest map of a pass."""
-MOST_IMAGES = 16
-"""Of an item."""
+MOST_IMAGES = {torch.bfloat16: 16, torch.float32: 32}
+"""Of an item, by dtype of the maps."""
 SMALL_STEP = 4000
 """Products of tiles up to which a step is not worth more parts than threads."""
 
@@ -63,16 +66,17 @@ class Plan:
     arena_bytes: int
 
 
-def item_sizes(images: int, threads: int) -> list[int]:
+def item_sizes(images: int, threads: int, layout: Layout = BFLOAT16) -> list[int]:
     """Numbers of images that may go through a network together, the most promising first.
 
     Args:
         images: of the batch.
         threads: that share it.
+        layout: what the maps are kept in.
     """
     if images < 2 * threads:
         return [images]
-    largest = min(MOST_IMAGES, 2 ** int(math.log2(images // threads)))
+    largest = min(MOST_IMAGES[layout.dtype], 2 ** int(math.log2(images // threads)))
     found = [largest, largest // 2] if largest > 1 else [1]
     return [*found, images] if images <= 4 * threads else found
 
@@ -95,15 +99,17 @@ def plan(
     return _Planner(layers, packed, shape, threads, images).plan()
 
 
-def tiles_at_once(side: int, channels: int) -> int:
+def tiles_at_once(side: int, channels: int, count: int) -> int:
     """Winograd tiles that share one pass over the weights.
 
     Args:
         side: results of a tile in each direction.
         channels: of the input.
+        count: tiles that there are.
     """
     fitting = WINOGRAD_BYTES // (winograd.points(side) * 4 * channels)
-    return max(24, min(96, fitting // 6 * 6))
+    most = max(24, min(MOST_TILES, fitting))
+    return -(-count // -(-count // most))
 
 
 @dataclass
@@ -371,8 +377,9 @@ class _Planner:
         (written, written_words), others = targets[0], targets[1:]
         panels, side = -(-result.channels // PANEL), self.packed.sides.get(index, 0)
         if side:
-            kind, first, at_once = WINOGRAD, 0, tiles_at_once(side, source.channels)
+            kind, first = WINOGRAD, 0
             count = self.pass_images * winograd.tiles(side, result.height, result.width)
+            at_once = tiles_at_once(side, source.channels, count)
         else:
             kind = CONV
             first, count = self.tables.tiles(

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resfast.ops.network.layers import Conv, Layer, Layout
+from resfast.ops.network.layers import Conv, Layer, Layout, shapes
 
 SIDES = (2, 4)
 """Results of a tile in each direction."""
+PRODUCTS_PER_CYCLE = 16
+"""Of a core with AVX2, for the estimate of :func:`sides`."""
+BYTES_PER_CYCLE = 6
+"""Of weights that come from memory."""
+TRANSFORM_CYCLES = 0.3
+"""For each channel and point of a tile."""
 
 
 def suits(layer: Layer, layout: Layout) -> bool:
@@ -66,7 +72,38 @@ def transformed(weight: Tensor, side: int) -> Tensor:
 
 
 def sides(
-    layers: Sequence[Layer], sizes: Sequence[tuple[int, int, int]], layout: Layout, side: int
+    layers: Sequence[Layer], shape: Sequence[int], layout: Layout, images: int
 ) -> dict[int, int]:
-    """The side of the tiles of each layer that the algorithm suits."""
-    return {i: side for i, layer in enumerate(layers) if suits(layer, layout)}
+    """Which layers to compute by Winograd's algorithm, by an estimate of their time.
+
+    Args:
+        layers: the network.
+        shape: ``[N, C, H, W]`` of the input.
+        layout: what the maps are kept in.
+        images: that go through a layer together.
+
+    Returns:
+        The side of the tiles of each of these layers.
+    """
+    sizes = shapes(layers, shape)
+    found = {}
+    for index, layer in enumerate(layers):
+        if not suits(layer, layout) or not isinstance(layer, Conv):
+            continue
+        outputs, inputs = layer.weight.shape[:2]
+        _, height, width = sizes[index + 1]
+        best = _cycles(9, images * height * width, inputs, outputs, 0)
+        for side in SIDES:
+            count = max(4, images * tiles(side, height, width))
+            per_channel = TRANSFORM_CYCLES * points(side)
+            cycles = _cycles(points(side), count, inputs, outputs, per_channel)
+            if cycles < best:
+                best, found[index] = cycles, side
+    return found
+
+
+def _cycles(products: int, count: int, inputs: int, outputs: int, per_channel: float) -> float:
+    """Of products of ``count`` rows and the weights, which are read once, and of transforms."""
+    weights = products * inputs * outputs
+    transforms = count * (inputs + outputs) * per_channel
+    return weights * (count / PRODUCTS_PER_CYCLE + 4 / BYTES_PER_CYCLE) + transforms
