@@ -59,8 +59,8 @@ struct WinogradTile {
   int64_t top, left; // of the inputs
 };
 
-// A step by tiles of a form, with the buffers of a thread: transformed inputs
-// [point][block][tile] and products [point][rows of tiles][panel][tile of the row] of lines.
+// A step by tiles of a form, with the buffers of a thread: lines of transformed inputs
+// [point][group of tiles][block][tile of the group] and of products [point][group][panel][tile].
 template <class Form>
 class Winograd {
  public:
@@ -91,7 +91,12 @@ class Winograd {
     thread_local std::vector<WinogradTile> tiles;
     tiles.clear();
     for (int64_t i = 0; i < count; ++i) tiles.push_back(tile_at(first + i));
-    for (int64_t i = 0; i < count; ++i) transform(tiles[i], i);
+    const int64_t groups = ceil_div(count, kRows);
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t begin = first_of(group, count), end = first_of(group + 1, count);
+      float* to = inputs_ + group * step_.blocks * kRows * kLanes;
+      for (int64_t i = begin; i < end; ++i, to += kLanes) transform(tiles[i], to);
+    }
     for (int64_t panel = first_panel; panel < last_panel; panel += kSomePanels) {
       const int64_t panels = std::min(kSomePanels, last_panel - panel);
       Epilogue epilogues[kSomePanels];
@@ -124,14 +129,18 @@ class Winograd {
     return tile;
   }
 
-  // The inputs of tile `index`, all channels.
-  RESFAST_F32 void transform(const WinogradTile& tile, int64_t index) {
+  // The first tile of a group of up to kRows of `count` tiles, which are about equally many.
+  static int64_t first_of(int64_t group, int64_t count) {
+    return count * group / ceil_div(count, kRows);
+  }
+
+  // The inputs of a tile, all channels.
+  RESFAST_F32 void transform(const WinogradTile& tile, float* to) {
     const int64_t pitch = step_.from.pitch;
     const float* corner = from_ +
         (tile.from - step_.padding_h * pitch - step_.padding_w) * kLanes;
     const bool whole = tile.rows == kSide && tile.columns == kSide;
-    float* to = inputs_ + index * kLanes;
-    for (int64_t block = 0; block < step_.blocks; ++block, to += most_ * kLanes) {
+    for (int64_t block = 0; block < step_.blocks; ++block, to += kRows * kLanes) {
       const float* from = corner + block * step_.from.block_lines * kLanes;
       // Those of whole tiles are pixels of the map or of its margins.
       if (whole) transform_block(from, pitch * kLanes, to);
@@ -180,22 +189,23 @@ class Winograd {
   void multiply_points(int64_t count, int64_t panel, int64_t panels) {
     static constexpr int32_t kHere = 0;
     const int64_t point_values = step_.blocks * kLanes * kTile;
-    Operand operand{inputs_, most_ * kLanes, step_.blocks, 1, &kHere, nullptr,
+    static constexpr Pixel kFirst[kRows] = {{0, 0, 0}, {1, 0, 0}, {2, 0, 0},
+                                            {3, 0, 0}, {4, 0, 0}, {5, 0, 0}};
+    const int64_t group_values = step_.blocks * kRows * kLanes;
+    Operand operand{nullptr, kRows * kLanes, step_.blocks, 1, &kHere, nullptr,
                     kPoints * point_values};
     const auto* weights =
         reinterpret_cast<const float*>(memory_.constants + step_.transformed * kLine);
     const int64_t groups = ceil_div(count, kRows);
-    for (int64_t point = 0; point < kPoints; ++point, operand.from += input_values_)
+    for (int64_t point = 0; point < kPoints; ++point)
       for (int64_t j = 0; j < panels; j += kMostPanels) {
         const int64_t some = std::min<int64_t>(kMostPanels, panels - j);
         operand.weights = weights + (panel + j) * operand.panel_values + point * point_values;
         for (int64_t group = 0; group < groups; ++group) {
-          const int64_t first = count * group / groups, last = count * (group + 1) / groups;
-          Pixel pixels[kRows];
-          for (int64_t i = 0; i < kRows; ++i)
-            pixels[i].from = static_cast<int32_t>(std::min(first + i, last - 1));
+          operand.from = inputs_ + point * input_values_ + group * group_values;
           float* to = products_ + point * product_values_ + (group * panels + j) * kRows * kTile;
-          multiply(operand, pixels, last - first, some, to);
+          const int64_t tiles = first_of(group + 1, count) - first_of(group, count);
+          multiply(operand, kFirst, tiles, some, to);
         }
       }
   }
@@ -207,7 +217,7 @@ class Winograd {
     Vector finite = splat(0.0f);
     alignas(kLine) float values[kSide * kSide * kLanes];
     for (int64_t group = 0; group < groups; ++group) {
-      const int64_t first = count * group / groups, last = count * (group + 1) / groups;
+      const int64_t first = first_of(group, count), last = first_of(group + 1, count);
       for (int64_t j = 0; j < panels; ++j) {
         const Line bias = load_line(epilogues[j].bias);
         for (int64_t i = first; i < last; ++i) {

@@ -39,9 +39,9 @@ MAGIC = 0x7265736E65740003
 CONV, PATCHES, ENTER, MAX_POOL, MEAN, HEAD, WINOGRAD = range(7)
 CACHE_BYTES = 512 * 1024
 """Of a core's cache, for the tiles that share one pass over the weights."""
-WINOGRAD_BYTES = 2304 * 1024
+WINOGRAD_BYTES = 4608 * 1024
 """Of the transformed inputs of Winograd tiles that share one pass over the weights."""
-MOST_TILES = 64
+MOST_TILES = 96
 """That share it."""
 PASS_BYTES = 640 * 1024
 """Of the largest map of a pass."""
