@@ -308,6 +308,26 @@ def test_winograd_keeps_what_is_not_finite_where_it_is_in_float32(value: float, 
         assert planned(plain).isfinite().all()
 
 
+@needs_f32
+@pytest.mark.parametrize("side", winograd.SIDES)
+def test_winograd_depends_neither_on_earlier_calls_nor_on_other_images(side: int):
+    torch.manual_seed(0)
+    channels, height, width, make = WINOGRAD["maps that tiles do not divide"]
+    layers = make()
+    x = images(5, channels, height, width, "fp32")
+    for item in (5, 2):
+        planned = Planned(layers, x.shape, 1, item, "fp32", side)
+        expected = planned(x)
+        for value in (torch.nan, torch.inf):
+            other = x.clone()
+            other[1] = value
+            result = planned(other)
+            assert not result[1].isfinite().any()
+            assert torch.equal(result[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
+            planned(torch.full_like(x, value))
+            assert torch.equal(planned(x), expected)
+
+
 @each_kind
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 33])
 def test_results_do_not_depend_on_the_batch(count: int, kind: str):

@@ -132,10 +132,9 @@ inline Epilogue epilogue_of(const Step& step, const Memory& memory, int64_t pane
   return e;
 }
 
-// The last line of the result of the plan, where a batch ends within an item.
-inline int64_t last_line(const Step& step, const Memory& memory) {
-  if (step.to.line >= 0) return INT64_MAX;
-  return (memory.images - step.first_image) * step.out_height * step.out_width;
+// Of the step's images, those that the batch has: it may end within an item.
+inline int64_t images_here(const Step& step, const Memory& memory) {
+  return std::min(step.images, memory.images - step.first_image);
 }
 
 // The result of a pixel for a panel.
@@ -151,10 +150,10 @@ RESFAST_F32_INLINE void finish(
   store_result(place, value, e.outputs, e.narrow);
 }
 
-// Results of a tile.
+// Results of a tile; not of lines from `last` on.
 RESFAST_F32 inline void conv_tile(
     const Operand& operand, const Epilogue* epilogues, const Pixel* pixels, int64_t panels,
-    int64_t last) {
+    int64_t last = INT64_MAX) {
   alignas(kLine) float sums[kMostPanels * kRows * kTile];
   multiply(operand, pixels, kRows, panels, sums);
   for (int64_t j = 0; j < panels; ++j) {
@@ -179,7 +178,9 @@ inline void conv(
     int64_t last_panel) {
   const auto* pixels = reinterpret_cast<const Pixel*>(memory.tables + step.tiles);
   const Operand all = operand_of(step, memory);
-  const int64_t last_to = last_line(step, memory);
+  const int64_t count = images_here(step, memory) * step.out_height * step.out_width;
+  end = std::min(end, ceil_div(count, kRows));
+  const int64_t last_to = step.to.line < 0 ? count : INT64_MAX; // of the result of the plan
   for (int64_t first = begin; first < end; first += step.tiles_at_once) {
     const int64_t last = std::min(end, first + step.tiles_at_once);
     for (int64_t panel = first_panel; panel < last_panel; panel += kMostPanels) {

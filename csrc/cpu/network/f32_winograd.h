@@ -7,7 +7,7 @@
 // Weights: [panel of 16 outputs][point][block of 16 channels][channel][output].
 //
 // NaN and infinity spread over a tile, and so does what overflows in a transform. They also reach the
-// results before the activation, so tiles where one is not finite are computed again without it.
+// results before the activation, so a tile where one is not finite is computed again without it.
 #pragma once
 
 namespace resfast::network::RESFAST_F32_NAMESPACE {
@@ -72,8 +72,7 @@ class Winograd {
         // Points are not a multiple of 4096 bytes apart, which would map to the same cache sets.
         input_values_((step.blocks * most_ + 1) * kLanes),
         product_values_((kSomePanels * most_ + 1) * kLanes),
-        from_(lines_of(memory, step.from, 0)), direct_(operand_of(step, memory)),
-        last_(last_line(step, memory)) {
+        from_(lines_of(memory, step.from, 0)), direct_(operand_of(step, memory)) {
     for (int64_t i = 0; i < kSide * kSide; ++i) {
       const int64_t row = i / kSide, column = i % kSide;
       to_[i] = step.to.line < 0 ? row * step.out_width + column : offset(step.to, row, column);
@@ -84,6 +83,10 @@ class Winograd {
         kPoints * (input_values_ + product_values_) + kInputs * kInputs * kLanes);
     products_ = inputs_ + kPoints * input_values_;
     edge_ = products_ + kPoints * product_values_;
+  }
+
+  int64_t tiles_of_image() const {
+    return ceil_div(step_.out_height, kSide) * ceil_div(step_.out_width, kSide);
   }
 
   // Tiles from `first` on, at most tiles_at_once.
@@ -102,7 +105,7 @@ class Winograd {
       Epilogue epilogues[kSomePanels];
       for (int64_t j = 0; j < panels; ++j) epilogues[j] = epilogue_of(step_, memory_, panel + j);
       multiply_points(count, panel, panels);
-      if (!finish_tiles(tiles, epilogues, panels)) again(tiles, epilogues, panel, panels);
+      finish_tiles(tiles, epilogues, panel, panels);
     }
   }
 
@@ -210,11 +213,11 @@ class Winograd {
       }
   }
 
-  // Writes the results of all tiles; returns whether all of them are finite.
-  RESFAST_F32 bool finish_tiles(
-      const std::vector<WinogradTile>& tiles, const Epilogue* epilogues, int64_t panels) {
+  // Writes the results of all tiles.
+  RESFAST_F32 void finish_tiles(
+      const std::vector<WinogradTile>& tiles, const Epilogue* epilogues, int64_t panel,
+      int64_t panels) {
     const int64_t count = static_cast<int64_t>(tiles.size()), groups = ceil_div(count, kRows);
-    Vector finite = splat(0.0f);
     alignas(kLine) float values[kSide * kSide * kLanes];
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = first_of(group, count), last = first_of(group + 1, count);
@@ -222,22 +225,26 @@ class Winograd {
         const Line bias = load_line(epilogues[j].bias);
         for (int64_t i = first; i < last; ++i) {
           const WinogradTile& tile = tiles[i];
-          results(products_ + ((group * panels + j) * kRows + i - first) * kTile, values, finite);
+          const float* products =
+              products_ + ((group * panels + j) * kRows + i - first) * kTile;
+          if (!results(products, values)) {
+            again(tile, epilogues[j], panel + j);
+            continue;
+          }
           for (int64_t row = 0; row < tile.rows; ++row)
             for (int64_t column = 0; column < tile.columns; ++column) {
-              const int64_t place = row * kSide + column, to = tile.to + to_[place];
-              if (to >= last_) continue;
-              finish(epilogues[j], bias, load_line(values + place * kLanes), to,
+              const int64_t place = row * kSide + column;
+              finish(epilogues[j], bias, load_line(values + place * kLanes), tile.to + to_[place],
                      tile.residual + residual_[place]);
             }
         }
       }
     }
-    return !any_nan(finite);
   }
 
-  // values [row][column] of a tile; `finite` becomes NaN where one is not finite.
-  RESFAST_F32_INLINE void results(const float* products, float* values, Vector& finite) {
+  // Computes values [row][column] of a tile; returns whether all are finite.
+  RESFAST_F32_INLINE bool results(const float* products, float* values) {
+    Vector zero = splat(0.0f); // NaN where a value is not finite
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v, products += kVector, values += kVector) {
       Vector columns[kSide][kInputs];
@@ -257,39 +264,32 @@ class Winograd {
         Form::results(columns[i], y);
 #pragma GCC unroll 4
         for (int j = 0; j < kSide; ++j) {
-          finite = multiply_add(y[j], splat(0.0f), finite);
+          zero = multiply_add(y[j], splat(0.0f), zero);
           store(values + (i * kSide + j) * kLanes, y[j]);
         }
       }
     }
+    return !any_nan(zero);
   }
 
-  // The results of all tiles without the algorithm.
-  void again(const std::vector<WinogradTile>& tiles, const Epilogue* epilogues, int64_t panel,
-             int64_t panels) const {
-    Pixel pixels[kRows];
-    int64_t count = 0;
-    auto flush = [&] {
-      if (count == 0) return;
-      for (int64_t i = count; i < kRows; ++i) pixels[i] = {pixels[0].from, -1, 0};
-      for (int64_t j = 0; j < panels; j += kMostPanels) {
-        Operand operand = direct_;
-        operand.weights += (panel + j) * direct_.panel_values;
-        conv_tile(operand, epilogues + j, pixels, std::min<int64_t>(kMostPanels, panels - j), last_);
+  // The results of a tile without the algorithm.
+  void again(const WinogradTile& tile, const Epilogue& epilogue, int64_t panel) const {
+    Operand operand = direct_;
+    operand.weights += panel * direct_.panel_values;
+    const int64_t count = tile.rows * tile.columns;
+    for (int64_t first = 0; first < count; first += kRows) {
+      Pixel pixels[kRows];
+      for (int64_t i = 0; i < kRows; ++i) {
+        const int64_t index = std::min(first + i, count - 1);
+        const int64_t row = index / tile.columns, column = index % tile.columns;
+        const int64_t place = row * kSide + column;
+        const int64_t to = first + i < count ? tile.to + to_[place] : -1;
+        pixels[i] = {static_cast<int32_t>(tile.from + row * step_.from.pitch + column),
+                     static_cast<int32_t>(to),
+                     static_cast<int32_t>(tile.residual + residual_[place])};
       }
-      count = 0;
-    };
-    for (const WinogradTile& tile : tiles)
-      for (int64_t row = 0; row < tile.rows; ++row)
-        for (int64_t column = 0; column < tile.columns; ++column) {
-          const int64_t place = row * kSide + column;
-          pixels[count++] = {
-              static_cast<int32_t>(tile.from + row * step_.from.pitch + column),
-              static_cast<int32_t>(tile.to + to_[place]),
-              static_cast<int32_t>(tile.residual + residual_[place])};
-          if (count == kRows) flush();
-        }
-    flush();
+      conv_tile(operand, &epilogue, pixels, 1);
+    }
   }
 
   const Step& step_;
@@ -298,7 +298,6 @@ class Winograd {
   const int64_t input_values_, product_values_; // from one point to the next
   const float* from_;
   const Operand direct_;
-  const int64_t last_;
   int64_t to_[kSide * kSide], residual_[kSide * kSide]; // lines from a tile's first pixel
   float *inputs_, *products_, *edge_;
 };
@@ -308,6 +307,7 @@ void winograd_by(
     const Step& step, const Memory& memory, int64_t begin, int64_t end, int64_t first_panel,
     int64_t last_panel) {
   Winograd<Form> winograd(step, memory);
+  end = std::min(end, images_here(step, memory) * winograd.tiles_of_image());
   for (int64_t first = begin; first < end; first += step.tiles_at_once)
     winograd.run(first, std::min(step.tiles_at_once, end - first), first_panel, last_panel);
 }

@@ -40,6 +40,7 @@ from resfast.ops.network.layers import (
     MaxPool,
     Mean,
     Unplannable,
+    shapes,
 )
 from resfast.ops.network.packing import Packed, aligned_bytes, pack
 from resfast.ops.network.plan import MOST_IMAGES, Plan, item_sizes, plan
@@ -51,8 +52,6 @@ MOST_PLANS = 8
 """Shapes that a network keeps plans and memory for."""
 MAX_ERRORS = {torch.bfloat16: 0.03, torch.float32: 1e-5}
 """Root mean square error of a result relative to the reference, by dtype of the result."""
-MEASURED_ITEMS = 1
-"""For each thread, at most: a part of a large batch is measured."""
 MEASURE_SECONDS = 0.1
 """Spent on each way to share the work, for each shape."""
 
@@ -171,42 +170,40 @@ class Network:
 
     def _choose(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """What computes a batch like this one."""
-        layers, threads, dtype = (
-            self._current(),
-            torch.get_num_threads(),
-            self.modules[0].weight.dtype,
-        )
+        layers, dtype = self._current(), self.modules[0].weight.dtype
         layout = layout_for(dtype)
         assert layout is not None  # as `fits` found
         try:
             ways = self.ways(layers, layout, x.shape)
-            trusted = next(iter(ways.values()))()
+            is_right = self._check(layers, layout, x.shape)
         except Unplannable:
-            return self.by_layers
-        is_right = self._check(layers, layout, x.shape)
-        if not is_right(trusted):
             return self.by_layers
         on_amx = layout is BFLOAT16 and conv_cpu.has_amx()
         names = list(ways) if on_amx else [*ways, LAYERS]
-        if len(names) == 1:
-            return trusted.run
-        key = f"{conv_cpu.machine()}|{threads} threads|{self._digest()}|{list(x.shape)}|{dtype}"
-        name = CHOICES.get(key, names)
+        threads = f"{torch.get_num_threads()} threads"
+        key = f"{conv_cpu.machine()}|{threads}|{self._digest()}|{list(x.shape)}|{dtype}"
+        name = names[0] if len(names) == 1 else CHOICES.get(key, names)
         if name is None:
             calls = {one: ways[one]().run for one in ways if is_right(ways[one]())}
+            if not calls:
+                return self.by_layers
             if LAYERS in names:
                 calls[LAYERS] = self.by_layers
             name, steady = _measure(x, calls)
             CHOICES.put(key, name, keep=steady)
-        return self.by_layers if name == LAYERS else ways[name]().run
+        if name == LAYERS or not is_right(ways[name]()):
+            return self.by_layers
+        return ways[name]().run
 
     def ways(
         self, layers: list[Layer], layout: Layout, shape: torch.Size
     ) -> dict[str, Callable[[], _Ready]]:
         """Plans by name: images of an item, with "w" where layers use Winograd's algorithm.
 
-        The first one is direct.
+        Raises:
+            Unplannable: the kernels cannot run this network for this shape.
         """
+        shapes(layers, shape)
         found: dict[str, Callable[[], _Ready]] = {}
         for images in item_sizes(shape[0], torch.get_num_threads(), layout):
             sides = winograd.sides(layers, shape, layout, images)
@@ -221,7 +218,8 @@ class Network:
     ) -> Callable[[_Ready], bool]:
         """A predicate: the first and the last image of a random batch have the right result."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape, generator=generator).to(layout.result)
+        count = min(shape[0], _most_images() + 1)  # the last item of a large batch is not full
+        x = torch.randn((count, *shape[1:]), generator=generator).to(layout.result)
         ends = [0, len(x) - 1]
         exact = _reference(layers, x[ends], self.head, layout)
         finite = exact.isfinite()  # weights may be such that nothing is
@@ -279,11 +277,14 @@ class Network:
         return hashlib.blake2b(f"{parts} {shapes}".encode(), digest_size=8).hexdigest()
 
 
+def _most_images() -> int:
+    """Images of a batch that are tried: a full item for each thread."""
+    return max(MOST_IMAGES.values()) * torch.get_num_threads()
+
+
 def _measure(x: Tensor, ways: dict[str, Callable[[Tensor], Tensor]]) -> tuple[str, bool]:
     """The fastest of the ways, which were checked before, and whether its times agree."""
-    most = MEASURED_ITEMS * torch.get_num_threads() * max(MOST_IMAGES.values())
-    if len(x) >= 2 * most:  # no way has items of a whole batch then
-        x = x[:most]
+    x = x[: _most_images()]
     return conv_choice.fastest(
         {name: functools.partial(run, x) for name, run in ways.items()},
         is_right=lambda result: True,

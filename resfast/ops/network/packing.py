@@ -63,29 +63,51 @@ def pack(
         sides: those of :class:`Packed`; None: no layer uses Winograd's algorithm.
     """
     packed = Packed(layout, sides or {}, aligned_bytes(0))
-    parts: list[Tensor] = []
-    count = 0
-    for index, layer in enumerate(layers):
-        if not isinstance(layer, Conv):
-            continue
-        weight = layer.weight.detach().to(layout.dtype)
-        if layer.reads_patches(layout):
-            weight = weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1, 1)
-        bias = torch.zeros(-(-len(weight) // PANEL) * PANEL)
-        if layer.bias is not None:
-            bias[: len(weight)] = layer.bias.detach().float()
-        places = [(packed.weights, _tiles(weight.flatten(2), layout)), (packed.biases, bias)]
+    convolutions = {i: layer for i, layer in enumerate(layers) if isinstance(layer, Conv)}
+    lines = 0
+    for index, layer in convolutions.items():
+        weight = _matrix(layer, layout)
+        panels, blocks = -(-len(weight) // PANEL), -(-weight.shape[1] // layout.block)
+        places = [(packed.weights, PANEL * blocks * weight.shape[2]), (packed.biases, 1)]
         if index in packed.sides:
-            values = winograd.transformed(weight, packed.sides[index])
-            # [panel, block, point, ...] to [panel, point, block, ...]
-            places.append((packed.transformed, _tiles(values, layout).transpose(1, 2).contiguous()))
-        for lines, values in places:
-            lines[index] = count
-            parts.append(values.reshape(-1).view(torch.uint8))
-            count += values.numel() * values.element_size() // LINE
-    packed.memory = aligned_bytes(count * LINE)
-    torch.cat(parts, out=packed.memory)
+            products = winograd.points(packed.sides[index])
+            places.append((packed.transformed, PANEL * blocks * products))
+        for place, count in places:
+            place[index] = lines
+            lines += panels * count
+    packed.memory = aligned_bytes(lines * LINE)
+    for index, layer in convolutions.items():
+        _fill(packed, index, layer)
     return packed
+
+
+def _matrix(layer: Conv, layout: Layout) -> Tensor:
+    """The weight of a layer as ``[K, C, taps]``."""
+    weight = layer.weight.detach()
+    if layer.reads_patches(layout):
+        return weight.permute(0, 2, 3, 1).reshape(len(weight), -1, 1)
+    return weight.flatten(2)
+
+
+def _fill(packed: Packed, index: int, layer: Conv) -> None:
+    """Writes the constants of a layer, some panels at a time: copies of all would take memory."""
+    layout, side = packed.layout, packed.sides.get(index)
+    if layer.bias is not None:
+        bias = packed.memory[packed.biases[index] * LINE :].view(torch.float32)
+        bias[: len(layer.bias)] = layer.bias.detach()
+    places = [packed.weights[index] * LINE]
+    if side is not None:
+        places.append(packed.transformed[index] * LINE)
+    for weight in _matrix(layer, layout).split(4 * PANEL):
+        parts = [_tiles(weight.to(layout.dtype), layout)]
+        if side is not None:
+            values = winograd.transformed(weight.unflatten(2, (3, 3)).float(), side)
+            # [panel, block, point, ...] to [panel, point, block, ...]
+            parts.append(_tiles(values, layout).transpose(1, 2).contiguous())
+        for i, part in enumerate(parts):
+            values = part.reshape(-1).view(torch.uint8)
+            packed.memory[places[i] : places[i] + len(values)] = values
+            places[i] += len(values)
 
 
 def _tiles(weight: Tensor, layout: Layout) -> Tensor:
