@@ -24,7 +24,7 @@ from resfast.inference.fuse.model import FusedModel
 from resfast.models.presets import create_model
 from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv.op import ConvBiasAct
-from resfast.ops.conv.reference import ACTIVATIONS, conv2d_bias_act
+from resfast.ops.conv.reference import KERNEL_ACTIVATIONS, conv2d_bias_act
 from resfast.ops.network import network as network_module
 from resfast.ops.network import plan as network_plan
 from resfast.ops.network import winograd
@@ -118,7 +118,7 @@ CHAINS: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
     ),
     "activations": (
         40, 6, 6,
-        lambda: [conv(i, 40, 40, activation=name) for i, name in enumerate(ACTIVATIONS)],
+        lambda: [conv(i, 40, 40, activation=name) for i, name in enumerate(KERNEL_ACTIVATIONS)],
     ),
     "a map read with both strides": (
         32, 9, 12,
@@ -484,6 +484,13 @@ for kind in kinds:
     for value in (torch.nan, torch.inf):
         test_network.test_nan_and_infinity_come_out_where_they_do_in_float64(value, kind)
     test_network.test_a_head_is_a_linear_layer_of_the_means(10, True, kind)
+if "fp32" in kinds:
+    for side in test_network.winograd.SIDES:
+        for name in test_network.WINOGRAD:
+            test_network.test_winograd_computes_what_float64_does(name, side)
+        test_network.test_winograd_keeps_what_is_not_finite_where_it_is_in_float32(
+            1, torch.inf, side
+        )
 print("right")
 """
 
