@@ -387,10 +387,8 @@ class _Planner:
             )
             at_once = max(4, CACHE_BYTES // (self.layout.tile * LINE * source.blocks) // 4 * 4)
         taps = self.tables.taps(source, conv)
-        if side:
-            split = self.split.conv(count, panels, source.blocks * winograd.points(side), 12)
-        else:
-            split = self.split.conv(count, panels, source.blocks * taps[1])
+        products, least = (winograd.points(side), 12) if side else (taps[1], 4)
+        split = self.split.conv(count, panels, source.blocks * products, least)
         slope = struct.unpack("<q", struct.pack("<fxxxx", conv.negative_slope))[0]
         self._step(
             kind,
@@ -455,7 +453,7 @@ class _Split:
         panels = max(1, min(self.threads // parts, outputs // PANEL)) if self.together else 1
         return parts, panels
 
-    def conv(self, tiles: int, panels: int, products: int, least: int = 4) -> tuple[int, int]:
+    def conv(self, tiles: int, panels: int, products: int, least: int) -> tuple[int, int]:
         """Of a convolution.
 
         Args:
