@@ -18,11 +18,11 @@ CONVOLUTION = st.fixed_dictionaries(
         "stride": st.sampled_from([1, 1, 2, 3, (1, 2)]),
         "padding": st.sampled_from([0, 1, 1, 2, (0, 1), "same"]),
         "dilation": st.sampled_from([1, 1, 1, 2]),
-        "grouped": st.sampled_from([False, False, False, True]),
+        "grouped": st.sampled_from(["no", "no", "depthwise", "two"]),
         "bias": st.booleans(),
         "padding_mode": st.sampled_from(["zeros", "zeros", "zeros", "reflect", "circular"]),
         "weight": st.sampled_from(
-            ["plain", "plain", "plain", "weight_norm", "spectral_norm", "old", "pruned"]
+            ["plain"] * 4 + ["weight_norm", "spectral_norm", "old", "pruned", "standardised"]
         ),
         "norm": st.sampled_from(["none", "batch", "batch", "plain batch", "group", "instance"]),
         "hook": st.sampled_from([False, False, False, False, True]),
@@ -38,7 +38,14 @@ ACTIVATIONS = {
     "gelu": lambda x: F.gelu(x),
     "tanh gelu": lambda x: F.gelu(x, approximate="tanh"),
     "hardswish": lambda x: F.hardswish(x),
-    "sigmoid": lambda x: x * torch.sigmoid(x),
+    "sigmoid": lambda x: torch.sigmoid(x),
+    "tanh": lambda x: x.tanh(),
+    "relu6": lambda x: F.relu6(x),
+    "clamp": lambda x: x.clamp(0, 6),
+    "hardsigmoid": lambda x: F.hardsigmoid(x),
+    "written-out silu": lambda x: x * torch.sigmoid(x),
+    "written-out hardswish": lambda x: x * F.relu6(x + 3) / 6,
+    "written-out hardsigmoid": lambda x: (x + 3).clamp(0, 6) / 6,
 }
 OTHERS = {
     "max pool": lambda x: F.max_pool2d(x, 2),
@@ -46,6 +53,8 @@ OTHERS = {
     "average pool": lambda x: F.avg_pool2d(x, 2),
     "global pool": lambda x: F.adaptive_avg_pool2d(x, 1),
     "gate": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)),
+    "padded average pool": lambda x: F.avg_pool2d(x, 3, 2, 1),
+    "both": lambda x: torch.cat([x, x.flip(1)], 1),
     "view": lambda x: x.contiguous().view(x.size(0), x.size(1), -1).view(x.shape),
     "permute": lambda x: x.permute(0, 2, 3, 1).reshape(x.shape),
     "pad": lambda x: F.pad(x, (1, 0, 0, 1)),
@@ -85,6 +94,15 @@ STEPS = st.lists(
                 "kind": st.just("residual"),
                 "how": st.sampled_from(["+", "+=", "alpha", "channel", "position", "shared"]),
                 "back": st.integers(1, 4),
+            }
+        ),
+        st.fixed_dictionaries({"kind": st.just("cat"), "back": st.integers(1, 4)}),
+        st.fixed_dictionaries({"kind": st.just("norm"), "scale": st.sampled_from([False, True])}),
+        st.fixed_dictionaries(
+            {
+                "kind": st.just("gate"),
+                "gate": st.sampled_from(["sigmoid", "hardsigmoid"]),
+                "linear": st.booleans(),
             }
         ),
     ),
@@ -143,6 +161,12 @@ class Network(nn.Module):
             elif step["kind"] == "default dtype":
                 exact = self.float64 and not self.building
                 x = (IN_FLOAT64 if exact else IN_DEFAULT_DTYPE)[step["name"]](x)
+            elif step["kind"] == "cat":
+                x = self._cat(step, x, values)
+            elif step["kind"] == "norm":
+                x = self._norm(str(index), step, x)
+            elif step["kind"] == "gate":
+                x = self._gated(str(index), step, x)
             else:
                 x = self._add(str(index), step, x, values)
             values.append(x)
@@ -160,6 +184,33 @@ class Network(nn.Module):
         return rest(
             F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, groups)
         )
+
+    def _cat(self, step: dict[str, Any], x: Tensor, values: list[Tensor]) -> Tensor:
+        other = values[max(0, len(values) - 1 - step["back"])]
+        if self.building:
+            step["fits"] = other.shape[2:] == x.shape[2:] and x.shape[1] + other.shape[1] < 100
+        return torch.cat([x, other], 1) if step["fits"] else x
+
+    def _norm(self, name: str, step: dict[str, Any], x: Tensor) -> Tensor:
+        """A batch norm, or the same written with a computed scale."""
+        if self.building:
+            self.layers[name] = _batch_norm(x.shape[1], True, self.random)
+        norm = self.layers[name]
+        if not step["scale"]:
+            return norm(x)
+        scale = (norm.weight * (norm.running_var + norm.eps).rsqrt()).reshape(-1, 1, 1)
+        return x * scale + (norm.bias - norm.running_mean).view(1, -1, 1, 1)
+
+    def _gated(self, name: str, step: dict[str, Any], x: Tensor) -> Tensor:
+        """Squeeze-and-excitation (arXiv:1709.01507)."""
+        channels = x.shape[1]
+        if self.building:
+            layer = nn.Linear if step["linear"] else (lambda i, o: nn.Conv2d(i, o, 1))
+            self.layers[name] = nn.Sequential(layer(channels, 4), layer(4, channels))
+        down, up = self.layers[name]
+        gate = x.mean((2, 3)) if step["linear"] else F.adaptive_avg_pool2d(x, 1)
+        gate = getattr(F, step["gate"])(up(F.relu(down(gate))))
+        return x * (gate[:, :, None, None] if step["linear"] else gate)
 
     def _add(self, name: str, step: dict[str, Any], x: Tensor, values: list[Tensor]) -> Tensor:
         how, index = step["how"], max(0, len(values) - 1 - step["back"])
@@ -212,11 +263,14 @@ class Network(nn.Module):
 
 def _convolution(step: dict[str, Any], channels: int, random: torch.Generator) -> nn.Sequential:
     outputs, groups, stride = step["outputs"], 1, step["stride"]
-    if step["grouped"]:
+    if step["grouped"] == "depthwise":
         outputs = groups = channels
+    elif step["grouped"] == "two" and channels % 2 == outputs % 2 == 0:
+        groups = 2
     if step["padding"] == "same":
         stride = 1
-    conv: nn.Module = nn.Conv2d(
+    kind = _Standardised if step["weight"] == "standardised" else nn.Conv2d
+    conv: nn.Module = kind(
         channels,
         outputs,
         step["kernel"],
@@ -237,18 +291,32 @@ def _convolution(step: dict[str, Any], channels: int, random: torch.Generator) -
         conv.register_forward_hook(_halve)
     layers = [conv]
     if "batch" in step["norm"]:
-        norm = nn.BatchNorm2d(outputs, affine=step["norm"] == "batch")
-        norm.running_mean.copy_(torch.randn(outputs, generator=random) * 0.3)
-        norm.running_var.copy_(torch.rand(outputs, generator=random) + 0.5)
-        if norm.affine:
-            norm.weight.data.copy_(torch.randn(outputs, generator=random))
-            norm.bias.data.copy_(torch.randn(outputs, generator=random) * 0.2)
-        layers.append(norm)
+        layers.append(_batch_norm(outputs, step["norm"] == "batch", random))
     elif step["norm"] == "group":
         layers.append(nn.GroupNorm(1, outputs))
     elif step["norm"] == "instance":
         layers.append(nn.InstanceNorm2d(outputs, eps=0.1))
     return nn.Sequential(*layers).eval()
+
+
+class _Standardised(nn.Conv2d):
+    """A convolution of standardised weights (arXiv:1903.10520)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.weight.mean((1, 2, 3), keepdim=True)
+        centred = self.weight - mean
+        size = centred.square().mean((1, 2, 3), keepdim=True).sqrt() + 0.1
+        return self._conv_forward(x, centred / size.expand_as(centred) * 0.3, self.bias)
+
+
+def _batch_norm(channels: int, affine: bool, random: torch.Generator) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, affine=affine)
+    norm.running_mean.copy_(torch.randn(channels, generator=random) * 0.3)
+    norm.running_var.copy_(torch.rand(channels, generator=random) + 0.5)
+    if affine:
+        norm.weight.data.copy_(torch.randn(channels, generator=random))
+        norm.bias.data.copy_(torch.randn(channels, generator=random) * 0.2)
+    return norm.eval()
 
 
 def _halve(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -273,7 +273,7 @@ GRAPHS = {
     "norm-norm": (ConvNormNorm, (1, 2, 0, 1), ()),
     "other-activation": (OtherActivation, (2, 2, 1, 1), ("gelu",)),
     "functional": (Functional, (1, 1, 0, 1), ()),
-    "casts": (Casts, (2, 1, 0, 0), ("broadcasts",)),
+    "casts": (Casts, (2, 1, 0, 0), ()),
 }
 
 

@@ -64,10 +64,19 @@ def is_conv(module: nn.Module) -> bool:
     )
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a plain 2d batch norm in eval mode with running statistics."""
+_IMAGE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def is_norm(module: nn.Module, *, of_rows: bool = False) -> bool:
+    """Whether the module is a plain 2d batch norm in eval mode with running statistics.
+
+    Args:
+        module: any module.
+        of_rows: whether it is one for ``[N, C]`` instead.
+    """
+    kinds = (nn.BatchNorm1d, nn.SyncBatchNorm) if of_rows else _IMAGE_NORMS
     return (
-        isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
+        isinstance(module, kinds)
         and type(module).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
         and is_plain(module)
         and not module.training
@@ -124,6 +133,32 @@ def fold(
     scale, shift = norm
     folded = shift if bias is None else shift + scale * bias.double()
     return weight.double() * scale[:, None, None, None], folded.float()
+
+
+def fold_before(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of an unpadded convolution with the batch norm before it folded in.
+
+    Args:
+        weight: ``[K, C / groups, R, S]``.
+        bias: ``[K]`` or None.
+        scale: of :func:`norm_factors`, ``[C]``.
+        shift: of :func:`norm_factors`, ``[C]``.
+        groups: of the convolution.
+
+    Returns:
+        Both in float64.
+    """
+    outputs, inputs, *_ = weight.shape
+    of_filters = (groups, 1, inputs)
+    scales, shifts = (
+        factor.view(of_filters).expand(groups, outputs // groups, inputs).reshape(outputs, inputs)
+        for factor in (scale, shift)
+    )
+    moved = (weight.double().sum((2, 3)) * shifts).sum(1)
+    folded = weight.double() * scales[:, :, None, None]
+    return folded, moved if bias is None else bias.double() + moved
 
 
 def _factors(norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor] | None:

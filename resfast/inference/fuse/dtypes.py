@@ -24,6 +24,7 @@ from resfast.inference.fuse.nodes import (
 )
 from resfast.inference.fuse.patterns import Patterns
 from resfast.ops.conv.op import ConvBiasAct
+from resfast.ops.scale_shift.op import ScaleShiftAct
 
 ONE_DTYPE = {
     *("linear", "bilinear", "matmul", "mm", "bmm", "mv", "dot", "vdot", "outer", "inner", "einsum"),
@@ -124,7 +125,8 @@ class _Conversion:
         """The dtype of a node's value, after its inputs are cast as it needs them."""
         if node.op == "placeholder":
             modules = (self.patterns.module(user) for user in node.users)
-            floating = any(isinstance(m, ConvBiasAct | nn.Conv2d | nn.Linear) for m in modules)
+            kinds = ConvBiasAct | nn.Conv2d | nn.Linear | ScaleShiftAct
+            floating = any(isinstance(m, kinds) for m in modules)
             return self.dtype if floating else None
         if node.op == "get_attr":
             return self.dtype if _is_floating(self.patterns.constant(node)) else None
@@ -138,7 +140,7 @@ class _Conversion:
         module = self.patterns.module(node)
         inputs = {self.dtypes.get(value) for value in node.all_input_nodes}
         first = next(iter(inputs)) if len(inputs) == 1 else None
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm | ScaleShiftAct):
             return first
         if not any(_is_floating(tensor) for tensor in (*module.parameters(), *module.buffers())):
             return first if type(module).__module__.startswith("torch.nn.modules") else None
@@ -217,7 +219,7 @@ class _Conversion:
     def _convert_modules(self) -> None:
         for target in {node.target for node in self.graph.nodes if node.op == "call_module"}:
             module = self.patterns.network.get_submodule(target)
-            if isinstance(module, ConvBiasAct):
+            if isinstance(module, ConvBiasAct | ScaleShiftAct):
                 continue
             wide = isinstance(module, nn.modules.batchnorm._BatchNorm) or target in self.wide
             dtype = torch.float32 if wide else self.dtype

@@ -15,10 +15,13 @@ from torch import fx
 aten = torch.ops.aten
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FLOATS = (*DTYPES, torch.float64)
+SUBTRACTIONS = (operator.sub, torch.sub, torch.subtract, aten.sub.Tensor, "sub", "subtract")
 ADDS = (operator.add, torch.add, aten.add.Tensor, "add")
 CONVS = (F.conv2d, torch.conv2d, aten.conv2d.default)
 NORMS = (F.batch_norm, aten.batch_norm.default)
 LINEARS = (F.linear, aten.linear.default)
+CATS = (torch.cat, torch.concat, torch.concatenate, aten.cat.default)
+MEANS = (torch.mean, aten.mean.dim, "mean")
 MAX_POOLS = (F.max_pool2d, torch.max_pool2d, aten.max_pool2d.default)
 SCALINGS = (operator.mul, torch.mul, aten.mul.Tensor, aten.mul.Scalar, "mul")
 IN_PLACE = {

@@ -19,7 +19,9 @@ from resfast.inference.fuse.nodes import (
     CONVS,
     FOREIGN,
     MAX_POOLS,
+    MEANS,
     NORMS,
+    SUBTRACTIONS,
     arguments,
     kind_of,
     quiet,
@@ -46,7 +48,9 @@ def _leaves(value: Any) -> tuple[Any, ...]:
 
 
 class Shapes(fx.Interpreter):
-    """Propagates shapes through a graph up to its last addition, where they can be inferred.
+    """Propagates shapes through a graph up to the last operation that they matter for.
+
+    Those are additions, means, and batch norms of rows. Shapes that cannot be inferred are missing.
 
     Args:
         network: the graph; each node's ``meta["shapes"]`` gets the shape of its value.
@@ -57,8 +61,14 @@ class Shapes(fx.Interpreter):
         super().__init__(network)
         self.number = run
         nodes = list(network.graph.nodes)
-        additions = [index for index, node in enumerate(nodes) if node.target in ADDS]
-        self.needed = set(nodes[: additions[-1] + 1]) if additions else set()
+        needed = [index for index, node in enumerate(nodes) if self._needs_shapes(node)]
+        self.needed = set(nodes[: needed[-1] + 1]) if needed else set()
+
+    def _needs_shapes(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.module.get_submodule(str(node.target))
+            return isinstance(module, nn.BatchNorm1d)
+        return node.target in ADDS or node.target in MEANS
 
     def run_node(self, n: fx.Node) -> Any:
         if n not in self.needed:
@@ -78,6 +88,11 @@ class Shapes(fx.Interpreter):
 
 
 Shape = tuple[int, ...]
+
+
+def scale_shift(x: Tensor) -> Tensor:
+    """Stands for a batch norm in a graph that is being rewritten: its factors are in the node."""
+    raise NotImplementedError
 
 
 def _fake(shapes: Iterator[Shape], device: torch.device, x: Tensor) -> Tensor:
@@ -194,13 +209,22 @@ class Patterns:
         conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return conv, a["input"]
 
-    def norm(self, node: fx.Node, x: fx.Node) -> tuple[Tensor, Tensor] | None:
-        """Scale and shift if the node is a batch norm of ``x``, else None."""
+    def norm(self, node: fx.Node, x: Any, *, of_rows: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Scale and shift, float64 ``[C]``, if the node is a batch norm of ``x``, else None.
+
+        Args:
+            node: the node.
+            x: its input.
+            of_rows: whether it may be for ``[N, C]`` instead of images.
+        """
         if not node.args or node.args[0] is not x:
             return None
+        if node.target is scale_shift:
+            return node.meta["factors"]
         module = self.module(node)
         if module is not None:
-            if not fused.is_norm(module) or len(node.args) != 1 or node.kwargs:
+            is_norm = fused.is_norm(module, of_rows=of_rows)
+            if not is_norm or len(node.args) != 1 or node.kwargs:
                 return None
             tensors = module.weight, module.bias, module.running_mean, module.running_var
             return fused.norm_factors(*tensors, module.eps)
@@ -216,9 +240,65 @@ class Patterns:
             return None
         return fused.norm_factors(*tensors, a.get("eps", 1e-5))
 
+    def affine(self, node: fx.Node, x: fx.Node, conv: nn.Conv2d) -> tuple[Tensor, Tensor] | None:
+        """Scale and shift if the node multiplies or adds constants to a convolution's value."""
+        for targets in (activations.MULTIPLICATIONS, activations.DIVISIONS, ADDS, SUBTRACTIONS):
+            pair = activations.operands(node, targets)
+            if pair is None or (pair[0] is x) == (pair[1] is x):
+                continue
+            is_first = pair[0] is x
+            value = self._for_channels(pair[1 if is_first else 0], conv)
+            if value is None:
+                return None
+            one, zero = torch.ones_like(value), torch.zeros_like(value)
+            if targets is activations.MULTIPLICATIONS:
+                return value, zero
+            if targets is ADDS:
+                return one, value
+            if targets is SUBTRACTIONS:
+                return (one, -value) if is_first else (-one, value)
+            return (1 / value, zero) if is_first and bool((value != 0).all()) else None
+        return None
+
+    def _for_channels(self, value: Any, conv: nn.Conv2d) -> Tensor | None:
+        """A finite number or constant as float64 ``[C]``, if it has one value for each channel."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            tensor: Tensor | None = torch.tensor(float(value), dtype=torch.float64)
+        else:
+            tensor = self.constant(value)
+            if tensor is None or (tensor.ndim and tensor.dtype != conv.weight.dtype):
+                return None
+        if tensor is None or not tensor.is_floating_point() or not tensor.isfinite().all():
+            return None
+        if tensor.ndim > 4 or any(size != 1 for size in (*tensor.shape[:-3], *tensor.shape[-2:])):
+            return None
+        count = tensor.numel()
+        fits = count == 1 or (count == conv.out_channels and tensor.ndim >= 3)
+        values = tensor.detach().to(conv.weight.device, torch.float64).flatten()
+        return values.expand(conv.out_channels) if fits else None
+
     def activation(self, node: fx.Node, x: fx.Node) -> dict[str, Any] | None:
         """Arguments of the fused kernel if the node is an activation of ``x``, else None."""
         return activations.activation(node, x, self.network)
+
+    def erase(self, nodes: list[fx.Node]) -> None:
+        """Erases nodes, the last one first, and the constants that only they read."""
+        for old in reversed(nodes):
+            constants = [n for n in old.all_input_nodes if n.op == "get_attr"]
+            self.graph.erase_node(old)
+            for constant in constants:
+                if not constant.users:
+                    self.graph.erase_node(constant)
+
+    def add_module(self, node: fx.Node, name: str, module: nn.Module) -> None:
+        """Adds the module that a new node calls, under the name or one like it that is free."""
+        named = (n for n in self.graph.nodes if n.op in ("call_module", "get_attr"))
+        taken = [n.target for n in named if n is not node]
+        base, count = name, 1
+        while any(t == name or t.startswith(f"{name}.") for t in taken):
+            name, count = f"{base}_{count}", count + 1
+        node.target = name
+        self.network.add_submodule(name, module)
 
     def residual(self, node: fx.Node, x: fx.Node) -> fx.Node | None:
         """The other operand if the node adds a value of the same shape to ``x``, else None."""

@@ -18,7 +18,8 @@ from resfast.inference.fuse.nodes import (
     arguments,
     only_user,
 )
-from resfast.inference.fuse.patterns import Patterns
+from resfast.inference.fuse.norms import fuse_rest, place_norms
+from resfast.inference.fuse.patterns import Patterns, scale_shift
 from resfast.inference.fuse.report import FusionReport
 from resfast.layers import fused
 from resfast.ops.conv.op import ConvBiasAct
@@ -33,6 +34,7 @@ class Branch:
     nodes: list[fx.Node]
     weight: Tensor
     bias: Tensor | None
+    norms: int = 0
 
     @property
     def x(self) -> fx.Node:
@@ -62,6 +64,7 @@ class Rewriter(Patterns):
 
     def run(self) -> FusionReport:
         cast_as_own(self, self.own_dtype, self.dtype)
+        self.counts["norm"] += place_norms(self, self.dtype)
         for node in list(self.graph.nodes):
             self._delay_max_pool(node)
         branches = [branch for node in self.graph.nodes if (branch := self._branch(node))]
@@ -72,6 +75,7 @@ class Rewriter(Patterns):
             else:
                 self._keep(branch)
         self._report_rest()
+        fuse_rest(self)
         convert(self, self.dtype)
         self.graph.eliminate_dead_code()
         self.network.delete_all_unused_submodules()
@@ -102,7 +106,9 @@ class Rewriter(Patterns):
             user.replace_input_with(pool, x)
             pool.replace_input_with(x, user)
             user.append(pool)
-            user.meta = {"shapes": x.meta["shapes"]} if "shapes" in x.meta else {}
+            user.meta.pop("shapes", None)
+            if "shapes" in x.meta:
+                user.meta["shapes"] = x.meta["shapes"]
             x = user
 
     def _branch(self, node: fx.Node) -> Branch | None:
@@ -111,9 +117,18 @@ class Rewriter(Patterns):
             return None
         conv = found[0]
         branch = Branch(self.name(node), conv, [node], conv.weight, conv.bias)
-        while (user := only_user(branch.value)) and (norm := self.norm(user, branch.value)):
-            branch.weight, branch.bias = fused.fold(branch.weight, branch.bias, norm)
+        if "inputs" in node.meta:  # of a batch norm before the convolution
+            factors = (*node.meta["inputs"], conv.groups)
+            branch.weight, branch.bias = fused.fold_before(branch.weight, branch.bias, *factors)
+            branch.norms += 1
+        while user := only_user(branch.value):
+            norm = self.norm(user, branch.value)
+            factors = norm or self.affine(user, branch.value, conv)
+            if factors is None:
+                break
+            branch.weight, branch.bias = fused.fold(branch.weight, branch.bias, factors)
             branch.nodes.append(user)
+            branch.norms += norm is not None
         return branch
 
     def _fits(self, branch: Branch) -> bool:
@@ -121,7 +136,7 @@ class Rewriter(Patterns):
 
     def _fuse(self, branch: Branch, values: dict[fx.Node, Branch]) -> None:
         """Replaces a branch, and the addition and activation after it, by one kernel."""
-        self.counts["norm"] += len(branch.nodes) - 1
+        self.counts["norm"] += branch.norms
         value, residual, epilogue = branch.value, None, {}
         user = only_user(value)
         if user and (other := self.residual(user, value)):
@@ -159,7 +174,7 @@ class Rewriter(Patterns):
     def _keep(self, branch: Branch) -> None:
         """Keeps PyTorch's convolution, with its batch norm folded."""
         why = f"convolution with {fused.why_not_fused(branch.conv)}"
-        norms = len(branch.nodes) - 1
+        norms = branch.norms
         self.left.append((branch.name, f"{why} (its batch norm was folded)" if norms else why))
         self.counts["norm"] += norms
         conv = copy.copy(branch.conv)
@@ -175,19 +190,8 @@ class Rewriter(Patterns):
             node = self.graph.create_node("call_module", branch.name, args)
         node.meta = dict(branch.value.meta)
         branch.value.replace_all_uses_with(node)
-        for old in reversed(branch.nodes):
-            constants = [n for n in old.all_input_nodes if n.op == "get_attr"]
-            self.graph.erase_node(old)
-            for constant in constants:
-                if not constant.users:
-                    self.graph.erase_node(constant)
-        named = (n for n in self.graph.nodes if n.op in ("call_module", "get_attr"))
-        taken = [n.target for n in named if n is not node]
-        name, count = branch.name, 1
-        while any(t == name or t.startswith(f"{name}.") for t in taken):
-            name, count = f"{branch.name}_{count}", count + 1
-        node.target = name
-        self.network.add_submodule(name, module)
+        self.erase(branch.nodes)
+        self.add_module(node, branch.name, module)
 
     def _report_rest(self) -> None:
         """Reports convolutions and batch norms that are not part of a branch."""
@@ -205,17 +209,19 @@ class Rewriter(Patterns):
                 plain = isinstance(self.constant(arguments(node, "input weight")["weight"]), Tensor)
                 what = "options are" if plain else "weight is"
                 self.left.append((name, f"convolution whose {what} computed"))
+            elif node.target is scale_shift:
+                self.left.append((node.meta["name"], f"batch norm {self._why_left(node)}"))
             elif isinstance(module, nn.modules.batchnorm._BatchNorm) or node.target in NORMS:
-                x = node.args[0] if node.args else None
-                conv = self.module(x) if isinstance(x, fx.Node) else None
-                if isinstance(conv, ConvBiasAct) and (conv.activation != "none" or x.args[1:]):
-                    conv = None  # the norm follows the activation or the addition
-                if isinstance(x, fx.Node) and self.is_max_pool(x):
-                    why = "after a max pool (folded only if its scales are positive)"
-                elif not isinstance(conv, ConvBiasAct | nn.Conv2d):
-                    why = "that follows no convolution"
-                elif len(x.users) > 1:
-                    why = "after a convolution whose output is also used elsewhere"
-                else:
-                    why = "that cannot be folded (no statistics, hooks or its own forward)"
+                why = "that cannot be folded (no statistics, hooks or its own forward)"
                 self.left.append((name, f"batch norm {why}"))
+
+    def _why_left(self, norm: fx.Node) -> str:
+        x = norm.args[0]
+        if self.is_max_pool(x):
+            return "after a max pool (folded only if its scales are positive)"
+        conv = self.module(x)
+        if isinstance(conv, ConvBiasAct) and (conv.activation != "none" or x.args[1:]):
+            conv = None  # the norm follows the activation or the addition
+        if not isinstance(conv, ConvBiasAct | nn.Conv2d):
+            return "that follows no convolution"
+        return "after a convolution whose output is also used elsewhere"
