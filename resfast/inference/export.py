@@ -32,7 +32,8 @@ from resfast.inference.fuse import fuse
 from resfast.inference.load import TrainedRun, Which
 from resfast.ops.basic_block.op import BasicBlock
 from resfast.ops.conv.op import ConvBiasAct
-from resfast.ops.conv.reference import ACTIVATIONS
+from resfast.ops.conv.reference import unfused
+from resfast.ops.scale_shift.op import ScaleShiftAct
 from resfast.runs import folder as records
 
 METADATA = "metadata.json"
@@ -257,6 +258,8 @@ class _Portable(nn.Module):
                 self.network.set_submodule(name, _Block(module.conv1, module.conv2))
             elif isinstance(module, ConvBiasAct):
                 self.network.set_submodule(name, _Conv(module))
+            elif isinstance(module, ScaleShiftAct):
+                self.network.set_submodule(name, _ScaleShift(module))
             elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size == 1:
                 self.network.set_submodule(name, _GlobalAvgPool2d())
         self.register_buffer("scale", (1 / (255 * run.std)).to(run.device))
@@ -283,13 +286,22 @@ class _Conv(nn.Module):
         super().__init__()
         self.register_buffer("weight", conv.weight)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.to(conv.weight.dtype))
-        self.geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        self.activation = ACTIVATIONS[conv.activation]
-        self.negative_slope = conv.negative_slope
+        self.rest = (conv.stride, conv.padding, conv.activation, conv.negative_slope)
+        self.rest += (conv.groups, conv.dilation)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = F.conv2d(x, self.weight, self.bias, *self.geometry)
-        return self.activation(x if residual is None else x + residual, self.negative_slope)
+        return unfused(x, self.weight, self.bias, residual, *self.rest)
+
+
+class _ScaleShift(nn.Module):
+    """:class:`ScaleShiftAct` with PyTorch operators."""
+
+    def __init__(self, norm: ScaleShiftAct) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        return self.norm.unfused(*maps)
 
 
 class _Block(nn.Module):

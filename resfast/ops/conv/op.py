@@ -232,7 +232,8 @@ class ConvBiasAct(nn.Module):
         tile: largest tile side of Winograd's algorithm on a CPU, 2 to 4; larger tiles are faster
             and less accurate (:func:`resfast.layers.conv.set_winograd_tile`).
 
-    The first call for a shape measures which algorithm is fastest; see
+    In ``torch.onnx.export`` it is a convolution, an addition and an activation. Otherwise the first
+    call for a shape measures which algorithm is fastest; see
     :mod:`resfast.ops.conv.cpu` and :mod:`resfast.ops.conv.cuda`. After writing to
     ``weight`` in place, call :meth:`repack`; ``load_state_dict``, ``to`` and similar methods do it
     themselves.
@@ -296,7 +297,10 @@ class ConvBiasAct(nn.Module):
             return self.forward(x[None], None if residual is None else residual[None])[0]
         is_cpu = x.is_cpu
         if type(x) is not Tensor or not (is_cpu or x.is_cuda) or torch.compiler.is_compiling():
-            return torch.ops.resfast.conv2d_bias_act(*self._arguments(x, residual))
+            args = self._arguments(x, residual)
+            if torch.onnx.is_in_onnx_export():  # ONNX has no operator of ours
+                return conv_reference.unfused(*args)
+            return torch.ops.resfast.conv2d_bias_act(*args)
         how = torch.get_num_threads() if is_cpu else conv_cuda.tf32(x.dtype)
         key = (x.shape, x.dtype, x.device, residual is None, how, self.tile)
         plan = self._plans.get(key)

@@ -74,6 +74,25 @@ def conv2d_bias_act(
     return channels_last(out)
 
 
+def unfused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    activation: str,
+    negative_slope: float = TORCH_NEGATIVE_SLOPE,
+    groups: int = 1,
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
+    """The same in x's dtype and with standard operators only, for files of other formats."""
+    bias = None if bias is None else bias.to(x.dtype)
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    out = out if residual is None else out + residual
+    return ACTIVATIONS[activation](out, negative_slope)
+
+
 def channels_last(tensor: Tensor) -> Tensor:
     """``[N, C, H, W]`` in ``channels_last`` memory, copied only if necessary."""
     return tensor.contiguous(memory_format=torch.channels_last)

@@ -242,7 +242,15 @@ class ScaleShiftAct(nn.Module):
             return _kernel(maps, *rest)
         if len(dtypes) > 1 or maps[0].ndim != 4 or maps[0].dtype not in DTYPES:
             return reference(maps, *rest)
+        if torch.onnx.is_in_onnx_export():  # ONNX has no operator of ours
+            return self.unfused(*maps)
         return torch.ops.resfast.scale_shift_act(list(maps), *rest)
+
+    def unfused(self, *maps: Tensor) -> Tensor:
+        """The same with standard operators, in the dtype of the maps."""
+        x = _whole(maps)
+        scale, shift = (factor.to(x.dtype)[:, None, None] for factor in (self.scale, self.shift))
+        return ACTIVATIONS[self.activation](x * scale + shift, self.negative_slope)
 
     def extra_repr(self) -> str:
         return f"{self.scale.shape[0]}, activation={self.activation}"
