@@ -403,3 +403,38 @@ def test_constants_of_several_results_are_found():
 
     fused = assert_same(Model().eval())
     assert fused.report.convolutions == 2
+
+
+# -- the report ------------------------------------------------------------------------------------
+
+
+def test_the_report_names_what_is_left_and_why():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+            self.conv3 = nn.Conv2d(8, 8, 1)
+            self.mish, self.pool = nn.Mish(), nn.MaxPool2d(2)
+            self.fc, self.tanh = nn.Linear(16, 5), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.mish(self.conv1(x))
+            x = self.pool(x)
+            y = F.relu(self.conv2(x)) + torch.sigmoid(x)
+            z = self.conv3(y)
+            z = torch.cat([F.silu(z), z], 1)
+            return self.tanh(self.fc(z.mean((2, 3))))
+
+    report = assert_same(ready(Model())).report
+    found = dict(report.rest)
+    assert found["mish"] == "Mish: the fused kernel does not support it"
+    assert found["pool"] == "MaxPool2d: a pool is an operation of its own"
+    assert found["sigmoid"] == "sigmoid: it follows no convolution"
+    assert found["add"].startswith("addition: the convolution before it already has an activation")
+    assert found["silu"] == "silu: the convolution before it is also read elsewhere"
+    assert found["cat"] == "concatenation: its result is read as a whole"
+    assert found["tanh"] == "Tanh: it follows no convolution"
+    assert len(found) == 7
+    text = str(report)
+    assert "1 kept: concatenation: its result is read as a whole (cat)" in text
+    assert text.count("mish") == 1

@@ -286,8 +286,8 @@ class _Conv(nn.Module):
         super().__init__()
         self.register_buffer("weight", conv.weight)
         self.register_buffer("bias", None if conv.bias is None else conv.bias.to(conv.weight.dtype))
-        self.rest = (conv.stride, conv.padding, conv.activation, conv.negative_slope)
-        self.rest += (conv.groups, conv.dilation)
+        epilogue = (conv.activation, conv.negative_slope)
+        self.rest = (conv.stride, conv.padding, *epilogue, conv.groups, conv.dilation)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return unfused(x, self.weight, self.bias, residual, *self.rest)

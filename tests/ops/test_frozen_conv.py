@@ -35,7 +35,7 @@ def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor,
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("activation", conv_reference.ACTIVATIONS)
+@pytest.mark.parametrize("activation", conv_reference.KERNEL_ACTIVATIONS)
 def test_result_and_gradient_are_those_of_float64(kernel: str, activation: str):
     dtype = torch.bfloat16 if kernel == "cuda" else torch.float32
     for shape in SHAPES:

@@ -43,10 +43,16 @@ def fuse(
     """A copy of a network for inference, with convolutions fused with the operations after them.
 
     Conv → batch norm → (+ residual) → activation becomes one
-    :class:`~resfast.ops.conv.op.ConvBiasAct`, for ReLU, leaky ReLU, SiLU and exact GELU. All other
-    operations are kept, in ``dtype`` (batch norms and a final linear layer in float32), and those
-    that could not be fused are named in the report. Operations after a convolution whose output has
-    other users are not fused into it.
+    :class:`~resfast.ops.conv.op.ConvBiasAct`, for ReLU, ReLU6, leaky ReLU, SiLU, exact GELU, hard
+    swish, hard sigmoid, sigmoid and tanh, also where they are written out, as ``x * sigmoid(x)``.
+    Other batch norms become part of the unpadded layers after them, or run as one operation with
+    the activation after it and the concatenation before it. What depends on parameters only, such
+    as standardised weights, is computed once. All other operations are kept, in ``dtype`` (batch
+    norms and a final linear layer in float32), and named in the report. Operations after a
+    convolution whose output has other users are not fused into it.
+
+    The result can be exported with ``torch.export``, to be run with resfast, and with
+    ``torch.onnx.export``, to be run without it.
 
     Args:
         model: any network in eval mode: resfast's, torchvision's, timm's, your own. It is not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -11,12 +12,16 @@ class FusionReport:
 
     Attributes:
         convolutions: convolutions that run as one fused kernel each.
-        batch_norms: batch norms folded into a convolution, including convolutions in ``left``.
+        batch_norms: batch norms folded into a convolution or a linear layer, including
+            convolutions in ``left``.
         residuals: residual additions fused into a convolution.
         activations: activations fused into a convolution.
-        left: name of each convolution, batch norm, addition or activation not fused, and the
-            reason.
+        left: name of each convolution and batch norm that could not be fused, and of each addition
+            and activation after a convolution that could not, and the reason. Such a batch norm
+            runs as one operation with the activation after it and the concatenation before it.
         traced_by: ``torch.fx`` or ``torch.export``.
+        rest: name of each activation, addition, concatenation and pool that is an operation of its
+            own in the fused network, and the reason.
         blocks: pairs of the fused convolutions that form a residual block, which a GPU can run as
             one kernel (:class:`~resfast.ops.basic_block.op.BasicBlock`).
         int8: those of the fused convolutions that run with 8-bit operands.
@@ -30,6 +35,7 @@ class FusionReport:
     traced_by: str
     blocks: int = 0
     int8: int = 0
+    rest: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -41,10 +47,18 @@ class FusionReport:
             lines.append(f"{self.blocks} pairs of them form residual blocks")
         if self.int8:
             lines.append(f"{self.int8} of them in int8")
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.left:
-            reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-            lines.append(f"{len(names)} not fused: {reason} ({shown})")
+        lines += _by_reason("not fused", self.left)
+        named = {name for name, _ in self.left}
+        lines += _by_reason("kept", [pair for pair in self.rest if pair[0] not in named])
         return "\n".join(lines)
+
+
+def _by_reason(what: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each reason, with the first few names."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in pairs:
+        reasons.setdefault(reason, []).append(name)
+    return [
+        f"{len(names)} {what}: {reason} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
+        for reason, names in reasons.items()
+    ]

@@ -21,6 +21,7 @@ from resfast.inference.fuse.nodes import (
 from resfast.inference.fuse.norms import fuse_rest, place_norms
 from resfast.inference.fuse.patterns import Patterns, scale_shift
 from resfast.inference.fuse.report import FusionReport
+from resfast.inference.fuse.rest import rest_of
 from resfast.layers import fused
 from resfast.ops.conv.op import ConvBiasAct
 
@@ -76,6 +77,7 @@ class Rewriter(Patterns):
                 self._keep(branch)
         self._report_rest()
         fuse_rest(self)
+        rest = rest_of(self)
         convert(self, self.dtype)
         self.graph.eliminate_dead_code()
         self.network.delete_all_unused_submodules()
@@ -87,6 +89,7 @@ class Rewriter(Patterns):
             residuals=self.counts["residual"],
             activations=self.counts["activation"],
             left=tuple(dict.fromkeys(self.left)),
+            rest=tuple(dict.fromkeys(rest)),
             traced_by=self.traced_by,
         )
 
