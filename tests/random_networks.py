@@ -224,7 +224,8 @@ class Network(nn.Module):
             return x + self.layers[name]["added"]
         if how == "shared":
             if self.building:
-                convs = {n: m[0] for n, m in self.layers.items() if isinstance(m, nn.Sequential)}
+                firsts = {n: m[0] for n, m in self.layers.items() if isinstance(m, nn.Sequential)}
+                convs = {n: m for n, m in firsts.items() if isinstance(m, nn.Conv2d)}
                 fitting = (n for n, conv in convs.items() if conv.in_channels == x.shape[1])
                 step["layer"] = next(fitting, None)
             return x if step["layer"] is None else self.layers[step["layer"]](x)
