@@ -99,3 +99,18 @@ def test_torch_export_keeps_the_fused_operators():
     program = torch.export.export(fused, (images(2, 3, 32, 32),))
     found = {str(node.target) for node in program.graph.nodes}
     assert {"resfast.conv2d_bias_act.default", "resfast.scale_shift_act.default"} <= found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_int8_network_has_the_same_values_in_onnx() -> None:
+    """In floating point, on the values that the 8-bit operands stand for."""
+    torch.manual_seed(0)
+    model = ready(Everything())
+    x = images(8, 3, 16, 16)
+    fused = resfast.fuse(model, torch.int8, calibration=x)
+    with torch.no_grad():
+        expected = fused(x)
+        _, session = exported(fused, x[:2])
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    error = (torch.from_numpy(found) - expected).norm() / expected.norm()
+    assert error < 0.02  # a value between two steps may be rounded to either

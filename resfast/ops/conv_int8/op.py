@@ -251,6 +251,8 @@ class Int8Conv(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.ndim == 3:
             return self.forward(x[None], None if residual is None else residual[None])[0]
+        if torch.onnx.is_in_onnx_export():  # ONNX has no operator of ours
+            return self._plain(x, residual)
         epilogue = (self.activation, self.negative_slope)
         if type(x) is not Tensor or torch.compiler.is_compiling():
             scales = [quantization.scale for quantization in self.quantizations]
@@ -267,6 +269,20 @@ class Int8Conv(nn.Module):
             x, self._packed, self.bias, residual, self.geometry, *epilogue, self.quantizations,
             self.to_uint8, self.overwrites,
         )  # fmt: skip
+
+    def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The same with floating-point operations of PyTorch, on the values of the operands."""
+        of_x, of_residual, of_result = self.quantizations
+        weight, scale = multiplied(self.weight, self.weight_scale)
+        stride, padding, dilation, groups = self.geometry
+        value = conv_reference.conv2d_bias_act(
+            of_x.dequantize(x),
+            weight.float() * scale[:, None, None, None],
+            self.bias,
+            None if residual is None else of_residual.dequantize(residual),
+            stride, padding, self.activation, self.negative_slope, groups, dilation,
+        )  # fmt: skip
+        return of_result.quantize(value) if self.to_uint8 else value
 
     def extra_repr(self) -> str:
         shape = "x".join(map(str, self.weight.shape))
