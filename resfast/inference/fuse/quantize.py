@@ -97,7 +97,7 @@ class MarkNotFinite(nn.Module):
         if not y.is_floating_point():
             return y
         for mark in marks:
-            each = mark.ndim and y.ndim and len(y) == len(mark)
+            each = mark.ndim and y.ndim and y.shape[0] == mark.shape[0]
             y = y + (mark.view(-1, *[1] * (y.ndim - 1)) if each else mark.sum())
         return y
 
