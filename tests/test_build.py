@@ -752,6 +752,7 @@ def sanitizer(name: str) -> str:
 
 @needs_gcc_on_linux
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_kernels_stay_inside_their_memory_and_have_no_undefined_behaviour(tmp_path):
     preload = [sanitizer(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
     if not all(Path(path).is_absolute() for path in preload):
