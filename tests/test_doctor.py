@@ -56,7 +56,7 @@ def test_a_real_run_finds_everything_needed_and_is_quick():
     assert torch.__version__ in lines["torch"]["text"]
     assert lines["C++ kernels"]["state"] == "ok"
     # Processor time: other programs may run at the same time.
-    assert end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime < 10
+    assert end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime < 15
 
 
 def test_a_line_for_people_says_state_name_finding_and_what_to_do():

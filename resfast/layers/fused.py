@@ -14,6 +14,8 @@ cannot detect (``parameter.data.copy_(...)``, a NumPy view) must be followed by 
 :func:`resfast.fuse` see the children.
 
 Folding: Jacob et al., arXiv:1712.05877, section 3.2.
+
+Long because the layers and the blocks made of them share one folding.
 """
 
 from __future__ import annotations

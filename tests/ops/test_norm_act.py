@@ -556,8 +556,8 @@ def test_one_value_a_channel_is_refused_as_by_the_module():
 
 
 def test_unknown_activation_is_named():
-    with pytest.raises(ResfastError, match="activation 'tanh' is unknown; choose none, relu"):
-        norm_act(bf16(2, 32, 2, 2), nn.BatchNorm2d(32), "tanh")
+    with pytest.raises(ResfastError, match="activation 'swish' is unknown; choose none, relu"):
+        norm_act(bf16(2, 32, 2, 2), nn.BatchNorm2d(32), "swish")
 
 
 # Networks

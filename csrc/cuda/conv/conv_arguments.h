@@ -82,7 +82,7 @@ inline Problem check(const Tensor& x, const Tensor& weight, const Options& optio
   if (x.size(1) != weight.size(1))
     fail(
         "x has ", x.size(1), " channels, and weight ", shape_name(weight.sizes()), " is for ",
-        weight.size(1), "; they must be the same (groups are not supported)");
+        weight.size(1), "; they must be the same");
   for (auto [name, pair, least] :
        {std::tuple{"stride", &options.stride, 1}, std::tuple{"padding", &options.padding, 0}})
     if (pair->size() != 2 || (*pair)[0] < least || (*pair)[1] < least)

@@ -146,9 +146,10 @@ def check_arguments(
             f"groups is {groups}; expected a divisor of the weight's {weight.shape[0]} filters"
         )
     if x.shape[1] != weight.shape[1] * groups:
+        in_groups = f" in {groups} groups" if groups > 1 else ""
         raise ValueError(
-            f"x has {x.shape[1]} channels, and weight {list(weight.shape)} in {groups} groups is "
-            f"for {weight.shape[1] * groups}; they must be the same"
+            f"x has {x.shape[1]} channels, and weight {list(weight.shape)}{in_groups} is for "
+            f"{weight.shape[1] * groups}; they must be the same"
         )
     pairs = (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     for name, pair, least in pairs:
