@@ -18,19 +18,12 @@ from torch import Tensor, nn
 import resfast
 from resfast.inference import fuse as fusion
 from resfast.ops.conv.op import ConvBiasAct
+from tests.test_fuse import one_thread_and_no_cache_of_the_user
+
+__all__ = ["one_thread_and_no_cache_of_the_user"]
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 """Largest error, relative to the largest value of the result."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-    torch.set_num_threads(threads)
 
 
 def ready(model: nn.Module, seed: int = 0) -> nn.Module:

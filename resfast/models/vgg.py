@@ -16,7 +16,13 @@ from resfast.errors import ResfastError
 from resfast.layers.activation import NETWORK_NEGATIVE_SLOPE, make_activation
 from resfast.layers.conv import Conv2d
 from resfast.layers.norm import norm_act
-from resfast.models.resnet import Activation, Norm, as_text, check_activation
+from resfast.models.resnet import (
+    Activation,
+    Norm,
+    as_text,
+    check_activation,
+    freeze_norm_scales,
+)
 
 IMAGE_SIZE = 32
 
@@ -118,9 +124,7 @@ class VGG(nn.Module):
             width = size
         self.head = nn.Sequential(*head[:-1])
         if spec.freeze_norm_scale:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.weight.requires_grad_(False)
+            freeze_norm_scales(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))

@@ -66,12 +66,10 @@ def conv2d_bias_act(
 ) -> Tensor:
     """Computes in float32 (float64 for float64) and rounds once to x's dtype; ``channels_last``."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    bias = None if bias is None else bias.to(dtype)
-    out = F.conv2d(x.to(dtype), weight.to(dtype), bias, stride, padding, dilation, groups)
-    if residual is not None:
-        out = out + residual.to(dtype)
-    out = ACTIVATIONS[activation](out, negative_slope).to(x.dtype)
-    return channels_last(out)
+    residual = None if residual is None else residual.to(dtype)
+    epilogue = (activation, negative_slope, groups, dilation)
+    out = unfused(x.to(dtype), weight.to(dtype), bias, residual, stride, padding, *epilogue)
+    return channels_last(out.to(x.dtype))
 
 
 def unfused(
