@@ -21,6 +21,7 @@ from resfast.models.presets import PRESETS
 from resfast.models.resnet import ResNet, ResNetSpec
 from resfast.models.speednet import SpeedNet, SpeedNetSpec
 from resfast.ops.conv.op import ConvBiasAct
+from resfast.ops.network.network import Network
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 LAYERS = {
@@ -659,7 +660,12 @@ def test_images_stay_in_channels_last(model: nn.Module):
     assert all(seen)
 
 
-def test_autocast_changes_nothing(model: nn.Module):
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_autocast_changes_nothing(
+    model: nn.Module, one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if one_by_one:  # as a chain may choose
+        monkeypatch.setattr(Network, "_choose", lambda self, x: self.by_layers)
     fused = resfast.fuse(model, torch.float32)
     x = images(2, 3, 16, 16)
     with torch.inference_mode():

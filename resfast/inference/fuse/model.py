@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -84,16 +85,14 @@ class FusedModel(nn.Module):
             if self._output is None and isinstance(x, Tensor) and x.is_cpu:
                 chain = self._chains.only(self.network)
                 if chain is not None and chain.takes(x):
-                    return chain.network(x).float()
+                    with _no_autocast("cpu"):
+                        return chain.network(x).float()
         return self._run(*map(self._converted, inputs))
 
     def _run(self, *inputs: Any) -> Any:
         kind = next((x.device.type for x in tensors(inputs)), "cpu")
         network = self._chains.of(self.network, kind)
-        if torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                out = network(*inputs)
-        else:
+        with _no_autocast(kind):
             out = network(*inputs)
         return _floats(out if self._output is None else _ordered(out, self._output))
 
@@ -216,6 +215,13 @@ class _Chains:
 
     def __reduce__(self) -> tuple[type[_Chains], tuple[()]]:
         return _Chains, ()
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """The layers' own dtypes for what follows, also under a caller's autocast."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _floats(value: Any) -> Any:
