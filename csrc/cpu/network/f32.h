@@ -102,6 +102,7 @@ inline void multiply(
 struct Epilogue {
   char* to; // the panel's outputs of line 0
   int64_t to_bytes; // from one line to the next
+  bool inside; // the result is a map of the arena, whose lines are filled up with zeros
   bool narrow; // the result is bfloat16
   int64_t outputs; // that there are
   const float* residual; // of line 0; null: none
@@ -118,9 +119,11 @@ inline Epilogue epilogue_of(const Step& step, const Memory& memory, int64_t pane
   e.bias = reinterpret_cast<const float*>(memory.constants + step.bias * kLine) + panel * kTile;
   if (step.residual.line >= 0)
     e.residual = lines_of(memory, step.residual, panel);
-  if (step.to.line >= 0) {
+  e.outputs = std::min(kTile, step.outputs - panel * kTile);
+  e.inside = step.to.line >= 0;
+  if (e.inside) {
     e.to = memory.line(step.to.line + panel * step.to.block_lines);
-    e.to_bytes = kLine, e.outputs = kTile;
+    e.to_bytes = kLine;
     return e;
   }
   const int64_t bytes = memory.wide_result ? sizeof(float) : sizeof(uint16_t);
@@ -128,7 +131,6 @@ inline Epilogue epilogue_of(const Step& step, const Memory& memory, int64_t pane
   e.to = static_cast<char*>(memory.result) + (first + panel * kTile) * bytes;
   e.to_bytes = step.outputs * bytes;
   e.narrow = !memory.wide_result;
-  e.outputs = std::min(kTile, step.outputs - panel * kTile);
   return e;
 }
 
@@ -143,11 +145,15 @@ RESFAST_F32_INLINE void finish(
   value = value + bias;
   if (e.residual) value = value + load_line(e.residual + residual * kLanes);
   if (e.activation == kRelu) value = relu(value);
-  else if (e.activation != kNone) value = activated(value, e.activation, e.negative_slope);
+  else if (e.activation != kNone) activate(value, e.activation, e.negative_slope);
   char* place = e.to + to * e.to_bytes;
   if (e.outputs == kTile && !e.narrow)
     return store_line(reinterpret_cast<float*>(place), value);
-  store_result(place, value, e.outputs, e.narrow);
+  if (!e.inside) return store_result(place, value, e.outputs, e.narrow);
+  // Weights of 0 do not make a lane 0: the input may be infinite.
+  alignas(kLine) float values[kLanes];
+  store_line(values, value);
+  store_line(reinterpret_cast<float*>(place), load_first_line(values, e.outputs));
 }
 
 // Results of a tile; not of lines from `last` on.

@@ -81,23 +81,26 @@ RESFAST_F32_INLINE Vector gelu(Vector x) {
   return x * where_less(x, splat(0.0f), tail, splat(1.0f) - tail);
 }
 
-// Not inlined: the constants would be loaded outside of loops that do not need them.
-RESFAST_F32 __attribute__((noinline)) inline Line activated(
-    const Line& line, int64_t activation, float negative_slope) {
+// Not inlined: the constants would be loaded outside of loops that do not need them. In place: GCC 12
+// ends a function that returns a struct of one __m512 with vzeroupper, and most of it is lost.
+RESFAST_F32 __attribute__((noinline)) inline void activate(
+    Line& line, int64_t activation, float negative_slope) {
   switch (activation) {
-    case kRelu: return relu(line);
+    case kRelu: line = relu(line); break;
     case kLeakyRelu:
-      return line_from([&](int v) RESFAST_F32 {
+      line = line_from([&](int v) RESFAST_F32 {
         const Vector value = line.part[v];
         return where_less(value, splat(0.0f), value * splat(negative_slope), value);
       });
+      break;
     case kSilu:
-      return line_from([&](int v) RESFAST_F32 {
+      line = line_from([&](int v) RESFAST_F32 {
         const Vector value = line.part[v];
         return value / (splat(1.0f) + exponential(splat(0.0f) - value));
       });
-    case kGelu: return line_from([&](int v) RESFAST_F32 { return gelu(line.part[v]); });
-    default: return line;
+      break;
+    case kGelu: line = line_from([&](int v) RESFAST_F32 { return gelu(line.part[v]); }); break;
+    default: break;
   }
 }
 
