@@ -1,7 +1,7 @@
 // The steps of a plan on lines of bfloat16, for AVX512-BF16 and AMX.
 #pragma once
 
-#include "conv.h"
+#include "conv_amx.h"
 #include "kernels.h"
 
 namespace resfast::network {
@@ -9,48 +9,8 @@ namespace {
 
 void conv(const Step& step, const Memory& memory, int64_t begin, int64_t end, int64_t first_panel,
           int64_t last_panel) {
-  const auto* tiles = reinterpret_cast<const Tile*>(memory.tables + step.tiles);
-  Operand operand{
-      reinterpret_cast<const uint16_t*>(memory.line(step.from.line)),
-      step.from.block_lines * kBlock, step.blocks, step.tap_count, memory.tables + step.taps,
-      nullptr};
-  const bool outside = step.to.line < 0; // the result of the plan
-  const int64_t pixels = step.out_height * step.out_width;
-  Epilogue epilogue{};
-  epilogue.activation = step.activation;
-  std::memcpy(&epilogue.negative_slope, &step.negative_slope, sizeof(float));
-  epilogue.to_bytes = outside ? 2 * step.outputs : kLine;
-  epilogue.last = outside ? (memory.images - step.first_image) * pixels : INT64_MAX;
-  alignas(64) float sums[kMostTiles * kSums];
-  for (int64_t first = begin; first < end; first += step.tiles_at_once) {
-    const int64_t last = std::min(end, first + step.tiles_at_once);
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      operand.weights = reinterpret_cast<const uint16_t*>(
-          memory.constants + step.weights * kLine +
-          panel * step.blocks * step.tap_count * kWeights * 2);
-      epilogue.bias =
-          reinterpret_cast<const float*>(memory.constants + step.bias * kLine) + panel * kTile;
-      const int64_t block = panel / 2, half = panel % 2 * kLine / 2;
-      if (outside) {
-        epilogue.to = reinterpret_cast<char*>(
-            static_cast<uint16_t*>(memory.result) + step.first_image * pixels * step.outputs +
-            panel * kTile);
-        epilogue.mask = lane_mask(step.outputs - panel * kTile);
-      } else {
-        epilogue.to = memory.line(step.to.line + block * step.to.block_lines) + half;
-        epilogue.mask = 0xFFFF;
-      }
-      if (step.residual.line >= 0)
-        epilogue.residual =
-            memory.line(step.residual.line + block * step.residual.block_lines) + half;
-      for (int64_t tile = first; tile < last; tile += kMostTiles) {
-        const int64_t count = std::min(kMostTiles, last - tile);
-        multiply(operand, tiles + tile, count, sums);
-        for (int64_t i = 0; i < count; ++i)
-          finish(epilogue, tiles[tile + i], memory.tables, sums + i * kSums);
-      }
-    }
-  }
+  const auto run = amx::supported() ? conv_amx : conv_avx512;
+  run(step, memory, begin, end, first_panel, last_panel);
 }
 
 // Copies `count` values into lines of one pixel, filled up with zeros.
@@ -107,10 +67,6 @@ void enter(const Step& step, const Memory& memory, int64_t begin, int64_t end) {
   }
 }
 
-__mmask32 first_lanes(int64_t count) {
-  return count >= kBlock ? 0xFFFFFFFF : (uint32_t{1} << count) - 1;
-}
-
 // The patches of rows of the result of one image, from the input's rows `first_row` on.
 RESFAST_BF16 void patches_of_row(
     const Step& step, const Memory& memory, int64_t image, int64_t row, const uint16_t* values,
@@ -126,14 +82,16 @@ RESFAST_BF16 void patches_of_row(
     const int64_t first = std::clamp<int64_t>(-left, 0, step.kernel_w);
     const int64_t last = std::clamp<int64_t>(step.width - left, first, step.kernel_w);
     const __mmask32 inside =
-        first_lanes(last * step.channels) & ~first_lanes(first * step.channels);
+        lane_mask32(last * step.channels) & ~lane_mask32(first * step.channels);
     uint16_t* place = size <= kBlock ? to : patch;
+    const int64_t room = size <= kBlock ? kBlock : size; // filled up with zeros
     for (int64_t r = 0; r < step.kernel_h; ++r) {
       const bool there = top + r >= 0 && top + r < step.height;
       const __m512i part = _mm512_maskz_loadu_epi16(
           there ? inside : 0,
           values + ((top + r - first_row) * step.width + left) * step.channels);
-      _mm512_mask_storeu_epi16(place + r * row_values, first_lanes(row_values), part);
+      const int64_t at = r * row_values;
+      _mm512_mask_storeu_epi16(place + at, lane_mask32(room - at), part);
     }
     if (place == patch) put(patch, size, to, step.to.block_lines * kBlock);
   }

@@ -21,44 +21,6 @@ struct Operand {
   const uint16_t* weights;
 };
 
-template <int kTiles>
-RESFAST_AMX void multiply_amx(const Operand& operand, const Tile* tiles, float* sums) {
-  asm volatile("" ::: "memory"); // GCC does not know that a tile's load reads memory
-  amx::zero<0>();
-  if constexpr (kTiles > 1) amx::zero<1>();
-  if constexpr (kTiles > 2) amx::zero<2>();
-  if constexpr (kTiles > 3) amx::zero<3>();
-  const uint16_t* weights = operand.weights;
-  const uint16_t* block = operand.from;
-  for (int64_t i = 0; i < operand.blocks; ++i, block += operand.block_values) {
-    const uint16_t* a[kTiles];
-    for (int j = 0; j < kTiles; ++j) a[j] = block + tiles[j].from * kBlock;
-    for (int64_t tap = 0; tap < operand.tap_count; ++tap, weights += kWeights) {
-      const int64_t shift = operand.taps[tap] * kBlock;
-      amx::load<6>(weights, kLine);
-      amx::load<4>(a[0] + shift, kLine);
-      amx::multiply<0, 4, 6>();
-      if constexpr (kTiles > 1) {
-        amx::load<5>(a[1] + shift, kLine);
-        amx::multiply<1, 5, 6>();
-      }
-      if constexpr (kTiles > 2) {
-        amx::load<4>(a[2] + shift, kLine);
-        amx::multiply<2, 4, 6>();
-      }
-      if constexpr (kTiles > 3) {
-        amx::load<5>(a[3] + shift, kLine);
-        amx::multiply<3, 5, 6>();
-      }
-    }
-  }
-  amx::store<0>(sums, kLine);
-  if constexpr (kTiles > 1) amx::store<1>(sums + kSums, kLine);
-  if constexpr (kTiles > 2) amx::store<2>(sums + 2 * kSums, kLine);
-  if constexpr (kTiles > 3) amx::store<3>(sums + 3 * kSums, kLine);
-  asm volatile("" ::: "memory");
-}
-
 RESFAST_BF16 inline void multiply_avx512(const Operand& operand, const Tile& tile, float* sums) {
   __m512 sum[kTile];
 #pragma GCC unroll 16
@@ -82,17 +44,9 @@ RESFAST_BF16 inline void multiply_avx512(const Operand& operand, const Tile& til
   for (int i = 0; i < kTile; ++i) _mm512_store_ps(sums + i * kTile, sum[i]);
 }
 
-inline void multiply(const Operand& operand, const Tile* tiles, int64_t count, float* sums) {
-  if (!amx::supported()) {
-    for (int64_t i = 0; i < count; ++i) multiply_avx512(operand, tiles[i], sums + i * kSums);
-    return;
-  }
-  switch (count) {
-    case 1: return multiply_amx<1>(operand, tiles, sums);
-    case 2: return multiply_amx<2>(operand, tiles, sums);
-    case 3: return multiply_amx<3>(operand, tiles, sums);
-    default: return multiply_amx<4>(operand, tiles, sums);
-  }
+// The first `count` of 32 lanes.
+inline __mmask32 lane_mask32(int64_t count) {
+  return count >= kBlock ? 0xFFFFFFFF : (uint32_t{1} << count) - 1;
 }
 
 // What is done with the sums of a panel.
@@ -103,7 +57,9 @@ struct Epilogue {
   const float* bias; // of the panel
   int64_t activation;
   float negative_slope;
-  __mmask16 mask; // outputs that there are
+  __mmask16 lanes; // outputs that there are; the others are 0
+  __mmask16 mask; // outputs that are written
+  bool fills; // zeros follow, up to the end of the line
   int64_t last; // lines from this one on are left out
 };
 
@@ -116,10 +72,21 @@ RESFAST_BF16_INLINE void finish_row(
         value,
         load_bf16(0xFFFF, reinterpret_cast<const uint16_t*>(e.residual + residual * kLine)));
   auto* out = reinterpret_cast<uint16_t*>(e.to + to * e.to_bytes);
-  if (kRelu)
-    return store_bf16(e.mask, out, _mm512_max_ps(_mm512_setzero_ps(), value)); // NaN stays NaN
+  if (kRelu) { // NaN stays NaN
+    value = _mm512_maskz_max_ps(e.lanes, _mm512_setzero_ps(), value);
+    return store_bf16(e.mask, out, value);
+  }
+  value = _mm512_maskz_mov_ps(e.lanes, value); // weights of 0 times infinity
   if (e.activation >= kSilu) return finish_slowly(out, e.mask, value, e.activation);
   store_bf16(e.mask, out, activated(value, e.activation, e.negative_slope));
+}
+
+// Zeros after the last panel of lines that it does not fill.
+inline void fill(const Epilogue& e, const Tile& tile, const int32_t* tables) {
+  for (int64_t i = 0; i < kTile; ++i) {
+    const int64_t to = tile.rows < 0 ? tile.to + i : tables[tile.rows + 2 * i];
+    if (to >= 0) std::memset(e.to + to * e.to_bytes + kLine / 2, 0, kLine / 2);
+  }
 }
 
 template <bool kResidual, bool kRelu>
@@ -143,11 +110,68 @@ RESFAST_BF16 void finish_tile(
 inline void finish(
     const Epilogue& e, const Tile& tile, const int32_t* tables, const float* sums) {
   const bool relu = e.activation == kRelu;
+  if (e.fills) fill(e, tile, tables);
   if (e.residual)
     return relu ? finish_tile<true, true>(e, tile, tables, sums)
                 : finish_tile<true, false>(e, tile, tables, sums);
   return relu ? finish_tile<false, true>(e, tile, tables, sums)
               : finish_tile<false, false>(e, tile, tables, sums);
+}
+
+inline Operand operand_of(const Step& step, const Memory& memory) {
+  return {reinterpret_cast<const uint16_t*>(memory.line(step.from.line)),
+          step.from.block_lines * kBlock, step.blocks, step.tap_count,
+          memory.tables + step.taps, nullptr};
+}
+
+// Weights of the first panel.
+inline const uint16_t* weights_of(const Step& step, const Memory& memory) {
+  return reinterpret_cast<const uint16_t*>(memory.constants + step.weights * kLine);
+}
+
+// Of outputs `panel` * 16 on.
+inline Epilogue epilogue_of(const Step& step, const Memory& memory, int64_t panel) {
+  Epilogue e{};
+  e.activation = step.activation;
+  std::memcpy(&e.negative_slope, &step.negative_slope, sizeof(float));
+  e.bias = reinterpret_cast<const float*>(memory.constants + step.bias * kLine) + panel * kTile;
+  e.lanes = lane_mask(step.outputs - panel * kTile);
+  const int64_t block = panel / 2, half = panel % 2 * kLine / 2;
+  if (step.residual.line >= 0)
+    e.residual = memory.line(step.residual.line + block * step.residual.block_lines) + half;
+  if (step.to.line >= 0) {
+    e.to = memory.line(step.to.line + block * step.to.block_lines) + half;
+    e.to_bytes = kLine, e.last = INT64_MAX, e.mask = 0xFFFF;
+    e.fills = half == 0 && (panel + 1) * kTile >= step.outputs;
+    return e;
+  }
+  const int64_t pixels = step.out_height * step.out_width;
+  e.to = reinterpret_cast<char*>(
+      static_cast<uint16_t*>(memory.result) + step.first_image * pixels * step.outputs +
+      panel * kTile);
+  e.to_bytes = 2 * step.outputs, e.last = (memory.images - step.first_image) * pixels;
+  e.mask = e.lanes;
+  return e;
+}
+
+inline void conv_avx512(
+    const Step& step, const Memory& memory, int64_t begin, int64_t end, int64_t first_panel,
+    int64_t last_panel) {
+  const auto* tiles = reinterpret_cast<const Tile*>(memory.tables + step.tiles);
+  Operand operand = operand_of(step, memory);
+  alignas(64) float sums[kSums];
+  for (int64_t first = begin; first < end; first += step.tiles_at_once) {
+    const int64_t last = std::min(end, first + step.tiles_at_once);
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      operand.weights =
+          weights_of(step, memory) + panel * step.blocks * step.tap_count * kWeights;
+      const Epilogue epilogue = epilogue_of(step, memory, panel);
+      for (int64_t tile = first; tile < last; ++tile) {
+        multiply_avx512(operand, tiles[tile], sums);
+        finish(epilogue, tiles[tile], memory.tables, sums);
+      }
+    }
+  }
 }
 
 } // namespace resfast::network

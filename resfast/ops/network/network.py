@@ -173,8 +173,6 @@ class Network:
         layers, dtype = self._current(), self.modules[0].weight.dtype
         layout = layout_for(dtype)
         assert layout is not None  # as `fits` found
-        if _has_partial_lines(layers, layout):
-            return self.by_layers
         try:
             ways = self.ways(layers, layout, x.shape)
             is_right = self._check(layers, layout, x.shape)
@@ -282,15 +280,6 @@ class Network:
 def _most_images() -> int:
     """Images of a batch that are tried: a full item for each thread."""
     return max(MOST_IMAGES.values()) * torch.get_num_threads()
-
-
-def _has_partial_lines(layers: Sequence[Layer], layout: Layout) -> bool:
-    """Whether lines between the layers have lanes without a channel.
-
-    Their weights are 0, but 0 times infinity is NaN, which the next layer would read.
-    """
-    convolutions = [layer for layer in layers[:-1] if isinstance(layer, Conv)]
-    return any(layer.weight.shape[0] % layout.block for layer in convolutions)
 
 
 def _measure(x: Tensor, ways: dict[str, Callable[[Tensor], Tensor]]) -> tuple[str, bool]:
