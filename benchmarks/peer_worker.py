@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 Run = Callable[[Tensor], Tensor]
 IMAGE_SIZE = 32
+MOST_COMPARED = 64
+"""Images that are compared with float32; all of a large batch would set the peak memory."""
 
 
 def build(name: str) -> nn.Module:
@@ -130,7 +132,7 @@ def main() -> None:
     with torch.inference_mode():
         model = build(name)
         x = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE)
-        exact = model(x)
+        exact = model(x[:MOST_COMPARED])
         try:
             other = None
             if peer in BESIDE:
@@ -142,7 +144,7 @@ def main() -> None:
             first = str(error).strip().partition("\n")[0]
             print(json.dumps({"missing": f"{type(error).__name__}: {first}"}), file=answers)
             return
-        error = float((result - exact).norm() / exact.norm())
+        error = float((result[:MOST_COMPARED] - exact).norm() / exact.norm())
         for _ in range(3):
             run(x)
         print(json.dumps({"error": error}), file=answers)

@@ -24,7 +24,7 @@ from resfast.inference.fuse.model import FusedModel
 from resfast.models.presets import create_model
 from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv.op import ConvBiasAct
-from resfast.ops.conv.reference import KERNEL_ACTIVATIONS, conv2d_bias_act
+from resfast.ops.conv.reference import conv2d_bias_act
 from resfast.ops.network import network as network_module
 from resfast.ops.network import plan as network_plan
 from resfast.ops.network import winograd
@@ -32,6 +32,8 @@ from resfast.ops.network.layers import (
     BFLOAT16,
     FLOAT32,
     FLOAT32_TO_BFLOAT16,
+    NETWORK_ACTIVATIONS,
+    Concat,
     Conv,
     Head,
     Layer,
@@ -39,6 +41,7 @@ from resfast.ops.network.layers import (
     Mean,
     Unplannable,
     shapes,
+    sources,
 )
 from resfast.ops.network.packing import aligned_bytes, pack
 
@@ -83,14 +86,16 @@ def conv(
     activation: str = "relu",
     residual: int | None = None,
     bias: bool = True,
+    groups: int = 1,
 ) -> Conv:
     rows, columns = (kernel, kernel) if isinstance(kernel, int) else kernel
     if padding is None:
         padding = (rows // 2, columns // 2)
     both = (padding, padding) if isinstance(padding, int) else padding
-    weight = torch.randn(outputs, channels, rows, columns) / (channels * rows * columns) ** 0.5
+    inputs = channels // groups
+    weight = torch.randn(outputs, inputs, rows, columns) / (inputs * rows * columns) ** 0.5
     values = torch.randn(outputs) / 4 if bias else None
-    return Conv(source, weight, values, stride, both, activation, 0.1, residual)
+    return Conv(source, weight, values, stride, both, activation, 0.1, residual, groups)
 
 
 CHAINS: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
@@ -118,7 +123,42 @@ CHAINS: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
     ),
     "activations": (
         40, 6, 6,
-        lambda: [conv(i, 40, 40, activation=name) for i, name in enumerate(KERNEL_ACTIVATIONS)],
+        lambda: [conv(i, 40, 40, activation=name) for i, name in enumerate(NETWORK_ACTIVATIONS)],
+    ),
+    "depthwise": (
+        3, 17, 13,
+        lambda: [
+            conv(0, 3, 40, 3, 2, activation="relu6"),
+            conv(1, 40, 40, activation="relu6", groups=40),
+            conv(2, 40, 24, 1, activation="none"), conv(3, 24, 144, 1, activation="hardswish"),
+            conv(4, 144, 144, 5, 2, activation="hardswish", groups=144),
+            conv(5, 144, 24, 1, activation="none"), conv(6, 24, 24, 3, groups=24, bias=False),
+            conv(7, 24, 24, 1, residual=6, activation="hardsigmoid"),
+        ],
+    ),
+    "depthwise first and last": (
+        37, 9, 10,
+        lambda: [
+            conv(0, 37, 37, 3, 2, activation="silu", groups=37), conv(1, 37, 37, 1),
+            conv(2, 37, 37, (1, 3), 1, activation="none", groups=37),
+        ],
+    ),
+    "concatenations": (
+        3, 15, 16,
+        lambda: [
+            conv(0, 3, 40, 3, 2), conv(1, 40, 32, 1), conv(1, 40, 64, 3), Concat((2, 3)),
+            MaxPool(4, 3, 2, 1), conv(5, 96, 24, 1), conv(6, 24, 24, 3, groups=24),
+            conv(6, 24, 64, 1, activation="none"), conv(7, 24, 32, 1), MaxPool(8, 3, 1, 1),
+            Concat((9, 10)), conv(11, 96, 40, 3, 2), conv(11, 96, 40, 5, 1),
+            conv(13, 40, 40, 3, 2, residual=12),
+        ],
+    ),
+    "groups": (
+        3, 16, 16,
+        lambda: [
+            conv(0, 3, 128), conv(1, 128, 64, groups=2), conv(2, 64, 192, 3, 2, groups=2),
+            conv(1, 128, 192, 1, 2), conv(3, 192, 192, residual=4, groups=3), conv(5, 192, 40, 1),
+        ],
     ),
     "a map read with both strides": (
         32, 9, 12,
@@ -162,21 +202,24 @@ def reference(layers: Sequence[Layer], x: Tensor, kind: str) -> Tensor:
     """The chain in float64, rounded to bfloat16 between the layers where the kernels round."""
     values = [x.double()]
     for layer in layers:
-        source = values[layer.source]
+        source, *others = (values[index] for index in sources(layer))
         match layer:
             case Conv():
                 value = conv2d_bias_act(
                     source,
                     layer.weight.double(),
                     None if layer.bias is None else layer.bias.double(),
-                    None if layer.residual is None else values[layer.residual],
+                    others[0] if others else None,
                     [layer.stride] * 2,
                     list(layer.padding),
                     layer.activation,
                     layer.negative_slope,
+                    layer.groups,
                 )
             case MaxPool():
                 value = F.max_pool2d(source, layer.kernel, layer.stride, layer.padding)
+            case Concat():
+                value = torch.cat([source, *others], 1)
             case Mean():
                 value = source.mean((2, 3), keepdim=True)
         values.append(value.bfloat16().double() if kind == "bf16" else value)
@@ -457,7 +500,7 @@ def test_strides_above_two_and_maps_smaller_than_the_kernel_cannot_be_planned():
 def test_a_mean_ends_a_network_and_a_max_pool_does_not():
     with pytest.raises(Unplannable, match="a mean elsewhere"):
         shapes([conv(0, 3, 8), Mean(1), conv(2, 8, 8, 1)], (1, 3, 6, 6))
-    with pytest.raises(Unplannable, match="a max pool at the end"):
+    with pytest.raises(Unplannable, match="a max pool or concatenation at the end"):
         shapes([conv(0, 3, 8), MaxPool(1, 2, 2, 0)], (1, 3, 6, 6))
 
 
@@ -474,6 +517,24 @@ def test_arguments_are_checked(kind: str):
     planned.plan = dataclasses.replace(planned.plan, program=planned.plan.program[:-1])
     with pytest.raises(RuntimeError, match=r"program of .* is none of this version"):
         planned(images(4, 3, 8, 8))
+
+
+def test_values_of_a_concatenation_must_fill_lines_and_be_read_once():
+    def planned(layers: list[Layer]) -> None:
+        network_plan.plan(layers, pack(layers), (2, 3, 8, 8), 1, 2)
+
+    both: list[Layer] = [conv(0, 3, 32), conv(1, 32, 64)]
+    planned([*both, conv(1, 32, 32), Concat((2, 3)), conv(4, 96, 8)])
+    for wrong in (
+        [*both, conv(1, 32, 20), Concat((3, 2)), conv(4, 84, 8)],
+        [*both, Concat((2, 2)), conv(3, 128, 8)],
+        [*both, Concat((0, 2)), conv(3, 67, 8)],
+        [*both, conv(1, 32, 32, 3, 2), Concat((2, 3)), conv(4, 96, 8)],
+        [*both, conv(1, 32, 32), Concat((2, 3))],
+        [*both, conv(1, 32, 32), Concat((2, 3)), conv(4, 96, 64), conv(5, 64, 64, residual=2)],
+    ):
+        with pytest.raises(Unplannable, match="concatenation"):
+            planned(wrong)
 
 
 # -- the kernels for other processors ----------------------------------------------------------
@@ -584,6 +645,68 @@ def test_a_fused_network_runs_as_one_chain(choices: None, dtype: torch.dtype, er
         with torch.inference_mode():
             assert relative_error(fused(x), model.double()(x.double())) < error
             model.float()
+
+
+class Branches(nn.Module):
+    """A fire module, a depthwise block and a grouped convolution, with ReLU6 and hardswish."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, 2, 1)
+        self.left, self.right = nn.Conv2d(24, 32, 1), nn.Conv2d(24, 96, 3, padding=1)
+        self.depthwise = nn.Conv2d(128, 128, 3, padding=1, groups=128)
+        self.groups = nn.Conv2d(128, 64, 3, padding=1, groups=2)
+        self.last = nn.Conv2d(64, 20, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.stem(x))
+        x = torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], dim=1)
+        x = F.relu6(self.depthwise(F.max_pool2d(x, 3, 2, 1)))
+        return F.relu(self.last(F.hardsigmoid(self.groups(x))))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+def test_groups_and_concatenations_are_parts_of_a_chain(
+    choices: None, dtype: torch.dtype, error: float
+):
+    torch.manual_seed(0)
+    model = Branches().eval()
+    fused = resfast.fuse(model, dtype)
+    (chain,) = chains_of(fused)
+    kinds = [type(layer).__name__ for layer in chain.network.layers]
+    assert kinds == ["Conv"] * 3 + ["Concat", "MaxPool"] + ["Conv"] * 3
+    for count in (1, 7):
+        x = torch.randn(count, 3, 32, 32)
+        with torch.inference_mode():
+            assert relative_error(fused(x), model.double()(x.double())) < error
+            model.float()
+
+
+@needs_kernels
+@pytest.mark.parametrize("outside", ["left", "both"])
+def test_a_concatenation_of_values_that_are_read_elsewhere_ends_a_chain(
+    choices: None, outside: str
+):
+    class Read(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+            left, right = self.left(x), self.right(x)
+            both = torch.cat([left, left if outside == "both" else right], 1)
+            return both.mean((2, 3)), left.mean((2, 3))
+
+    torch.manual_seed(0)
+    model = Read().eval()
+    fused = resfast.fuse(model, torch.float32)
+    assert all(
+        type(layer).__name__ != "Concat"
+        for chain in chains_of(fused)
+        for layer in chain.network.layers
+    )
+    x = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        for result, exact in zip(fused(x), model(x), strict=True):
+            assert relative_error(result, exact.double()) < 1e-5
 
 
 @needs_kernels

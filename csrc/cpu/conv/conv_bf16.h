@@ -14,7 +14,8 @@
 #include <vector>
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // false positive in GCC's intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // false positives in GCC's intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 

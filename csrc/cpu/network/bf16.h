@@ -2,6 +2,7 @@
 #pragma once
 
 #include "conv_amx.h"
+#include "depthwise.h"
 #include "kernels.h"
 
 namespace resfast::network {
@@ -210,7 +211,7 @@ RESFAST_BF16 void head(
   }
 }
 
-constexpr Kernels kBf16{conv, nullptr, head, patches, enter, max_pool, mean};
+constexpr Kernels kBf16{conv, nullptr, head, depthwise, patches, enter, max_pool, mean};
 
 } // namespace
 } // namespace resfast::network

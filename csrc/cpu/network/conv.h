@@ -49,6 +49,22 @@ inline __mmask32 lane_mask32(int64_t count) {
   return count >= kBlock ? 0xFFFFFFFF : (uint32_t{1} << count) - 1;
 }
 
+RESFAST_BF16_INLINE __m512 relu6(__m512 x) { // NaN stays NaN
+  return _mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max_ps(_mm512_setzero_ps(), x));
+}
+
+// Not inlined: the constants would be loaded outside of loops that do not need them.
+RESFAST_BF16 __attribute__((noinline)) inline __m512 activated_slowly(
+    __m512 value, int64_t activation, float negative_slope) {
+  const __m512 gate = relu6(_mm512_add_ps(value, _mm512_set1_ps(3.0f)));
+  switch (activation) {
+    case kRelu6: return relu6(value);
+    case kHardswish: return _mm512_div_ps(_mm512_mul_ps(value, gate), _mm512_set1_ps(6.0f));
+    case kHardsigmoid: return _mm512_div_ps(gate, _mm512_set1_ps(6.0f));
+    default: return activated(value, activation, negative_slope);
+  }
+}
+
 // What is done with the sums of a panel.
 struct Epilogue {
   char* to; // the panel's outputs of line 0
@@ -72,13 +88,10 @@ RESFAST_BF16_INLINE void finish_row(
         value,
         load_bf16(0xFFFF, reinterpret_cast<const uint16_t*>(e.residual + residual * kLine)));
   auto* out = reinterpret_cast<uint16_t*>(e.to + to * e.to_bytes);
-  if (kRelu) { // NaN stays NaN
-    value = _mm512_maskz_max_ps(e.lanes, _mm512_setzero_ps(), value);
-    return store_bf16(e.mask, out, value);
-  }
-  value = _mm512_maskz_mov_ps(e.lanes, value); // weights of 0 times infinity
-  if (e.activation >= kSilu) return finish_slowly(out, e.mask, value, e.activation);
-  store_bf16(e.mask, out, activated(value, e.activation, e.negative_slope));
+  if (kRelu) value = _mm512_max_ps(_mm512_setzero_ps(), value); // NaN stays NaN
+  else if (e.activation != kNone)
+    value = activated_slowly(value, e.activation, e.negative_slope);
+  store_bf16(e.mask, out, _mm512_maskz_mov_ps(e.lanes, value)); // weights of 0 times infinity
 }
 
 // Zeros after the last panel of lines that it does not fill.

@@ -6,88 +6,9 @@
 // are few tiles, since a product must wait for the one before it in the same sum.
 #pragma once
 
-#include "conv.h"
+#include "lines.h"
 
 namespace resfast::network {
-
-// What is done with the sums of both panels of a line.
-struct LineEpilogue {
-  char* to; // the outputs of line 0
-  int64_t to_bytes; // from one line to the next
-  bool inside; // whole lines are written, otherwise only the outputs that there are
-  const char* residual; // of line 0, in lines of 64 bytes; null: none
-  const float* bias; // of the panels
-  int64_t activation;
-  float negative_slope;
-  __mmask32 lanes; // outputs that there are; the others are 0
-  int64_t last; // lines from this one on are left out
-};
-
-// Of outputs `panel` * 16 on, where `panel` is even.
-inline LineEpilogue line_epilogue_of(const Step& step, const Memory& memory, int64_t panel) {
-  const Epilogue half = epilogue_of(step, memory, panel);
-  return {half.to, half.to_bytes, step.to.line >= 0, half.residual, half.bias, half.activation,
-          half.negative_slope, lane_mask32(step.outputs - panel * kTile), half.last};
-}
-
-// Not inlined: the constants would be loaded outside of loops that do not need them.
-RESFAST_BF16 __attribute__((noinline)) inline __m512 activated_slowly(
-    __m512 value, int64_t activation, float negative_slope) {
-  return activated(value, activation, negative_slope);
-}
-
-// The outputs of a pixel.
-template <bool kResidual, bool kRelu>
-RESFAST_BF16_INLINE void finish_line(
-    const LineEpilogue& e, const float* sums, int64_t to, int64_t residual) {
-  __m512 low = _mm512_add_ps(_mm512_load_ps(sums), _mm512_loadu_ps(e.bias));
-  __m512 high = _mm512_add_ps(_mm512_load_ps(sums + kSums), _mm512_loadu_ps(e.bias + kTile));
-  if (kResidual) {
-    const auto* line = reinterpret_cast<const uint16_t*>(e.residual + residual * kLine);
-    low = _mm512_add_ps(low, load_bf16(0xFFFF, line));
-    high = _mm512_add_ps(high, load_bf16(0xFFFF, line + kTile));
-  }
-  if (kRelu) { // NaN stays NaN
-    low = _mm512_max_ps(_mm512_setzero_ps(), low);
-    high = _mm512_max_ps(_mm512_setzero_ps(), high);
-  } else if (e.activation != kNone) {
-    low = activated_slowly(low, e.activation, e.negative_slope);
-    high = activated_slowly(high, e.activation, e.negative_slope);
-  }
-  const auto line = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-  char* out = e.to + to * e.to_bytes;
-  if (e.inside) // weights of 0 do not make a lane 0: the input may be infinite
-    _mm512_store_si512(out, _mm512_maskz_mov_epi16(e.lanes, line));
-  else _mm512_mask_storeu_epi16(out, e.lanes, line);
-}
-
-// The sums of a tile and both panels of a line, [panel][pixel][output].
-template <bool kResidual, bool kRelu>
-RESFAST_BF16 void finish_lines(
-    const LineEpilogue& e, const Tile& tile, const int32_t* tables, const float* sums) {
-  if (tile.rows < 0 && tile.to + kTile <= e.last) {
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < kTile; ++i)
-      finish_line<kResidual, kRelu>(e, sums + i * kTile, tile.to + i, tile.residual + i);
-    return;
-  }
-  for (int64_t i = 0; i < kTile; ++i) {
-    const int64_t to = tile.rows < 0 ? tile.to + i : tables[tile.rows + 2 * i];
-    const int64_t residual = tile.rows < 0 ? tile.residual + i : tables[tile.rows + 2 * i + 1];
-    if (to >= 0 && to < e.last)
-      finish_line<kResidual, kRelu>(e, sums + i * kTile, to, residual);
-  }
-}
-
-inline void finish(
-    const LineEpilogue& e, const Tile& tile, const int32_t* tables, const float* sums) {
-  const bool relu = e.activation == kRelu;
-  if (e.residual)
-    return relu ? finish_lines<true, true>(e, tile, tables, sums)
-                : finish_lines<true, false>(e, tile, tables, sums);
-  return relu ? finish_lines<false, true>(e, tile, tables, sums)
-              : finish_lines<false, false>(e, tile, tables, sums);
-}
 
 // Weights that are fetched into the second cache while others are multiplied.
 struct Ahead {

@@ -201,6 +201,33 @@ inline void conv(
   }
 }
 
+// A convolution with one filter of its own for each channel.
+RESFAST_F32 inline void depthwise(
+    const Step& step, const Memory& memory, int64_t begin, int64_t end) {
+  const auto* pixels = reinterpret_cast<const Pixel*>(memory.tables + step.tiles);
+  const int32_t* taps = memory.tables + step.taps;
+  const int64_t count = images_here(step, memory) * step.out_height * step.out_width;
+  end = std::min(end * kRows, count);
+  for (int64_t block = 0; block < step.blocks; ++block) {
+    const Epilogue e = epilogue_of(step, memory, block);
+    const float* from = lines_of(memory, step.from, block);
+    const auto* weights = reinterpret_cast<const float*>(
+        memory.constants + (step.weights + block * step.tap_count) * kLine);
+    const Line bias = load_line(e.bias);
+    for (int64_t i = begin * kRows; i < end; ++i) {
+      Line sum = splat_line(0.0f);
+      for (int64_t tap = 0; tap < step.tap_count; ++tap) {
+        const Line x = load_line(from + (pixels[i].from + taps[tap]) * kLanes);
+        const Line w = load_line(weights + tap * kLanes);
+        sum = line_from([&](int v) RESFAST_F32 {
+          return multiply_add(x.part[v], w.part[v], sum.part[v]);
+        });
+      }
+      finish(e, bias, sum, pixels[i].to, pixels[i].residual);
+    }
+  }
+}
+
 } // namespace
 } // namespace resfast::network::RESFAST_F32_NAMESPACE
 
@@ -209,7 +236,7 @@ inline void conv(
 namespace resfast::network::RESFAST_F32_NAMESPACE {
 namespace {
 
-constexpr Kernels kKernels{conv, winograd, head, patches, enter, max_pool, mean};
+constexpr Kernels kKernels{conv, winograd, head, depthwise, patches, enter, max_pool, mean};
 
 } // namespace
 } // namespace resfast::network::RESFAST_F32_NAMESPACE

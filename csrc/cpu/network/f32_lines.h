@@ -81,6 +81,10 @@ RESFAST_F32_INLINE Vector gelu(Vector x) {
   return x * where_less(x, splat(0.0f), tail, splat(1.0f) - tail);
 }
 
+RESFAST_F32_INLINE Vector relu6(Vector x) { // NaN stays NaN
+  return minimum(splat(6.0f), maximum(splat(0.0f), x));
+}
+
 // Not inlined: the constants would be loaded outside of loops that do not need them. In place: GCC 12
 // ends a function that returns a struct of one __m512 with vzeroupper, and most of it is lost.
 RESFAST_F32 __attribute__((noinline)) inline void activate(
@@ -100,6 +104,17 @@ RESFAST_F32 __attribute__((noinline)) inline void activate(
       });
       break;
     case kGelu: line = line_from([&](int v) RESFAST_F32 { return gelu(line.part[v]); }); break;
+    case kRelu6: line = line_from([&](int v) RESFAST_F32 { return relu6(line.part[v]); }); break;
+    case kHardswish:
+      line = line_from([&](int v) RESFAST_F32 {
+        return line.part[v] * relu6(line.part[v] + splat(3.0f)) / splat(6.0f);
+      });
+      break;
+    case kHardsigmoid:
+      line = line_from([&](int v) RESFAST_F32 {
+        return relu6(line.part[v] + splat(3.0f)) / splat(6.0f);
+      });
+      break;
     default: break;
   }
 }

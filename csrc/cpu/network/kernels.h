@@ -16,6 +16,9 @@ namespace resfast::network {
 
 constexpr int64_t kMostPatch = 512; // values
 
+// Activations of networks only, numbered as in resfast/ops/network/layers.py.
+enum NetworkActivation : int64_t { kRelu6 = kGelu + 1, kHardswish, kHardsigmoid };
+
 // The input of the plan, [N, C, H, W] of bfloat16 or float32 in any memory order.
 struct Input {
   const void* values;
@@ -81,7 +84,7 @@ struct Kernels {
   using PanelPart = void (*)(
       const Step&, const Memory&, int64_t begin, int64_t end, int64_t first, int64_t last);
   PanelPart conv, winograd, head;
-  Part patches, enter, max_pool, mean;
+  Part depthwise, patches, enter, max_pool, mean;
 };
 
 extern const Kernels kF32Avx2, kF32Avx512; // for lines of float32

@@ -34,7 +34,8 @@ const Kernels& kernels_for(const Header& header) {
 int64_t units(const Step& step) {
   switch (step.kind) {
     case kConv:
-    case kWinograd: return step.tile_count;
+    case kWinograd:
+    case kDepthwise: return step.tile_count;
     case kEnter: return step.images * step.height;
     case kMean:
     case kHead: return step.images;
@@ -57,6 +58,7 @@ void run(const Kernels& kernels, const Step& step, const Memory& memory, int64_t
     case kHead:
       return kernels.head(step, memory, begin, end, step.outputs * which / step.panel_parts,
                           step.outputs * (which + 1) / step.panel_parts);
+    case kDepthwise: return kernels.depthwise(step, memory, begin, end);
     case kPatches: return kernels.patches(step, memory, begin, end);
     case kEnter: return kernels.enter(step, memory, begin, end);
     case kMaxPool: return kernels.max_pool(step, memory, begin, end);

@@ -19,9 +19,9 @@ constexpr int64_t kLine = 64; // bytes
 constexpr int64_t kBlock = 32; // channels of bfloat16 in a line
 constexpr int64_t kTile = 16; // lines of bfloat16 that are multiplied together; outputs in a panel
 constexpr int64_t kRows = 6; // pixels of float32 that are multiplied together
-constexpr int64_t kMagic = 0x7265736e6574'0003;
+constexpr int64_t kMagic = 0x7265736e6574'0004;
 
-enum Kind : int64_t { kConv, kPatches, kEnter, kMaxPool, kMean, kHead, kWinograd };
+enum Kind : int64_t { kConv, kPatches, kEnter, kMaxPool, kMean, kHead, kWinograd, kDepthwise };
 
 struct Header {
   int64_t magic;

@@ -14,10 +14,19 @@ from resfast.inference.fuse.nodes import MAX_POOLS, arguments
 from resfast.layers import fused
 from resfast.ops.basic_block.op import BasicBlock
 from resfast.ops.conv.op import ConvBiasAct
-from resfast.ops.conv.reference import KERNEL_ACTIVATIONS
-from resfast.ops.network.layers import Conv, Head, Layer, MaxPool, Mean
-from resfast.ops.network.network import Network
+from resfast.ops.network.layers import (
+    BFLOAT16,
+    NETWORK_ACTIVATIONS,
+    Concat,
+    Conv,
+    Head,
+    Layer,
+    MaxPool,
+    Mean,
+)
+from resfast.ops.network.network import Network, layout_for
 
+CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 LEAST_CONVOLUTIONS = 2
 """Of a chain; fewer are not worth a plan."""
 
@@ -107,7 +116,7 @@ def _find(order: list[fx.Node], network: fx.GraphModule) -> list[list[fx.Node]]:
             if len(_dtypes(nodes, network)) > 1:
                 break
             layers = _layers(nodes[-1], network) or []
-            ends = not isinstance(layers[-1], MaxPool)
+            ends = not isinstance(layers[-1], MaxPool | Concat) and not _has_groups(layers[-1])
             if ends and len(_inputs(nodes)) == 1 and _results(nodes) == [nodes[-1]]:
                 best = end
             if _is_mean(order[end - 1], network):
@@ -158,6 +167,8 @@ def _layers(node: fx.Node, network: fx.GraphModule) -> list[Layer] | None:
     if node.target in MAX_POOLS and node.op == "call_function":
         names = "input kernel_size stride padding dilation ceil_mode return_indices"
         return _pool(arguments(node, names))
+    if node.target in CONCATENATIONS:
+        return _concat(node, network)
     if node.op != "call_module" or node.kwargs:
         return None
     module = network.get_submodule(str(node.target))
@@ -218,13 +229,11 @@ def _is_linear(node: fx.Node, source: fx.Node, network: fx.GraphModule) -> bool:
 def _conv(module: ConvBiasAct, source: int, residual: int | None) -> Conv | None:
     if module.weight.dtype not in (torch.bfloat16, torch.float32):
         return None
-    if module.groups > 1 or max(module.dilation) > 1:
-        return None
-    if module.activation not in KERNEL_ACTIVATIONS:
+    if max(module.dilation) > 1 or module.activation not in NETWORK_ACTIVATIONS:
         return None
     if module.stride[0] != module.stride[1] or module.stride[0] > 2:
         return None
-    return Conv(
+    conv = Conv(
         source,
         module.weight,
         module.bias,
@@ -233,7 +242,34 @@ def _conv(module: ConvBiasAct, source: int, residual: int | None) -> Conv | None
         module.activation,
         module.negative_slope,
         residual,
+        module.groups,
     )
+    return conv if conv.has_kernel(layout_for(module.weight.dtype) or BFLOAT16) else None
+
+
+def _concat(node: fx.Node, network: fx.GraphModule) -> list[Layer] | None:
+    """A concatenation of results of convolutions that are read here only, and that fill lines."""
+    options = arguments(node, "tensors dim")
+    values = options.get("tensors")
+    if not isinstance(values, list | tuple) or len(set(values)) < len(values):
+        return None
+    if options.get("dim", 0) not in (1, -3):
+        return None
+    for value in values:
+        if not isinstance(value, fx.Node) or list(value.users) != [node]:
+            return None
+        layers = _layers(value, network) if value.op == "call_module" else None
+        if layers is None or not isinstance(layers[-1], Conv):
+            return None
+        layout = layout_for(layers[-1].weight.dtype) or BFLOAT16
+        if layers[-1].weight.shape[0] % layout.block:
+            return None
+    return [Concat(tuple(range(len(values))))]
+
+
+def _has_groups(layer: Layer) -> bool:
+    """Whether a convolution's groups are computed one by one, which a result is not written by."""
+    return isinstance(layer, Conv) and layer.groups > 1 and not layer.is_depthwise
 
 
 def _pool(options: dict[str, Any]) -> list[Layer] | None:
@@ -264,12 +300,16 @@ def _chain(nodes: list[fx.Node], network: fx.GraphModule) -> Chain:
     modules: dict[str, Any] = {}
     head = None
     for node in nodes:
-        inputs = (*node.args, *node.kwargs.values())
-        sources = [numbers[value] for value in inputs if isinstance(value, fx.Node)]
+        inputs: list[fx.Node] = []  # as often as the node reads each
+        fx.map_arg((node.args, node.kwargs), inputs.append)
+        found = [numbers[value] for value in inputs]
         for layer in _layers(node, network) or ():
-            values = {"source": len(layers) if layer.source < 0 else sources[layer.source]}
+            if isinstance(layer, Concat):
+                layers.append(Concat(tuple(found)))
+                continue
+            values = {"source": len(layers) if layer.source < 0 else found[layer.source]}
             if isinstance(layer, Conv) and layer.residual is not None:
-                values["residual"] = sources[layer.residual]
+                values["residual"] = found[layer.residual]
             layers.append(replace(layer, **values))
         numbers[node] = len(layers)
         copies[node] = graph.node_copy(node, copies.__getitem__)

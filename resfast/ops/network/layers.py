@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from resfast.ops.conv.reference import ACTIVATIONS
+
 LINE = 64
 """Bytes of a line, the unit of memory."""
 PANEL = 16
@@ -45,6 +47,10 @@ FLOAT32_TO_BFLOAT16 = replace(FLOAT32, result=torch.bfloat16)
 """For bfloat16 networks on processors without instructions for it."""
 
 
+NETWORK_ACTIVATIONS = tuple(ACTIVATIONS)[:8]
+"""Those of the kernels, which number them in this order."""
+
+
 class Unplannable(Exception):
     """A network that the kernels cannot run."""
 
@@ -55,13 +61,14 @@ class Conv:
 
     Attributes:
         source: the value it reads: 0 is the input, i the result of layer i - 1.
-        weight: bfloat16 or float32 ``[K, C, R, S]``.
+        weight: bfloat16 or float32 ``[K, C / groups, R, S]``.
         bias: float32 ``[K]``, or None.
         stride: of rows and columns, 1 or 2.
         padding: rows and columns of zeros on each side.
-        activation: a key of :data:`resfast.ops.conv.reference.KERNEL_ACTIVATIONS`.
+        activation: one of :data:`NETWORK_ACTIVATIONS`.
         negative_slope: slope of leaky ReLU.
         residual: the value added before the activation, or None.
+        groups: of channels.
     """
 
     source: int
@@ -72,14 +79,31 @@ class Conv:
     activation: str
     negative_slope: float
     residual: int | None = None
+    groups: int = 1
 
     @property
     def kernel(self) -> tuple[int, int]:
         """Rows and columns."""
         return self.weight.shape[2], self.weight.shape[3]
 
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel has one filter of its own."""
+        return self.groups > 1 and self.weight.shape[0] == self.groups and self.weight.shape[1] == 1
+
+    def has_kernel(self, layout: Layout) -> bool:
+        """Whether its groups, if any, are of one channel or fill lines."""
+        if self.groups == 1:
+            return True
+        if self.is_depthwise:
+            return self.residual is None
+        outputs, inputs = self.weight.shape[0] // self.groups, self.weight.shape[1]
+        return outputs % layout.block == 0 and inputs % layout.block == 0
+
     def reads_patches(self, layout: Layout) -> bool:
         """Whether it multiplies patches of the network's input."""
+        if self.groups > 1:
+            return False
         channels, (rows, columns) = self.weight.shape[1], self.kernel
         few = channels < FEW_CHANNELS and channels * columns <= layout.patch_row
         small = rows * columns * channels <= MOST_PATCH
@@ -104,6 +128,19 @@ class MaxPool:
 
 
 @dataclass(frozen=True)
+class Concat:
+    """Values next to each other along the channels; each is read here only, and fills lines.
+
+    It computes nothing: the values are written where they belong.
+
+    Attributes:
+        sources: the values.
+    """
+
+    sources: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Mean:
     """The mean of each channel: ``[N, C, H, W]`` to ``[N, C, 1, 1]``; ends a network."""
 
@@ -125,11 +162,13 @@ class Head:
     outputs: int
 
 
-Layer = Conv | MaxPool | Mean | Head
+Layer = Conv | MaxPool | Concat | Mean | Head
 
 
 def sources(layer: Layer) -> list[int]:
     """The values that a layer reads."""
+    if isinstance(layer, Concat):
+        return list(layer.sources)
     residual = getattr(layer, "residual", None)
     return [layer.source] if residual is None else [layer.source, residual]
 
@@ -146,14 +185,14 @@ def shapes(layers: Sequence[Layer], shape: Sequence[int]) -> list[tuple[int, int
     """
     found = [(shape[1], shape[2], shape[3])]
     for index, layer in enumerate(layers):
-        channels, height, width = found[layer.source]
+        channels, height, width = found[sources(layer)[0]]
         match layer:
             case Conv():
                 outputs, inputs, rows, columns = layer.weight.shape
-                if layer.stride not in (1, 2) or inputs != channels:
+                if layer.stride not in (1, 2) or inputs * layer.groups != channels:
                     raise Unplannable(
-                        f"a convolution of stride {layer.stride} and {inputs} channels, for "
-                        f"{channels}"
+                        f"a convolution of stride {layer.stride} and {inputs * layer.groups} "
+                        f"channels, for {channels}"
                     )
                 height = (height + 2 * layer.padding[0] - rows) // layer.stride + 1
                 width = (width + 2 * layer.padding[1] - columns) // layer.stride + 1
@@ -161,6 +200,10 @@ def shapes(layers: Sequence[Layer], shape: Sequence[int]) -> list[tuple[int, int
             case MaxPool():
                 height = (height + 2 * layer.padding - layer.kernel) // layer.stride + 1
                 width = (width + 2 * layer.padding - layer.kernel) // layer.stride + 1
+            case Concat():
+                if any(found[source][1:] != (height, width) for source in layer.sources):
+                    raise Unplannable("a concatenation of maps of several sizes")
+                channels = sum(found[source][0] for source in layer.sources)
             case Mean():
                 height = width = 1
             case Head():
@@ -168,14 +211,7 @@ def shapes(layers: Sequence[Layer], shape: Sequence[int]) -> list[tuple[int, int
         if height < 1 or width < 1:
             raise Unplannable("a map that is smaller than the kernel")
         is_last = index + 1 == len(layers)
-        if isinstance(layer, MaxPool if is_last else Mean | Head):
-            raise Unplannable("a max pool at the end, or a mean elsewhere")
+        if isinstance(layer, MaxPool | Concat if is_last else Mean | Head):
+            raise Unplannable("a max pool or concatenation at the end, or a mean elsewhere")
         found.append((channels, height, width))
     return found
-
-
-def aligned_bytes(count: int) -> Tensor:
-    """uint8 zeros ``[count]``, aligned to 64 bytes."""
-    memory = torch.zeros(count + LINE, dtype=torch.uint8)
-    start = -memory.data_ptr() % LINE
-    return memory[start : start + count]

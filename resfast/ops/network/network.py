@@ -33,6 +33,7 @@ from resfast.ops.network.layers import (
     BFLOAT16,
     FLOAT32,
     FLOAT32_TO_BFLOAT16,
+    Concat,
     Conv,
     Head,
     Layer,
@@ -41,6 +42,7 @@ from resfast.ops.network.layers import (
     Mean,
     Unplannable,
     shapes,
+    sources,
 )
 from resfast.ops.network.packing import Packed, aligned_bytes, pack
 from resfast.ops.network.plan import MOST_IMAGES, Plan, item_sizes, plan
@@ -306,21 +308,24 @@ def _reference(
 
     values = [x.to(dtype)]
     for layer in layers:
-        source = values[layer.source]
+        source, *others = (values[index] for index in sources(layer))
         match layer:
             case Conv():
                 value = conv_reference.conv2d_bias_act(
                     source,
                     layer.weight.to(dtype),
                     layer.bias,
-                    None if layer.residual is None else values[layer.residual],
+                    others[0] if others else None,
                     [layer.stride] * 2,
                     list(layer.padding),
                     layer.activation,
                     layer.negative_slope,
+                    layer.groups,
                 )
             case MaxPool():
                 value = F.max_pool2d(source, layer.kernel, layer.stride, layer.padding)
+            case Concat():
+                value = torch.cat([source, *others], 1)
             case Mean():
                 value = source.mean((2, 3), keepdim=True)
             case Head():

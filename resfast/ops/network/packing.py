@@ -66,6 +66,12 @@ def pack(
     convolutions = {i: layer for i, layer in enumerate(layers) if isinstance(layer, Conv)}
     lines = 0
     for index, layer in convolutions.items():
+        if layer.is_depthwise:
+            blocks, lines_of_block = -(-len(layer.weight) // layout.block), layout.block // PANEL
+            packed.biases[index] = lines
+            packed.weights[index] = lines + blocks * lines_of_block
+            lines += blocks * lines_of_block * (1 + layer.weight[0].numel())
+            continue
         weight = _matrix(layer, layout)
         panels, blocks = -(-len(weight) // PANEL), -(-weight.shape[1] // layout.block)
         places = [(packed.weights, PANEL * blocks * weight.shape[2]), (packed.biases, 1)]
@@ -92,6 +98,9 @@ def _matrix(layer: Conv, layout: Layout) -> Tensor:
 def _fill(packed: Packed, index: int, layer: Conv) -> None:
     """Writes the constants of a layer, some panels at a time: copies of all would take memory."""
     layout, side = packed.layout, packed.sides.get(index)
+    if layer.is_depthwise:
+        _fill_depthwise(packed, index, layer)
+        return
     if layer.bias is not None:
         bias = packed.memory[packed.biases[index] * LINE :].view(torch.float32)
         bias[: len(layer.bias)] = layer.bias.detach()
@@ -108,6 +117,25 @@ def _fill(packed: Packed, index: int, layer: Conv) -> None:
             values = part.reshape(-1).view(torch.uint8)
             packed.memory[places[i] : places[i] + len(values)] = values
             places[i] += len(values)
+
+
+def _fill_depthwise(packed: Packed, index: int, layer: Conv) -> None:
+    """Writes float32 bias ``[block, channel]`` and weights ``[block, tap, channel]``.
+
+    Of the 32 channels of a line of bfloat16, the even ones come first.
+    """
+    layout, weight = packed.layout, layer.weight.detach().to(packed.layout.dtype).float()
+    values = [weight.new_zeros(1, len(weight)), weight.flatten(1).t()]
+    if layer.bias is not None:
+        values[0] = layer.bias.detach().float()[None]
+    for place, rows in zip((packed.biases[index], packed.weights[index]), values, strict=True):
+        channels = -(-len(weight) // layout.block) * layout.block
+        full = torch.nn.functional.pad(rows, (0, channels - len(weight)))
+        lines = full.view(len(rows), -1, layout.block).transpose(0, 1)
+        if layout.dtype == torch.bfloat16:
+            lines = torch.cat([lines[..., ::2], lines[..., 1::2]], -1)
+        written = lines.reshape(-1).contiguous().view(torch.uint8)
+        packed.memory[place * LINE : place * LINE + len(written)] = written
 
 
 def _tiles(weight: Tensor, layout: Layout) -> Tensor:

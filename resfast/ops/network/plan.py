@@ -13,17 +13,19 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from resfast.ops.conv.reference import KERNEL_ACTIVATIONS
 from resfast.ops.network import winograd
 from resfast.ops.network.layers import (
     BFLOAT16,
     LINE,
+    NETWORK_ACTIVATIONS,
     PANEL,
+    Concat,
     Conv,
     Head,
     Layer,
@@ -33,22 +35,20 @@ from resfast.ops.network.layers import (
     sources,
 )
 from resfast.ops.network.maps import OUTSIDE, Map, Tables, group_size, margin
+from resfast.ops.network.memory import Memory, Value, place_parts
 from resfast.ops.network.packing import Packed
+from resfast.ops.network.steps import Split, from_block, segments, words_of_step
 
-MAGIC = 0x7265736E65740003
-CONV, PATCHES, ENTER, MAX_POOL, MEAN, HEAD, WINOGRAD = range(7)
+MAGIC = 0x7265736E65740004
+CONV, PATCHES, ENTER, MAX_POOL, MEAN, HEAD, WINOGRAD, DEPTHWISE = range(8)
 CACHE_BYTES = 512 * 1024
 """Of a core's cache, for the tiles that share one pass over the weights."""
 WINOGRAD_BYTES = 4608 * 1024
 """Of the transformed inputs of Winograd tiles that share one pass over the weights."""
 MOST_TILES = 96
 """That share it."""
-PASS_BYTES = 640 * 1024
-"""Of the largest map of a pass."""
 MOST_IMAGES = {torch.bfloat16: 16, torch.float32: 32}
 """Of an item, by dtype of the maps."""
-SMALL_STEP = 4000
-"""Products of tiles up to which a step is not worth more parts than threads."""
 
 
 @dataclass(frozen=True)
@@ -112,78 +112,6 @@ def tiles_at_once(side: int, channels: int, count: int) -> int:
     return -(-count // -(-count // most))
 
 
-@dataclass
-class _Value:
-    """A value of the network, and where it is kept."""
-
-    channels: int
-    height: int
-    width: int
-    layout: Layout
-    readers: list[Conv] = field(default_factory=list)
-    """Convolutions that read it from a map."""
-    last_use: int = 0
-    """Layer that reads it last."""
-    segment: int = -1
-    """Segment of the layer that computes it; -1 for the input."""
-    last_segment: int = -1
-    """Segment of the layer that reads it last."""
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of channels."""
-        return -(-self.channels // self.layout.block)
-
-    @property
-    def bytes(self) -> int:
-        """Of one image."""
-        return self.blocks * LINE * self.height * self.width
-
-    @property
-    def strides(self) -> list[int]:
-        """Those it is read with; it has a map for each."""
-        return sorted({reader.stride for reader in self.readers}) or [1]
-
-    @property
-    def is_local(self) -> bool:
-        """Whether it is written and read within one pass."""
-        return self.segment in (-1, self.last_segment)
-
-
-class _Memory:
-    """The arena: lines by map. Memory is reused only by maps of one form, whose margins are in the
-    same places, since nothing but the first zeros is ever written there."""
-
-    def __init__(self) -> None:
-        self.lines = 0
-        self._free: dict[Map, list[int]] = {}
-        self._held: dict[tuple[int, int], tuple[Map, int]] = {}
-
-    def take(self, form: Map) -> int:
-        """The first line of memory for a map."""
-        free = self._free.setdefault(form, [])
-        if free:
-            return free.pop()
-        self.lines += form.lines
-        return self.lines - form.lines
-
-    def give_back(self, form: Map, line: int) -> None:
-        self._free[form].append(line)
-
-    def find(self, value: int, stride: int) -> tuple[Map, int] | None:
-        """The map of a value that is read with a stride, and its first line."""
-        return self._held.get((value, stride))
-
-    def hold(self, value: int, stride: int, form: Map) -> tuple[Map, int]:
-        self._held[value, stride] = form, self.take(form)
-        return self._held[value, stride]
-
-    def release(self, value: int) -> None:
-        """Gives back the maps of a value."""
-        for key in [key for key in self._held if key[0] == value]:
-            self.give_back(*self._held.pop(key))
-
-
 class _Planner:
     """The state of :func:`plan`."""
 
@@ -198,17 +126,18 @@ class _Planner:
         self.layers, self.packed, self.threads = layers, packed, threads
         self.layout = packed.layout
         self.shape, self.images = tuple(shape), images
-        self.values = [_Value(*sizes, self.layout) for sizes in shapes(layers, shape)]
+        self.values = [Value(*sizes, self.layout) for sizes in shapes(layers, shape)]
         self.together = images >= shape[0]
-        self.split = _Split(self.layout, threads, self.together)
+        self.split = Split(self.layout, threads, self.together)
+        self.parts: dict[int, tuple[int, int]] = {}  # of a concatenation: its value, the block
         self.steps: list[list[int]] = []
         self.tasks = 0
-        self.tables, self.memory = Tables(), _Memory()
+        self.tables, self.memory = Tables(), Memory()
         self.pass_images, self.first_image = images, 0  # of the pass that is planned
 
     def plan(self) -> Plan:
-        segments = _segments(self.layers, self.values, self.images, self.together)
-        for number, (indices, _) in enumerate(segments):
+        parts = segments(self.layers, self.values, self.images, self.together)
+        for number, (indices, _) in enumerate(parts):
             for index in indices:
                 layer = self.layers[index]
                 if isinstance(layer, Conv) and not layer.reads_patches(self.layout):
@@ -217,7 +146,8 @@ class _Planner:
                     self.values[source].last_use = index
                     self.values[source].last_segment = number
                 self.values[index + 1].segment = number
-        for number, (indices, images) in enumerate(segments):
+        self.parts = place_parts(self.layers, self.values)
+        for number, (indices, images) in enumerate(parts):
             self.pass_images = images
             for first in range(0, self.images, images):
                 self.first_image = first
@@ -243,6 +173,8 @@ class _Planner:
 
     def _layer(self, index: int) -> None:
         layer = self.layers[index]
+        if isinstance(layer, Concat):
+            return
         if isinstance(layer, Conv):
             if 0 in sources(layer) and not layer.reads_patches(self.layout):
                 self._enter()
@@ -291,6 +223,9 @@ class _Planner:
         """Maps that the result of a layer is written to, with their words."""
         if index + 1 == len(self.layers):
             return [(None, OUTSIDE)]
+        if index + 1 in self.parts:
+            value, block = self.parts[index + 1]
+            return [(form, from_block(words, block)) for form, words in self._targets(value - 1)]
         return [self._map(index + 1, stride) for stride in self.values[index + 1].strides]
 
     def _release(self, index: int) -> None:
@@ -303,27 +238,11 @@ class _Planner:
     # -- steps ---------------------------------------------------------------------------------
 
     def _step(
-        self,
-        kind: int,
-        split: tuple[int, int],
-        source: list[int],
-        result: list[int],
-        *,
-        residual: list[int] = OUTSIDE,
-        blocks: int = 0,
-        outputs: int = 0,
-        tiles: tuple[int, int, int] = (0, 0, 1),
-        taps: tuple[int, int] = (0, 0),
-        constants: tuple[int, int] = (0, 0),
-        activation: tuple[int, int] = (0, 0),
-        sizes: Sequence[int] = (0, 0, 0, 0, 0),
-        window: Sequence[int] = (1, 1, 1, 0, 0),
-        winograd: tuple[int, int] = (0, 0),
+        self, kind: int, split: tuple[int, int], source: list[int], result: list[int], **rest: Any
     ) -> None:
-        """Adds a ``Step`` of plan.h."""
-        words = [kind, self.tasks, *split, *source, *result, *residual, blocks, outputs, *tiles]
-        words += [*taps, *constants, *activation, self.pass_images, self.first_image]
-        self.steps.append([*words, *sizes, *window, *winograd])
+        """Adds a step with what :func:`~resfast.ops.network.steps.words_of_step` takes."""
+        passed = self.pass_images, self.first_image
+        self.steps.append(words_of_step(kind, self.tasks, split, source, result, passed, **rest))
         self.tasks += split[0] * split[1]
 
     def _enter(self) -> None:
@@ -338,7 +257,7 @@ class _Planner:
                 ENTER, self.split.rows(self.pass_images * value.height), OUTSIDE, words, sizes=sizes
             )
 
-    def _patches(self, conv: Conv, result: _Value) -> tuple[Map, int]:
+    def _patches(self, conv: Conv, result: Value) -> tuple[Map, int]:
         """A step that makes the patches of the input, in memory that the caller gives back."""
         value = self.values[0]
         (rows, columns), width = conv.kernel, result.width
@@ -388,24 +307,34 @@ class _Planner:
             at_once = max(4, CACHE_BYTES // (self.layout.tile * LINE * source.blocks) // 4 * 4)
         taps = self.tables.taps(source, conv)
         products, least = (winograd.points(side), 12) if side else (taps[1], 4)
-        split = self.split.conv(count, panels, source.blocks * products, least)
+        groups = 1 if conv.is_depthwise else conv.groups
+        panels, blocks = panels // groups, source.blocks // groups
+        if conv.is_depthwise:
+            kind, panels = DEPTHWISE, 1
+        split = self.split.conv(count, panels, blocks * products, least)
         slope = struct.unpack("<q", struct.pack("<fxxxx", conv.negative_slope))[0]
-        self._step(
-            kind,
-            split,
-            words,
-            written_words,
-            residual=added_words,
-            blocks=source.blocks,
-            outputs=result.channels,
-            tiles=(first, count, at_once),
-            taps=taps,
-            constants=(self.packed.weights[index], self.packed.biases[index]),
-            activation=(KERNEL_ACTIVATIONS.index(conv.activation), slope),
-            sizes=(0, read.height, read.width, result.height, result.width),
-            window=(*conv.kernel, conv.stride, *conv.padding),
-            winograd=(side, self.packed.transformed.get(index, 0)),
-        )
+        for group in range(groups):
+            outputs = result.channels // groups
+            shift = group * outputs // self.layout.block
+            self._step(
+                kind,
+                split,
+                from_block(words, group * blocks),
+                from_block(written_words, shift),
+                residual=from_block(added_words, shift),
+                blocks=blocks,
+                outputs=outputs,
+                tiles=(first, count, at_once),
+                taps=taps,
+                constants=(
+                    self.packed.weights[index] + group * panels * PANEL * blocks * taps[1],
+                    self.packed.biases[index] + group * panels,
+                ),
+                activation=(NETWORK_ACTIVATIONS.index(conv.activation), slope),
+                sizes=(0, read.height, read.width, result.height, result.width),
+                window=(*conv.kernel, conv.stride, *conv.padding),
+                winograd=(side, self.packed.transformed.get(index, 0)),
+            )
         for _, other in others:  # copies, as max pools of single pixels
             self._pool(MAX_POOL, written_words, other, result, result)
         if patches is not None:
@@ -416,8 +345,8 @@ class _Planner:
         kind: int,
         words: list[int],
         target: list[int],
-        read: _Value,
-        written: _Value,
+        read: Value,
+        written: Value,
         window: Sequence[int] = (1, 1, 1, 0, 0),
     ) -> None:
         split = self.split.rows(self.pass_images * (written.height if kind == MAX_POOL else 1))
@@ -433,61 +362,3 @@ class _Planner:
             sizes=(read.channels, read.height, read.width, written.height, written.width),
             window=window,
         )
-
-
-@dataclass(frozen=True)
-class _Split:
-    """How threads share a step: parts in rows, images or tiles, and parts in panels of weights."""
-
-    layout: Layout
-    threads: int
-    together: bool
-
-    def rows(self, rows: int) -> tuple[int, int]:
-        """Of a step that is divided by rows."""
-        return (min(rows, self.threads) if self.together else 1, 1)
-
-    def head(self, images: int, outputs: int) -> tuple[int, int]:
-        """Of a linear layer."""
-        parts, _ = self.rows(images)
-        panels = max(1, min(self.threads // parts, outputs // PANEL)) if self.together else 1
-        return parts, panels
-
-    def conv(self, tiles: int, panels: int, products: int, least: int) -> tuple[int, int]:
-        """Of a convolution.
-
-        Args:
-            tiles: of its result.
-            panels: of weights.
-            products: of a tile and a panel.
-            least: tiles of a part.
-        """
-        if not self.together:
-            return 1, 1
-        small = tiles * panels * products <= SMALL_STEP
-        wanted = self.threads if small else 2 * self.threads
-        if 2 * panels >= tiles or tiles < least * wanted:
-            # The panels of a line belong to one part, so that no two threads write to it.
-            shared = self.layout.block // PANEL
-            fitting = [parts for parts in range(1, wanted + 1) if panels % (shared * parts) == 0]
-            if fitting and fitting[-1] >= self.threads:
-                return 1, fitting[-1]
-        return min(wanted, max(1, tiles // least)), 1
-
-
-def _segments(
-    layers: Sequence[Layer], values: Sequence[_Value], images: int, together: bool
-) -> list[tuple[list[int], int]]:
-    """Consecutive layers, and how many of an item's images pass through them at a time."""
-    segments: list[tuple[list[int], int]] = []
-    for index, layer in enumerate(layers):
-        fitting = images
-        if not together:
-            read = [values[source] for source in sources(layer) if source]
-            largest = max(value.bytes for value in [*read, values[index + 1]])
-            fitting = min(images, 2 ** int(math.log2(max(1, PASS_BYTES // largest))))
-        if segments and segments[-1][1] >= fitting:
-            segments[-1][0].append(index)
-        else:
-            segments.append(([index], fitting))
-    return segments

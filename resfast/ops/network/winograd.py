@@ -26,6 +26,7 @@ def suits(layer: Layer, layout: Layout) -> bool:
         and isinstance(layer, Conv)
         and layer.kernel == (3, 3)
         and layer.stride == 1
+        and layer.groups == 1
         and not layer.reads_patches(layout)
     )
 
