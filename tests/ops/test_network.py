@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import models
 
 import resfast
 from resfast.inference.fuse import chains
@@ -178,6 +179,13 @@ CHAINS: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
         64, 8, 8,
         lambda: [conv(0, 64, 64), conv(1, 64, 64, residual=0), conv(2, 64, 64, residual=0)],
     ),
+    "max pools with windows that are partly outside": (
+        16, 13, 12,
+        lambda: [
+            conv(0, 16, 48), MaxPool(1, 3, 2, 0, ceil=True), conv(2, 48, 48),
+            MaxPool(3, 2, 2, 1, ceil=True), conv(4, 48, 33),
+        ],
+    ),
     "max pools without padding": (
         16, 12, 12,
         lambda: [
@@ -217,7 +225,9 @@ def reference(layers: Sequence[Layer], x: Tensor, kind: str) -> Tensor:
                     layer.groups,
                 )
             case MaxPool():
-                value = F.max_pool2d(source, layer.kernel, layer.stride, layer.padding)
+                value = F.max_pool2d(
+                    source, layer.kernel, layer.stride, layer.padding, ceil_mode=layer.ceil
+                )
             case Concat():
                 value = torch.cat([source, *others], 1)
             case Mean():
@@ -428,6 +438,28 @@ def test_nan_and_infinity_come_out_where_they_do_in_float64(
         assert exact.isfinite().any()
         assert not exact.isfinite().all()
         assert relative_error(planned(x), expected) < MAX_ERRORS[kind]
+
+
+@each_kind
+@pytest.mark.parametrize("groups", [1, 40])
+@pytest.mark.parametrize("activation", NETWORK_ACTIVATIONS)
+def test_activations_of_nan_and_infinity_are_those_of_float64(
+    activation: str, groups: int, kind: str
+):
+    torch.manual_seed(0)
+    layers: list[Layer] = [
+        conv(0, 40, 40, 1, activation=activation, groups=groups),
+        conv(1, 40, 40, 1, activation="none", groups=40, bias=False),
+    ]
+    layers = rounded(layers, kind)
+    x = images(2, 40, 3, 4, kind)
+    x[0, :, 0, 0], x[0, 3, 1, 1], x[1, 7, 2, 2] = torch.nan, torch.inf, -torch.inf
+    exact = reference(layers, x, kind)
+    result = Planned(layers, x.shape, 1, 2, kind)(x).double()
+    assert exact.isnan().any()
+    assert torch.equal(result.isnan(), exact.isnan())
+    assert torch.equal(result.isposinf(), exact.isposinf())
+    assert torch.equal(result.isneginf(), exact.isneginf())
 
 
 @each_kind
@@ -785,6 +817,35 @@ def test_a_wrong_result_is_not_used(choices: None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(network_module._Ready, "run", lambda self, x: run(self, x) * 1.1)
     assert torch.equal(fused(x), expected)
     assert "not accurate enough in one call" in caplog.text
+
+
+@needs_kernels
+def test_many_layers_may_amplify_rounding(choices: None):
+    """MobileNetV2 with these batch norms turns bfloat16's rounding into an error of a tenth."""
+    torch.manual_seed(0)
+    model = models.mobilenet_v2()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 64, 64))
+    model.eval()
+    fused = resfast.fuse(model, torch.bfloat16)
+    (chain,) = chains_of(fused)
+    network, shape = chain.network, torch.Size([2, 3, 64, 64])
+    layout = network_module.layout_for(torch.bfloat16)
+    current = network._current()
+    (ready, *_) = network.ways(current, layout, shape).values()
+    is_right = network._check(current, layout, shape)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = network_module._reference(current, x, network.head, layout)
+    assert relative_error(ready().run(x), exact.double()) > MAX_ERRORS["bf16"]
+    assert is_right(ready())
+    wrong = network._ready(current, layout, {}, shape, 2)
+    wrong.packed.memory[:4096] = 0  # of the first weights
+    assert not network._check(current, layout, shape)(wrong)
 
 
 @needs_kernels

@@ -284,9 +284,9 @@ def _pool(options: dict[str, Any]) -> list[Layer] | None:
     padding = one(options.get("padding", 0))
     if None in (kernel, stride, padding) or one(options.get("dilation", 1)) != 1:
         return None
-    if options.get("ceil_mode", False) or options.get("return_indices", False):
+    if options.get("return_indices", False):
         return None
-    return [MaxPool(0, kernel, stride, padding)]
+    return [MaxPool(0, kernel, stride, padding, bool(options.get("ceil_mode", False)))]
 
 
 def _chain(nodes: list[fx.Node], network: fx.GraphModule) -> Chain:

@@ -119,12 +119,23 @@ class MaxPool:
         kernel: height and width of a window.
         stride: rows and columns from one window to the next.
         padding: rows and columns around the map that belong to windows but have no values.
+        ceil: whether a last window that is partly outside counts.
     """
 
     source: int
     kernel: int
     stride: int
     padding: int
+    ceil: bool = False
+
+    def size(self, size: int) -> int:
+        """Rows (or columns) of the result for those of the map."""
+        room = size + 2 * self.padding - self.kernel
+        if not self.ceil:
+            return room // self.stride + 1
+        count = -(-room // self.stride) + 1
+        begins_inside = (count - 1) * self.stride < size + self.padding
+        return count if begins_inside else count - 1
 
 
 @dataclass(frozen=True)
@@ -198,8 +209,7 @@ def shapes(layers: Sequence[Layer], shape: Sequence[int]) -> list[tuple[int, int
                 width = (width + 2 * layer.padding[1] - columns) // layer.stride + 1
                 channels = outputs
             case MaxPool():
-                height = (height + 2 * layer.padding - layer.kernel) // layer.stride + 1
-                width = (width + 2 * layer.padding - layer.kernel) // layer.stride + 1
+                height, width = layer.size(height), layer.size(width)
             case Concat():
                 if any(found[source][1:] != (height, width) for source in layer.sources):
                     raise Unplannable("a concatenation of maps of several sizes")
