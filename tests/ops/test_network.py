@@ -716,6 +716,25 @@ def test_groups_and_concatenations_are_parts_of_a_chain(
 
 
 @needs_kernels
+def test_a_pool_called_as_a_function_and_a_classifier_end_a_chain(choices: None):
+    class Pooled(Branches):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(20, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(torch.flatten(F.adaptive_avg_pool2d(super().forward(x), (1, 1)), 1))
+
+    torch.manual_seed(0)
+    model = Pooled().eval()
+    fused = resfast.fuse(model, torch.float32)
+    assert fused._chains.only(fused.network) is not None
+    x = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        assert relative_error(fused(x), model.double()(x.double())) < 1e-5
+
+
+@needs_kernels
 @pytest.mark.parametrize("outside", ["left", "both"])
 def test_a_concatenation_of_values_that_are_read_elsewhere_ends_a_chain(
     choices: None, outside: str

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as module_hooks
 
@@ -169,6 +170,8 @@ def _layers(node: fx.Node, network: fx.GraphModule) -> list[Layer] | None:
         return _pool(arguments(node, names))
     if node.target in CONCATENATIONS:
         return _concat(node, network)
+    if node.target is F.adaptive_avg_pool2d:
+        return _mean(arguments(node, "input output_size").get("output_size"))
     if node.op != "call_module" or node.kwargs:
         return None
     module = network.get_submodule(str(node.target))
@@ -182,7 +185,7 @@ def _layers(node: fx.Node, network: fx.GraphModule) -> list[Layer] | None:
         case nn.MaxPool2d() if fused.is_plain(module):
             return _pool(vars(module))
         case nn.AdaptiveAvgPool2d() if fused.is_plain(module):
-            return [Mean(0)] if module.output_size in (1, (1, 1), [1, 1]) else None
+            return _mean(module.output_size)
     return None
 
 
@@ -270,6 +273,11 @@ def _concat(node: fx.Node, network: fx.GraphModule) -> list[Layer] | None:
 def _has_groups(layer: Layer) -> bool:
     """Whether a convolution's groups are computed one by one, which a result is not written by."""
     return isinstance(layer, Conv) and layer.groups > 1 and not layer.is_depthwise
+
+
+def _mean(size: Any) -> list[Layer] | None:
+    """An adaptive average pool to a size."""
+    return [Mean(0)] if size in (1, (1, 1), [1, 1]) else None
 
 
 def _pool(options: dict[str, Any]) -> list[Layer] | None:
