@@ -146,12 +146,16 @@ def measure_first_cases(items: list[pytest.Item]) -> None:
         measured.add(name)
 
 
+MEASUREMENT = conv_choice.MEASURE_SECONDS, conv_choice.MAX_REPEATS
+"""How kernels are timed outside the tests."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def short_measurements() -> Iterator[None]:
     """Kernels are chosen by few timings: each of them must be right, whichever is the fastest."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_choice, "MEASURE_SECONDS", 0.0)
         patch.setattr(network, "MEASURE_SECONDS", 0.0)
+        patch.setattr(conv_choice, "MEASURE_SECONDS", 0.0)
         patch.setattr(conv_choice, "MAX_REPEATS", 2)
         yield
 

@@ -25,6 +25,9 @@ namespace cutlass::arch {
 int LaneId();
 int SmId();
 } // namespace cutlass::arch
+#include <cutlass/arch/wmma.h> // left out without a version of nvcc
+#define __CUDACC_VER_MAJOR__ 13 // but CUTLASS makes tensor maps only with one
+#define __CUDACC_VER_MINOR__ 0
 
 namespace {
 

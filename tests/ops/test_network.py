@@ -22,6 +22,7 @@ import resfast
 from resfast.inference.fuse import chains
 from resfast.inference.fuse.model import FusedModel
 from resfast.models.presets import create_model
+from resfast.ops.conv import choice as conv_choice
 from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv.op import ConvBiasAct
 from resfast.ops.conv.reference import KERNEL_ACTIVATIONS, conv2d_bias_act
@@ -643,6 +644,7 @@ def test_the_variable_turns_chains_off(choices: None, monkeypatch: pytest.Monkey
 
 @needs_kernels
 def test_a_wrong_result_is_not_used(choices: None, monkeypatch: pytest.MonkeyPatch, caplog):
+    conv_choice.warn_once.cache_clear()
     fused = resfast.fuse(small_resnet())
     x = torch.randn(2, 3, 32, 32)
     with monkeypatch.context() as patched:
