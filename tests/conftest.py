@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,25 +26,54 @@ from resfast.config.schema import (
     RuntimeConfig,
 )
 from resfast.data.augment import Augment
+from resfast.ops.conv import choice as conv_choice
+from resfast.ops.network import network
 from resfast.runs.summary import RunSummary
 
+GROUPS = {
+    "sanitizers": (  # one build of the kernels
+        "test_wheel_holds_the_extension_and_compiles_without_a_warning",
+        "test_kernels_stay_inside_their_memory_and_have_no_undefined_behaviour",
+    ),
+    "compiler": (  # each process asks the compiler what it can do, which takes seconds
+        "test_aoti_file_runs_with_torch_alone",
+        "test_aoti_file_takes_contiguous_images_without_normalization",
+        "test_compiled_gradients_are_those_of_eager",
+        "test_every_seed_ends_with_the_bits_of_the_same_seed_alone",
+        "test_the_step_is_compiled_once",
+        "test_a_step_that_is_compiled_ahead_is_not_compiled_again",
+        "test_only_the_networks_of_captured_steps_are_run_as_such",
+        "test_the_parts_are_compiled_once",
+        "test_the_compiled_step_equals_the_plain_one",
+    ),
+    "digits": ("test_the_main_command_reaches_98_percent_on_digits",),
+}
+"""Tests that one worker runs, as it does those of each file that are in no group."""
 SLOWEST_FIRST = (
+    "compiler",
+    "sanitizers",
+    "test_fuse",
+    "test_norm_act",
+    "test_resume",
+    "test_network",
+    "test_basic_block",
+    "test_gpu_report",
+    "test_race",
     "test_training",
     "test_build",
-    "test_conv_hopper_source",
-    "test_basic_block",
-    "test_conv_cuda_source",
-    "test_export",
-    "test_step",
-    "test_speednet",
-    "test_resume",
-    "test_predict",
-    "test_package",
     "test_runs",
+    "test_package",
+    "test_export",
+    "test_augment",
+    "test_predict",
+    "test_conv_hopper_source",
+    "test_conv_cuda_source",
+    "test_conv_amx",
+    "digits",
     "test_doctor",
-    "test_race",
+    "test_step",
 )
-"""The slowest test files, in descending order of their processor time."""
+"""The slowest groups and files, in descending order of their processor time."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,10 +98,32 @@ def worker_count(config: pytest.Config) -> int:
     return getattr(config, "workerinput", {"workercount": 1})["workercount"]
 
 
+def group_of(nodeid: str) -> str:
+    """Name of the group of tests that a test belongs to; that of its file if it is in none."""
+    name = nodeid.partition("[")[0].rpartition("::")[2]
+    groups = (group for group, names in GROUPS.items() if name in names)
+    return next(groups, Path(nodeid.partition("::")[0]).stem)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For ``--dist loadfile``, which would keep the tests of a file together.
+
+    ``--dist loadgroup`` has no effect in pytest-xdist 3.8 with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # A slow file that started last would leave the other workers idle.
+    # A slow group that started last would leave the other workers idle.
     rank = {name: position for position, name in enumerate(SLOWEST_FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    items.sort(key=lambda item: rank.get(group_of(item.nodeid), len(rank)))
     if sys.version_info < (3, 12) and config.pluginmanager.hasplugin("_cov"):
         measure_first_cases(items)
     if torch.cuda.is_available():
@@ -91,6 +144,20 @@ def measure_first_cases(items: list[pytest.Item]) -> None:
         if name in measured:
             item.add_marker("no_cover")  # a marker of pytest-cov
         measured.add(name)
+
+
+MEASUREMENT = conv_choice.MEASURE_SECONDS, conv_choice.MAX_REPEATS
+"""How kernels are timed outside the tests."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_measurements() -> Iterator[None]:
+    """Kernels are chosen by few timings: each of them must be right, whichever is the fastest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "MEASURE_SECONDS", 0.0)
+        patch.setattr(conv_choice, "MEASURE_SECONDS", 0.0)
+        patch.setattr(conv_choice, "MAX_REPEATS", 2)
+        yield
 
 
 def write_tree(root: Path, train: int = 24, test: int = 8, size: int = 16) -> Path:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,6 @@ import torch
 from resfast.ops import extension
 from resfast.ops.augment import op as augment
 from resfast.ops.augment.op import check_arguments
-from tests.compiled import compile_once
 
 ROOT = Path(__file__).resolve().parents[1]
 _SPEC = importlib.util.spec_from_file_location(
@@ -52,7 +52,11 @@ def extension_path() -> Path:
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A copy of what the package is built from."""
-    folder = tmp_path / "source"
+    return copy_source(tmp_path)
+
+
+def copy_source(parent: Path) -> Path:
+    folder = parent / "source"
     skip = shutil.ignore_patterns("__pycache__", "*.so")
     for name in ("resfast", "csrc", "build_backend", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=skip)
@@ -101,9 +105,43 @@ def test_development_install_has_the_extension():
     assert extension.MISSING is None
 
 
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+
+@pytest.fixture(scope="session")
+def sanitizers() -> list[str]:
+    """The run-time libraries of g++'s sanitizers, where g++ is what the kernels are built with."""
+    named = shlex.split(resfast_build.compiler() or "")
+    if sys.platform != "linux" or not named or not is_gcc(named):
+        return []
+    found = []
+    for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
+        command = [*named, f"-print-file-name={name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append(done.stdout.strip())  # the name alone where it is missing
+    return found if all(Path(path).is_absolute() for path in found) else []
+
+
+def is_gcc(command: list[str]) -> bool:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    return "Free Software Foundation" in done.stdout
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, sanitizers) -> tuple[str, str, Path]:
+    """A wheel with all C++ kernels, of which two tests share the minute that it takes.
+
+    Sanitized where that is possible, and with -Og: -O3 takes three times as long.
+    """
+    folder = tmp_path_factory.mktemp("built")
+    flags = f"-Og -g1 {SANITIZE}" if sanitizers else "-Og"
+    return build(copy_source(folder), CXXFLAGS=flags)
+
+
 @needs_compiler
-def test_wheel_holds_the_extension_and_compiles_without_a_warning(source):
-    output, tag, wheel = build(source, CXXFLAGS="-Og")  # -O3 takes three times as long
+@pytest.mark.timeout(900)
+def test_wheel_holds_the_extension_and_compiles_without_a_warning(built):
+    output, tag, wheel = built
     assert not tag.startswith("py3-none"), tag
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -742,36 +780,22 @@ def test_every_instruction_set_gives_the_same_results(tmp_path):
     assert re.fullmatch(r"[0-9a-f]{64}", digests.pop())
 
 
-def sanitizer(name: str) -> str:
-    """A run-time library of g++, which names it back without a folder where it has none."""
-    done = subprocess.run(
-        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
-@needs_gcc_on_linux
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_kernels_stay_inside_their_memory_and_have_no_undefined_behaviour(tmp_path):
-    preload = [sanitizer(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
-    if not all(Path(path).is_absolute() for path in preload):
-        pytest.skip("g++ has no sanitizers here")
-    folder = Path(torch.__file__).parent
-    flags = [flag for flag in resfast_build.FLAGS if flag not in ("-O3", "-g0")]
-    # -Og compiles in half the time of -O1.
-    options = ["-Og", "-g1", "-fPIC", "-shared", "-isystem", str(folder / "include")]
-    options += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    sources = sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))
-    link = [f"-L{folder / 'lib'}", "-ltorch_cpu"]
-    command = ["g++", *flags, *options, *map(str, sources), *link]
-    headers = list((ROOT / "csrc" / "cpu").rglob("*.h"))
-    library = compile_once("kernels.so", command, sources, headers)
+def test_kernels_stay_inside_their_memory_and_have_no_undefined_behaviour(
+    built, sanitizers, tmp_path
+):
+    if not sanitizers:
+        pytest.skip("the C++ compiler is no g++ with sanitizers")
+    with zipfile.ZipFile(built[2]) as archive:
+        (name,) = [name for name in archive.namelist() if "/_C." in name]
+        library = archive.extract(name, tmp_path)
     run_cases(
         tmp_path,
-        str(library),
+        library,
         RESFAST_EXTENSION="0",  # the sanitized kernels take the place of the installed ones
-        LD_PRELOAD=" ".join(preload),
+        LD_PRELOAD=" ".join(sanitizers),
         ASAN_OPTIONS="detect_leaks=0",
     )
 

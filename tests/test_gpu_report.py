@@ -234,13 +234,13 @@ def test_the_tests_that_ran_count_where_the_time_ran_out(tmp_path):
     file = tmp_path / "test_some.py"
     file.write_text(SOME_TESTS)
     step = gpu_report._pytest("tests", file, tmp_path, "not gpu")
-    _, written = run_steps(tmp_path, step, minutes=0.4)
+    _, written = run_steps(tmp_path, step, minutes=0.3)
     (one,) = written["steps"]
     assert one["status"] == "timed out"
     assert (one["result"]["passed"], one["result"]["skipped"]) == (1, 1)
     assert one["result"]["failures"] == ["test_bad: assert 1 == 2"]
     page = (tmp_path / "cpu.md").read_text(encoding="utf-8")
-    assert "after 14 s; 1 passed, 1 failed, 1 skipped |" in page
+    assert "after 8 s; 1 passed, 1 failed, 1 skipped |" in page
     assert "test_some.py:6: KeyboardInterrupt" in page
     assert "- `test_some.py` test_bad: assert 1 == 2" in page
 

@@ -10,8 +10,11 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from runpy import run_module
 
 import pytest
 from packaging.requirements import Requirement
@@ -232,21 +235,18 @@ def test_an_unknown_command_is_one_sentence_with_the_nearest(capsys):
 @pytest.mark.parametrize(
     "name", ["train", "evaluate", "ensemble", "predict", "export", "data", "doctor"]
 )
-def test_the_console_script_and_python_m_are_the_same_command(name, tmp_path):
-    code = f"""
-import sys
-from resfast.cli.main import main
-sys.argv = ["resfast", "{name}", "--help"]
-main()
-"""
-    by_script = " ".join(run_python(code, tmp_path).stdout.split())
-    by_module = subprocess.run(
-        [sys.executable, "-m", f"resfast.{name}", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+def test_the_console_script_and_python_m_are_the_same_command(name, monkeypatch, capsys):
+    def shown(argv: list[str], start: Callable[[], object]) -> str:
+        monkeypatch.setattr(sys, "argv", argv)
+        with pytest.raises(SystemExit) as ended:
+            start()
+        assert ended.value.code in (None, 0)
+        return capsys.readouterr().out
+
+    by_script = " ".join(shown(["resfast", name, "--help"], console.main).split())
+    # As python -m does, in this process: a new one would import torch first.
+    start = partial(run_module, f"resfast.{name}", run_name="__main__", alter_sys=True)
+    by_module = shown([f"{ROOT}/resfast/{name}.py", "--help"], start)
     # Each names itself in its usage, whose lines are then broken elsewhere.
     usage = f"usage: resfast {name} "
     assert by_script.startswith(usage)

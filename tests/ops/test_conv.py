@@ -30,6 +30,7 @@ from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv import op as conv
 from resfast.ops.conv import reference as conv_reference
 from resfast.ops.conv.op import DTYPES, ConvBiasAct, conv2d_bias_act
+from tests.conftest import MEASUREMENT
 
 ACTIVATIONS = tuple(conv_reference.ACTIVATIONS)
 needs_bf16 = pytest.mark.skipif(
@@ -51,6 +52,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("RESFAST_CONV", raising=False)
     monkeypatch.setattr(conv_choice, "MAX_SPREAD", torch.inf)  # the machine may be busy
+    monkeypatch.setattr(conv_choice, "MEASURE_SECONDS", MEASUREMENT[0])  # or nothing is kept
+    monkeypatch.setattr(conv_choice, "MAX_REPEATS", MEASUREMENT[1])
     conv_cpu.CHOICES.forget()
     conv_choice.warn_once.cache_clear()
     precision = torch.backends.cudnn.conv.fp32_precision

@@ -1,7 +1,7 @@
 """The convolution for Hopper (csrc/cuda/conv_hopper/hopper.cuh), tested without a GPU.
 
 CUTLASS's own code builds tensor maps, coordinates and layouts on the host; loads and sums are done
-there as the hardware does them (tests/cuda_on_host/hopper.cu), and compared with a float64
+there as the hardware does them (tests/cuda_on_host/hopper.cpp), and compared with a float64
 convolution. The real kernels are compiled and inspected; on a GPU of compute capability 9.0 they
 run too.
 """
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from resfast.ops import extension
 from resfast.ops.conv import op as conv
 from resfast.ops.conv import reference as conv_reference
+from tests.compiled import compile_once
 from tests.ops.test_conv_cuda_source import ACTIVATIONS, BAD, GOOD, ON_HOST, ROOT, cuda_build
 
 CONFIGS = 8
@@ -54,12 +55,30 @@ def operators(request, tmp_path_factory) -> Path:
     return library
 
 
+def headers_of_cuda() -> list[Path]:
+    """Folders with the headers of CUDA's runtime and of its C++ library, torch's or nvcc's."""
+    nvcc = cuda_build.find_nvcc()
+    roots = [*cuda_build._pip_toolkits(), *([] if nvcc is None else [cuda_build._toolkit(nvcc)])]
+    folders = [folder for root in roots for folder in (root / "include", root / "include/cccl")]
+    return [folder for folder in folders if folder.exists()]
+
+
 @pytest.fixture(scope="session")
-def on_host(tmp_path_factory) -> ctypes.CDLL:
-    """tests/cuda_on_host/hopper.cu."""
-    objects = compile_objects(ON_HOST / "hopper.cu")
-    library = tmp_path_factory.mktemp("host") / "hopper.so"
-    cuda_build.link(objects, library, nvcc=cuda_build.find_nvcc())
+def on_host() -> ctypes.CDLL:
+    """tests/cuda_on_host/hopper.cpp, by the C++ compiler: nvcc would take three times as long."""
+    compiler, cutlass, cuda = shutil.which("g++"), cuda_build.find_cutlass(), headers_of_cuda()
+    if compiler is None:
+        pytest.skip("g++ is not installed")
+    if cutlass is None:
+        pytest.skip(f"CUTLASS: {cuda_build.NO_CUTLASS}")
+    if not any((folder / "cuda_runtime.h").exists() for folder in cuda):
+        pytest.skip("the headers of CUDA are not installed")
+    source = ON_HOST / "hopper.cpp"
+    flags = "-std=c++17 -O1 -fPIC -shared -fvisibility=hidden -fpermissive -w -DNDEBUG".split()
+    for folder in (cutlass / "include", cutlass / "tools/util/include", *cuda):
+        flags += ["-isystem", str(folder)]
+    version = cutlass / "include" / "cutlass" / "version.h"
+    library = compile_once("hopper.so", [compiler, *flags, str(source)], [source], [version])
     loaded = ctypes.CDLL(str(library))
     loaded.convolve_on_host.restype = ctypes.c_char_p
     return loaded
@@ -152,7 +171,7 @@ def test_every_configuration_loads_and_multiplies_the_right_values(on_host, conf
 
 @pytest.mark.slow
 def test_host_refuses_what_a_tensor_map_cannot_hold(on_host):
-    """The encoders of tests/cuda_on_host/hopper.cu check what the driver does."""
+    """The encoders of tests/cuda_on_host/hopper.cpp check what the driver does."""
     for shape in ((1, 20, 20, 8, 8, 3, 3, 9, 1, 1, 1), (1, 4, 4, 12, 8, 1, 1, 1, 1, 0, 0)):
         with pytest.raises(RuntimeError, match=r"CUresult|CUTLASS refuses"):
             convolve_on_host(on_host, 0, Case(shape), "none", 0)

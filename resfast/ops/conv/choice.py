@@ -178,14 +178,15 @@ def order_is_certain(times: Times) -> bool:
     return True
 
 
-def host_seconds(calls: Mapping[str, Call], seconds: float = MEASURE_SECONDS) -> Times:
+def host_seconds(calls: Mapping[str, Call], seconds: float | None = None) -> Times:
     """Times on the CPU, measured in turns so that other load slows all candidates alike.
 
     Args:
         calls: candidates by name.
-        seconds: to spend on each; up to :data:`MAX_REPEATS` times as long while the order is not
-            certain.
+        seconds: to spend on each, by default :data:`MEASURE_SECONDS`; up to :data:`MAX_REPEATS`
+            times as long while the order is not certain.
     """
+    seconds = MEASURE_SECONDS if seconds is None else seconds
     times: Times = {name: [] for name in calls}
     for _ in range(MAX_REPEATS):
         end = time.perf_counter() + seconds * len(calls)

@@ -11,6 +11,23 @@
 #include <vector>
 
 #include <cuda.h>
+#include <cuda_runtime.h>
+
+// What CUTLASS's device code names. A C++ compiler parses that code, and nothing here calls it.
+extern const dim3 threadIdx, blockIdx, blockDim, gridDim;
+void __syncthreads();
+void __threadfence();
+void __syncwarp(unsigned = 0xffffffff);
+int __dp4a(int, int, int);
+unsigned __byte_perm(unsigned, unsigned, unsigned);
+struct __half2 __hfma2(struct __half2, struct __half2, struct __half2);
+namespace cutlass::arch {
+int LaneId();
+int SmId();
+} // namespace cutlass::arch
+#include <cutlass/arch/wmma.h> // left out without a version of nvcc
+#define __CUDACC_VER_MAJOR__ 13 // but CUTLASS makes tensor maps only with one
+#define __CUDACC_VER_MINOR__ 0
 
 namespace {
 
