@@ -18,18 +18,16 @@ import pydantic
 import torch
 
 from resfast.config.network import network
-from resfast.config.schema import (
-    ADAPTER,
-    Config,
+from resfast.config.options import (
     Deviations,
     Expected,
     Means,
-    ModelConfig,
     PhaseList,
     Phases,
     PositiveFraction,
     phases_text,
 )
+from resfast.config.schema import ADAPTER, Config, ModelConfig
 from resfast.data.sources import known_classes
 from resfast.errors import ResfastError
 from resfast.models.presets import build_model

@@ -115,9 +115,13 @@ class Session:
         )
 
     def make_room(self, batch: PlannedBatch) -> None:
-        """Releases cached memory, which batches of another shape cannot reuse."""
-        if self.batch_shape != (batch.images, batch.pixels):
-            self.batch_shape = batch.images, batch.pixels
+        """Releases cached memory, which batches of another shape cannot reuse.
+
+        An incomplete last batch fits into the memory of the others.
+        """
+        shape = batch.images, batch.pixels
+        if self.batch_shape != shape and (self.batch_shape is None or not self.plan.uniform):
+            self.batch_shape = shape
             runtime.release_memory(self.device)
 
     def seed_epoch(self, epoch: int) -> None:
@@ -174,6 +178,7 @@ def open_session(
         device=device,
         dtype=dtype,
         resize_by=config.data.resize_by,
+        drop_last=config.data.drop_last,
         reuse=shared.train_batches,
         **pipeline,
     )
