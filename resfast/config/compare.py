@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from resfast.config.paths import absolute_data
+from resfast.config.paths import absolute_paths
 from resfast.config.schema import Config, RunConfig
 from resfast.errors import ResfastError
 
@@ -28,15 +28,12 @@ def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 
     A relative and an absolute path to the same data count as equal.
     """
-    first, second = flatten(config), flatten(other)
-    differing = {
+    first, second = (flatten(absolute_paths(values)) for values in (config, other))
+    return {
         name: (first[name], second[name])
         for name in first
         if name not in FREE_TO_DIFFER and first[name] != second[name]
     }
-    if "data" in differing and len({absolute_data(data) for data in differing["data"]}) == 1:
-        del differing["data"]
-    return differing
 
 
 def check_same(saved: Config, given: Config, path: Path) -> None:

@@ -84,6 +84,16 @@ def _float_list(text: str) -> tuple[float, ...]:
         raise ValueError(f"{text!r} is not a comma-separated list of numbers") from None
 
 
+def _name_list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+NameList = Annotated[
+    tuple[str, ...], _text_option("NAME,NAME,…", _name_list, tuple, lambda names: ",".join(names))
+]
+"""``stem,stages.0`` on the command line, a tuple of strings in Python."""
+
+
 def _floats_option() -> tyro.constructors.PrimitiveConstructorSpec:
     def show(values: tuple[float, ...]) -> str:
         return ",".join(f"{value:g}" for value in values)

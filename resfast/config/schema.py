@@ -24,6 +24,7 @@ from resfast.config.options import (
     Fraction,
     IntList,
     Means,
+    NameList,
     NonNegative,
     NonNegativeInt,
     OpenFraction,
@@ -271,6 +272,21 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class TransferConfig:
+    """What the network learns from another one."""
+
+    __pydantic_config__ = _STRICT
+
+    init_from: Path | None = None
+    """Initial weights: the folder of a run, or a file of weights (ours, pytorch-cifar's,
+    torchvision's or timm's). Layers whose name and shape agree are taken, the others start as
+    usual."""
+    freeze: NameList = ()
+    """Layers that are not trained, by name or pattern: stem,stages.[01] or stages.*.bn?. Frozen
+    batch norms keep their statistics."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation and stopping."""
 
@@ -368,6 +384,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from resfast.layers.norm import train_mode
 from resfast.training import stopping
 from resfast.training.clock import Clock, copy_to_host
 from resfast.training.display import Display
@@ -47,7 +48,7 @@ def train_epoch(
     schedule, metrics = session.schedule, session.step_metrics
     state.begin_epoch(epoch)
     watch = LossWatch(metrics.losses, metrics.correct)
-    session.step.model.train()
+    train_mode(session.step.model)
     seconds_before, clock = state.epoch_seconds, Clock(session.device)
     if not state.first_step:
         _choose_images(session, state)

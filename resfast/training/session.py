@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ from resfast.models.resnet import count_parameters
 from resfast.models.summary import count_macs
 from resfast.optim.optimizers import build_optimizer
 from resfast.optim.schedules import Schedule
+from resfast.runs.transfer import freeze, initialize, read_source
 from resfast.training.display import Display
 from resfast.training.plan import Plan, PlannedBatch, make_plan
 from resfast.training.resolve import resolve
@@ -153,8 +155,9 @@ def open_session(
         train_source, config.data.label_noise, len(data.classes), config.runtime.seed
     )
     config, notes = resolve(config, data, feed.count(train_source))
-    for note in notes if shared.step is None else ():
-        display.say(note)
+    say = display.say if shared.step is None else lambda line: None
+    for note in notes:
+        say(note)
     device = torch.device(config.runtime.device)
     dtype = runtime.DTYPES[config.runtime.precision]
     runtime.prepare(
@@ -190,12 +193,13 @@ def open_session(
     check_budget(config.model, parameters)
     if config.model.zero_init_residual:
         model.zero_init_residual()
+    whitened = _transfer(model, config, data.classes, say, resumed=resumed)
     macs = count_macs(model, data.image_size)
     macs_by_pixels = {data.image_size: macs} | _macs_of_sizes(model, config)
     model = model.to(device, memory_format=torch.channels_last)
     set_winograd_tile(model, config.runtime.winograd_tile)
     whitening_seconds = 0.0
-    if not resumed and whitening.needed(model):
+    if not (resumed or whitened) and whitening.needed(model):
         whitening_seconds = _whiten(model, config, data, train_source, mean, std, device)
     compiled = shared.step is not None
     if shared.step is None:
@@ -215,6 +219,29 @@ def open_session(
         train_batches, plan, parameters, macs, macs_by_pixels, shared.step, shared.step_metrics,
         compiled, whitening_seconds,
     )  # fmt: skip
+
+
+def _transfer(
+    model: nn.Module,
+    config: Config,
+    classes: Sequence[str],
+    say: Callable[[str], None],
+    *,
+    resumed: bool,
+) -> bool:
+    """Takes the weights of ``--init-from`` and freezes the layers of ``--freeze``.
+
+    Returns:
+        Whether the filters of a whitening layer were taken.
+    """
+    transfer, has_filters = config.transfer, False
+    if transfer.init_from is not None and not resumed:
+        taken = initialize(model, read_source(transfer.init_from), classes)
+        say(taken.table())
+        has_filters = taken.took("whitening.weight")
+    if transfer.freeze:
+        say(f"{freeze(model, transfer.freeze):,} of {count_parameters(model):,} parameters frozen")
+    return has_filters
 
 
 def _mean_std(
