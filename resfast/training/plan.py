@@ -96,6 +96,12 @@ class Plan:
         """Steps of the longest epoch."""
         return max(len(epoch.batches) for epoch in self.epochs)
 
+    def steps_before(self, epoch: int, step: int = 0) -> int:
+        """Steps of the run before step ``step`` of ``epoch``."""
+        if epoch >= len(self.epochs):
+            return self.steps
+        return self.epochs[epoch].first_step + step
+
     def images_before(self, epoch: int, step: int = 0) -> int:
         """Images trained on before step ``step`` of ``epoch``."""
         if epoch >= len(self.epochs):

@@ -98,6 +98,7 @@ class TrainingState:
         }
         state = {
             "data": session.data.digest,
+            "epochs": session.config.optim.epochs,
             "epoch": epoch,
             "step": step,
             "training": session.step.state_dict(),
@@ -119,10 +120,11 @@ class TrainingState:
         self._saved_at, self._saved_epoch = time.monotonic(), epoch
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`save` wrote.
+        """Restores what :meth:`save` wrote, by this run or by the same one with fewer epochs.
 
         Raises:
-            ResfastError: the data set is not the one that the run was trained on.
+            ResfastError: the data set is not the one that the run was trained on, or the run
+                stopped within an epoch that has other batches with more epochs.
         """
         session, metrics = self.session, self.session.step_metrics
         if state["data"] != session.data.digest:
@@ -131,10 +133,20 @@ class TrainingState:
                 "on (its content changed); restore the data or start a new run"
             )
         self.epoch, self.first_step = state["epoch"], state["step"]
+        plan, epochs = session.plan, session.config.optim.epochs
+        if self.first_step and not plan.uniform and state.get("epochs", epochs) != epochs:
+            raise ResfastError(
+                f"cannot resume {self.path} with --epochs {epochs}: it stopped within an epoch, "
+                "and its sizes depend on the number of epochs; finish it first with --resume alone"
+            )
         session.step.load_state_dict(state["training"])
         session.schedule.load_state_dict(state["schedule"])
+        # Of this plan, which may be longer than the one that was saved.
+        session.step.steps = plan.steps_before(self.epoch, self.first_step)
+        session.schedule.seek(session.step.steps)
         session.train_batches.load_state_dict(state["loader"])
-        metrics.losses.copy_(state["losses"])
+        if self.first_step:
+            metrics.losses.copy_(state["losses"])
         metrics.correct.copy_(state["correct"])
         if metrics.image_losses is not None:
             metrics.image_losses.copy_(state["image_losses"])
