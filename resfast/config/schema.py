@@ -367,6 +367,10 @@ class RunConfig:
     """Stop and save after this many seconds of training; compiling and loading do not count."""
     save_seconds: NonNegative = 15.0
     """Minimum time between checkpoints, in seconds; the last epoch is always saved."""
+    record: NameList = ()
+    """Write a row for each step to steps.csv: loss (and learning rate), gradients (norm and change
+    of the last layer's gradient), smoothness (beta-smoothness and the loss along the gradient;
+    takes five more passes per step)."""
     tensorboard: bool = False
     """Write TensorBoard events to the run's folder."""
     wandb: bool = False

@@ -29,7 +29,7 @@ from resfast.config.options import (
 )
 from resfast.config.schema import ADAPTER, Config, ModelConfig
 from resfast.data.sources import known_classes
-from resfast.errors import ResfastError
+from resfast.errors import ResfastError, nearest
 from resfast.models.presets import build_model
 from resfast.models.resnet import count_parameters
 
@@ -42,6 +42,8 @@ _RANGE_ERRORS = {
     "less_than_equal",
 }
 _MIN_CLASSES = 2
+RECORDED = ("loss", "gradients", "smoothness")
+"""Values of ``--record``."""
 
 
 def check(config: Config) -> None:
@@ -58,6 +60,7 @@ def check(config: Config) -> None:
     _check_optimizer(config)
     _check_schedule(config)
     _check_loggers(config)
+    _check_record(config)
     network(config.model)
 
 
@@ -218,6 +221,15 @@ def _check_schedule(config: Config) -> None:
     if optim.schedule == "multistep" and late:
         expected = f"epochs below --epochs {epochs}"
         raise ResfastError(_out_of_range("--milestones", milestones, expected))
+
+
+def _check_record(config: Config) -> None:
+    for name in config.run.record:
+        if name not in RECORDED:
+            raise ResfastError(
+                f"--record {name} is unknown{nearest(name, RECORDED)}; choose from "
+                f"{','.join(RECORDED)}"
+            )
 
 
 def _check_loggers(config: Config) -> None:

@@ -55,6 +55,7 @@ def train_epoch(
     trained, lr = state.first_step, _last_rate(session, state)
     for step, images in enumerate(_steps(session, state), state.first_step):
         trained, lr = step + 1, schedule.lr
+        state.rates.append(lr)
         loss, correct, known_steps = watch.poll(step)
         if known_steps and not math.isfinite(loss):
             recorder.settle()
@@ -80,11 +81,19 @@ def train_epoch(
         ):
             state.first_step = trained
             break
+    measured = _measured(session)
     losses = copy_to_host(metrics.losses[:trained])
     total_correct = copy_to_host(metrics.correct)
     seconds, done = clock.stop()  # queued after the copies: once it is read, they are done
     return TrainedEpoch(
-        epoch, trained, lr, losses, total_correct, lambda: seconds_before + seconds(), done
+        epoch,
+        trained,
+        lr,
+        losses,
+        total_correct,
+        lambda: seconds_before + seconds(),
+        done,
+        measured,
     )
 
 
@@ -93,9 +102,16 @@ def restored_epoch(session: Session, state: TrainingState) -> TrainedEpoch:
     steps, metrics = state.first_step, session.step_metrics
     lr = _last_rate(session, state)
     losses, correct = metrics.losses[:steps].cpu(), metrics.correct.cpu()
+    seconds = state.epoch_seconds
     return TrainedEpoch(
-        state.epoch, steps, lr, losses, correct, lambda: state.epoch_seconds, lambda: True
+        state.epoch, steps, lr, losses, correct, lambda: seconds, lambda: True, _measured(session)
     )
+
+
+def _measured(session: Session) -> Tensor | None:
+    """What was measured in each step of the epoch, on the host."""
+    probe = session.step.probe
+    return None if probe is None else copy_to_host(probe.values())
 
 
 def _last_rate(session: Session, state: TrainingState) -> float:

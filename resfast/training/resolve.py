@@ -77,7 +77,7 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
     compile, note = _resolve_compile(config.runtime.compile, device, images)
     if note:
         notes.append(note)
-    cuda_graph, note = _resolve_cuda_graph(config.runtime.cuda_graph, device, precision, optim)
+    cuda_graph, note = _resolve_cuda_graph(config, device, precision, optim)
     if note:
         notes.append(note)
     loader = choose_loader(config.data.loader, data, device)
@@ -129,14 +129,17 @@ def _resolve_compile(requested: str, device: torch.device, images: int) -> tuple
 
 
 def _resolve_cuda_graph(
-    requested: str, device: torch.device, precision: str, optim: OptimConfig
+    config: Config, device: torch.device, precision: str, optim: OptimConfig
 ) -> tuple[str, str | None]:
+    requested = config.runtime.cuda_graph
     if requested == "off":
         return "off", None
     on_cuda = device.type == "cuda"
     reason = f"the device is {device}"
     if on_cuda:
         reason = why_not_captured(optim, runtime.DTYPES[precision])
+        if {"gradients", "smoothness"} & set(config.run.record):
+            reason = "--record measures gradients between the backward pass and the optimizer"
     if reason and requested == "on":
         raise ResfastError(f"--cuda-graph on is not possible: {reason}; use --cuda-graph auto")
     if reason:

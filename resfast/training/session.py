@@ -30,6 +30,7 @@ from resfast.optim.optimizers import build_optimizer
 from resfast.optim.schedules import Schedule
 from resfast.runs.transfer import freeze, initialize, read_source
 from resfast.training.display import Display
+from resfast.training.gradient_probe import COLUMNS, GradientProbe
 from resfast.training.plan import Plan, PlannedBatch, make_plan
 from resfast.training.resolve import resolve
 from resfast.training.step import TrainStep
@@ -278,7 +279,7 @@ def _build_step(
 ) -> TrainStep:
     optimizer = build_optimizer(model, config.optim)
     schedule = Schedule(optimizer, config.optim, config.optim.epochs, batches, plan.progress())
-    return TrainStep(
+    step = TrainStep(
         model,
         optimizer,
         config.optim,
@@ -289,6 +290,15 @@ def _build_step(
         captured=config.runtime.cuda_graph != "off",
         image_losses=image_losses,
     )
+    if measured := [name for name in config.run.record if COLUMNS[name]]:
+        step.probe = GradientProbe(
+            model,
+            measured,
+            loss=lambda images, labels: step.loss_of(images, labels)[0],
+            learning_rate=lambda: schedule.lr,
+            device=device,
+        )
+    return step
 
 
 def _macs_of_sizes(model: nn.Module, config: Config) -> dict[int, int]:
