@@ -29,7 +29,11 @@ def absolute_paths(config: Config) -> Config:
         data=replace(
             data, data=absolute_data(data.data), data_dir=Path(_absolute(os.fspath(data.data_dir)))
         ),
-        transfer=replace(transfer, init_from=_absolute_path(transfer.init_from)),
+        transfer=replace(
+            transfer,
+            init_from=_absolute_path(transfer.init_from),
+            teacher=_absolute_path(transfer.teacher),
+        ),
     )
 
 

@@ -284,6 +284,12 @@ class TransferConfig:
     freeze: NameList = ()
     """Layers that are not trained, by name or pattern: stem,stages.[01] or stages.*.bn?. Frozen
     batch norms keep their statistics."""
+    teacher: Path | None = None
+    """Distillation: a run whose predictions on the augmented images are targets, besides labels."""
+    distill_temperature: Positive = 4.0
+    """Distillation: the logits of both networks are divided by this."""
+    distill_weight: Fraction = 0.9
+    """Distillation: weight of the teacher's predictions; that of the labels is the rest."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from resfast.config.options import (
     PositiveFraction,
     phases_text,
 )
-from resfast.config.schema import ADAPTER, Config, ModelConfig
+from resfast.config.schema import ADAPTER, Config, ModelConfig, TransferConfig
 from resfast.data.sources import known_classes
 from resfast.errors import ResfastError, nearest
 from resfast.models.presets import build_model
@@ -61,6 +61,7 @@ def check(config: Config) -> None:
     _check_schedule(config)
     _check_loggers(config)
     _check_record(config)
+    _check_transfer(config)
     network(config.model)
 
 
@@ -221,6 +222,14 @@ def _check_schedule(config: Config) -> None:
     if optim.schedule == "multistep" and late:
         expected = f"epochs below --epochs {epochs}"
         raise ResfastError(_out_of_range("--milestones", milestones, expected))
+
+
+def _check_transfer(config: Config) -> None:
+    transfer, usual = config.transfer, TransferConfig()
+    for name, source in (("distill_temperature", "teacher"), ("distill_weight", "teacher")):
+        if getattr(transfer, name) != getattr(usual, name) and getattr(transfer, source) is None:
+            option = name.replace("_", "-")
+            raise ResfastError(f"--{option} needs --{source}; leave it out or choose a {source}")
 
 
 def _check_record(config: Config) -> None:

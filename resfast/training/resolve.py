@@ -140,6 +140,8 @@ def _resolve_cuda_graph(
         reason = why_not_captured(optim, runtime.DTYPES[precision])
         if {"gradients", "smoothness"} & set(config.run.record):
             reason = "--record measures gradients between the backward pass and the optimizer"
+        if config.transfer.teacher is not None:
+            reason = "the teacher of --teacher runs between its parts"
     if reason and requested == "on":
         raise ResfastError(f"--cuda-graph on is not possible: {reason}; use --cuda-graph auto")
     if reason:

@@ -35,6 +35,7 @@ from resfast.training.plan import Plan, PlannedBatch, make_plan
 from resfast.training.resolve import resolve
 from resfast.training.step import TrainStep
 from resfast.training.step_metrics import StepMetrics
+from resfast.training.teacher import Distillation, Teacher
 
 _DROPOUT_STREAM = 4
 
@@ -214,6 +215,7 @@ def open_session(
         assert shared.step_metrics is not None
         shared.step.reset(model.state_dict())
         shared.step_metrics.reset()
+    _teach(shared.step, config, data.classes, mean, std)
     assert shared.step_metrics is not None
     return Session(
         config, data, device, dtype, train_source, val_source, test_source, mean, std,
@@ -299,6 +301,25 @@ def _build_step(
             device=device,
         )
     return step
+
+
+def _teach(
+    step: TrainStep, config: Config, classes: Sequence[str], mean: Tensor, std: Tensor
+) -> None:
+    """Gives the step the teacher of ``--teacher``; a compiled step keeps the one it has."""
+    transfer = config.transfer
+    if transfer.teacher is None:
+        return
+    if isinstance(step.criterion, Distillation):
+        step.criterion.teacher.normalized_by(mean, std)
+        return
+    teacher = Teacher(transfer.teacher, config, classes, mean, std, step.device, step.dtype)
+    step.criterion = Distillation(
+        step.criterion,
+        teacher,
+        temperature=transfer.distill_temperature,
+        weight=transfer.distill_weight,
+    )
 
 
 def _macs_of_sizes(model: nn.Module, config: Config) -> dict[int, int]:

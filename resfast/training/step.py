@@ -20,7 +20,7 @@ from resfast.optim.averaging import Average
 from resfast.optim.rate_table import RateTable
 from resfast.optim.schedules import Schedule
 from resfast.training.gradient_probe import GradientProbe
-from resfast.training.losses import LOSSES
+from resfast.training.losses import criterion
 from resfast.training.step_graphs import StepGraphs, optimizer_tensors, why_not_captured
 from resfast.training.step_kinds import StepKind, StepKinds
 from resfast.training.step_metrics import StepMetrics
@@ -55,6 +55,7 @@ class TrainStep:
             it from the schedule.
         image_losses: loss of each image of the latest batch, float32 ``[B]``, valid until the next
             call; None if not kept.
+        criterion: the loss.
         probe: measures the gradients of each step, unless captured; None if they are not.
 
     Raises:
@@ -90,6 +91,7 @@ class TrainStep:
         self.average = Average(model) if config.ema or config.lookahead else None
         self.kinds = StepKinds(config, schedule, model)
         self.probe: GradientProbe | None = None
+        self.criterion = criterion(config.loss, config.label_smoothing)
         self._loss = _compiled(self._forward) if compile else self._forward
         self._is_captured = captured
         self.graphs: StepGraphs | None = None
@@ -104,8 +106,7 @@ class TrainStep:
             logits = self.model(images)
         logits = logits.float()
         reduction = "none" if self._keep_image_losses else "mean"
-        smoothing = self.config.label_smoothing
-        loss = LOSSES[self.config.loss](logits, labels, smoothing, reduction)
+        loss = self.criterion(images, logits, labels, reduction)
         main = labels if labels.ndim == 1 else labels.argmax(1)
         correct = (logits.detach().argmax(1) == main).sum()
         if self._keep_image_losses:
