@@ -201,6 +201,7 @@ class DaliLoader:
             mix=mix,
             padding=augment.padding,
             dtype=self.dtype,
+            noise=augment.noise,
         )
         return Batch(images, labels, indices)
 
