@@ -168,5 +168,7 @@ def test_teachers_that_do_not_fit_are_refused(teacher: Path, tiny: Config):
     with pytest.raises(ResfastError, match="was trained on the classes left, right, not on 0, 1"):
         train(change(tiny, teacher=teacher, data="digits", name="classes"))
     for option in ("distill_temperature", "distill_weight"):
-        with pytest.raises(ResfastError, match=f"--{option.replace('_', '-')} needs --teacher"):
+        with pytest.raises(
+            ResfastError, match=f"--{option.replace('_', '-')} needs --teacher; give both"
+        ):
             check(change(tiny, **{option: 0.5}))

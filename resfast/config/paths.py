@@ -33,6 +33,8 @@ def absolute_paths(config: Config) -> Config:
             transfer,
             init_from=_absolute_path(transfer.init_from),
             teacher=_absolute_path(transfer.teacher),
+            unlabelled=_absolute_path(transfer.unlabelled),
+            pseudo_from=_absolute_path(transfer.pseudo_from),
         ),
     )
 

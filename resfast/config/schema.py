@@ -290,6 +290,13 @@ class TransferConfig:
     """Distillation: the logits of both networks are divided by this."""
     distill_weight: Fraction = 0.9
     """Distillation: weight of the teacher's predictions; that of the labels is the rest."""
+    unlabelled: Path | None = None
+    """Images without labels to train on too: a folder, a .npy file, or a pickle in CIFAR's
+    format."""
+    pseudo_from: Path | None = None
+    """A run whose predictions are the labels of --unlabelled."""
+    pseudo_threshold: Fraction = 0.95
+    """Least probability of the predicted class; images below it are left out."""
 
 
 @dataclass(frozen=True)

@@ -226,10 +226,16 @@ def _check_schedule(config: Config) -> None:
 
 def _check_transfer(config: Config) -> None:
     transfer, usual = config.transfer, TransferConfig()
-    for name, source in (("distill_temperature", "teacher"), ("distill_weight", "teacher")):
+    for name, source in (
+        ("distill_temperature", "teacher"),
+        ("distill_weight", "teacher"),
+        ("pseudo_from", "unlabelled"),
+        ("pseudo_threshold", "unlabelled"),
+        ("unlabelled", "pseudo_from"),
+    ):
         if getattr(transfer, name) != getattr(usual, name) and getattr(transfer, source) is None:
-            option = name.replace("_", "-")
-            raise ResfastError(f"--{option} needs --{source}; leave it out or choose a {source}")
+            options = ["--" + option.replace("_", "-") for option in (name, source)]
+            raise ResfastError(f"{options[0]} needs {options[1]}; give both or leave it out")
 
 
 def _check_record(config: Config) -> None:

@@ -97,7 +97,7 @@ def train(
             device=runtime.resolve_device(config.runtime.device),
             report=display.say,
         )
-    session = open_session(config, shared, display, resumed=saved is not None)
+    session = open_session(config, shared, display, saved=saved)
     evaluator = Evaluator(session)
     new = path is None
     path = records.run_folder(session.config, config.model.model) if path is None else path

@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from resfast.runs.transfer import freeze, initialize, read_source
 from resfast.training.display import Display
 from resfast.training.gradient_probe import COLUMNS, GradientProbe
 from resfast.training.plan import Plan, PlannedBatch, make_plan
+from resfast.training.pseudo_labels import PseudoLabels, pseudo_labels
 from resfast.training.resolve import resolve
 from resfast.training.step import TrainStep
 from resfast.training.step_metrics import StepMetrics
@@ -80,6 +82,7 @@ class Session:
         step_metrics: losses and correct predictions of the steps of an epoch.
         compiled: whether the step was compiled by an earlier training.
         whitening_seconds: seconds to compute the frozen first layer.
+        pseudo: images without labels and their predicted ones; None if there are none.
         batch_shape: number of images and their height in pixels of the latest batch; None makes the
             next batch release cached memory.
     """
@@ -102,6 +105,7 @@ class Session:
     step_metrics: StepMetrics
     compiled: bool
     whitening_seconds: float
+    pseudo: PseudoLabels | None = None
     batch_shape: tuple[int, int] | None = None
 
     @property
@@ -135,7 +139,7 @@ class Session:
 
 
 def open_session(
-    config: Config, shared: Shared, display: Display, *, resumed: bool = False
+    config: Config, shared: Shared, display: Display, *, saved: dict[str, Any] | None = None
 ) -> Session:
     """Builds the parts of a training.
 
@@ -143,21 +147,27 @@ def open_session(
         config: configuration of the training; values of ``auto`` are resolved here.
         shared: holds the opened data set; its step is reused, or set by the first training.
         display: shows which values were adjusted.
-        resumed: whether a saved state will be restored, which includes the whitening filters.
+        saved: a state that will be restored, which includes the whitening filters; None for a new
+            run.
 
     Raises:
         ResfastError: values that do not fit the data, the machine or each other.
     """
-    data = shared.data
+    data, resumed = shared.data, saved is not None
     assert data is not None
+    say = display.say if shared.step is None else lambda line: None
     train_source, val_source, test_source = feed.split_sources(
         data, config.data.val_fraction, config.runtime.seed, config.data.hold_out
     )
     train_source = feed.with_label_noise(
         train_source, config.data.label_noise, len(data.classes), config.runtime.seed
     )
+    pseudo = pseudo_labels(
+        config, data.classes, data.image_size, saved=(saved or {}).get("pseudo"), say=say
+    )
+    if pseudo is not None:
+        train_source = pseudo.added_to(train_source)
     config, notes = resolve(config, data, feed.count(train_source))
-    say = display.say if shared.step is None else lambda line: None
     for note in notes:
         say(note)
     device = torch.device(config.runtime.device)
@@ -220,7 +230,7 @@ def open_session(
     return Session(
         config, data, device, dtype, train_source, val_source, test_source, mean, std,
         train_batches, plan, parameters, macs, macs_by_pixels, shared.step, shared.step_metrics,
-        compiled, whitening_seconds,
+        compiled, whitening_seconds, pseudo,
     )  # fmt: skip
 
 

@@ -110,6 +110,7 @@ class TrainingState:
             "correct": metrics.correct.cpu(),
             "image_losses": None if metrics.image_losses is None else metrics.image_losses.cpu(),
             "rates": torch.tensor(self.rates, dtype=torch.float64),
+            "pseudo": None if session.pseudo is None else session.pseudo.state_dict(),
             "probe": None if session.step.probe is None else session.step.probe.state_dict(),
             "order": None if self.order is None or not step else self.order.cpu(),
             "epoch_seconds": self.epoch_seconds,

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resfast.config.schema import Config
-from resfast.errors import ResfastError
 from resfast.inference.fuse import fuse
 from resfast.inference.load import load
 from resfast.training.losses import Criterion
+from resfast.training.pseudo_labels import check_fits
 
 
 class Teacher:
@@ -43,17 +43,7 @@ class Teacher:
         dtype: torch.dtype,
     ) -> None:
         run = load(path, device=str(device))
-        if run.classes != tuple(classes):
-            shown = [", ".join(names[:10]) for names in (run.classes, tuple(classes))]
-            raise ResfastError(
-                f"--teacher {path} was trained on the classes {shown[0]}, not on {shown[1]}; "
-                "choose a run with the same classes"
-            )
-        if run.image_size != config.data.image_size:
-            raise ResfastError(
-                f"--teacher {path} was trained on images of {run.image_size} pixels, not "
-                f"{config.data.image_size}; choose another run, or --image-size {run.image_size}"
-            )
+        check_fits(run, "--teacher", classes, config.data.image_size)
         size = run.image_size
         example = torch.zeros(config.optim.batch_size, 3, size, size, device=device, dtype=dtype)
         self.network = fuse(run.model, dtype, example=example)
