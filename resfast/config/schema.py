@@ -297,6 +297,13 @@ class TransferConfig:
     """A run whose predictions are the labels of --unlabelled."""
     pseudo_threshold: Fraction = 0.95
     """Least probability of the predicted class; images below it are left out."""
+    pretrain: Literal["none", "barlow_twins"] = "none"
+    """Self-supervised pre-training on two views of each image; the accuracy is that of a linear
+    classifier of its features, trained along. Fine-tune with --init-from."""
+    projector: IntList = (512, 512, 512)
+    """Pre-training: sizes of the dense layers between the features and the loss."""
+    redundancy_weight: Positive = 0.0051
+    """Barlow Twins: weight of the correlations between different dimensions."""
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,34 @@ def _check_transfer(config: Config) -> None:
         if getattr(transfer, name) != getattr(usual, name) and getattr(transfer, source) is None:
             options = ["--" + option.replace("_", "-") for option in (name, source)]
             raise ResfastError(f"{options[0]} needs {options[1]}; give both or leave it out")
+    _check_pretraining(config)
+
+
+def _check_pretraining(config: Config) -> None:
+    transfer, usual = config.transfer, TransferConfig()
+    if transfer.pretrain == "none":
+        for name in ("projector", "redundancy_weight"):
+            if getattr(transfer, name) != getattr(usual, name):
+                raise ResfastError(
+                    f"--{name.replace('_', '-')} needs --pretrain barlow_twins; leave it out"
+                )
+        return
+    for option, is_set in (
+        ("--accumulate", config.optim.accumulate > 1),
+        ("--filter-keep", config.data.filter_keep < 1),
+        ("--augment mixup and cutmix", config.data.augment.mixes),
+        ("--teacher", transfer.teacher is not None),
+        ("--compile on", config.runtime.compile == "on"),
+        ("--cuda-graph on", config.runtime.cuda_graph == "on"),
+    ):
+        if is_set:
+            raise ResfastError(
+                f"{option} cannot be combined with --pretrain {transfer.pretrain}, whose loss "
+                "compares whole batches of two views; leave it out"
+            )
+    if not transfer.projector or min(transfer.projector) < 1:
+        sizes = ",".join(map(str, transfer.projector)) or "(none)"
+        raise ResfastError(f"--projector {sizes} is out of range: expected sizes of at least 1")
 
 
 def _check_record(config: Config) -> None:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, float, str], Tensor]
-Criterion = Callable[[Tensor, Tensor, Tensor, str], Tensor]
-"""Loss of a training step: of images ``[B, C, H, W]``, logits, float32 ``[B, classes]``, labels and
-the reduction as for ``LOSSES``."""
+Criterion = Callable[..., Tensor]
+"""Loss of a training step. Arguments: images ``[B, C, H, W]``; logits, float32 ``[B, classes]``;
+labels and reduction as for ``LOSSES``; and other outputs of the step, float32."""
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, reduction: str) -> Tensor:

@@ -74,17 +74,21 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
     device = runtime.resolve_device(config.runtime.device)
     precision = runtime.resolve_precision(config.runtime.precision, device)
     images = round(optim.epochs * train_images)
-    compile, note = _resolve_compile(config.runtime.compile, device, images)
-    if note:
-        notes.append(note)
-    cuda_graph, note = _resolve_cuda_graph(config, device, precision, optim)
-    if note:
-        notes.append(note)
+    if config.transfer.pretrain != "none":
+        compile, cuda_graph = "off", "off"
+    else:
+        compile, note = _resolve_compile(config.runtime.compile, device, images)
+        if note:
+            notes.append(note)
+        cuda_graph, note = _resolve_cuda_graph(config, device, precision, optim)
+        if note:
+            notes.append(note)
     loader = choose_loader(config.data.loader, data, device)
     if loader == "dali":
         for option, is_set in (
             ("batch-sizes", optim.batch_sizes),
             ("filter-keep", config.data.filter_keep < 1),
+            ("pretrain", config.transfer.pretrain != "none"),
         ):
             if is_set:
                 raise ResfastError(

@@ -22,6 +22,8 @@ from resfast.data import batches as feed
 from resfast.data.augment import generator
 from resfast.data.batch import BatchSource
 from resfast.data.dataset import Dataset, Stream
+from resfast.data.device_batches import DeviceBatches
+from resfast.data.two_views import TwoViews
 from resfast.layers import whitening
 from resfast.layers.conv import set_winograd_tile
 from resfast.models.presets import build_model
@@ -33,6 +35,7 @@ from resfast.runs.transfer import freeze, initialize, read_source
 from resfast.training.display import Display
 from resfast.training.gradient_probe import COLUMNS, GradientProbe
 from resfast.training.plan import Plan, PlannedBatch, make_plan
+from resfast.training.pretraining import add_projector, barlow_twins, two_headed
 from resfast.training.pseudo_labels import PseudoLabels, pseudo_labels
 from resfast.training.resolve import resolve
 from resfast.training.step import TrainStep
@@ -207,6 +210,10 @@ def open_session(
         model.zero_init_residual()
     whitened = _transfer(model, config, data.classes, say, resumed=resumed)
     macs = count_macs(model, data.image_size)
+    if config.transfer.pretrain != "none":
+        assert isinstance(train_batches, DeviceBatches)  # resolve has refused the others
+        train_batches = TwoViews(train_batches)
+        add_projector(model, config.transfer.projector)
     macs_by_pixels = {data.image_size: macs} | _macs_of_sizes(model, config)
     model = model.to(device, memory_format=torch.channels_last)
     set_winograd_tile(model, config.runtime.winograd_tile)
@@ -302,6 +309,9 @@ def _build_step(
         captured=config.runtime.cuda_graph != "off",
         image_losses=image_losses,
     )
+    if config.transfer.pretrain != "none":
+        step.outputs = two_headed(model)
+        step.criterion = barlow_twins(step.criterion, config.transfer.redundancy_weight)
     if measured := [name for name in config.run.record if COLUMNS[name]]:
         step.probe = GradientProbe(
             model,

@@ -7,7 +7,7 @@ What differs between steps is in ``step_kinds.py``, their capture as CUDA graphs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class TrainStep:
             it from the schedule.
         image_losses: loss of each image of the latest batch, float32 ``[B]``, valid until the next
             call; None if not kept.
-        criterion: the loss.
+        outputs: logits of images and, in pre-training, more; ``criterion``: the loss of them.
         probe: measures the gradients of each step, unless captured; None if they are not.
 
     Raises:
@@ -91,6 +91,7 @@ class TrainStep:
         self.average = Average(model) if config.ema or config.lookahead else None
         self.kinds = StepKinds(config, schedule, model)
         self.probe: GradientProbe | None = None
+        self.outputs: Callable[[Tensor], Sequence[Tensor]] = lambda images: [model(images)]
         self.criterion = criterion(config.loss, config.label_smoothing)
         self._loss = _compiled(self._forward) if compile else self._forward
         self._is_captured = captured
@@ -103,10 +104,10 @@ class TrainStep:
     def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Mean loss, number of correct predictions and, where kept, the loss of each image."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(images)
-        logits = logits.float()
+            outputs = self.outputs(images)
+        logits, *others = [value.float() for value in outputs]
         reduction = "none" if self._keep_image_losses else "mean"
-        loss = self.criterion(images, logits, labels, reduction)
+        loss = self.criterion(images, logits, labels, reduction, *others)
         main = labels if labels.ndim == 1 else labels.argmax(1)
         correct = (logits.detach().argmax(1) == main).sum()
         if self._keep_image_losses:
@@ -216,7 +217,7 @@ class TrainStep:
         return loss, correct, *([torch.cat(image_losses)] if image_losses else [])
 
     def loss_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Results as those of :meth:`backward`, of the whole batch at once and with a graph."""
+        """Results as of :meth:`backward`, of the whole batch at once and with a graph."""
         with captured_step(self._is_captured):
             return self._loss(images, labels)
 
