@@ -208,7 +208,7 @@ def tiny(image_tree: Path, tmp_path: Path) -> Config:
 
 def change(config: Config, **values: object) -> Config:
     """The configuration with fields replaced by name, whichever group they are in."""
-    for group in ("model", "data", "optim", "evaluation", "runtime", "run"):
+    for group in ("model", "data", "optim", "transfer", "evaluation", "runtime", "run"):
         part = getattr(config, group)
         own_values = {name: values.pop(name) for name in list(values) if hasattr(part, name)}
         # `model` and `data` are names of groups and of fields within them.

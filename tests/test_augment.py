@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -43,8 +44,10 @@ ALL = Augment(
     brightness=0.3,
     contrast=0.4,
     saturation=0.5,
+    hue=0.1,
     autocontrast=0.5,
     grey=0.3,
+    noise=0.1,
     mixup=0.4,
     cutmix=0.7,
 )
@@ -99,8 +102,10 @@ def policies() -> st.SearchStrategy[Augment]:
         brightness=part,
         contrast=part,
         saturation=part,
+        hue=st.floats(0, 0.5),
         autocontrast=part,
         grey=part,
+        noise=part,
         mixup=alpha,
         cutmix=alpha,
     )
@@ -290,7 +295,7 @@ def test_one_augmentation_does_not_change_the_draws_of_another():
 
 def test_one_color_step_does_not_change_the_draws_of_another_and_they_run_in_order():
     table = torch.tensor([[40.0, 180, 99], [10, 250, 130], [90, 111, 100]]).expand(500, 3, 3)
-    names = ("autocontrast", "brightness", "contrast", "saturation", "grey")
+    names = ("autocontrast", "brightness", "contrast", "saturation", "hue", "grey")
     product = torch.eye(3)
     for name in names:
         alone = draw(Augment(**{name: getattr(ALL, name)}), 500, statistics=table)
@@ -409,6 +414,107 @@ def test_color_factors_are_uniform_about_one(name: str):
     assert not follows(factor, stats.uniform(0.79, 0.42).cdf)
 
 
+def hue_angles(color: Tensor) -> Tensor:
+    """Angle in the plane of I and Q that red was rotated by."""
+
+    def angle(red: Tensor, green: Tensor, blue: Tensor) -> Tensor:
+        y = 0.299 * red + 0.587 * green + 0.114 * blue
+        i = 0.735514 * (red - y) - 0.267962 * (blue - y)
+        return torch.atan2(0.477648 * (red - y) + 0.412626 * (blue - y), i)
+
+    one = torch.ones(len(color))
+    turned = angle(*color[:, :, 0].unbind(1)) - angle(one, 0 * one, 0 * one)
+    return torch.remainder(turned + math.pi, 2 * math.pi) - math.pi
+
+
+@pytest.mark.parametrize("part", [0.05, 0.4])
+def test_hues_are_rotated_uniformly_either_way(part: float):
+    angles_of_red = hue_angles(draw(Augment(hue=part)).color)
+    width = 2 * math.pi * part
+    assert follows(angles_of_red, stats.uniform(-width, 2 * width).cdf)
+    assert not follows(angles_of_red, stats.uniform(-width, 1.96 * width).cdf)
+
+
+def test_a_rotation_of_the_hue_is_that_of_yiq_space():
+    """Python's ``colorsys`` has coefficients of two digits."""
+    colors = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.3
+    color = draw(Augment(hue=0.2), 50).color
+    assert not color[:, :, 3].any()
+    turned = torch.einsum("bdc,bc->bd", color[:, :, :3], colors)
+    for rgb, result, angle in zip(
+        colors.tolist(), turned.tolist(), hue_angles(color).tolist(), strict=True
+    ):
+        y, i, q = colorsys.rgb_to_yiq(*rgb)
+        cos, sin = math.cos(angle), math.sin(angle)
+        expected = colorsys.yiq_to_rgb(y, cos * i - sin * q, sin * i + cos * q)
+        assert result == pytest.approx(expected, abs=0.02)
+    grey = torch.einsum("bdc,c->bd", color[:, :, :3], torch.full((3,), 100.0))
+    torch.testing.assert_close(grey, torch.full_like(grey, 100.0))
+
+
+def test_a_small_rotation_is_close_to_torchvisions():
+    images = smooth_images(30, 8, 8, 60, 200)
+    params = draw(Augment(hue=0.05), 30)
+    result = augment(images, torch.arange(30), params, *PIXELS)
+    parts = -hue_angles(params.color) / (2 * math.pi)  # from red to yellow is positive there
+    for got, image, part in zip(result, images, parts.tolist(), strict=True):
+        plain = image.permute(2, 0, 1)
+        moved, expected = got - plain, tv.adjust_hue(plain / 255, part) * 255 - plain
+        assert torch.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.4
+        assert 0.5 < moved.norm() / expected.norm() < 2
+
+
+# Noise, which is a separate pass.
+
+
+def noisy(amount: float = 0.1, **values: object) -> Tensor:
+    images = torch.full((300, 16, 16, 3), 128, dtype=torch.uint8)
+    params = draw(Augment(noise=amount), 300, (16, 16), **values)
+    return augment(images, torch.arange(300), params, *PIXELS, noise=amount) / 255
+
+
+def test_noise_is_normal_with_the_given_deviation_and_independent():
+    values = noisy() - 128 / 255
+    assert follows(values.flatten() / 0.1, stats.norm.cdf)
+    assert not follows(values.flatten() / 0.097, stats.norm.cdf)
+    rows = values.flatten(1)
+    assert uncorrelated([rows[:, index] for index in (0, 1, 2, 3, 8, 9, 400, 767)])
+    assert uncorrelated([rows[index] for index in (0, 1, 2, 299)])
+    torch.testing.assert_close(noisy(0.2) - 128 / 255, 2 * values)
+
+
+def test_noise_depends_on_image_epoch_and_seed_and_on_no_other_step():
+    values = noisy()
+    assert torch.equal(values, noisy())
+    for other in (noisy(epoch=1), noisy(seed=6)):
+        assert (other != values).float().mean() > 0.99
+    images = torch.randint(0, 256, (300, 16, 16, 3), dtype=torch.uint8)
+    with_noise = replace(Augment(crop=2, flip="random", cutout=5), noise=0.1)
+    params = draw(with_noise, 300, (16, 16))
+    indices = torch.tensor([7, 299, 7])
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+    plain = augment(images, indices, replace(params, noise=None), mean, std)
+    result = augment(images, indices, params, mean, std, noise=0.1)
+    expected = (values - 128 / 255)[indices] / std[:, None, None]
+    torch.testing.assert_close(result - plain, expected, atol=1e-5, rtol=0)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    half = augment(images, indices, params, mean, std, noise=0.1, dtype=torch.bfloat16)
+    assert torch.equal(half, result.to(torch.bfloat16))  # rounded once
+    assert augment(images, indices[:0], params, mean, std, noise=0.1).shape == (0, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"noise is \[3\]; expected \[300\]"):
+        augment(images, indices, AugmentParams(noise=params.noise[:3]), mean, std, noise=0.1)
+
+
+def test_the_same_noise_comes_from_the_python_generator(monkeypatch: pytest.MonkeyPatch):
+    from resfast.ops.augment import noise, reference
+
+    keys = torch.tensor([5, 2**62, 1])
+    found = noise.normal(keys, 61)
+    monkeypatch.setattr(noise, "philox", reference.philox)
+    assert torch.equal(noise.normal(keys, 61), found)
+    assert torch.equal(noise.normal(keys[1:], 8), found[1:, :8])
+
+
 def uncorrelated(draws: list[Tensor]) -> bool:
     count = len(draws[0])
     ranks = np.corrcoef([stats.rankdata(part.double().numpy()) for part in draws])
@@ -439,6 +545,8 @@ def test_all_draws_of_an_image_are_independent_of_each_other():
         -alone["saturation"].color[:, 1, 0],
         alone["autocontrast"].color[:, 0, 0] != 1,
         alone["grey"].color[:, 0, 1] != 0,
+        hue_angles(alone["hue"].color),
+        alone["noise"].noise,
         partner,
     ]
     unclipped = height * width < 0.74 * size[0] * size[1]  # whatever the ratio

@@ -196,6 +196,42 @@ def test_smaller_batches_are_made_of_the_same_images(
             assert torch.equal(found.images, images)
 
 
+@pytest.mark.parametrize("augment", ["none", "strong,crop=3,mixup=0.4"])
+def test_the_incomplete_last_batch_has_the_rest_of_the_images(
+    kind: str, augment: str, request: pytest.FixtureRequest
+):
+    policy = parse_augment(augment)
+    without = make(kind, request, augment=policy)
+    batches = make(kind, request, augment=policy, drop_last=False)
+    rest = COUNT - STEPS * BATCH
+    assert (len(without), len(batches)) == (STEPS, STEPS + 1)
+    for epoch in range(2):
+        found = whole_epoch(batches, epoch)
+        last = batches.next(rest, SIZE)
+        assert_same(found, whole_epoch(without, epoch))
+        assert [len(value) for value in last] == [rest] * 3
+        seen = torch.cat([*(batch.indices for batch in found), last.indices])
+        assert len(seen.unique()) == COUNT
+        if augment == "none":
+            assert torch.equal(last.labels, LABELS[numbers(last.images)])
+    state = batches.state_dict()  # a run may be stopped before the last batch
+    batches.begin(1, first=STEPS * BATCH)
+    again = make(kind, request, augment=policy, drop_last=False)
+    again.load_state_dict(state)
+    again.begin(1, first=STEPS * BATCH)
+    assert_same([again.next(rest, SIZE)], [last])
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_an_incomplete_last_batch_that_is_read_ahead_cannot_be_changed(
+    name: str, request: pytest.FixtureRequest
+):
+    batches = make(name, request, drop_last=False)
+    batches.begin(0, first=STEPS * BATCH)
+    with pytest.raises(ValueError, match="images is 6; expected 5"):
+        batches.next(BATCH, SIZE)
+
+
 @pytest.mark.parametrize("name", STREAMED)
 def test_what_is_read_ahead_cannot_be_changed(name: str, request: pytest.FixtureRequest):
     batches = make(name, request)

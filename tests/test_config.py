@@ -240,7 +240,7 @@ def test_help_shows_every_option_with_explanation_and_default():
         assert option in explained, option
         words = explained[option].split("(default:")[0].split()
         assert len(words) >= 3, (option, words)
-    for group in ("model", "data", "optim", "evaluation", "runtime", "run"):
+    for group in ("model", "data", "optim", "transfer", "evaluation", "runtime", "run"):
         assert f"─ {group} options ─" in run.stdout
 
 

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from resfast import runtime
 from resfast.cli.train import command_line
 from resfast.config import files
-from resfast.config.schema import Config, DataConfig, OptimConfig, phases_text
+from resfast.config.options import phases_text
+from resfast.config.schema import Config, DataConfig, OptimConfig
 from resfast.config.validate import check
 from resfast.data.augment import Augment, order, smaller
 from resfast.errors import NonFiniteLossError, ResfastError
@@ -56,6 +57,35 @@ def test_without_a_curriculum_every_epoch_is_the_same_batches():
     expected = tuple(PlannedBatch(10 * step, 10, 32) for step in range(10))
     assert [epoch.batches for epoch in made.epochs] == [expected] * 4
     assert [epoch.first_step for epoch in made.epochs] == [0, 10, 20, 30]
+
+
+def test_the_last_batch_is_left_out_or_has_the_rest_of_the_images():
+    made = plan(images=105, drop_last=False)
+    assert made.uniform
+    assert [batch.images for batch in made.epochs[0].batches] == [10] * 10 + [5]
+    assert made.epochs[3].batches is made.epochs[0].batches
+    assert (made.steps, made.images, made.max_steps) == (44, 420, 11)
+    assert made.shapes() == [(10, 32), (5, 32)]
+    assert made.epochs[0].images_in(10) == 100
+    assert made.images_before(1, 11) == 210
+    assert plan(images=100, drop_last=False) == plan(images=100)
+
+    varied = plan(images=105, drop_last=False, batch_sizes=((20, 0.5),), epochs=2.5)
+    sizes = [[batch.images for batch in epoch.batches] for epoch in varied.epochs]
+    assert sizes[0] == [20] * 5 + [5]
+    assert sizes[2] == [10] * 6  # up to half of the images
+    assert sum(sizes[1]) == 105
+    filtered = plan(images=105, drop_last=False, filter_start=0.5, filter_keep=0.5)
+    assert [batch.images for batch in filtered.epochs[3].batches] == [10] * 5 + [2]
+    with pytest.raises(ResfastError, match="leaves a last batch of 1 of 101 images"):
+        plan(images=101, drop_last=False)
+
+
+def test_rates_change_by_the_same_step_after_an_incomplete_batch_as_after_others():
+    """So that milestones in steps and torch's schedulers are met."""
+    made = plan(images=105, drop_last=False)
+    found = rates(made, schedule="multistep", milestone_steps=(23,), warmup=0.0)
+    assert found == pytest.approx([1.0] * 23 + [0.1] * 21)
 
 
 def test_image_sizes_hold_up_to_their_part_of_the_training():
@@ -188,7 +218,8 @@ def test_a_configuration_from_before_loads_with_todays_values():
 def rates(made: Plan, **values: object) -> list[float]:
     config = OptimConfig(epochs=4, batch_size=10, lr=1.0, **values)
     model = torch.nn.Linear(2, 2)
-    schedule = Schedule(build_optimizer(model, config), config, 4, 10, made.progress())
+    steps = len(made.epochs[0].batches)
+    schedule = Schedule(build_optimizer(model, config), config, 4, steps, made.progress())
     found = []
     for step in range(made.steps):
         found.append(schedule.lr)
@@ -352,6 +383,25 @@ def shapes_seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in (path / records.METRICS).read_text().splitlines()]
+
+
+def test_a_run_trains_on_the_incomplete_last_batch_too(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+):
+    seen = shapes_seen(monkeypatch)
+    tiny = change(tiny, batch_size=20, augment=Augment(crop=1, mixup=0.4), accumulate=3)
+    for dropped in (True, False):
+        seen.clear()
+        result = train(change(tiny, drop_last=dropped, name=f"dropped-{dropped}"))
+        assert [images for images, _ in seen] == [20, 20, *([] if dropped else [8])] * 3
+        assert result.summary.train_macs == result.summary.macs * sum(size for size, _ in seen)
+    rows = rows_of(result.path)
+    assert all((row["train_accuracy"] * 48) == round(row["train_accuracy"] * 48) for row in rows)
+    interrupt_at(monkeypatch, 4)  # before the last batch of the second epoch
+    with pytest.raises(Interrupted) as stopped:
+        train(change(tiny, drop_last=False))
+    monkeypatch.undo()
+    assert_same_weights(train(resume=stopped.value.path).path, result.path)
 
 
 @pytest.mark.parametrize("by", ["resize", "crop"])

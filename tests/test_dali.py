@@ -208,7 +208,7 @@ def test_every_epoch_is_shuffled_and_depends_on_the_seed(source):
     assert labels_of(make(source, drop_last=False, seed=1)) != epochs[0]
 
 
-POLICIES = ["crop=3,flip=random,cutout=4", "report-001,crop=2,mixup=0.4,cutmix=1"]
+POLICIES = ["crop=3,flip=random,cutout=4", "report-001,crop=2,hue=0.1,noise=0.1,mixup=0.4,cutmix=1"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -37,7 +37,7 @@ from tests.triton_code import compiled, interpreted, triton_kernels
 
 COUNT, CLASSES, SIZE = 23, 5, 12
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
-EVERYTHING = "strong,crop=3,cutout=2,mixup=0.3,cutmix=1"
+EVERYTHING = "strong,crop=3,cutout=2,hue=0.1,noise=0.1,mixup=0.3,cutmix=1"
 
 
 def make(
@@ -77,7 +77,12 @@ def test_nothing_moves_from_epoch_to_epoch():
     loader = batches.loader
     before = [tensor.data_ptr() for tensor in (*batches.tensors, loader.images, loader.labels)]
     parts = {f.name for p in (batches._params.augment, batches._params.mix) for f in fields(p)}
-    assert parts == {"shift", "flip", "affine", "color", "cutout", "partner", "weight", "box"}
+    assert parts == {
+        *("shift", "flip", "affine", "color", "cutout", "noise"),
+        "partner",
+        "weight",
+        "box",
+    }
     assert len(batches.tensors) == 3 + len(parts) - 2  # `affine` here, so no `shift` and `flip`
     first = whole_epoch(batches, 0)
     batches.loader.copy_from(make(EVERYTHING, pictures=1, seed=9))

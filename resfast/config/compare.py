@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from resfast.config.paths import absolute_data
+from resfast.config.paths import absolute_paths
 from resfast.config.schema import Config, RunConfig
 from resfast.errors import ResfastError
 
@@ -28,15 +28,12 @@ def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 
     A relative and an absolute path to the same data count as equal.
     """
-    first, second = flatten(config), flatten(other)
-    differing = {
+    first, second = (flatten(absolute_paths(values)) for values in (config, other))
+    return {
         name: (first[name], second[name])
         for name in first
         if name not in FREE_TO_DIFFER and first[name] != second[name]
     }
-    if "data" in differing and len({absolute_data(data) for data in differing["data"]}) == 1:
-        del differing["data"]
-    return differing
 
 
 def check_same(saved: Config, given: Config, path: Path) -> None:
@@ -47,10 +44,14 @@ def check_same(saved: Config, given: Config, path: Path) -> None:
         given: the one to resume it with.
         path: folder of the run, for the error message.
 
+    More epochs than before are allowed, see :func:`check_more_epochs`.
+
     Raises:
         ResfastError: they differ in fields that would change the result, with both values of each.
     """
     differing = differences(saved, given)
+    if "epochs" in differing:
+        check_more_epochs(*differing.pop("epochs"), path)
     if differing:
         listed = ", ".join(
             f"{name} was {before!r} and is now {now!r}" for name, (before, now) in differing.items()
@@ -58,4 +59,29 @@ def check_same(saved: Config, given: Config, path: Path) -> None:
         raise ResfastError(
             f"cannot resume {path} with another configuration: {listed}; leave those options out, "
             "or start a new run without --resume"
+        )
+
+
+def check_more_epochs(saved: float | None, given: float | None, path: Path) -> None:
+    """Checks that a run may be continued up to another number of epochs.
+
+    Args:
+        saved: epochs of the run; None in the common folder of runs that have not resolved it yet.
+        given: the new number of epochs, counted from the run's beginning.
+        path: folder of the run, for the error message.
+
+    Raises:
+        ResfastError: fewer epochs, or a run that ends within an epoch.
+    """
+    if saved is None and given is not None:
+        return
+    if saved is None or given is None or given < saved:
+        raise ResfastError(
+            f"cannot resume {path} with --epochs {given}: it has {saved}; leave the option out, or "
+            "give the number of epochs to reach, which is more"
+        )
+    if saved != int(saved):
+        raise ResfastError(
+            f"cannot resume {path} with --epochs {given}: its {saved:g} epochs end within one; "
+            "only whole epochs can be followed by more"
         )

@@ -61,7 +61,7 @@ def _with_surrogates(config: Config) -> Config:
         return Path(str(value).translate(_SURROGATES)) if isinstance(value, Path) else value
 
     groups = {}
-    for name in ("data", "run"):  # the groups that hold paths and names
+    for name in ("data", "transfer", "run"):  # the groups that hold paths and names
         group = getattr(config, name)
         values = {field.name: restored(getattr(group, field.name)) for field in fields(group)}
         groups[name] = replace(group, **values)

@@ -22,14 +22,25 @@ def absolute_data(data: str) -> str:
 
 
 def absolute_paths(config: Config) -> Config:
-    """The configuration with ``data`` and ``data_dir`` as absolute paths."""
-    data = config.data
+    """The configuration with absolute paths to everything that it reads."""
+    data, transfer = config.data, config.transfer
     return replace(
         config,
         data=replace(
             data, data=absolute_data(data.data), data_dir=Path(_absolute(os.fspath(data.data_dir)))
         ),
+        transfer=replace(
+            transfer,
+            init_from=_absolute_path(transfer.init_from),
+            teacher=_absolute_path(transfer.teacher),
+            unlabelled=_absolute_path(transfer.unlabelled),
+            pseudo_from=_absolute_path(transfer.pseudo_from),
+        ),
     )
+
+
+def _absolute_path(path: Path | None) -> Path | None:
+    return None if path is None else Path(_absolute(os.fspath(path)))
 
 
 def _absolute(path: str) -> str:

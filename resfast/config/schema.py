@@ -8,152 +8,37 @@ data and machine before a run saves it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 import pydantic
 import tyro
 
-from resfast.data.augment import POLICIES, Augment, parse_augment
-from resfast.errors import ResfastError
+from resfast.config.options import (
+    Accuracy,
+    AtLeastOne,
+    AugmentOption,
+    BelowOne,
+    Deviations,
+    Fraction,
+    IntList,
+    Means,
+    NameList,
+    NonNegative,
+    NonNegativeInt,
+    OpenFraction,
+    OptionalBool,
+    PhaseList,
+    Positive,
+    PositiveFraction,
+    PositiveInt,
+    choice,
+)
+from resfast.data.augment import POLICIES
 from resfast.models.presets import DEFAULT_MODEL
 from resfast.models.resnet import Activation, Block, Init, Norm, Shortcut, Stem
 from resfast.models.speednet import FinalPool, Padding
-
-
-@dataclass(frozen=True)
-class Expected:
-    """Describes the accepted values in error messages, where the bounds alone are unclear."""
-
-    text: str
-
-
-# Ranges. resfast.config.validate checks them and writes the error message.
-NonNegativeInt = Annotated[int, pydantic.Field(ge=0)]
-PositiveInt = Annotated[int, pydantic.Field(ge=1)]
-NonNegative = Annotated[float, pydantic.Field(ge=0)]
-Positive = Annotated[float, pydantic.Field(gt=0)]
-AtLeastOne = Annotated[float, pydantic.Field(ge=1)]
-Fraction = Annotated[float, pydantic.Field(ge=0, le=1)]
-PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
-BelowOne = Annotated[float, pydantic.Field(ge=0, lt=1)]
-OpenFraction = Annotated[float, pydantic.Field(gt=0, lt=1)]
-Accuracy = Annotated[float, pydantic.Field(gt=0, le=1), Expected("an accuracy, 0.94 for 94 %")]
-
-
-def _text_option(
-    metavar: str, parse: Callable[[str], Any], kind: type, show: Callable[[Any], str]
-) -> tyro.constructors.PrimitiveConstructorSpec:
-    """A one-argument option: ``parse`` reads it or raises ValueError, ``show`` prints it."""
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda argument: parse(argument[0]),
-        is_instance=lambda value: isinstance(value, kind),
-        str_from_instance=lambda value: [show(value)],
-    )
-
-
-def _choice(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec:
-    """An option that is None or one of the values of ``kind``, a Literal or bool.
-
-    tyro keeps the choices of ``Literal[...] | None`` in a set, so its own messages list them in an
-    order that changes from run to run.
-    """
-    values = {str(value): value for value in (get_args(kind) or (True, False))}
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{{None,{','.join(values)}}}",
-        instance_from_str=lambda argument: values.get(argument[0]),
-        is_instance=lambda value: value is None or value in values.values(),
-        str_from_instance=lambda value: [str(value)],
-        choices=("None", *values),
-    )
-
-
-def _int_list(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part != "")
-    except ValueError:
-        raise ValueError(f"{text!r} is not a comma-separated list of whole numbers") from None
-
-
-IntList = Annotated[
-    tuple[int, ...],
-    _text_option("N,N,…", _int_list, tuple, lambda values: ",".join(map(str, values))),
-]
-"""``2,1,1,1`` on the command line, a tuple of integers in Python."""
-
-
-def _float_list(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",") if part != "")
-    except ValueError:
-        raise ValueError(f"{text!r} is not a comma-separated list of numbers") from None
-
-
-def _floats_option() -> tyro.constructors.PrimitiveConstructorSpec:
-    def show(values: tuple[float, ...]) -> str:
-        return ",".join(f"{value:g}" for value in values)
-
-    return _text_option("X,X,X", _float_list, tuple, show)
-
-
-Means = Annotated[
-    tuple[Annotated[float, pydantic.Field(ge=0, le=1)], ...],
-    _floats_option(),
-    Expected("three numbers from 0 to 1, as pixels / 255 have"),
-]
-Deviations = Annotated[
-    tuple[Annotated[float, pydantic.Field(gt=0, le=1)], ...],
-    _floats_option(),
-    Expected("three numbers above 0 and at most 1, as pixels / 255 have"),
-]
-"""``0.49,0.48,0.45`` on the command line."""
-
-OptionalBool = Annotated[bool | None, _choice(bool)]
-
-Phases = tuple[tuple[PositiveInt, PositiveFraction], ...]
-"""Values, each with the fraction of training, 0 to 1, up to which it applies."""
-
-
-def _phases(text: str) -> Phases:
-    try:
-        items = (part.split(":") for part in text.split(",") if part != "")
-        return tuple((int(value), float(end)) for value, end in items)
-    except ValueError:
-        raise ValueError(
-            f"{text!r} is not a list of VALUE:FRACTION such as 24:0.5,28:0.8"
-        ) from None
-
-
-def phases_text(phases: Phases) -> str:
-    """Phases in the notation of the command line."""
-    return ",".join(f"{value}:{end:g}" for value, end in phases)
-
-
-PhaseList = Annotated[
-    Phases,
-    _text_option("N:FRACTION,…", _phases, tuple, phases_text),
-    Expected(
-        "VALUE:FRACTION,… with whole values of at least 1 and increasing fractions of training, "
-        "above 0 and at most 1"
-    ),
-]
-"""``24:0.5,28:0.8`` on the command line, ``((24, 0.5), (28, 0.8))`` in Python."""
-
-
-def _augment(text: str) -> Augment:
-    try:
-        return parse_augment(text)
-    except ResfastError as error:
-        raise ValueError(str(error)) from None
-
-
-AugmentOption = Annotated[Augment, _text_option("POLICY", _augment, Augment, str)]
-"""``standard,mixup=0.2`` on the command line, an ``Augment`` in Python."""
 
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -178,18 +63,18 @@ class ModelConfig:
     pool)."""
     stem: int | None = None
     """Channels of the first convolution."""
-    block: Annotated[Block | None, _choice(Block)] = None
+    block: Annotated[Block | None, choice(Block)] = None
     """Residual block: two 3x3 convolutions (basic), or 1x1, 3x3 and 1x1 (bottleneck)."""
-    shortcut: Annotated[Shortcut | None, _choice(Shortcut)] = None
+    shortcut: Annotated[Shortcut | None, choice(Shortcut)] = None
     """Shortcut where the shape changes: a 1x1 or 3x3 convolution, or average pooling with zeros for
     the new channels."""
-    activation: Annotated[Activation | None, _choice(Activation)] = None
+    activation: Annotated[Activation | None, choice(Activation)] = None
     """Activation after each norm and dense layer."""
     negative_slope: float | None = None
     """Slope of leaky_relu for negative values."""
-    norm: Annotated[Norm | None, _choice(Norm)] = None
+    norm: Annotated[Norm | None, choice(Norm)] = None
     """Norm after each convolution: batch norm, or none, with a bias instead."""
-    stem_kind: Annotated[Stem | None, _choice(Stem)] = None
+    stem_kind: Annotated[Stem | None, choice(Stem)] = None
     """First layers: a 3x3 convolution (cifar), or a 7x7 convolution of stride 2 and a 3x3 max pool
     (imagenet)."""
     head: IntList = ()
@@ -198,7 +83,7 @@ class ModelConfig:
     """Probability of dropping a feature before each dense layer."""
     zero_init_residual: bool = False
     """Initialize the scale of the last norm of each block to zero."""
-    init: Annotated[Init | None, _choice(Init)] = None
+    init: Annotated[Init | None, choice(Init)] = None
     """ResNet: initial convolutions by He et al. (he), or as torch draws them (torch)."""
     dirac_init: OptionalBool = None
     """Initialize convolutions to the identity on their first channels."""
@@ -212,11 +97,11 @@ class ModelConfig:
     its outputs are uncorrelated; otherwise it is learned and followed by a batch norm."""
     whitening_kernel: int | None = None
     """Speednet: height and width of the first convolution, in pixels."""
-    whitening_padding: Annotated[Padding | None, _choice(Padding)] = None
+    whitening_padding: Annotated[Padding | None, choice(Padding)] = None
     """Speednet: zero padding of the first convolution."""
     whitening_width: int | None = None
     """Speednet: eigenvectors kept in the first convolution, each as two filters (0: all)."""
-    final_pool: Annotated[FinalPool | None, _choice(FinalPool)] = None
+    final_pool: Annotated[FinalPool | None, choice(FinalPool)] = None
     """Speednet: global max or average pooling before the logits, or both."""
     logit_scale: float | None = None
     """Speednet: factor applied to the logits."""
@@ -281,6 +166,9 @@ class DataConfig:
     memory."""
     prefetch: PositiveInt = 2
     """DALI: batches prepared in advance."""
+    drop_last: bool = True
+    """Leave out the incomplete last batch of an epoch; the images in it differ from epoch to epoch.
+    Otherwise it is trained on as a smaller batch."""
 
 
 @dataclass(frozen=True)
@@ -384,6 +272,41 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class TransferConfig:
+    """What the network learns from another one."""
+
+    __pydantic_config__ = _STRICT
+
+    init_from: Path | None = None
+    """Initial weights: the folder of a run, or a file of weights (ours, pytorch-cifar's,
+    torchvision's or timm's). Layers whose name and shape agree are taken, the others start as
+    usual."""
+    freeze: NameList = ()
+    """Layers that are not trained, by name or pattern: stem,stages.[01] or stages.*.bn?. Frozen
+    batch norms keep their statistics."""
+    teacher: Path | None = None
+    """Distillation: a run whose predictions on the augmented images are targets, besides labels."""
+    distill_temperature: Positive = 4.0
+    """Distillation: the logits of both networks are divided by this."""
+    distill_weight: Fraction = 0.9
+    """Distillation: weight of the teacher's predictions; that of the labels is the rest."""
+    unlabelled: Path | None = None
+    """Images without labels to train on too: a folder, a .npy file, or a pickle in CIFAR's
+    format."""
+    pseudo_from: Path | None = None
+    """A run whose predictions are the labels of --unlabelled."""
+    pseudo_threshold: Fraction = 0.95
+    """Least probability of the predicted class; images below it are left out."""
+    pretrain: Literal["none", "barlow_twins"] = "none"
+    """Self-supervised pre-training on two views of each image; the accuracy is that of a linear
+    classifier of its features, trained along. Fine-tune with --init-from."""
+    projector: IntList = (512, 512, 512)
+    """Pre-training: sizes of the dense layers between the features and the loss."""
+    redundancy_weight: Positive = 0.0051
+    """Barlow Twins: weight of the correlations between different dimensions."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation and stopping."""
 
@@ -464,6 +387,10 @@ class RunConfig:
     """Stop and save after this many seconds of training; compiling and loading do not count."""
     save_seconds: NonNegative = 15.0
     """Minimum time between checkpoints, in seconds; the last epoch is always saved."""
+    record: NameList = ()
+    """Write a row for each step to steps.csv: loss (and learning rate), gradients (norm and change
+    of the last layer's gradient), smoothness (beta-smoothness and the loss along the gradient;
+    takes five more passes per step)."""
     tensorboard: bool = False
     """Write TensorBoard events to the run's folder."""
     wandb: bool = False
@@ -481,6 +408,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     run: RunConfig = field(default_factory=RunConfig)

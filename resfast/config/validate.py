@@ -18,20 +18,18 @@ import pydantic
 import torch
 
 from resfast.config.network import network
-from resfast.config.schema import (
-    ADAPTER,
-    Config,
+from resfast.config.options import (
     Deviations,
     Expected,
     Means,
-    ModelConfig,
     PhaseList,
     Phases,
     PositiveFraction,
     phases_text,
 )
+from resfast.config.schema import ADAPTER, Config, ModelConfig, TransferConfig
 from resfast.data.sources import known_classes
-from resfast.errors import ResfastError
+from resfast.errors import ResfastError, nearest
 from resfast.models.presets import build_model
 from resfast.models.resnet import count_parameters
 
@@ -44,6 +42,8 @@ _RANGE_ERRORS = {
     "less_than_equal",
 }
 _MIN_CLASSES = 2
+RECORDED = ("loss", "gradients", "smoothness")
+"""Values of ``--record``."""
 
 
 def check(config: Config) -> None:
@@ -60,6 +60,8 @@ def check(config: Config) -> None:
     _check_optimizer(config)
     _check_schedule(config)
     _check_loggers(config)
+    _check_record(config)
+    _check_transfer(config)
     network(config.model)
 
 
@@ -220,6 +222,57 @@ def _check_schedule(config: Config) -> None:
     if optim.schedule == "multistep" and late:
         expected = f"epochs below --epochs {epochs}"
         raise ResfastError(_out_of_range("--milestones", milestones, expected))
+
+
+def _check_transfer(config: Config) -> None:
+    transfer, usual = config.transfer, TransferConfig()
+    for name, source in (
+        ("distill_temperature", "teacher"),
+        ("distill_weight", "teacher"),
+        ("pseudo_from", "unlabelled"),
+        ("pseudo_threshold", "unlabelled"),
+        ("unlabelled", "pseudo_from"),
+    ):
+        if getattr(transfer, name) != getattr(usual, name) and getattr(transfer, source) is None:
+            options = ["--" + option.replace("_", "-") for option in (name, source)]
+            raise ResfastError(f"{options[0]} needs {options[1]}; give both or leave it out")
+    _check_pretraining(config)
+
+
+def _check_pretraining(config: Config) -> None:
+    transfer, usual = config.transfer, TransferConfig()
+    if transfer.pretrain == "none":
+        for name in ("projector", "redundancy_weight"):
+            if getattr(transfer, name) != getattr(usual, name):
+                raise ResfastError(
+                    f"--{name.replace('_', '-')} needs --pretrain barlow_twins; leave it out"
+                )
+        return
+    for option, is_set in (
+        ("--accumulate", config.optim.accumulate > 1),
+        ("--filter-keep", config.data.filter_keep < 1),
+        ("--augment mixup and cutmix", config.data.augment.mixes),
+        ("--teacher", transfer.teacher is not None),
+        ("--compile on", config.runtime.compile == "on"),
+        ("--cuda-graph on", config.runtime.cuda_graph == "on"),
+    ):
+        if is_set:
+            raise ResfastError(
+                f"{option} cannot be combined with --pretrain {transfer.pretrain}, whose loss "
+                "compares whole batches of two views; leave it out"
+            )
+    if not transfer.projector or min(transfer.projector) < 1:
+        sizes = ",".join(map(str, transfer.projector)) or "(none)"
+        raise ResfastError(f"--projector {sizes} is out of range: expected sizes of at least 1")
+
+
+def _check_record(config: Config) -> None:
+    for name in config.run.record:
+        if name not in RECORDED:
+            raise ResfastError(
+                f"--record {name} is unknown{nearest(name, RECORDED)}; choose from "
+                f"{','.join(RECORDED)}"
+            )
 
 
 def _check_loggers(config: Config) -> None:

@@ -155,6 +155,7 @@ def training_batches(
     resize_by: ResizeBy,
     prefetch: int,
     threads: int,
+    drop_last: bool = True,
     reuse: BatchSource | None = None,
 ) -> BatchSource:
     """Batches of the training images.
@@ -174,6 +175,7 @@ def training_batches(
         resize_by: how to make batches of smaller images.
         prefetch: number of batches that DALI prepares ahead.
         threads: DALI's CPU threads; 0 for as many as PyTorch uses.
+        drop_last: whether an epoch has no incomplete last batch.
         reuse: batches of an earlier training that differed only in images and seed. Tensors that
             are part of captured steps are overwritten and used again.
 
@@ -187,6 +189,7 @@ def training_batches(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "drop_last": drop_last,
     }
     if loader == "resident":
         assert isinstance(source, tuple)

@@ -103,7 +103,7 @@ class DaliLoader:
             raise TypeError(f"dtype is {dtype}; expected one of {', '.join(map(str, DTYPES))}")
         self.classes, self.image_size, self.batch_size = classes, image_size, batch_size
         self.seed, self.dtype, self.device = seed, dtype, torch.device(device)
-        self.augment = augment if train else Augment()
+        self.augment, self.drop_last = augment if train else Augment(), drop_last
         self.finish: Finish = "dali" if not train and finish == "fused" else finish
         normalize = None
         if self.finish == "dali":
@@ -201,6 +201,7 @@ class DaliLoader:
             mix=mix,
             padding=augment.padding,
             dtype=self.dtype,
+            noise=augment.noise,
         )
         return Batch(images, labels, indices)
 

@@ -150,7 +150,14 @@ def augmented(
         statistics=statistics(source_images),
     )
     result = augment(
-        source_images, torch.arange(batch), params, mean, std, mix=mix, padding=policy.padding
+        source_images,
+        torch.arange(batch),
+        params,
+        mean,
+        std,
+        mix=mix,
+        padding=policy.padding,
+        noise=policy.noise,
     ).permute(0, 2, 3, 1)
     pixels = (result * std + mean) * 255
     return pixels.round().clamp(0, 255).to(torch.uint8), soft_labels

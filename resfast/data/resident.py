@@ -136,6 +136,7 @@ class ResidentLoader:
             mix=mix,
             padding=self.augment.padding,
             dtype=self.dtype,
+            noise=self.augment.noise,
         )
         if mix is not None:
             label_weights = mix.label_weights(*self.images.shape[1:3])

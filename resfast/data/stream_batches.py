@@ -66,7 +66,7 @@ class StreamBatches:
         """The next batch of the epoch.
 
         Args:
-            images: the loader's batch size.
+            images: the loader's batch size, or what is left for the last batch.
             pixels: height and width, at most that of the loader's images.
 
         Raises:
@@ -74,11 +74,11 @@ class StreamBatches:
             RuntimeError: the epoch has no more batches.
             ResfastError: an image cannot be read.
         """
-        size = self.loader.batch_size
+        size, left = self.loader.batch_size, self.loader.count - self._first
+        if not self.loader.drop_last and 0 < left < size:
+            size = left
         if images != size:
-            raise ValueError(
-                f"images is {images}; expected {size}, the batch size that is read ahead"
-            )
+            raise ValueError(f"images is {images}; expected {size}, the number read ahead")
         batch = next(self._batches, None)
         if batch is None:
             raise RuntimeError("the epoch has no more batches; begin another one")

@@ -156,3 +156,16 @@ def _fused(
         bn.running_mean.lerp_(mean, bn.momentum)
         bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
     return out
+
+
+def train_mode(model: nn.Module) -> None:
+    """Puts a network in training mode, except batch norms whose parameters are all frozen.
+
+    A frozen batch norm normalizes with its running statistics, which stay as they are.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            parameters = list(module.parameters(recurse=False))
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()

@@ -291,6 +291,19 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.pool(self.stages(self.stem(x))))
 
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        return self.head[-1]
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The features of each image that the last layer classifies, ``[N, features]``."""
+        return self.head[:-1](self.pool(self.stages(self.stem(x))))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The logits of features from :meth:`embed`, ``[N, classes]``."""
+        return self.last_layer(features)
+
 
 def _dropout(spec: ResNetSpec) -> list[nn.Module]:
     return [nn.Dropout(spec.dropout)] if spec.dropout > 0 else []

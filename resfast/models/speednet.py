@@ -252,8 +252,20 @@ class SpeedNet(nn.Module):
             self.head.weight.data.mul_(spec.head_std / self.head.weight.data.std())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(self._first(x))
-        return self.head(self._pooled(x)) * self.spec.logit_scale
+        return self.classify(self.embed(x))
+
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        return self.head
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The features of each image that the last layer classifies, ``[N, features]``."""
+        return self._pooled(self.stages(self._first(x)))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The logits of features from :meth:`embed`, ``[N, classes]``."""
+        return self.head(features) * self.spec.logit_scale
 
     def _first(self, x: Tensor) -> Tensor:
         """The first convolution and its activation."""

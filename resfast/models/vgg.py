@@ -129,6 +129,19 @@ class VGG(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        return self.head[-1]
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The features of each image that the last layer classifies, ``[N, features]``."""
+        return self.head[:-1](self.features(x))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """The logits of features from :meth:`embed`, ``[N, classes]``."""
+        return self.last_layer(features)
+
 
 class _Conv(nn.Sequential):
     """A convolution, ``bn`` if there is one, and ``activation``."""

@@ -153,6 +153,12 @@ class Schedule:
         if self.updates_groups:
             self.rewrite()
 
+    def seek(self, step: int) -> None:
+        """Makes ``step`` the next one, or the last of the run if it is after that."""
+        self.position = min(step, self.total - 1)
+        if self.updates_groups and self.plateau is None:
+            self.rewrite()
+
     def evaluated(self, accuracy: float, epochs: int = 1) -> None:
         """Passes an accuracy to the plateau schedule; other schedules ignore it.
 

@@ -26,6 +26,8 @@ from resfast.config.schema import Config
 from resfast.errors import ResfastError
 
 FORMAT = 1
+PROJECTOR = "projector"
+"""Module that is part of a network during pre-training alone."""
 
 
 def _write(path: Path, data: bytes | memoryview, what: str) -> None:
@@ -102,13 +104,15 @@ def save_weights(
     mean: Tensor,
     std: Tensor,
 ) -> None:
-    """Writes a network's weights as safetensors.
+    """Writes a network's weights as safetensors, without :data:`PROJECTOR`.
 
     Raises:
         ResfastError: the file cannot be written; the old one is intact.
     """
     tensors = {
-        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+        name: value.detach().cpu().contiguous()
+        for name, value in model.state_dict().items()
+        if not name.startswith(f"{PROJECTOR}.")
     }
     metadata = {
         "config": to_json(config),

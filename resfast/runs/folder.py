@@ -19,7 +19,7 @@ from resfast.runs.summary import Circumstances, RunSummary, SeedsSummary, Versio
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, BEST = "checkpoint.pt", "model.safetensors", "best.safetensors"
-CURVES, CONFUSION = "curves.png", "confusion.png"
+CURVES, CONFUSION, STEPS = "curves.png", "confusion.png", "steps.csv"
 TIMING_RULE = (
     "timed_seconds = whitening + training + final evaluation with test-time augmentation: all that "
     "depends on the training images or produces the final predictions. Not in it: compiling and "

@@ -49,16 +49,29 @@ def save(figure: Figure, path: Path) -> None:
     atomic.save(path, buffer.getvalue())
 
 
-def save_curves(path: Path, history: Sequence[EpochRow], title: str) -> None:
+def save_curves(
+    path: Path,
+    history: Sequence[EpochRow],
+    title: str,
+    rates: Sequence[tuple[float, float]] = (),
+) -> None:
     """Loss, accuracy and learning rate over the epochs of ``history``.
+
+    Args:
+        path: PNG to write.
+        history: a row for each epoch.
+        title: of the figure.
+        rates: epochs trained and learning rate, for each step; by default those of ``history``.
 
     Raises no error: see :func:`optional`.
     """
     with optional(path):
-        save(_curves(history, title), path)
+        save(_curves(history, title, rates), path)
 
 
-def _curves(history: Sequence[EpochRow], title: str) -> Figure:
+def _curves(
+    history: Sequence[EpochRow], title: str, rates: Sequence[tuple[float, float]] = ()
+) -> Figure:
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     figure.suptitle(plain(title), fontsize=10)
     loss, accuracy, rate = figure.subplots(1, 3)
@@ -81,7 +94,10 @@ def _curves(history: Sequence[EpochRow], title: str) -> Figure:
     accuracy.set_ylabel("accuracy (%)")
     accuracy.legend(frameon=False, loc="lower right")
 
-    rate.plot(epochs, [row.lr for row in history], color=RATE, marker=marker)
+    if rates:
+        rate.plot(*zip(*rates, strict=True), color=RATE)
+    else:
+        rate.plot(epochs, [row.lr for row in history], color=RATE, marker=marker)
     rate.set_ylabel("learning rate")
     for axes in (loss, accuracy, rate):
         axes.set_xlabel("epoch")

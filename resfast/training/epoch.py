@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from resfast.layers.norm import train_mode
 from resfast.training import stopping
 from resfast.training.clock import Clock, copy_to_host
 from resfast.training.display import Display
@@ -47,13 +48,14 @@ def train_epoch(
     schedule, metrics = session.schedule, session.step_metrics
     state.begin_epoch(epoch)
     watch = LossWatch(metrics.losses, metrics.correct)
-    session.step.model.train()
+    train_mode(session.step.model)
     seconds_before, clock = state.epoch_seconds, Clock(session.device)
     if not state.first_step:
         _choose_images(session, state)
     trained, lr = state.first_step, _last_rate(session, state)
     for step, images in enumerate(_steps(session, state), state.first_step):
         trained, lr = step + 1, schedule.lr
+        state.rates.append(lr)
         loss, correct, known_steps = watch.poll(step)
         if known_steps and not math.isfinite(loss):
             recorder.settle()
@@ -79,11 +81,19 @@ def train_epoch(
         ):
             state.first_step = trained
             break
+    measured = _measured(session)
     losses = copy_to_host(metrics.losses[:trained])
     total_correct = copy_to_host(metrics.correct)
     seconds, done = clock.stop()  # queued after the copies: once it is read, they are done
     return TrainedEpoch(
-        epoch, trained, lr, losses, total_correct, lambda: seconds_before + seconds(), done
+        epoch,
+        trained,
+        lr,
+        losses,
+        total_correct,
+        lambda: seconds_before + seconds(),
+        done,
+        measured,
     )
 
 
@@ -92,9 +102,16 @@ def restored_epoch(session: Session, state: TrainingState) -> TrainedEpoch:
     steps, metrics = state.first_step, session.step_metrics
     lr = _last_rate(session, state)
     losses, correct = metrics.losses[:steps].cpu(), metrics.correct.cpu()
+    seconds = state.epoch_seconds
     return TrainedEpoch(
-        state.epoch, steps, lr, losses, correct, lambda: state.epoch_seconds, lambda: True
+        state.epoch, steps, lr, losses, correct, lambda: seconds, lambda: True, _measured(session)
     )
+
+
+def _measured(session: Session) -> Tensor | None:
+    """What was measured in each step of the epoch, on the host."""
+    probe = session.step.probe
+    return None if probe is None else copy_to_host(probe.values())
 
 
 def _last_rate(session: Session, state: TrainingState) -> float:

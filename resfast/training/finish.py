@@ -52,9 +52,20 @@ def finish(
     from resfast.runs import plots  # matplotlib is slow to import
 
     confusion, classes = scored.plain.confusion, session.data.classes
-    plots.save_curves(state.path / records.CURVES, history, state.path.name)
+    rates = _rates_by_epoch(session, state)
+    plots.save_curves(state.path / records.CURVES, history, state.path.name, rates)
     plots.save_confusion(state.path / records.CONFUSION, confusion, classes)
     return summary
+
+
+def _rates_by_epoch(session: Session, state: TrainingState) -> list[tuple[float, float]]:
+    """Epochs trained after each step, and the learning rate of the step."""
+    ends = [
+        number + (step + 1) / len(epoch.batches)
+        for number, epoch in enumerate(session.plan.epochs)
+        for step in range(len(epoch.batches))
+    ]
+    return list(zip(ends, state.rates, strict=False))
 
 
 def _summary(

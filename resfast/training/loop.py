@@ -66,7 +66,8 @@ def train(
 
     Args:
         config: what to train; :data:`resfast.config.recipes.RECIPES` has complete ones. With
-            ``resume`` it may be left out, and otherwise must agree with the run's own.
+            ``resume`` it may be left out, and otherwise must agree with the run's own, except that
+            it may have more epochs.
         resume: the folder of a run to continue.
         shared: filled by the first of several trainings, used by the others.
         after_step: called after each step with its number (from 0, over the whole run) and its
@@ -84,7 +85,7 @@ def train(
     started = time.perf_counter() if started is None else started
     display, shared = Display(), shared or Shared()
     path = None if resume is None else Path(resume)
-    config, saved = _start(config, path, display)
+    config, saved, is_extended = _start(config, path, display)
     if shared.data is None:
         check_network(config)
         shared.data = open_data(
@@ -96,16 +97,23 @@ def train(
             device=runtime.resolve_device(config.runtime.device),
             report=display.say,
         )
-    session = open_session(config, shared, display, resumed=saved is not None)
+    session = open_session(config, shared, display, saved=saved)
     evaluator = Evaluator(session)
     new = path is None
     path = records.run_folder(session.config, config.model.model) if path is None else path
+    if is_extended:
+        (path / records.SUMMARY).unlink(missing_ok=True)  # before the run is longer than its result
     records.write_config(path, session.config)
     state = TrainingState(session, evaluator, path, started)
     if not new:
         atomic.remove_stale(path, older_than_s=0)  # left by a save that was killed
     if saved is not None:
         state.restore(saved)
+        if is_extended:
+            display.say(
+                f"continuing {path} to {session.config.optim.epochs:g} epochs: the learning rate "
+                f"is that of the whole schedule from here on, {session.schedule.lr:g}"
+            )
     return _train(session, state, display, new=new, after_step=after_step)
 
 
@@ -161,9 +169,10 @@ def _train(
 
 def _start(
     config: Config | None, path: Path | None, display: Display
-) -> tuple[Config, dict[str, Any] | None]:
-    """The checked configuration of a run, and its saved state if it has one."""
+) -> tuple[Config, dict[str, Any] | None, bool]:
+    """The checked configuration of a run, its saved state, and whether it has more epochs now."""
     state: dict[str, Any] | None = None
+    is_extended = False
     if path is not None:
         if not path.is_dir():
             raise ResfastError(f"there is no run {path}; expected the folder of a run to resume")
@@ -171,7 +180,9 @@ def _start(
             state = checkpoint.load_state(path / records.CHECKPOINT)
         else:
             display.say(f"{path} has no checkpoint yet: starting from its beginning")
-        config = _resumed(load(path / records.CONFIG), config, path)
+        before = load(path / records.CONFIG)
+        config = _resumed(before, config, path)
+        is_extended = config.optim.epochs != before.optim.epochs
     elif config is None:
         raise ResfastError("train needs a configuration or a run to resume")
     check(config)
@@ -179,7 +190,7 @@ def _start(
         raise ResfastError(
             f"--runs {config.run.runs} is more than one training; call resfast.train for several"
         )
-    return config, state
+    return config, state, is_extended
 
 
 def _resumed(saved: Config, given: Config | None, path: Path) -> Config:
@@ -189,6 +200,7 @@ def _resumed(saved: Config, given: Config | None, path: Path) -> Config:
     return replace(
         saved,
         run=given.run,
+        optim=replace(saved.optim, epochs=given.optim.epochs),
         data=replace(saved.data, data_dir=given.data.data_dir, prefetch=given.data.prefetch),
         runtime=replace(saved.runtime, threads=given.runtime.threads),
     )

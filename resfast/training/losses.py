@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, float, str], Tensor]
+Criterion = Callable[..., Tensor]
+"""Loss of a training step. Arguments: images ``[B, C, H, W]``; logits, float32 ``[B, classes]``;
+labels and reduction as for ``LOSSES``; and other outputs of the step, float32."""
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, reduction: str) -> Tensor:
@@ -51,3 +54,14 @@ LOSSES: dict[str, Loss] = {
 """Loss function by value of ``--loss``. Arguments: logits, float32 ``[B, classes]``; labels, int64
 ``[B]`` or soft labels, float32 ``[B, classes]``; label smoothing; and the reduction, ``mean`` or
 ``none``. Returns the mean, 0-d, or the loss of each image, ``[B]``."""
+
+
+def criterion(name: str, smoothing: float) -> Criterion:
+    """The loss of logits and labels alone.
+
+    Args:
+        name: a key of ``LOSSES``.
+        smoothing: of the labels.
+    """
+    loss = LOSSES[name]
+    return lambda images, logits, labels, reduction: loss(logits, labels, smoothing, reduction)

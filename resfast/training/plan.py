@@ -15,7 +15,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from resfast.config.schema import Config, Phases
+from resfast.config.options import Phases
+from resfast.config.schema import Config
 from resfast.config.validate import check_sizes
 from resfast.data.augment import order
 from resfast.errors import ResfastError
@@ -44,7 +45,7 @@ class Epoch:
         first_step: steps of the run before this epoch.
         first_image: images trained on before this epoch.
         kept: number of images in the epoch's order.
-        batches: its steps; an incomplete last batch is dropped.
+        batches: its steps; an incomplete last batch is left out or smaller than the others.
     """
 
     first_step: int
@@ -74,9 +75,11 @@ class Plan:
 
     @property
     def uniform(self) -> bool:
-        """Whether all epochs are complete and all batches alike, as without a curriculum."""
-        same = all(epoch.batches is self.epochs[0].batches for epoch in self.epochs)
-        return same and len(self.shapes()) == 1
+        """Whether all epochs are complete and all their whole batches alike: no curriculum."""
+        first = self.epochs[0].batches
+        same = all(epoch.batches is first for epoch in self.epochs)
+        whole = {(batch.images, batch.pixels) for batch in first[:-1]} or {first[-1]}
+        return same and len(whole) == 1 and first[-1].pixels == first[0].pixels
 
     @property
     def steps(self) -> int:
@@ -92,6 +95,12 @@ class Plan:
     def max_steps(self) -> int:
         """Steps of the longest epoch."""
         return max(len(epoch.batches) for epoch in self.epochs)
+
+    def steps_before(self, epoch: int, step: int = 0) -> int:
+        """Steps of the run before step ``step`` of ``epoch``."""
+        if epoch >= len(self.epochs):
+            return self.steps
+        return self.epochs[epoch].first_step + step
 
     def images_before(self, epoch: int, step: int = 0) -> int:
         """Images trained on before step ``step`` of ``epoch``."""
@@ -214,7 +223,14 @@ def _batches(
         progress = (number + first / kept) / optim.epochs
         size = _value_at(optim.batch_sizes, progress, optim.batch_size)
         if first + size > kept:
-            break
+            if data.drop_last:
+                break
+            size = kept - first
+            if size == 1:
+                raise ResfastError(
+                    f"--no-drop-last leaves a last batch of 1 of {kept} images, which batch norm "
+                    "cannot train on; choose another batch size or --drop-last"
+                )
         batches.append(PlannedBatch(first, size, _value_at(data.sizes, progress, image_size)))
         first += size
     return tuple(batches)

@@ -15,6 +15,7 @@ from resfast.training.display import Display
 from resfast.training.loss_watch import first_non_finite
 from resfast.training.plan import weighted_mean
 from resfast.training.state import TrainingState
+from resfast.training.step_records import StepRecords
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class TrainedEpoch:
         correct: number of correct predictions, int64 0-d.
         seconds: waits until the device has finished the steps; returns how long they took.
         done: returns whether the device has finished the steps, without waiting.
+        measured: what :class:`~resfast.training.gradient_probe.GradientProbe` measured, float32
+            ``[steps, columns]``; None if nothing.
     """
 
     epoch: int
@@ -38,6 +41,7 @@ class TrainedEpoch:
     correct: Tensor
     seconds: Callable[[], float]
     done: Callable[[], bool]
+    measured: Tensor | None = None
 
 
 class Recorder:
@@ -55,6 +59,8 @@ class Recorder:
     def __init__(self, state: TrainingState, display: Display, loggers: records.Loggers) -> None:
         self.state, self.display, self.loggers = state, display, loggers
         self.pending: list[TrainedEpoch] = []
+        names = state.session.config.run.record
+        self.steps = StepRecords(state.path, names) if names else None
 
     def settle(self, *, wait: bool = True) -> None:
         """Records all pending epochs or, without ``wait``, those that the device has finished."""
@@ -83,6 +89,7 @@ class Recorder:
         state.train_seconds += row.train_seconds
         state.history.append(row)
         records.write_metrics(state.path, state.history)
+        self._record_steps(trained)
         self.loggers.log(row)
         seen = plan.epochs[trained.epoch].first_image + plan.epochs[trained.epoch].images
         spent = state.train_seconds + state.evaluator.seconds
@@ -100,7 +107,17 @@ class Recorder:
         """
         history = [*self.state.history, self._row(trained, result, eval_seconds)]
         records.write_metrics(self.state.path, history)
+        self._record_steps(trained)
         return history
+
+    def _record_steps(self, trained: TrainedEpoch) -> None:
+        if self.steps is None:
+            return
+        first = self.state.session.plan.epochs[trained.epoch].first_step
+        columns = [self.state.rates[first : first + trained.steps], trained.losses.tolist()]
+        if trained.measured is not None:
+            columns += trained.measured.T.tolist()
+        self.steps.add(first, trained.epoch, zip(*columns, strict=True))
 
     def _row(
         self, trained: TrainedEpoch, result: Evaluation | None, eval_seconds: float

@@ -74,17 +74,21 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
     device = runtime.resolve_device(config.runtime.device)
     precision = runtime.resolve_precision(config.runtime.precision, device)
     images = round(optim.epochs * train_images)
-    compile, note = _resolve_compile(config.runtime.compile, device, images)
-    if note:
-        notes.append(note)
-    cuda_graph, note = _resolve_cuda_graph(config.runtime.cuda_graph, device, precision, optim)
-    if note:
-        notes.append(note)
+    if config.transfer.pretrain != "none":
+        compile, cuda_graph = "off", "off"
+    else:
+        compile, note = _resolve_compile(config.runtime.compile, device, images)
+        if note:
+            notes.append(note)
+        cuda_graph, note = _resolve_cuda_graph(config, device, precision, optim)
+        if note:
+            notes.append(note)
     loader = choose_loader(config.data.loader, data, device)
     if loader == "dali":
         for option, is_set in (
             ("batch-sizes", optim.batch_sizes),
             ("filter-keep", config.data.filter_keep < 1),
+            ("pretrain", config.transfer.pretrain != "none"),
         ):
             if is_set:
                 raise ResfastError(
@@ -129,14 +133,19 @@ def _resolve_compile(requested: str, device: torch.device, images: int) -> tuple
 
 
 def _resolve_cuda_graph(
-    requested: str, device: torch.device, precision: str, optim: OptimConfig
+    config: Config, device: torch.device, precision: str, optim: OptimConfig
 ) -> tuple[str, str | None]:
+    requested = config.runtime.cuda_graph
     if requested == "off":
         return "off", None
     on_cuda = device.type == "cuda"
     reason = f"the device is {device}"
     if on_cuda:
         reason = why_not_captured(optim, runtime.DTYPES[precision])
+        if {"gradients", "smoothness"} & set(config.run.record):
+            reason = "--record measures gradients between the backward pass and the optimizer"
+        if config.transfer.teacher is not None:
+            reason = "the teacher of --teacher runs between its parts"
     if reason and requested == "on":
         raise ResfastError(f"--cuda-graph on is not possible: {reason}; use --cuda-graph auto")
     if reason:

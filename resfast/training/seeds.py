@@ -147,8 +147,10 @@ class _SeedsTraining:
 
     def _one(self, seed: int, shared: Shared) -> tuple[RunSummary, nn.Module | None]:
         """The result of a seed, and its network unless the run was finished before."""
-        path = self.path / _folder(seed)
-        if (path / records.SUMMARY).exists():
+        path, epochs = self.path / _folder(seed), self.config.optim.epochs
+        saved = load(path / records.CONFIG) if (path / records.CONFIG).exists() else None
+        is_longer = saved is not None and epochs is not None and epochs != saved.optim.epochs
+        if (path / records.SUMMARY).exists() and not is_longer:
             return _read_summary(path), None
         config = replace(
             self.config,
@@ -156,8 +158,10 @@ class _SeedsTraining:
             runtime=replace(self.config.runtime, seed=seed),
             run=replace(self.config.run, runs=1, name=path.name, out=self.path),
         )
-        if (path / records.CONFIG).exists():
-            resumed = replace(load(path / records.CONFIG), run=config.run)
+        if saved is not None:
+            resumed = replace(saved, run=config.run)
+            if is_longer:
+                resumed = replace(resumed, optim=replace(resumed.optim, epochs=epochs))
             result = trainer.train(resumed, resume=path, shared=shared)
         else:
             if path.exists():  # killed before anything was written

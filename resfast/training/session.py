@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ from resfast.data import batches as feed
 from resfast.data.augment import generator
 from resfast.data.batch import BatchSource
 from resfast.data.dataset import Dataset, Stream
+from resfast.data.device_batches import DeviceBatches
+from resfast.data.two_views import TwoViews
 from resfast.layers import whitening
 from resfast.layers.conv import set_winograd_tile
 from resfast.models.presets import build_model
@@ -27,11 +31,16 @@ from resfast.models.resnet import count_parameters
 from resfast.models.summary import count_macs
 from resfast.optim.optimizers import build_optimizer
 from resfast.optim.schedules import Schedule
+from resfast.runs.transfer import freeze, initialize, read_source
 from resfast.training.display import Display
+from resfast.training.gradient_probe import COLUMNS, GradientProbe
 from resfast.training.plan import Plan, PlannedBatch, make_plan
+from resfast.training.pretraining import add_projector, barlow_twins, two_headed
+from resfast.training.pseudo_labels import PseudoLabels, pseudo_labels
 from resfast.training.resolve import resolve
 from resfast.training.step import TrainStep
 from resfast.training.step_metrics import StepMetrics
+from resfast.training.teacher import Distillation, Teacher
 
 _DROPOUT_STREAM = 4
 
@@ -76,6 +85,7 @@ class Session:
         step_metrics: losses and correct predictions of the steps of an epoch.
         compiled: whether the step was compiled by an earlier training.
         whitening_seconds: seconds to compute the frozen first layer.
+        pseudo: images without labels and their predicted ones; None if there are none.
         batch_shape: number of images and their height in pixels of the latest batch; None makes the
             next batch release cached memory.
     """
@@ -98,6 +108,7 @@ class Session:
     step_metrics: StepMetrics
     compiled: bool
     whitening_seconds: float
+    pseudo: PseudoLabels | None = None
     batch_shape: tuple[int, int] | None = None
 
     @property
@@ -115,9 +126,13 @@ class Session:
         )
 
     def make_room(self, batch: PlannedBatch) -> None:
-        """Releases cached memory, which batches of another shape cannot reuse."""
-        if self.batch_shape != (batch.images, batch.pixels):
-            self.batch_shape = batch.images, batch.pixels
+        """Releases cached memory, which batches of another shape cannot reuse.
+
+        An incomplete last batch fits into the memory of the others.
+        """
+        shape = batch.images, batch.pixels
+        if self.batch_shape != shape and (self.batch_shape is None or not self.plan.uniform):
+            self.batch_shape = shape
             runtime.release_memory(self.device)
 
     def seed_epoch(self, epoch: int) -> None:
@@ -127,7 +142,7 @@ class Session:
 
 
 def open_session(
-    config: Config, shared: Shared, display: Display, *, resumed: bool = False
+    config: Config, shared: Shared, display: Display, *, saved: dict[str, Any] | None = None
 ) -> Session:
     """Builds the parts of a training.
 
@@ -135,22 +150,29 @@ def open_session(
         config: configuration of the training; values of ``auto`` are resolved here.
         shared: holds the opened data set; its step is reused, or set by the first training.
         display: shows which values were adjusted.
-        resumed: whether a saved state will be restored, which includes the whitening filters.
+        saved: a state that will be restored, which includes the whitening filters; None for a new
+            run.
 
     Raises:
         ResfastError: values that do not fit the data, the machine or each other.
     """
-    data = shared.data
+    data, resumed = shared.data, saved is not None
     assert data is not None
+    say = display.say if shared.step is None else lambda line: None
     train_source, val_source, test_source = feed.split_sources(
         data, config.data.val_fraction, config.runtime.seed, config.data.hold_out
     )
     train_source = feed.with_label_noise(
         train_source, config.data.label_noise, len(data.classes), config.runtime.seed
     )
+    pseudo = pseudo_labels(
+        config, data.classes, data.image_size, saved=(saved or {}).get("pseudo"), say=say
+    )
+    if pseudo is not None:
+        train_source = pseudo.added_to(train_source)
     config, notes = resolve(config, data, feed.count(train_source))
-    for note in notes if shared.step is None else ():
-        display.say(note)
+    for note in notes:
+        say(note)
     device = torch.device(config.runtime.device)
     dtype = runtime.DTYPES[config.runtime.precision]
     runtime.prepare(
@@ -174,6 +196,7 @@ def open_session(
         device=device,
         dtype=dtype,
         resize_by=config.data.resize_by,
+        drop_last=config.data.drop_last,
         reuse=shared.train_batches,
         **pipeline,
     )
@@ -185,12 +208,17 @@ def open_session(
     check_budget(config.model, parameters)
     if config.model.zero_init_residual:
         model.zero_init_residual()
+    whitened = _transfer(model, config, data.classes, say, resumed=resumed)
     macs = count_macs(model, data.image_size)
+    if config.transfer.pretrain != "none":
+        assert isinstance(train_batches, DeviceBatches)  # resolve has refused the others
+        train_batches = TwoViews(train_batches)
+        add_projector(model, config.transfer.projector)
     macs_by_pixels = {data.image_size: macs} | _macs_of_sizes(model, config)
     model = model.to(device, memory_format=torch.channels_last)
     set_winograd_tile(model, config.runtime.winograd_tile)
     whitening_seconds = 0.0
-    if not resumed and whitening.needed(model):
+    if not (resumed or whitened) and whitening.needed(model):
         whitening_seconds = _whiten(model, config, data, train_source, mean, std, device)
     compiled = shared.step is not None
     if shared.step is None:
@@ -204,12 +232,36 @@ def open_session(
         assert shared.step_metrics is not None
         shared.step.reset(model.state_dict())
         shared.step_metrics.reset()
+    _teach(shared.step, config, data.classes, mean, std)
     assert shared.step_metrics is not None
     return Session(
         config, data, device, dtype, train_source, val_source, test_source, mean, std,
         train_batches, plan, parameters, macs, macs_by_pixels, shared.step, shared.step_metrics,
-        compiled, whitening_seconds,
+        compiled, whitening_seconds, pseudo,
     )  # fmt: skip
+
+
+def _transfer(
+    model: nn.Module,
+    config: Config,
+    classes: Sequence[str],
+    say: Callable[[str], None],
+    *,
+    resumed: bool,
+) -> bool:
+    """Takes the weights of ``--init-from`` and freezes the layers of ``--freeze``.
+
+    Returns:
+        Whether the filters of a whitening layer were taken.
+    """
+    transfer, has_filters = config.transfer, False
+    if transfer.init_from is not None and not resumed:
+        taken = initialize(model, read_source(transfer.init_from), classes)
+        say(taken.table())
+        has_filters = taken.took("whitening.weight")
+    if transfer.freeze:
+        say(f"{freeze(model, transfer.freeze):,} of {count_parameters(model):,} parameters frozen")
+    return has_filters
 
 
 def _mean_std(
@@ -246,7 +298,7 @@ def _build_step(
 ) -> TrainStep:
     optimizer = build_optimizer(model, config.optim)
     schedule = Schedule(optimizer, config.optim, config.optim.epochs, batches, plan.progress())
-    return TrainStep(
+    step = TrainStep(
         model,
         optimizer,
         config.optim,
@@ -256,6 +308,37 @@ def _build_step(
         schedule=schedule,
         captured=config.runtime.cuda_graph != "off",
         image_losses=image_losses,
+    )
+    if config.transfer.pretrain != "none":
+        step.outputs = two_headed(model)
+        step.criterion = barlow_twins(step.criterion, config.transfer.redundancy_weight)
+    if measured := [name for name in config.run.record if COLUMNS[name]]:
+        step.probe = GradientProbe(
+            model,
+            measured,
+            loss=lambda images, labels: step.loss_of(images, labels)[0],
+            learning_rate=lambda: schedule.lr,
+            device=device,
+        )
+    return step
+
+
+def _teach(
+    step: TrainStep, config: Config, classes: Sequence[str], mean: Tensor, std: Tensor
+) -> None:
+    """Gives the step the teacher of ``--teacher``; a compiled step keeps the one it has."""
+    transfer = config.transfer
+    if transfer.teacher is None:
+        return
+    if isinstance(step.criterion, Distillation):
+        step.criterion.teacher.normalized_by(mean, std)
+        return
+    teacher = Teacher(transfer.teacher, config, classes, mean, std, step.device, step.dtype)
+    step.criterion = Distillation(
+        step.criterion,
+        teacher,
+        temperature=transfer.distill_temperature,
+        weight=transfer.distill_weight,
     )
 
 

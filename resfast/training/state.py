@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class TrainingState:
         epoch: the next epoch to train, from 0.
         first_step: its first step to train; above 0 if the epoch was interrupted.
         order: int64, images of the current epoch if they depend on the losses, otherwise None.
+        rates: learning rate of each step so far, NaN where an older version did not save it.
         history: a row for each recorded epoch.
         best: best accuracy so far, below 0 before the first evaluation.
         best_epoch: number of epochs trained when it was reached.
@@ -47,6 +49,7 @@ class TrainingState:
         self.session, self.evaluator, self.path = session, evaluator, path
         self.epoch, self.first_step = 0, 0
         self.order: Tensor | None = None
+        self.rates: list[float] = []
         self.history: list[EpochRow] = []
         self.best, self.best_epoch, self.evaluations_since_best = -1.0, 0, 0
         self.epoch_seconds = self.train_seconds = self.compile_seconds = 0.0
@@ -98,6 +101,7 @@ class TrainingState:
         }
         state = {
             "data": session.data.digest,
+            "epochs": session.config.optim.epochs,
             "epoch": epoch,
             "step": step,
             "training": session.step.state_dict(),
@@ -105,6 +109,9 @@ class TrainingState:
             "losses": metrics.losses.cpu(),
             "correct": metrics.correct.cpu(),
             "image_losses": None if metrics.image_losses is None else metrics.image_losses.cpu(),
+            "rates": torch.tensor(self.rates, dtype=torch.float64),
+            "pseudo": None if session.pseudo is None else session.pseudo.state_dict(),
+            "probe": None if session.step.probe is None else session.step.probe.state_dict(),
             "order": None if self.order is None or not step else self.order.cpu(),
             "epoch_seconds": self.epoch_seconds,
             "history": json.dumps([row_values(row) for row in self.history]),
@@ -119,10 +126,11 @@ class TrainingState:
         self._saved_at, self._saved_epoch = time.monotonic(), epoch
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`save` wrote.
+        """Restores what :meth:`save` wrote, by this run or by the same one with fewer epochs.
 
         Raises:
-            ResfastError: the data set is not the one that the run was trained on.
+            ResfastError: the data set is not the one that the run was trained on, or the run
+                stopped within an epoch that has other batches with more epochs.
         """
         session, metrics = self.session, self.session.step_metrics
         if state["data"] != session.data.digest:
@@ -131,10 +139,24 @@ class TrainingState:
                 "on (its content changed); restore the data or start a new run"
             )
         self.epoch, self.first_step = state["epoch"], state["step"]
+        plan, epochs = session.plan, session.config.optim.epochs
+        if self.first_step and not plan.uniform and state.get("epochs", epochs) != epochs:
+            raise ResfastError(
+                f"cannot resume {self.path} with --epochs {epochs}: it stopped within an epoch, "
+                "and its sizes depend on the number of epochs; finish it first with --resume alone"
+            )
         session.step.load_state_dict(state["training"])
         session.schedule.load_state_dict(state["schedule"])
+        # Of this plan, which may be longer than the one that was saved.
+        session.step.steps = plan.steps_before(self.epoch, self.first_step)
+        session.schedule.seek(session.step.steps)
+        rates = state.get("rates")  # missing in older checkpoints
+        self.rates = [math.nan] * session.step.steps if rates is None else rates.tolist()
+        if session.step.probe is not None and state.get("probe") is not None:
+            session.step.probe.load_state_dict(state["probe"])
         session.train_batches.load_state_dict(state["loader"])
-        metrics.losses.copy_(state["losses"])
+        if self.first_step:
+            metrics.losses.copy_(state["losses"])
         metrics.correct.copy_(state["correct"])
         if metrics.image_losses is not None:
             metrics.image_losses.copy_(state["image_losses"])
@@ -157,6 +179,8 @@ class TrainingState:
         """Seeds the generators of a new epoch, or restores those saved within an epoch."""
         if not self.first_step:
             self.epoch_seconds = 0.0
+            if self.session.step.probe is not None:
+                self.session.step.probe.rows.clear()
             self.session.seed_epoch(epoch)
             return
         assert self._generators is not None  # only a restored run begins within an epoch

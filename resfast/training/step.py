@@ -7,7 +7,7 @@ What differs between steps is in ``step_kinds.py``, their capture as CUDA graphs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from resfast.layers.norm import captured_step
 from resfast.optim.averaging import Average
 from resfast.optim.rate_table import RateTable
 from resfast.optim.schedules import Schedule
-from resfast.training.losses import LOSSES
+from resfast.training.gradient_probe import GradientProbe
+from resfast.training.losses import criterion
 from resfast.training.step_graphs import StepGraphs, optimizer_tensors, why_not_captured
 from resfast.training.step_kinds import StepKind, StepKinds
 from resfast.training.step_metrics import StepMetrics
@@ -54,6 +55,8 @@ class TrainStep:
             it from the schedule.
         image_losses: loss of each image of the latest batch, float32 ``[B]``, valid until the next
             call; None if not kept.
+        outputs: logits of images and, in pre-training, more; ``criterion``: the loss of them.
+        probe: measures the gradients of each step, unless captured; None if they are not.
 
     Raises:
         ValueError: the schedule is missing, or :func:`why_not_captured` gives a reason.
@@ -87,6 +90,9 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.average = Average(model) if config.ema or config.lookahead else None
         self.kinds = StepKinds(config, schedule, model)
+        self.probe: GradientProbe | None = None
+        self.outputs: Callable[[Tensor], Sequence[Tensor]] = lambda images: [model(images)]
+        self.criterion = criterion(config.loss, config.label_smoothing)
         self._loss = _compiled(self._forward) if compile else self._forward
         self._is_captured = captured
         self.graphs: StepGraphs | None = None
@@ -98,11 +104,10 @@ class TrainStep:
     def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Mean loss, number of correct predictions and, where kept, the loss of each image."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(images)
-        logits = logits.float()
+            outputs = self.outputs(images)
+        logits, *others = [value.float() for value in outputs]
         reduction = "none" if self._keep_image_losses else "mean"
-        smoothing = self.config.label_smoothing
-        loss = LOSSES[self.config.loss](logits, labels, smoothing, reduction)
+        loss = self.criterion(images, logits, labels, reduction, *others)
         main = labels if labels.ndim == 1 else labels.argmax(1)
         correct = (logits.detach().argmax(1) == main).sum()
         if self._keep_image_losses:
@@ -175,6 +180,8 @@ class TrainStep:
     ) -> tuple[Tensor, ...]:
         """Trains on a batch and moves the average by a weight; None leaves the average alone."""
         loss, *rest = self.backward(images, labels)
+        if self.probe is not None:
+            self.probe.measure(images, labels, self.scaler.get_scale())
         parameters = self.model.parameters()
         if self.config.clip_value or self.config.clip_norm:
             self.scaler.unscale_(self.optimizer)
@@ -197,19 +204,20 @@ class TrainStep:
         """
         size = math.ceil(len(images) / self.config.accumulate)
         if size == len(images):
-            loss, *rest = self._loss_of(images, labels)
+            loss, *rest = self.loss_of(images, labels)
             self.scaler.scale(loss).backward()
             return loss.detach(), *rest
         loss, correct, image_losses = 0.0, 0, []
         for part, part_labels in zip(images.split(size), labels.split(size), strict=True):
-            mean, right, *rest = self._loss_of(part, part_labels)
+            mean, right, *rest = self.loss_of(part, part_labels)
             mean = mean * (len(part) / len(images))
             self.scaler.scale(mean).backward()
             loss, correct = loss + mean.detach(), correct + right
             image_losses += rest
         return loss, correct, *([torch.cat(image_losses)] if image_losses else [])
 
-    def _loss_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def loss_of(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Results as of :meth:`backward`, of the whole batch at once and with a graph."""
         with captured_step(self._is_captured):
             return self._loss(images, labels)
 
@@ -237,6 +245,8 @@ class TrainStep:
         if self.schedule is not None:
             self.schedule.reset()
         self.steps, self.image_losses = 0, None
+        if self.probe is not None:
+            self.probe.reset()
         if self.average is not None:
             self.average.restart()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resfast import runtime
 from resfast.data.batch import BatchSource
+from resfast.layers.norm import train_mode
 from resfast.training.display import Display
 from resfast.training.evaluator import blank_batch
 from resfast.training.session import Session
@@ -52,7 +53,7 @@ def _compile(session: Session, display: Display) -> float:
     if requested == {"off"}:
         return 0.0
     display.say("compiling the training step (up to a minute the first time) …")
-    session.step.model.train()
+    train_mode(session.step.model)
     seconds = 0.0
     source = session.train_batches, session.step_metrics
     for size, pixels in session.plan.shapes():

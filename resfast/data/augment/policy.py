@@ -48,10 +48,16 @@ class Augment:
     """The difference from the image's mean grey is multiplied by a factor from 1 ± this."""
     saturation: float = 0.0
     """The difference from the pixel's own grey is multiplied by a factor from 1 ± this."""
+    hue: float = 0.0
+    """Colours are rotated about the grey axis in YIQ space, by up to this part of a circle in
+    either direction, at most 0.5."""
     autocontrast: float = 0.0
     """Probability of stretching each channel to 0 … 255."""
     grey: float = 0.0
     """Probability of converting the image to grey."""
+    noise: float = 0.0
+    """Standard deviation of normal noise, drawn for each channel of each pixel and added after all
+    other steps, in units of pixel / 255; not clipped."""
     mixup: float = 0.0
     """MixUp: lambda is drawn from Beta(alpha, alpha) with this alpha (Zhang et al.,
     arXiv:1710.09412)."""
@@ -80,7 +86,9 @@ class Augment:
 
 _DEFAULTS = {field.name: field.default for field in fields(Augment)}
 _WORDS = {"padding": get_args(Padding), "flip": get_args(Flip)}
-_MAX_VALUES = {"rotate": _MAX_ANGLE, "mixup": math.inf, "cutmix": math.inf}
+_EXAMPLES = {"hue": "0.1", "noise": "0.05"}
+"""Values of steps that no policy has."""
+_MAX_VALUES = {"rotate": _MAX_ANGLE, "hue": 0.5, "mixup": math.inf, "cutmix": math.inf}
 
 
 def _text(value: float | str) -> str:
@@ -192,6 +200,8 @@ def parse_augment(text: str) -> Augment:
 
 
 def _example(key: str) -> str:
+    if key in _EXAMPLES:
+        return _EXAMPLES[key]
     values = (getattr(policy, key) for policy in POLICIES.values())
     return next(
         (_text(value) for value in values if value != _DEFAULTS[key]), _WORDS.get(key, ".")[-1]

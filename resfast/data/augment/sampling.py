@@ -14,6 +14,7 @@ from resfast.data.augment.streams import (
     CUTOUT,
     FLIP,
     JITTER,
+    NOISE,
     RESIZE,
     ROTATE,
     SHIFT,
@@ -39,15 +40,16 @@ def sample(
 
     Without rotation and random-resized crop, the geometry is in ``shift`` and ``flip`` (exact);
     with either, all of it is in ``affine``. The color steps run in the order auto-contrast,
-    brightness, contrast, saturation, grey, as one matrix without clamping in between. Auto-contrast
-    and contrast use the whole source image. torchvision clamps after each step and uses the cropped
-    image.
+    brightness, contrast, saturation, hue, grey, as one matrix without clamping in between.
+    Auto-contrast and contrast use the whole source image. torchvision clamps after each step and
+    uses the cropped image.
 
     Args:
         augment: the policy.
         indices: int64 ``[B]``, the images' indices into the data set.
         size: height and width of the images, in pixels.
-        channels: channels of the images. Saturation and grey need 3 and are ignored otherwise.
+        channels: channels of the images. Saturation, hue and grey need 3 and are ignored
+            otherwise.
         seed: seed of the run.
         epoch: epoch, from 0.
         statistics: of these images, one row per entry of ``indices``; see :func:`statistics`.
@@ -93,11 +95,17 @@ def sample(
         cutout = boxes(centre[0], centre[1], augment.cutout, augment.cutout, size)
     steps = [augment.brightness, augment.contrast, augment.autocontrast]
     if channels == 3:
-        steps += [augment.saturation, augment.grey]
+        steps += [augment.saturation, augment.hue, augment.grey]
     color = None
     if any(steps):
         color = _color(augment, words(JITTER), words(CHANCE), channels, statistics)
-    return AugmentParams(shift=shift, flip=flip, affine=affine, color=color, cutout=cutout)
+    noise = None
+    if augment.noise:
+        high, low = words(NOISE)[:2]
+        noise = ((high >> 1) << 32) | low
+    return AugmentParams(
+        shift=shift, flip=flip, affine=affine, color=color, cutout=cutout, noise=noise
+    )
 
 
 def _color(
@@ -105,7 +113,7 @@ def _color(
 ) -> Tensor:
     """The color map of each image, float32 ``[B, C, C + 1]``."""
     luma = _LUMA if channels == 3 else (1 / channels,) * channels
-    brightness, contrast, saturation, _ = uniform(jitter)[..., None] * 2 - 1
+    brightness, contrast, saturation, hue = uniform(jitter)[..., None] * 2 - 1
     stretched, grey, _, _ = uniform(chances)[..., None]
     # Up to saturation, channels are independent: gain * pixel + bias.
     gain = torch.ones((jitter.shape[1], channels), device=jitter.device)
@@ -130,7 +138,28 @@ def _color(
         to_grey = torch.stack([gain[:, c] * luma[c] for c in range(3)], 1)
         matrix = matrix * factor[..., None] + (rest * to_grey)[:, None]
         bias = bias * factor + rest * _weighted(bias, luma)
-    return torch.cat([matrix, bias[..., None]], 2)
+    matrix = torch.cat([matrix, bias[..., None]], 2)
+    if channels == 3 and augment.hue:
+        turns = _hue_rotations(2 * math.pi * augment.hue * hue[:, 0].double())
+        matrix = torch.stack(
+            [sum(turns[:, d, c, None] * matrix[:, c] for c in range(3)) for d in range(3)], 1
+        )
+    return matrix
+
+
+def _hue_rotations(angles: Tensor) -> Tensor:
+    """Rotations of RGB colours by angles about the grey axis in YIQ space, float32 ``[B, 3, 3]``.
+
+    Greys stay, so that the order among saturation, hue and grey is arbitrary. NVIDIA DALI's ``hue``
+    is the same map; torchvision's rotates in HSV space, which is not linear.
+    """
+    luma = torch.tensor([_LUMA], dtype=torch.float64, device=angles.device)
+    red, _, blue = torch.eye(3, dtype=torch.float64, device=angles.device)[:, None] - luma
+    chroma = torch.cat([0.735514 * red - 0.267962 * blue, 0.477648 * red + 0.412626 * blue])
+    back = torch.linalg.inv(torch.cat([luma, chroma]))[:, 1:]
+    turned = torch.stack([chroma[1], -chroma[0]])
+    cos, sin = angles.cos()[:, None, None], angles.sin()[:, None, None]
+    return (luma.expand(3, 3) + cos * (back @ chroma) + sin * (back @ turned)).float()
 
 
 def _weighted(values: Tensor, weights: tuple[float, ...]) -> Tensor:

@@ -14,13 +14,14 @@ FLIP = 2  # mirrored or not
 ROTATE = 3  # angle
 RESIZE = 4  # area, ratio, top, left
 CUTOUT = 5  # centre's row, column
-JITTER = 6  # brightness, contrast, saturation
+JITTER = 6  # brightness, contrast, saturation, hue
 CHANCE = 7  # auto-contrast, grey
 MIX = 8  # MixUp or CutMix, lambda, centre's row, column
 PARTNER = 9  # second image
 ORDER = 10  # key of the shuffle, two words
 CROP = 11  # top, left of the window that progressive image sizes crop to
 LABEL_NOISE = 12  # of the whole run, not of Philox: which labels are replaced, and by what
+NOISE = 13  # key of the image's noise, two words
 WINDOW_STREAM = 32  # as RESIZE, for random-resized crop in DALI on full-size images
 
 

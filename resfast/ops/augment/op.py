@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from resfast.ops.augment import reference
+from resfast.ops.augment.noise import add_noise
 from resfast.ops.registration import fallback, register
 
 Padding = Literal["reflect", "zero"]
@@ -53,6 +54,8 @@ class AugmentParams:
             color[d, C]``, in units of 0 … 255, clamped to that range.
         cutout: int32 ``[N, 4]``: top, left, bottom and right (both exclusive) of a rectangle of
             the result that is set to 0 after normalization; empty where bottom <= top.
+        noise: int64 ``[N]``, at least 0: key of the noise of
+            :func:`resfast.ops.augment.noise.add_noise`, which is added in a separate pass.
     """
 
     shift: Tensor | None = None
@@ -60,6 +63,7 @@ class AugmentParams:
     affine: Tensor | None = None
     color: Tensor | None = None
     cutout: Tensor | None = None
+    noise: Tensor | None = None
 
     def to(self, device: torch.device | str) -> AugmentParams:
         """The same parameters on ``device``."""
@@ -137,6 +141,7 @@ def augment(
     mix: MixParams | None = None,
     padding: Padding = "reflect",
     dtype: torch.dtype = torch.float32,
+    noise: float = 0.0,
     check: bool = True,
 ) -> Tensor:
     """Gathers, augments and normalizes a batch in one pass.
@@ -151,6 +156,7 @@ def augment(
         padding: pixels outside an image: its mirror image (``reflect``, without repeating the
             border) or black (``zero``).
         dtype: of the result: float32, bfloat16 or float16.
+        noise: standard deviation of the noise of ``params``, in units of pixel / 255.
         check: whether values (indices, shifts, coordinates, weights) are checked too. On CUDA this
             waits for the device; without it, a value out of range reads a wrong pixel.
 
@@ -164,9 +170,14 @@ def augment(
     if padding not in ("reflect", "zero"):
         raise ValueError(f"padding {padding!r} is unknown; expected reflect or zero")
     constants = normalization(mean, std)
-    args = _arguments(images, indices, params or AugmentParams(), constants, mix, padding, dtype)
+    params = params or AugmentParams()
+    args = _arguments(images, indices, params, constants, mix, padding, dtype)
     check_arguments(*args, check=check)
-    return torch.ops.resfast.augment(*args, False)
+    if params.noise is not None and list(params.noise.shape) != [len(images)]:
+        raise ValueError(f"noise is {list(params.noise.shape)}; expected {[len(images)]}")
+    return augment_unchecked(
+        images, indices, params, constants, mix=mix, padding=padding, dtype=dtype, noise=noise
+    )
 
 
 def augment_unchecked(
@@ -178,14 +189,19 @@ def augment_unchecked(
     mix: MixParams | None,
     padding: Padding,
     dtype: torch.dtype,
+    noise: float = 0.0,
 ) -> Tensor:
     """:func:`augment` without checks, for parameters of the sampler, which are in range.
 
     It does not wait for the device. The arguments are those of :func:`augment`, except
     ``constants``: offset and scale of :func:`normalization`, on the device.
     """
-    args = _arguments(images, indices, params, constants, mix, padding, dtype)
-    return torch.ops.resfast.augment(*args, False)
+    if params.noise is None:
+        args = _arguments(images, indices, params, constants, mix, padding, dtype)
+        return torch.ops.resfast.augment(*args, False)
+    args = _arguments(images, indices, params, constants, mix, padding, torch.float32)
+    result = torch.ops.resfast.augment(*args, False)
+    return add_noise(result, params.noise[indices], noise, constants[1]).to(dtype)
 
 
 def _arguments(
