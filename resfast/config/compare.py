@@ -28,9 +28,10 @@ def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:
 
     A relative and an absolute path to the same data count as equal.
     """
+    given = flatten(config), flatten(other)
     first, second = (flatten(absolute_paths(values)) for values in (config, other))
     return {
-        name: (first[name], second[name])
+        name: (given[0][name], given[1][name])
         for name in first
         if name not in FREE_TO_DIFFER and first[name] != second[name]
     }
