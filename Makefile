@@ -4,7 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 RESULTS ?=
 # Of the tests: 1 measures it, 0 does not. Unset, it is measured by Python 3.12 or later, which does
-# so at little cost; 3.11 would trace every call, and take nearly twice as long.
+# so at little cost; 3.11 traces every call, which makes trainings three times as long.
 COVERAGE ?=
 
 VENV := .venv

@@ -286,6 +286,26 @@ def test_a_paused_process_ends_with_a_race_that_is_killed(tmp_path: Path):
     assert not alive(int(done.stdout))
 
 
+@LINUX
+def test_a_process_that_starts_others_is_paused_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """It may wait in vfork for a child that was stopped before it became another program."""
+    program = "import subprocess\nprint('ready')\nwhile True: subprocess.call(['true'])"
+    process = Process([sys.executable, "-c", program], tmp_path, tmp_path / "log")
+    line = process.next_line(60)
+    assert line is not None
+    assert line.text == "ready"
+    begin = time.monotonic()
+    for _ in range(20):
+        process.pause()
+        process.resume()
+        time.sleep(0.005)
+    process.kill()
+    assert time.monotonic() - begin < 5
+    assert "does not stop" not in caplog.text
+
+
 def test_a_command_that_does_not_exist_ends_with_a_reason(tmp_path: Path):
     process = Process(["no-such-command"], tmp_path, tmp_path / "log")
     line = process.next_line(30)

@@ -203,11 +203,26 @@ class Process:
         deadline = time.perf_counter() + STOP_SECONDS
         while time.perf_counter() < deadline:
             with contextlib.suppress(ChildProcessError):
-                if os.waitid(os.P_PID, self._process.pid, flags) is None:
+                stopped = os.waitid(os.P_PID, self._process.pid, flags) is not None
+                if not stopped and not self._waits_for_stopped_child():
                     time.sleep(0.0005)
                     continue
             return
         logger.warning("process %d does not stop", self._process.pid)
+
+    def _waits_for_stopped_child(self) -> bool:
+        """Whether no thread runs because one waits in vfork for a child that stopped (Linux only).
+
+        The child is stopped before it runs another program, and the wait cannot be interrupted.
+        """
+        states = ""
+        with contextlib.suppress(OSError, IndexError):  # it ended meanwhile, or there is no /proc
+            for task in Path(f"/proc/{self._process.pid}/task").iterdir():
+                states += _state(task)
+                if states[-1] == "D":
+                    children = (task / "children").read_text().split()
+                    states += "c" * any(_state(Path("/proc") / pid) == "T" for pid in children)
+        return "c" in states and set(states) <= set("cDT")
 
     def _others(self) -> Iterator[int]:
         """Living processes that it started, in groups of their own too (Linux only)."""
@@ -220,6 +235,11 @@ class Process:
             with contextlib.suppress(OSError):
                 if wanted in (entry / "environ").read_bytes().split(b"\0"):
                     yield pid
+
+
+def _state(process: Path) -> str:
+    """State of a process or thread by its folder in /proc: T if it is stopped."""
+    return (process / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def _send(pid: int, number: int) -> None:
