@@ -182,8 +182,7 @@ class Network:
             is_right = self._check(layers, layout, x.shape)
         except Unplannable:
             return self.by_layers
-        on_amx = layout is BFLOAT16 and conv_cpu.has_amx()
-        names = list(ways) if on_amx else [*ways, LAYERS]
+        names = [*ways, LAYERS]
         threads = f"{torch.get_num_threads()} threads"
         key = f"{conv_cpu.machine()}|{threads}|{self._digest()}|{list(x.shape)}|{dtype}"
         name = names[0] if len(names) == 1 else CHOICES.get(key, names)
