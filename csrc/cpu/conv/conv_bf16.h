@@ -204,10 +204,8 @@ RESFAST_BF16_INLINE __m512 activated(__m512 value, int64_t activation, float neg
     case kGelu: {
       const __m512 lower = least(value);
       const __m512 result = _mm512_mul_ps(lower, odd_polynomial(most(lower), kNormal));
-      const __m512 infinity = _mm512_set1_ps(INFINITY); // minus it times 0 is NaN
-      return _mm512_mask_sub_ps(
-          result, _mm512_cmp_ps_mask(value, _mm512_sub_ps(zero, infinity), _CMP_EQ_OQ), infinity,
-          infinity);
+      const __mmask16 lost = _mm512_cmp_ps_mask(value, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ);
+      return _mm512_mask_mov_ps(result, lost, _mm512_set1_ps(NAN)); // minus infinity times 0
     }
     default: return value;
   }

@@ -18,8 +18,7 @@ void conv(const Step& step, const Memory& memory, int64_t begin, int64_t end, in
 RESFAST_BF16 void put(
     const uint16_t* values, int64_t count, uint16_t* line, int64_t block_values) {
   for (int64_t channel = 0; channel < count; channel += kBlock, line += block_values) {
-    const int64_t left = count - channel;
-    const __mmask32 mask = left >= kBlock ? 0xFFFFFFFF : (uint32_t{1} << left) - 1;
+    const __mmask32 mask = lane_mask32(count - channel);
     _mm512_store_si512(line, _mm512_maskz_loadu_epi16(mask, values + channel));
   }
 }

@@ -272,7 +272,7 @@ def _concat(node: fx.Node, network: fx.GraphModule) -> list[Layer] | None:
 
 def _has_groups(layer: Layer) -> bool:
     """Whether a convolution's groups are computed one by one, which a result is not written by."""
-    return isinstance(layer, Conv) and layer.groups > 1 and not layer.is_depthwise
+    return isinstance(layer, Conv) and layer.parts > 1
 
 
 def _mean(size: Any) -> list[Layer] | None:

@@ -91,6 +91,11 @@ class Conv:
         """Whether each channel has one filter of its own."""
         return self.groups > 1 and self.weight.shape[0] == self.groups and self.weight.shape[1] == 1
 
+    @property
+    def parts(self) -> int:
+        """Groups that are computed one by one, each from and to blocks of its own."""
+        return 1 if self.is_depthwise else self.groups
+
     def has_kernel(self, layout: Layout) -> bool:
         """Whether its groups, if any, are of one channel or fill lines."""
         if self.groups == 1:

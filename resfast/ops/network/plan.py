@@ -307,7 +307,7 @@ class _Planner:
             at_once = max(4, CACHE_BYTES // (self.layout.tile * LINE * source.blocks) // 4 * 4)
         taps = self.tables.taps(source, conv)
         products, least = (winograd.points(side), 12) if side else (taps[1], 4)
-        groups = 1 if conv.is_depthwise else conv.groups
+        groups = conv.parts
         panels, blocks = panels // groups, source.blocks // groups
         if conv.is_depthwise:
             kind, panels = DEPTHWISE, 1

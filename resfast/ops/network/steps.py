@@ -110,15 +110,15 @@ def segments(
     layers: Sequence[Layer], values: Sequence[Value], images: int, together: bool
 ) -> list[tuple[list[int], int]]:
     """Consecutive layers, and how many of an item's images pass through them at a time."""
-    segments: list[tuple[list[int], int]] = []
+    found: list[tuple[list[int], int]] = []
     for index, layer in enumerate(layers):
         fitting = images
         if not together:
             read = [values[source] for source in sources(layer) if source]
             largest = max(value.bytes for value in [*read, values[index + 1]])
             fitting = min(images, 2 ** int(math.log2(max(1, PASS_BYTES // largest))))
-        if segments and segments[-1][1] >= fitting:
-            segments[-1][0].append(index)
+        if found and found[-1][1] >= fitting:
+            found[-1][0].append(index)
         else:
-            segments.append(([index], fitting))
-    return segments
+            found.append(([index], fitting))
+    return found
