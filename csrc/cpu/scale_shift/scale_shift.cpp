@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -19,6 +20,7 @@ namespace resfast {
 namespace {
 
 constexpr int64_t kValuesPerThread = 1 << 15;
+constexpr int64_t kLanes = 32; // channels that are computed together
 
 // Channels of a pixel that lie together, and where a pixel's next to it are.
 struct Part {
@@ -28,11 +30,12 @@ struct Part {
 
 struct Maps {
   const std::vector<Part>& parts;
-  const float* scale;
-  const float* shift;
+  std::vector<float> scale, shift; // padded
   void* out;
   int64_t channels; // of all parts
   float slope;
+
+  int64_t padded() const { return (channels + kLanes - 1) / kLanes * kLanes; }
 };
 
 // NaN stays NaN: a comparison with it is false.
@@ -51,10 +54,25 @@ RESFAST_INLINE float activated(float value, float slope) {
   return value;
 }
 
+// A call of memcpy would take longer than the few channels that a map of a DenseNet has.
+template <class Stored>
+RESFAST_INLINE void copy(const Stored* from, Stored* to, int64_t count) {
+  constexpr int64_t kPiece = 16 / sizeof(Stored);
+  if (count < kPiece) {
+    std::memcpy(to, from, count * sizeof(Stored));
+    return;
+  }
+  for (int64_t c = 0; c < count; c += kPiece) {
+    const int64_t at = std::min(c, count - kPiece); // the last piece overlaps the one before
+    std::memcpy(to + at, from + at, 16);
+  }
+}
+
 template <class Dtype, int kActivation>
 struct ScaleShift {
   using Stored = typename Dtype::Stored;
 
+  // Whole groups of lanes only, since what is left of a loop is computed value by value.
   static RESFAST_INLINE void channels(
       const Stored* __restrict x, const float* __restrict scale, const float* __restrict shift,
       Stored* __restrict out, int64_t count, float slope) {
@@ -64,15 +82,25 @@ struct ScaleShift {
   }
 
   static RESFAST_INLINE void run(const Maps& maps, int64_t begin, int64_t end) {
+    const int64_t padded = maps.padded();
+    const bool is_full = padded == maps.channels;
+    std::vector<Stored> room(2 * padded); // one pixel's values and results, with its padding
     for (int64_t pixel = begin; pixel < end; ++pixel) {
-      Stored* out = static_cast<Stored*>(maps.out) + pixel * maps.channels;
-      int64_t first = 0;
-      for (const Part& part : maps.parts) {
-        channels(
-            static_cast<const Stored*>(part.data) + pixel * part.pixel_stride, maps.scale + first,
-            maps.shift + first, out + first, part.channels, maps.slope);
-        first += part.channels;
+      const auto* values = static_cast<const Stored*>(maps.parts[0].data) +
+          pixel * maps.parts[0].pixel_stride;
+      if (!is_full || maps.parts.size() > 1) {
+        Stored* to = room.data();
+        for (const Part& part : maps.parts) {
+          copy(static_cast<const Stored*>(part.data) + pixel * part.pixel_stride, to,
+               part.channels);
+          to += part.channels;
+        }
+        values = room.data();
       }
+      Stored* out = static_cast<Stored*>(maps.out) + pixel * maps.channels;
+      Stored* results = is_full ? out : room.data() + padded;
+      channels(values, maps.scale.data(), maps.shift.data(), results, padded, maps.slope);
+      if (!is_full) std::memcpy(out, results, maps.channels * sizeof(Stored));
     }
   }
 };
@@ -119,13 +147,14 @@ Part as_part(const Tensor& map, const Tensor& like) {
   return {map.const_data_ptr(), stride, map.size(1)};
 }
 
-const float* factors(const char* name, const Tensor& tensor, int64_t channels) {
+std::vector<float> factors(const char* name, const Tensor& tensor, int64_t channels) {
   if (tensor.dim() != 1 || tensor.size(0) != channels ||
       tensor.scalar_type() != ScalarType::Float || !tensor.is_cpu() || !tensor.is_contiguous())
     fail(name, " is ", dtype_name(tensor.scalar_type()), " ", shape_name(tensor.sizes()),
          "; expected contiguous torch.float32 ", shape_name(std::vector<int64_t>{channels}),
          " on the CPU");
-  return static_cast<const float*>(tensor.const_data_ptr());
+  const auto* values = static_cast<const float*>(tensor.const_data_ptr());
+  return {values, values + channels};
 }
 
 Tensor scale_shift(
@@ -143,13 +172,14 @@ Tensor scale_shift(
   Tensor out = torch::stable::empty(
       {images, channels, first.size(2), first.size(3)}, first.scalar_type(), std::nullopt,
       std::nullopt, std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-  const Maps all{
+  Maps all{
       parts,
       factors("scale", scale, channels),
       factors("shift", shift, channels),
       out.mutable_data_ptr(),
       channels,
       static_cast<float>(slope)};
+  all.scale.resize(all.padded()), all.shift.resize(all.padded());
   if (!channels || !area) return out;
   switch (first.scalar_type()) {
     case ScalarType::Float: with_activation<Float32>(all, images * area, activation); break;
