@@ -24,6 +24,8 @@ Run = Callable[[Tensor], Tensor]
 IMAGE_SIZE = 32
 MOST_COMPARED = 64
 """Images that are compared with float32; all of a large batch would set the peak memory."""
+CALIBRATION = 128
+"""Images for the ranges of int8."""
 MOST_STATISTICS = 64 * 32 * 32
 """Pixels of the images that batch norms take their statistics from."""
 NETWORKS = "a preset, torchvision:NAME, timm:NAME or FILE.py:FUNCTION, with @PIXELS other than 32"
@@ -68,10 +70,16 @@ def build(network: str) -> tuple[nn.Module, int]:
     return model.eval().requires_grad_(False), size
 
 
+def calibration_images(x: Tensor) -> Tensor:
+    """Images like those that are timed, for the ranges of int8."""
+    return torch.randn(CALIBRATION, *x.shape[1:], generator=torch.Generator().manual_seed(1))
+
+
 def ours(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
     import resfast
 
-    return resfast.fuse(model, dtype)
+    calibration = calibration_images(x) if dtype == torch.int8 else None
+    return resfast.fuse(model, dtype, calibration=calibration)
 
 
 def compiled(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
@@ -101,8 +109,14 @@ def openvino(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         network = core.read_model(_onnx(model, x, folder))
     network.reshape(list(x.shape))
+    if dtype == torch.int8:
+        import nncf
+
+        images = calibration_images(x).split(len(x))
+        whole = [one.numpy() for one in images if len(one) == len(x)] or [x.numpy()]
+        network = nncf.quantize(network, nncf.Dataset(whole), subset_size=len(whole))
     # bfloat16 is its own choice where the processor has it.
-    options = {} if dtype == torch.bfloat16 else {"INFERENCE_PRECISION_HINT": "f32"}
+    options = {"INFERENCE_PRECISION_HINT": "f32"} if dtype == torch.float32 else {}
     request = core.compile_model(network, "CPU", options).create_infer_request()
 
     def call(images: Tensor) -> Tensor:
@@ -134,15 +148,21 @@ BESIDE = {f"resfast beside {name}": name for name in ("OpenVINO", "ONNX Runtime"
 """resfast in a process where another library has just computed, so that its threads are alive."""
 CALLS_BESIDE = 5
 """Calls of resfast after each of the other library, whose time does not count."""
-NEEDED = {"OpenVINO": ("openvino", "onnxscript"), "ONNX Runtime": ("onnxruntime", "onnxscript")}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NEEDED: dict[str, tuple[str, ...]] = {
+    "OpenVINO": ("openvino", "onnxscript"),
+    "ONNX Runtime": ("onnxruntime", "onnxscript"),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 
 
 def installed(peer: str, dtype: str) -> str | None:
     """Why a peer cannot run here, or None."""
+    if dtype == "int8" and peer in ("torch.compile", "ONNX Runtime"):
+        return "it quantizes no network by its defaults"
     if peer == "ONNX Runtime" and dtype == "bf16":
         return "it has no bfloat16 convolutions on the CPU"
     needed = NEEDED.get(BESIDE.get(peer, peer), ())
+    needed += ("nncf",) if (peer, dtype) == ("OpenVINO", "int8") else ()
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 

@@ -189,7 +189,7 @@ def main() -> None:
         "--models", default="resnet-2111,resnet18", help=f"comma-separated, each {NETWORKS}"
     )
     parser.add_argument("--batches", default="1,8,64,512", help="comma-separated")
-    parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated: bf16, fp32")
+    parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated: bf16, fp32, int8")
     parser.add_argument("--turns", type=int, default=5, help="of each peer and case")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn")
     parser.add_argument(
