@@ -26,7 +26,7 @@ from resfast.models.presets import create_model
 from resfast.ops.conv import choice as conv_choice
 from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv.op import ConvBiasAct
-from resfast.ops.conv.reference import conv2d_bias_act
+from resfast.ops.conv.reference import ACTIVATIONS, conv2d_bias_act
 from resfast.ops.network import network as network_module
 from resfast.ops.network import plan as network_plan
 from resfast.ops.network import winograd
@@ -35,12 +35,14 @@ from resfast.ops.network.layers import (
     FLOAT32,
     FLOAT32_TO_BFLOAT16,
     NETWORK_ACTIVATIONS,
+    AveragePool,
     Concat,
     Conv,
     Head,
     Layer,
     MaxPool,
     Mean,
+    Pointwise,
     Unplannable,
     shapes,
     sources,
@@ -98,6 +100,10 @@ def conv(
     weight = torch.randn(outputs, inputs, rows, columns) / (inputs * rows * columns) ** 0.5
     values = torch.randn(outputs) / 4 if bias else None
     return Conv(source, weight, values, stride, both, activation, 0.1, residual, groups)
+
+
+def scale_shift(source: int, channels: int, activation: str = "none") -> Pointwise:
+    return Pointwise(source, torch.rand(channels) + 0.5, torch.randn(channels) / 4, activation)
 
 
 CHAINS: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
@@ -187,6 +193,45 @@ CHAINS: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
             MaxPool(3, 2, 2, 1, ceil=True), conv(4, 48, 33),
         ],
     ),
+    "squeeze and excitation": (
+        3, 18, 14,
+        lambda: [
+            conv(0, 3, 40, 3, 2), conv(1, 40, 40, groups=40), Mean(2), conv(3, 40, 10, 1),
+            conv(4, 10, 40, 1, activation="sigmoid"), Pointwise(2, gate=5),
+            conv(6, 40, 64, 3, 2, activation="none"), Mean(7),
+            conv(8, 64, 64, 1, activation="hardsigmoid"), Pointwise(9, gate=7),
+            conv(10, 64, 64, 1, activation="silu", residual=7),
+        ],
+    ),
+    "gates of every pixel, additions and activations": (
+        37, 9, 10,
+        lambda: [
+            conv(0, 37, 50, 3, 2), conv(0, 37, 50, 1, 2, activation="none"),
+            Pointwise(1, gate=2, residual=2, activation="relu"),
+            conv(3, 50, 50, 3, 2), conv(3, 50, 50, 1, 1), conv(5, 50, 50, 3, 2),
+            Pointwise(6, residual=4, activation="silu"), Pointwise(7, gate=7),
+            Pointwise(8, activation="leaky_relu", negative_slope=0.3),
+        ],
+    ),
+    "batch norms before convolutions, and average pools": (
+        3, 17, 18,
+        lambda: [
+            scale_shift(0, 3), conv(1, 3, 40), scale_shift(2, 40, "relu"), conv(3, 40, 72),
+            AveragePool(4, 2, 2), scale_shift(5, 72, "hardswish"), conv(6, 72, 64, 3, 2),
+            AveragePool(7, 3, 1), scale_shift(8, 64),
+        ],
+    ),
+    "parts of concatenations that fill no lines": (
+        3, 12, 10,
+        lambda: [
+            conv(0, 3, 24), scale_shift(1, 24, "relu"), conv(2, 24, 12),
+            scale_shift(1, 24, "relu"), scale_shift(3, 12, "relu"), Concat((4, 5)),
+            conv(6, 36, 12), scale_shift(1, 24), scale_shift(3, 12), scale_shift(7, 12),
+            Concat((8, 9, 10)), conv(11, 48, 70, 3, 2), MaxPool(11, 2, 2, 0),
+            conv(13, 48, 7, 1, activation="none"), Pointwise(12), Pointwise(14), Concat((16, 15)),
+            conv(17, 77, 33, 1),
+        ],
+    ),
     "max pools without padding": (
         16, 12, 12,
         lambda: [
@@ -229,6 +274,18 @@ def reference(layers: Sequence[Layer], x: Tensor, kind: str) -> Tensor:
                 value = F.max_pool2d(
                     source, layer.kernel, layer.stride, layer.padding, ceil_mode=layer.ceil
                 )
+            case Pointwise():
+                value = source
+                if layer.scale is not None:
+                    value = value * layer.scale.double()[:, None, None]
+                    value = value + layer.shift.double()[:, None, None]
+                if layer.gate is not None:
+                    value = value * others[0]
+                if layer.residual is not None:
+                    value = value + others[-1]
+                value = ACTIVATIONS[layer.activation](value, layer.negative_slope)
+            case AveragePool():
+                value = F.avg_pool2d(source, layer.kernel, layer.stride)
             case Concat():
                 value = torch.cat([source, *others], 1)
             case Mean():
@@ -295,7 +352,6 @@ def test_a_chain_computes_what_float64_does(name: str, kind: str):
         before = result
 
 
-needs_f32 = pytest.mark.skipif(not runs_here("fp32"), reason="the kernels need AVX2 with FMA")
 WINOGRAD: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
     **CHAINS,
     "maps that tiles do not divide": (
@@ -313,31 +369,44 @@ WINOGRAD: dict[str, tuple[int, int, int, Callable[[], list[Layer]]]] = {
 }  # fmt: skip
 
 
-@needs_f32
-@pytest.mark.parametrize("side", winograd.SIDES)
+WINOGRAD_ERRORS = {"fp32": 5e-6, "bf16": 1.5e-2}
+each_side = pytest.mark.parametrize(
+    ("kind", "side"),
+    [
+        pytest.param(
+            name,
+            side,
+            marks=pytest.mark.skipif(not runs_here(name), reason="this processor cannot run it"),
+        )
+        for name in WINOGRAD_ERRORS
+        for side in winograd.SIDES[KINDS[name].dtype]
+    ],
+)
+
+
+@each_side
 @pytest.mark.parametrize("name", WINOGRAD)
-def test_winograd_computes_what_float64_does(name: str, side: int):
+def test_winograd_computes_what_float64_does(name: str, kind: str, side: int):
     torch.manual_seed(0)
     channels, height, width, make = WINOGRAD[name]
-    layers = make()
-    x = images(13, channels, height, width, "fp32")
-    exact = reference(layers, x, "fp32")
+    layers = rounded(make(), kind)
+    x = images(13, channels, height, width, kind)
+    exact = reference(layers, x, kind)
     before = None
     for item, threads in ((13, 1), (13, 3), (1, 1), (2, 2), (4, 3), (8, 1)):
-        planned = Planned(layers, x.shape, threads, item, "fp32", side)
+        planned = Planned(layers, x.shape, threads, item, kind, side)
         torch.set_num_threads(threads)
         result = planned(x)
-        assert relative_error(result, exact) < 5e-6
+        assert relative_error(result, exact) < WINOGRAD_ERRORS[kind]
         assert before is None or torch.equal(result, before), (item, threads)
         before = result
 
 
-@needs_f32
-@pytest.mark.parametrize("side", winograd.SIDES)
+@each_side
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38, -3e38])
 @pytest.mark.parametrize("count", [1, 4])
 def test_winograd_keeps_what_is_not_finite_where_it_is_in_float32(
-    count: int, value: float, side: int
+    count: int, value: float, kind: str, side: int
 ):
     """-inf and ReLU hide what Winograd would spread; 3e38 overflows in its transforms only."""
     torch.manual_seed(0)
@@ -348,29 +417,28 @@ def test_winograd_keeps_what_is_not_finite_where_it_is_in_float32(
     for layer in layers:
         if isinstance(layer, Conv):
             layer.weight.div_(4)
-    x = images(9, 16, 21, 17, "fp32")
+    x = images(9, 16, 21, 17, kind)
     x[1, 1, 9, 3:7] = value
-    exact = Planned(layers, x.shape, 1, 9, "fp32")(x)
+    exact = Planned(layers, x.shape, 1, 9, kind)(x)
     for item, threads in ((9, 1), (9, 2), (4, 1)):
         torch.set_num_threads(threads)
-        result = Planned(layers, x.shape, threads, item, "fp32", side)(x)
+        result = Planned(layers, x.shape, threads, item, kind, side)(x)
         assert torch.equal(result.isnan(), exact.isnan())
         assert torch.equal(result.isposinf(), exact.isposinf())
         assert torch.equal(result.isneginf(), exact.isneginf())
         finite = exact.isfinite()
         assert finite.all() == (abs(value) == 3e38)
-        assert relative_error(result[finite], exact[finite].double()) < 5e-6
+        assert relative_error(result[finite], exact[finite].double()) < WINOGRAD_ERRORS[kind]
 
 
-@needs_f32
-@pytest.mark.parametrize("side", winograd.SIDES)
-def test_winograd_depends_neither_on_earlier_calls_nor_on_other_images(side: int):
+@each_side
+def test_winograd_depends_neither_on_earlier_calls_nor_on_other_images(kind: str, side: int):
     torch.manual_seed(0)
     channels, height, width, make = WINOGRAD["maps that tiles do not divide"]
     layers = make()
-    x = images(5, channels, height, width, "fp32")
+    x = images(5, channels, height, width, kind)
     for item in (5, 2):
-        planned = Planned(layers, x.shape, 1, item, "fp32", side)
+        planned = Planned(layers, x.shape, 1, item, kind, side)
         expected = planned(x)
         for value in (torch.nan, torch.inf):
             other = x.clone()
@@ -530,11 +598,19 @@ def test_strides_above_two_and_maps_smaller_than_the_kernel_cannot_be_planned():
         shapes(layers, (1, 3, 6, 6))
 
 
-def test_a_mean_ends_a_network_and_a_max_pool_does_not():
-    with pytest.raises(Unplannable, match="a mean elsewhere"):
-        shapes([conv(0, 3, 8), Mean(1), conv(2, 8, 8, 1)], (1, 3, 6, 6))
-    with pytest.raises(Unplannable, match="a max pool or concatenation at the end"):
-        shapes([conv(0, 3, 8), MaxPool(1, 2, 2, 0)], (1, 3, 6, 6))
+def test_layers_that_cannot_be_where_they_are_or_have_other_sizes_are_refused():
+    for last in (MaxPool(1, 2, 2, 0), AveragePool(1, 2, 2), Concat((1,))):
+        with pytest.raises(Unplannable, match="a pool or concatenation at the end"):
+            shapes([conv(0, 3, 8), last], (1, 3, 6, 6))
+    with pytest.raises(Unplannable, match="a linear layer elsewhere"):
+        shapes([conv(0, 3, 8), Head(1, 8), conv(2, 8, 8, 1)], (1, 3, 6, 6))
+    small: list[Layer] = [conv(0, 3, 8), conv(0, 3, 8, 3, 2), conv(0, 3, 4)]
+    with pytest.raises(Unplannable, match="a product of values of other sizes"):
+        shapes([*small, Pointwise(1, gate=2)], (1, 3, 6, 6))
+    with pytest.raises(Unplannable, match="a product of values of other sizes"):
+        shapes([*small, Pointwise(1, gate=3)], (1, 3, 6, 6))
+    with pytest.raises(Unplannable, match="an addition of values of other sizes"):
+        shapes([*small, Pointwise(1, residual=2)], (1, 3, 6, 6))
 
 
 @each_kind
@@ -560,6 +636,7 @@ def test_values_of_a_concatenation_must_fill_lines_and_be_read_once():
     planned([*both, conv(1, 32, 32), Concat((2, 3)), conv(4, 96, 8)])
     for wrong in (
         [*both, conv(1, 32, 20), Concat((3, 2)), conv(4, 84, 8)],
+        [*both, Concat((1, 2)), conv(3, 96, 8), conv(4, 8, 96, residual=2)],
         [*both, Concat((2, 2)), conv(3, 128, 8)],
         [*both, Concat((0, 2)), conv(3, 67, 8)],
         [*both, conv(1, 32, 32, 3, 2), Concat((2, 3)), conv(4, 96, 8)],
@@ -581,6 +658,7 @@ torch.ops.load_library(sys.argv[1])
 assert not hasattr(torch.ops.resfast, "conv_gemm")
 from tests.ops import test_network
 
+test_network.conv_cpu.has_amx = lambda: sys.argv[3] == "amx"
 kinds = sys.argv[2].split(",")
 for kind in kinds:
     for name in test_network.CHAINS:
@@ -588,12 +666,12 @@ for kind in kinds:
     for value in (torch.nan, torch.inf):
         test_network.test_nan_and_infinity_come_out_where_they_do_in_float64(value, (8, 19), kind)
     test_network.test_a_head_is_a_linear_layer_of_the_means(10, True, kind)
-if "fp32" in kinds:
-    for side in test_network.winograd.SIDES:
+for kind in set(kinds) & set(test_network.WINOGRAD_ERRORS):
+    for side in test_network.winograd.SIDES[test_network.KINDS[kind].dtype]:
         for name in test_network.WINOGRAD:
-            test_network.test_winograd_computes_what_float64_does(name, side)
+            test_network.test_winograd_computes_what_float64_does(name, kind, side)
         test_network.test_winograd_keeps_what_is_not_finite_where_it_is_in_float32(
-            1, torch.inf, side
+            1, torch.inf, kind, side
         )
 print("right")
 """
@@ -622,7 +700,14 @@ def test_kernels_for_other_processors_compute_what_float64_does(
     link = [f"-L{headers / 'lib'}", "-ltorch_cpu"]
     subprocess.run([COMPILER, *options, *sources, "-o", library, *link], check=True)
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(library), kinds],
+        [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            str(library),
+            kinds,
+            "amx" if "AMX_EMU" in option else "none",
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -737,28 +822,99 @@ def test_a_pool_called_as_a_function_and_a_classifier_end_a_chain(choices: None)
 
 @needs_kernels
 @pytest.mark.parametrize("outside", ["left", "both"])
-def test_a_concatenation_of_values_that_are_read_elsewhere_ends_a_chain(
-    choices: None, outside: str
-):
+def test_a_concatenation_of_values_that_are_read_elsewhere_copies_them(choices: None, outside: str):
     class Read(Branches):
         def forward(self, x: Tensor) -> Tensor:
             x = F.relu(self.stem(x))
             left, right = self.left(x), self.right(x)
             both = torch.cat([left, left if outside == "both" else right], 1)
-            return both.mean((2, 3)), left.mean((2, 3))
+            return torch.cat([left.mean((2, 3)), both.sigmoid().mean((2, 3))], 1)
 
     torch.manual_seed(0)
     model = Read().eval()
     fused = resfast.fuse(model, torch.float32)
-    assert all(
-        type(layer).__name__ != "Concat"
-        for chain in chains_of(fused)
-        for layer in chain.network.layers
-    )
     x = torch.randn(2, 3, 16, 16)
     with torch.inference_mode():
-        for result, exact in zip(fused(x), model(x), strict=True):
-            assert relative_error(result, exact.double()) < 1e-5
+        assert relative_error(fused(x), model(x).double()) < 1e-5
+
+
+class Excited(nn.Module):
+    """An inverted residual with squeeze-and-excitation, and one with a gate on the left."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 72, 1)
+        self.depthwise = nn.Conv2d(72, 72, 3, padding=1, groups=72)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.less, self.more, self.gate = nn.Conv2d(72, 8, 1), nn.Conv2d(8, 72, 1), gate
+        self.narrow = nn.Conv2d(72, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.stem(x))
+        y = F.relu6(self.depthwise(F.relu6(self.wide(x))))
+        for squeeze in (
+            self.pool,
+            lambda y: y.mean((2, 3), keepdim=True),
+            lambda y: y.mean([-2, -1], True),
+        ):
+            y = self.gate(self.more(F.silu(self.less(squeeze(y))))) * y
+        return F.relu(x + self.narrow(y) * 0.5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("gate", [nn.Sigmoid, nn.Hardsigmoid])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+def test_squeeze_and_excitation_is_part_of_a_chain(
+    choices: None, dtype: torch.dtype, error: float, gate: type[nn.Module]
+):
+    torch.manual_seed(0)
+    model = Excited(gate()).eval()
+    fused = resfast.fuse(model, dtype)
+    (chain,) = chains_of(fused)
+    kinds = [type(layer).__name__ for layer in chain.network.layers]
+    assert kinds == ["Conv"] * 3 + ["Mean", "Conv", "Conv", "Pointwise"] * 3 + ["Conv"]
+    for count in (1, 7):
+        x = torch.randn(count, 3, 30, 32)
+        with torch.inference_mode():
+            assert relative_error(fused(x), model.double()(x.double())) < error
+            model.float()
+
+
+class Dense(nn.Module):
+    """Blocks of a DenseNet whose maps of 12 channels fill no line, and a transition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(24 + 12 * i) for i in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(24 + 12 * i, 12, 3, padding=1) for i in range(3))
+        self.last = nn.Conv2d(60, 30, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm, conv in zip(self.norms[:3], self.convs, strict=True):
+            x = torch.cat([conv(F.relu(norm(x))), x], 1)
+        x = F.avg_pool2d(self.last(F.relu(self.norms[3](x))), 2)
+        return F.max_pool2d(x, 2)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+def test_a_densenet_is_one_chain_whose_factors_can_be_loaded(
+    choices: None, dtype: torch.dtype, error: float
+):
+    torch.manual_seed(0)
+    model, other = settled(Dense()), settled(Dense())
+    fused = resfast.fuse(model, dtype)
+    assert len(chains_of(fused)) == 1
+    assert fused._chains.only(fused.network) is not None
+    for source in (model, other):
+        fused.load_state_dict(resfast.fuse(source, dtype).state_dict())
+        for count in (1, 5):
+            x = torch.randn(count, 3, 12, 16)
+            with torch.inference_mode():
+                assert relative_error(fused(x), source.double()(x.double())) < error
+                source.float()
 
 
 @needs_kernels
@@ -858,11 +1014,27 @@ def test_many_layers_may_amplify_rounding(choices: None):
     network, shape = chain.network, torch.Size([2, 3, 64, 64])
     layout = network_module.layout_for(torch.bfloat16)
     current = network._current()
-    (ready, *_) = network.ways(current, layout, shape).values()
+    assert layout is not None
     is_right = network._check(current, layout, shape)
-    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    exact = network_module._reference(current, x, network.head, layout)
-    assert relative_error(ready().run(x), exact.double()) > MAX_ERRORS["bf16"]
+
+    class Computed:
+        """A result that differs by a share of what rounding to bfloat16 changes."""
+
+        def __init__(self, share: float) -> None:
+            self.share = share
+
+        def run(self, x: Tensor) -> Tensor:
+            exact, unrounded = (
+                network_module._reference(current, x, network.head, layout, other=other)
+                for other in (False, True)
+            )
+            result = exact + self.share * (unrounded - exact)
+            assert relative_error(result, exact.double()) > MAX_ERRORS["bf16"]
+            return result
+
+    assert is_right(Computed(0.5))
+    assert not is_right(Computed(1.5))
+    (ready, *_) = network.ways(current, layout, shape).values()
     assert is_right(ready())
     wrong = network._ready(current, layout, {}, shape, 2)
     wrong.packed.memory[:4096] = 0  # of the first weights

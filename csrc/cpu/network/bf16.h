@@ -3,7 +3,10 @@
 
 #include "conv_amx.h"
 #include "depthwise.h"
+#include "gathered.h"
 #include "kernels.h"
+#include "pointwise.h"
+#include "winograd.h"
 
 namespace resfast::network {
 namespace {
@@ -114,8 +117,6 @@ void patches(const Step& step, const Memory& memory, int64_t begin, int64_t end)
   }
 }
 
-RESFAST_BF16 __m512 widened(const uint16_t* values) { return load_bf16(0xFFFF, values); }
-
 // The larger value, or NaN where either is.
 RESFAST_BF16 __m512 larger(__m512 a, __m512 b) {
   const __mmask16 taken =
@@ -123,26 +124,34 @@ RESFAST_BF16 __m512 larger(__m512 a, __m512 b) {
   return _mm512_mask_mov_ps(a, taken, b);
 }
 
-RESFAST_BF16 void max_pool(const Step& step, const Memory& memory, int64_t begin, int64_t end) {
+// The largest value of each window, or the mean, for windows that are inside of the map.
+template <bool kMean>
+RESFAST_BF16 void pool(const Step& step, const Memory& memory, int64_t begin, int64_t end) {
+  const __m512 count = _mm512_set1_ps(static_cast<float>(step.kernel_h * step.kernel_w));
   for (int64_t block = 0; block < step.blocks; ++block) {
     const auto* from = reinterpret_cast<const uint16_t*>(
         memory.line(step.from.line + block * step.from.block_lines));
     auto* to = reinterpret_cast<uint16_t*>(memory.line(step.to.line + block * step.to.block_lines));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / step.out_height, row = i % step.out_height;
+      const int64_t top = row * step.stride - step.padding_h;
+      const int64_t bottom = std::min(top + step.kernel_h, step.height);
+      const RowLines written(step.to, image, row);
       for (int64_t column = 0; column < step.out_width; ++column) {
-        const int64_t top = row * step.stride - step.padding_h;
         const int64_t left = column * step.stride - step.padding_w;
-        __m512 low = _mm512_set1_ps(-INFINITY), high = low;
-        const int64_t bottom = std::min(top + step.kernel_h, step.height);
         const int64_t right = std::min(left + step.kernel_w, step.width);
-        for (int64_t y = std::max<int64_t>(top, 0); y < bottom; ++y)
+        __m512 low = _mm512_set1_ps(kMean ? 0.0f : -INFINITY), high = low;
+        for (int64_t y = std::max<int64_t>(top, 0); y < bottom; ++y) {
+          const RowLines read(step.from, image, y);
           for (int64_t x = std::max<int64_t>(left, 0); x < right; ++x) {
-            const uint16_t* values = from + line_of(step.from, image, y, x) * kBlock;
-            low = larger(low, widened(values)), high = larger(high, widened(values + kTile));
+            const uint16_t* values = from + read.at(x) * kBlock;
+            const __m512 next_low = widened(values), next_high = widened(values + kTile);
+            low = kMean ? _mm512_add_ps(low, next_low) : larger(low, next_low);
+            high = kMean ? _mm512_add_ps(high, next_high) : larger(high, next_high);
           }
-        uint16_t* line = to + line_of(step.to, image, row, column) * kBlock;
-        store_bf16(0xFFFF, line, low), store_bf16(0xFFFF, line + kTile, high);
+        }
+        if (kMean) low = _mm512_div_ps(low, count), high = _mm512_div_ps(high, count);
+        store_pair(to + written.at(column) * kBlock, low, high);
       }
     }
   }
@@ -160,23 +169,35 @@ RESFAST_BF16 void means_of(const Step& step, const Memory& memory, int64_t image
     const auto* from = reinterpret_cast<const uint16_t*>(
         memory.line(step.from.line + block * step.from.block_lines));
     __m512 low = _mm512_setzero_ps(), high = low;
-    for (int64_t y = 0; y < step.height; ++y)
+    for (int64_t y = 0; y < step.height; ++y) {
+      const RowLines read(step.from, image, y);
       for (int64_t x = 0; x < step.width; ++x) {
-        const uint16_t* values = from + line_of(step.from, image, y, x) * kBlock;
+        const uint16_t* values = from + read.at(x) * kBlock;
         low = _mm512_add_ps(low, widened(values));
         high = _mm512_add_ps(high, widened(values + kTile));
       }
+    }
     _mm512_storeu_ps(means, rounded(low)), _mm512_storeu_ps(means + kTile, rounded(high));
   }
 }
 
-// Means of whole maps, the result of the plan.
+// Means of whole maps, as maps of one pixel or the result of the plan.
 RESFAST_BF16 void mean(const Step& step, const Memory& memory, int64_t begin, int64_t end) {
   thread_local Workspace<float> workspace;
   float* means = workspace.get(step.blocks * kBlock);
   for (int64_t image = begin; image < end; ++image) {
     if (step.first_image + image >= memory.images) return;
     means_of(step, memory, image, means);
+    if (step.to.line >= 0) {
+      for (int64_t block = 0; block < step.blocks; ++block) {
+        auto* to = reinterpret_cast<uint16_t*>(
+            memory.line(step.to.line + block * step.to.block_lines));
+        const float* values = means + block * kBlock;
+        store_pair(to + line_of(step.to, image, 0, 0) * kBlock, _mm512_loadu_ps(values),
+                   _mm512_loadu_ps(values + kTile));
+      }
+      continue;
+    }
     uint16_t* result = static_cast<uint16_t*>(memory.result) +
         (step.first_image + image) * step.outputs;
     for (int64_t channel = 0; channel < step.outputs; channel += kTile)
@@ -210,7 +231,8 @@ RESFAST_BF16 void head(
   }
 }
 
-constexpr Kernels kBf16{conv, nullptr, head, depthwise, patches, enter, max_pool, mean};
+constexpr Kernels kBf16{
+    conv, winograd, gathered, head, depthwise, patches, enter, pool<false>, pool<true>, mean, pointwise};
 
 } // namespace
 } // namespace resfast::network

@@ -3,6 +3,8 @@
 // Weights: [panel of 16 outputs][block of 32 channels][tap][pair][output][2].
 #pragma once
 
+#include <type_traits>
+
 #include "../conv/conv_bf16.h"
 #include "kernels.h"
 
@@ -11,6 +13,7 @@ namespace resfast::network {
 constexpr int64_t kMostTiles = 4; // multiplied with the same weights
 constexpr int64_t kWeights = kTile * kBlock; // of a tap, a block and a panel
 constexpr int64_t kSums = kTile * kTile;
+constexpr int64_t kAhead = 4096; // values of weights that are fetched before they are multiplied
 
 // What a panel of weights is multiplied with.
 struct Operand {
@@ -19,6 +22,8 @@ struct Operand {
   int64_t blocks, tap_count;
   const int32_t* taps; // lines
   const uint16_t* weights;
+  int64_t whole; // blocks before those that are not full
+  int64_t pairs; // of channels of the latter
 };
 
 RESFAST_BF16 inline void multiply_avx512(const Operand& operand, const Tile& tile, float* sums) {
@@ -27,11 +32,18 @@ RESFAST_BF16 inline void multiply_avx512(const Operand& operand, const Tile& til
   for (int i = 0; i < kTile; ++i) sum[i] = _mm512_setzero_ps();
   const uint16_t* weights = operand.weights;
   const uint16_t* block = operand.from + tile.from * kBlock;
-  for (int64_t i = 0; i < operand.blocks; ++i, block += operand.block_values)
-    for (int64_t tap = 0; tap < operand.tap_count; ++tap) {
+  for (int64_t i = 0; i < operand.blocks; ++i, block += operand.block_values) {
+    // The next block is far away, and no prefetcher knows where.
+    if (i + 1 < operand.blocks)
+#pragma GCC unroll 16
+      for (int row = 0; row < kTile; ++row)
+        __builtin_prefetch(block + operand.block_values + (operand.taps[0] + row) * kBlock);
+    const int64_t pairs = i < operand.whole ? kBlock / 2 : operand.pairs;
+    for (int64_t tap = 0; tap < operand.tap_count; ++tap, weights += kWeights) {
       const uint16_t* a = block + operand.taps[tap] * kBlock;
-      for (int64_t pair = 0; pair < kBlock / 2; ++pair, weights += 2 * kTile) {
-        const __m512bh b = (__m512bh)_mm512_loadu_si512(weights);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const __m512bh b = (__m512bh)_mm512_loadu_si512(weights + pair * 2 * kTile);
+        __builtin_prefetch(weights + pair * 2 * kTile + kAhead);
 #pragma GCC unroll 16
         for (int row = 0; row < kTile; ++row) {
           int32_t both;
@@ -40,6 +52,7 @@ RESFAST_BF16 inline void multiply_avx512(const Operand& operand, const Tile& til
         }
       }
     }
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < kTile; ++i) _mm512_store_ps(sums + i * kTile, sum[i]);
 }
@@ -53,16 +66,51 @@ RESFAST_BF16_INLINE __m512 relu6(__m512 x) { // NaN stays NaN
   return _mm512_min_ps(_mm512_set1_ps(6.0f), _mm512_max_ps(_mm512_setzero_ps(), x));
 }
 
+RESFAST_BF16_INLINE __m512 hardswish(__m512 x) {
+  const __m512 gate = relu6(_mm512_add_ps(x, _mm512_set1_ps(3.0f)));
+  return _mm512_mul_ps(_mm512_mul_ps(x, gate), _mm512_set1_ps(1.0f / 6));
+}
+
 // Not inlined: the constants would be loaded outside of loops that do not need them.
 RESFAST_BF16 __attribute__((noinline)) inline __m512 activated_slowly(
     __m512 value, int64_t activation, float negative_slope) {
-  const __m512 gate = relu6(_mm512_add_ps(value, _mm512_set1_ps(3.0f)));
   switch (activation) {
-    case kRelu6: return relu6(value);
-    case kHardswish: return _mm512_div_ps(_mm512_mul_ps(value, gate), _mm512_set1_ps(6.0f));
-    case kHardsigmoid: return _mm512_div_ps(gate, _mm512_set1_ps(6.0f));
+    case kHardsigmoid: {
+      const __m512 gate = relu6(_mm512_add_ps(value, _mm512_set1_ps(3.0f)));
+      return _mm512_mul_ps(gate, _mm512_set1_ps(1.0f / 6));
+    }
+    case kSigmoid: {
+      const __m512 power = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), value));
+      const __m512 one = _mm512_set1_ps(1.0f);
+      const __mmask16 lost = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      return _mm512_mask_mov_ps(_mm512_div_ps(one, _mm512_add_ps(one, power)), lost, value);
+    }
     default: return activated(value, activation, negative_slope);
   }
+}
+
+constexpr int64_t kOther = -1; // activations that loops are not compiled for
+
+// Calls `use` with the activation as a constant.
+template <class Use>
+inline void with_activation(int64_t activation, Use use) {
+  switch (activation) {
+    case kNone: return use(std::integral_constant<int64_t, kNone>{});
+    case kRelu: return use(std::integral_constant<int64_t, kRelu>{});
+    case kRelu6: return use(std::integral_constant<int64_t, kRelu6>{});
+    case kHardswish: return use(std::integral_constant<int64_t, kHardswish>{});
+    default: return use(std::integral_constant<int64_t, kOther>{});
+  }
+}
+
+template <int64_t kActivation>
+RESFAST_BF16_INLINE __m512 activated_by(__m512 value, int64_t activation, float negative_slope) {
+  if constexpr (kActivation == kNone) return value;
+  if constexpr (kActivation == kRelu) // NaN stays NaN
+    return _mm512_max_ps(_mm512_setzero_ps(), value);
+  if constexpr (kActivation == kRelu6) return relu6(value);
+  if constexpr (kActivation == kHardswish) return hardswish(value);
+  return activated_slowly(value, activation, negative_slope);
 }
 
 // What is done with the sums of a panel.
@@ -79,7 +127,7 @@ struct Epilogue {
   int64_t last; // lines from this one on are left out
 };
 
-template <bool kResidual, bool kRelu>
+template <bool kResidual, int64_t kActivation>
 RESFAST_BF16_INLINE void finish_row(
     const Epilogue& e, __m512 bias, const float* sums, int64_t to, int64_t residual) {
   __m512 value = _mm512_add_ps(_mm512_load_ps(sums), bias);
@@ -88,9 +136,7 @@ RESFAST_BF16_INLINE void finish_row(
         value,
         load_bf16(0xFFFF, reinterpret_cast<const uint16_t*>(e.residual + residual * kLine)));
   auto* out = reinterpret_cast<uint16_t*>(e.to + to * e.to_bytes);
-  if (kRelu) value = _mm512_max_ps(_mm512_setzero_ps(), value); // NaN stays NaN
-  else if (e.activation != kNone)
-    value = activated_slowly(value, e.activation, e.negative_slope);
+  value = activated_by<kActivation>(value, e.activation, e.negative_slope);
   store_bf16(e.mask, out, _mm512_maskz_mov_ps(e.lanes, value)); // weights of 0 times infinity
 }
 
@@ -102,39 +148,38 @@ inline void fill(const Epilogue& e, const Tile& tile, const int32_t* tables) {
   }
 }
 
-template <bool kResidual, bool kRelu>
+template <bool kResidual, int64_t kActivation>
 RESFAST_BF16 void finish_tile(
     const Epilogue& e, const Tile& tile, const int32_t* tables, const float* sums) {
   const __m512 bias = _mm512_loadu_ps(e.bias);
   if (tile.rows < 0 && tile.to + kTile <= e.last) {
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kTile; ++i)
-      finish_row<kResidual, kRelu>(e, bias, sums + i * kTile, tile.to + i, tile.residual + i);
+      finish_row<kResidual, kActivation>(e, bias, sums + i * kTile, tile.to + i, tile.residual + i);
     return;
   }
   for (int64_t i = 0; i < kTile; ++i) {
     const int64_t to = tile.rows < 0 ? tile.to + i : tables[tile.rows + 2 * i];
     const int64_t residual = tile.rows < 0 ? tile.residual + i : tables[tile.rows + 2 * i + 1];
     if (to < 0 || to >= e.last) continue;
-    finish_row<kResidual, kRelu>(e, bias, sums + i * kTile, to, residual);
+    finish_row<kResidual, kActivation>(e, bias, sums + i * kTile, to, residual);
   }
 }
 
 inline void finish(
     const Epilogue& e, const Tile& tile, const int32_t* tables, const float* sums) {
-  const bool relu = e.activation == kRelu;
   if (e.fills) fill(e, tile, tables);
-  if (e.residual)
-    return relu ? finish_tile<true, true>(e, tile, tables, sums)
-                : finish_tile<true, false>(e, tile, tables, sums);
-  return relu ? finish_tile<false, true>(e, tile, tables, sums)
-              : finish_tile<false, false>(e, tile, tables, sums);
+  with_activation(e.activation, [&](auto activation) {
+    e.residual ? finish_tile<true, activation.value>(e, tile, tables, sums)
+               : finish_tile<false, activation.value>(e, tile, tables, sums);
+  });
 }
 
 inline Operand operand_of(const Step& step, const Memory& memory) {
+  const int64_t whole = step.channels / kBlock;
   return {reinterpret_cast<const uint16_t*>(memory.line(step.from.line)),
           step.from.block_lines * kBlock, step.blocks, step.tap_count,
-          memory.tables + step.taps, nullptr};
+          memory.tables + step.taps, nullptr, whole, ceil_div(step.channels - whole * kBlock, 2)};
 }
 
 // Weights of the first panel.

@@ -231,12 +231,14 @@ RESFAST_F32 inline void depthwise(
 } // namespace
 } // namespace resfast::network::RESFAST_F32_NAMESPACE
 
+#include "f32_pointwise.h"
 #include "f32_winograd.h"
 
 namespace resfast::network::RESFAST_F32_NAMESPACE {
 namespace {
 
-constexpr Kernels kKernels{conv, winograd, head, depthwise, patches, enter, max_pool, mean};
+constexpr Kernels kKernels{
+    conv, winograd, nullptr, head, depthwise, patches, enter, pool<false>, pool<true>, mean, pointwise};
 
 } // namespace
 } // namespace resfast::network::RESFAST_F32_NAMESPACE

@@ -107,12 +107,18 @@ RESFAST_F32 __attribute__((noinline)) inline void activate(
     case kRelu6: line = line_from([&](int v) RESFAST_F32 { return relu6(line.part[v]); }); break;
     case kHardswish:
       line = line_from([&](int v) RESFAST_F32 {
-        return line.part[v] * relu6(line.part[v] + splat(3.0f)) / splat(6.0f);
+        return line.part[v] * relu6(line.part[v] + splat(3.0f)) * splat(1.0f / 6);
       });
       break;
     case kHardsigmoid:
       line = line_from([&](int v) RESFAST_F32 {
-        return relu6(line.part[v] + splat(3.0f)) / splat(6.0f);
+        return relu6(line.part[v] + splat(3.0f)) * splat(1.0f / 6);
+      });
+      break;
+    case kSigmoid:
+      line = line_from([&](int v) RESFAST_F32 {
+        const Vector value = line.part[v], power = exponential(splat(0.0f) - value);
+        return where_nan(value, value, splat(1.0f) / (splat(1.0f) + power));
       });
       break;
     default: break;
@@ -226,23 +232,31 @@ RESFAST_F32_INLINE Line larger(const Line& a, const Line& b) {
   });
 }
 
-RESFAST_F32 inline void max_pool(
-    const Step& step, const Memory& memory, int64_t begin, int64_t end) {
+// The largest value of each window, or the mean, for windows that are inside of the map.
+template <bool kMean>
+RESFAST_F32 void pool(const Step& step, const Memory& memory, int64_t begin, int64_t end) {
+  const Vector count = splat(static_cast<float>(step.kernel_h * step.kernel_w));
   for (int64_t block = 0; block < step.blocks; ++block) {
     const float* from = lines_of(memory, step.from, block);
     float* to = lines_of(memory, step.to, block);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t image = i / step.out_height, row = i % step.out_height;
+      const int64_t top = row * step.stride - step.padding_h;
+      const int64_t bottom = std::min(top + step.kernel_h, step.height);
+      const RowLines written(step.to, image, row);
       for (int64_t column = 0; column < step.out_width; ++column) {
-        const int64_t top = row * step.stride - step.padding_h;
         const int64_t left = column * step.stride - step.padding_w;
-        Line value = splat_line(-INFINITY);
-        const int64_t bottom = std::min(top + step.kernel_h, step.height);
         const int64_t right = std::min(left + step.kernel_w, step.width);
-        for (int64_t y = std::max<int64_t>(top, 0); y < bottom; ++y)
-          for (int64_t x = std::max<int64_t>(left, 0); x < right; ++x)
-            value = larger(value, load_line(from + line_of(step.from, image, y, x) * kLanes));
-        store_line(to + line_of(step.to, image, row, column) * kLanes, value);
+        Line value = splat_line(kMean ? 0.0f : -INFINITY);
+        for (int64_t y = std::max<int64_t>(top, 0); y < bottom; ++y) {
+          const RowLines read(step.from, image, y);
+          for (int64_t x = std::max<int64_t>(left, 0); x < right; ++x) {
+            const Line next = load_line(from + read.at(x) * kLanes);
+            value = kMean ? value + next : larger(value, next);
+          }
+        }
+        if (kMean) value = line_from([&](int v) RESFAST_F32 { return value.part[v] / count; });
+        store_line(to + written.at(column) * kLanes, value);
       }
     }
   }
@@ -255,14 +269,16 @@ RESFAST_F32 inline void means_of(
   for (int64_t block = 0; block < step.blocks; ++block, means += kLanes) {
     const float* from = lines_of(memory, step.from, block);
     Line sum = splat_line(0.0f);
-    for (int64_t y = 0; y < step.height; ++y)
+    for (int64_t y = 0; y < step.height; ++y) {
+      const RowLines read(step.from, image, y);
       for (int64_t x = 0; x < step.width; ++x)
-        sum = sum + load_line(from + line_of(step.from, image, y, x) * kLanes);
+        sum = sum + load_line(from + read.at(x) * kLanes);
+    }
     store_line(means, line_from([&](int v) RESFAST_F32 { return sum.part[v] / count; }));
   }
 }
 
-// Means of whole maps, the result of the plan.
+// Means of whole maps, as maps of one pixel or the result of the plan.
 RESFAST_F32 inline void mean(const Step& step, const Memory& memory, int64_t begin, int64_t end) {
   thread_local Workspace<float> workspace;
   float* means = workspace.get(step.blocks * kLanes);
@@ -270,6 +286,12 @@ RESFAST_F32 inline void mean(const Step& step, const Memory& memory, int64_t beg
   for (int64_t image = begin; image < end; ++image) {
     if (step.first_image + image >= memory.images) return;
     means_of(step, memory, image, means);
+    if (step.to.line >= 0) {
+      for (int64_t block = 0; block < step.blocks; ++block)
+        store_line(lines_of(memory, step.to, block) + line_of(step.to, image, 0, 0) * kLanes,
+                   load_line(means + block * kLanes));
+      continue;
+    }
     char* result = static_cast<char*>(memory.result) +
         (step.first_image + image) * step.outputs * bytes;
     for (int64_t channel = 0; channel < step.outputs; channel += kLanes)

@@ -17,7 +17,7 @@ namespace resfast::network {
 constexpr int64_t kMostPatch = 512; // values
 
 // Activations of networks only, numbered as in resfast/ops/network/layers.py.
-enum NetworkActivation : int64_t { kRelu6 = kGelu + 1, kHardswish, kHardsigmoid };
+enum NetworkActivation : int64_t { kRelu6 = kGelu + 1, kHardswish, kHardsigmoid, kSigmoid };
 
 // The input of the plan, [N, C, H, W] of bfloat16 or float32 in any memory order.
 struct Input {
@@ -49,6 +49,20 @@ inline int64_t line_of(const Map& map, int64_t image, int64_t row, int64_t colum
   const int64_t place = (plane * map.rows + row / map.phases) * map.pitch + column / map.phases;
   return map.lead + place * map.group + image % map.group;
 }
+
+// The lines of a row's pixels, without a division for each.
+struct RowLines {
+  RowLines(const Map& map, int64_t image, int64_t row)
+      : even(line_of(map, image, row, 0)),
+        odd(line_of(map, image, row, 1)),
+        step(map.group),
+        shift(map.phases == 2 ? 1 : 0) {}
+  int64_t at(int64_t column) const {
+    return (shift & column ? odd : even) + (column >> shift) * step;
+  }
+
+  int64_t even, odd, step, shift;
+};
 
 // Memory of one thread for some megabytes, kept between calls; in huge pages where Linux has them.
 class LargeWorkspace {
@@ -83,8 +97,8 @@ struct Kernels {
   using Part = void (*)(const Step&, const Memory&, int64_t begin, int64_t end);
   using PanelPart = void (*)(
       const Step&, const Memory&, int64_t begin, int64_t end, int64_t first, int64_t last);
-  PanelPart conv, winograd, head;
-  Part depthwise, patches, enter, max_pool, mean;
+  PanelPart conv, winograd, gathered, head; // gathered: of bfloat16 only
+  Part depthwise, patches, enter, max_pool, average_pool, mean, pointwise;
 };
 
 extern const Kernels kF32Avx2, kF32Avx512; // for lines of float32

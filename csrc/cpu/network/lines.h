@@ -33,53 +33,53 @@ RESFAST_BF16_INLINE void store_line(const LineEpilogue& e, int64_t to, __m512i l
   else _mm512_mask_storeu_epi16(out, e.lanes, line);
 }
 
-// The outputs of a pixel from its sums.
-template <bool kResidual, bool kRelu>
-RESFAST_BF16_INLINE void finish_line(
-    const LineEpilogue& e, const float* sums, int64_t to, int64_t residual) {
-  __m512 low = _mm512_add_ps(_mm512_load_ps(sums), _mm512_loadu_ps(e.bias));
-  __m512 high = _mm512_add_ps(_mm512_load_ps(sums + kSums), _mm512_loadu_ps(e.bias + kTile));
+// The outputs of a pixel from the sums of both panels.
+template <bool kResidual, int64_t kActivation>
+RESFAST_BF16_INLINE void finish_values(
+    const LineEpilogue& e, __m512 low, __m512 high, int64_t to, int64_t residual) {
+  low = _mm512_add_ps(low, _mm512_loadu_ps(e.bias));
+  high = _mm512_add_ps(high, _mm512_loadu_ps(e.bias + kTile));
   if (kResidual) {
     const auto* line = reinterpret_cast<const uint16_t*>(e.residual + residual * kLine);
     low = _mm512_add_ps(low, load_bf16(0xFFFF, line));
     high = _mm512_add_ps(high, load_bf16(0xFFFF, line + kTile));
   }
-  if (kRelu) { // NaN stays NaN
-    low = _mm512_max_ps(_mm512_setzero_ps(), low);
-    high = _mm512_max_ps(_mm512_setzero_ps(), high);
-  } else if (e.activation != kNone) {
-    low = activated_slowly(low, e.activation, e.negative_slope);
-    high = activated_slowly(high, e.activation, e.negative_slope);
-  }
+  low = activated_by<kActivation>(low, e.activation, e.negative_slope);
+  high = activated_by<kActivation>(high, e.activation, e.negative_slope);
   store_line(e, to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
+template <bool kResidual, int64_t kActivation>
+RESFAST_BF16_INLINE void finish_line(
+    const LineEpilogue& e, const float* sums, int64_t to, int64_t residual) {
+  finish_values<kResidual, kActivation>(
+      e, _mm512_load_ps(sums), _mm512_load_ps(sums + kSums), to, residual);
+}
+
 // The sums of a tile and both panels of a line, [panel][pixel][output].
-template <bool kResidual, bool kRelu>
+template <bool kResidual, int64_t kActivation>
 RESFAST_BF16 void finish_lines(
     const LineEpilogue& e, const Tile& tile, const int32_t* tables, const float* sums) {
   if (tile.rows < 0 && tile.to + kTile <= e.last) {
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kTile; ++i)
-      finish_line<kResidual, kRelu>(e, sums + i * kTile, tile.to + i, tile.residual + i);
+      finish_line<kResidual, kActivation>(e, sums + i * kTile, tile.to + i, tile.residual + i);
     return;
   }
   for (int64_t i = 0; i < kTile; ++i) {
     const int64_t to = tile.rows < 0 ? tile.to + i : tables[tile.rows + 2 * i];
     const int64_t residual = tile.rows < 0 ? tile.residual + i : tables[tile.rows + 2 * i + 1];
     if (to >= 0 && to < e.last)
-      finish_line<kResidual, kRelu>(e, sums + i * kTile, to, residual);
+      finish_line<kResidual, kActivation>(e, sums + i * kTile, to, residual);
   }
 }
 
 inline void finish(
     const LineEpilogue& e, const Tile& tile, const int32_t* tables, const float* sums) {
-  const bool relu = e.activation == kRelu;
-  if (e.residual)
-    return relu ? finish_lines<true, true>(e, tile, tables, sums)
-                : finish_lines<true, false>(e, tile, tables, sums);
-  return relu ? finish_lines<false, true>(e, tile, tables, sums)
-              : finish_lines<false, false>(e, tile, tables, sums);
+  with_activation(e.activation, [&](auto activation) {
+    e.residual ? finish_lines<true, activation.value>(e, tile, tables, sums)
+               : finish_lines<false, activation.value>(e, tile, tables, sums);
+  });
 }
 
 } // namespace resfast::network

@@ -35,6 +35,7 @@ int64_t units(const Step& step) {
   switch (step.kind) {
     case kConv:
     case kWinograd:
+    case kGathered:
     case kDepthwise: return step.tile_count;
     case kEnter: return step.images * step.height;
     case kMean:
@@ -50,8 +51,11 @@ void run(const Kernels& kernels, const Step& step, const Memory& memory, int64_t
   const int64_t begin = count * part / step.tile_parts, end = count * (part + 1) / step.tile_parts;
   switch (step.kind) {
     case kConv:
+    case kGathered:
     case kWinograd: {
-      const auto conv = step.kind == kConv ? kernels.conv : kernels.winograd;
+      const auto conv = step.kind == kConv ? kernels.conv
+          : step.kind == kGathered       ? kernels.gathered
+                                         : kernels.winograd;
       return conv(step, memory, begin, end, panels * which / step.panel_parts,
                   panels * (which + 1) / step.panel_parts);
     }
@@ -62,6 +66,8 @@ void run(const Kernels& kernels, const Step& step, const Memory& memory, int64_t
     case kPatches: return kernels.patches(step, memory, begin, end);
     case kEnter: return kernels.enter(step, memory, begin, end);
     case kMaxPool: return kernels.max_pool(step, memory, begin, end);
+    case kAveragePool: return kernels.average_pool(step, memory, begin, end);
+    case kPointwise: return kernels.pointwise(step, memory, begin, end);
     default: return kernels.mean(step, memory, begin, end);
   }
 }

@@ -19,9 +19,12 @@ constexpr int64_t kLine = 64; // bytes
 constexpr int64_t kBlock = 32; // channels of bfloat16 in a line
 constexpr int64_t kTile = 16; // lines of bfloat16 that are multiplied together; outputs in a panel
 constexpr int64_t kRows = 6; // pixels of float32 that are multiplied together
-constexpr int64_t kMagic = 0x7265736e6574'0004;
+constexpr int64_t kMagic = 0x7265736e6574'0005;
 
-enum Kind : int64_t { kConv, kPatches, kEnter, kMaxPool, kMean, kHead, kWinograd, kDepthwise };
+enum Kind : int64_t {
+  kConv, kPatches, kEnter, kMaxPool, kMean, kHead, kWinograd, kDepthwise, kPointwise, kAveragePool,
+  kGathered
+};
 
 struct Header {
   int64_t magic;
@@ -50,17 +53,19 @@ struct Map {
 struct Step {
   int64_t kind;
   int64_t first_task, tile_parts, panel_parts; // how threads share it
-  Map from, to, residual; // residual.line -1: none
+  Map from, to, residual, gate; // line -1 of the last two: none
   int64_t blocks; // of channels of `from`
   int64_t outputs; // channels of `to`
   int64_t tiles, tile_count, tiles_at_once; // first in the tables; how many; that share the caches
   int64_t taps, tap_count; // first in the tables
-  int64_t weights, bias; // lines in the constants
+  int64_t weights, bias; // lines in the constants; of kPointwise: scale (-1: none) and shift
   int64_t activation, negative_slope; // as in conv_bf16.h; the bits of a float
   int64_t images, first_image; // of the item
   int64_t channels, height, width, out_height, out_width; // of `from` and `to`
   int64_t kernel_h, kernel_w, stride, padding_h, padding_w;
   int64_t side, transformed; // of kWinograd: results of a tile in each direction; lines of weights
+  int64_t one_gate; // of kPointwise: the gate is one pixel for a whole image
+  int64_t part, lane; // 1: lanes of `to` before and after belong to others; the first lane
 };
 
 // A tile of bfloat16 in the tables: the lines of its first row, from the start of each map. Where the rows of the
@@ -70,7 +75,7 @@ struct Tile {
   int32_t from, to, residual, rows;
 };
 
-// A pixel in the tables, of tiles of kRows pixels of float32: its lines, from the start of each map;
+// A pixel in the tables, of tiles of kRows pixels of float32 or of kGathered: its lines, from the start of each map;
 // `to` is -1 where a tile is not full.
 struct Pixel {
   int32_t from, to, residual;

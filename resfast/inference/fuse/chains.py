@@ -7,29 +7,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as module_hooks
 
-from resfast.inference.fuse.nodes import MAX_POOLS, arguments
+from resfast.inference.fuse.chain_layers import ChainLayers, Module
+from resfast.inference.fuse.nodes import arguments
 from resfast.layers import fused
-from resfast.ops.basic_block.op import BasicBlock
-from resfast.ops.conv.op import ConvBiasAct
 from resfast.ops.network.layers import (
-    BFLOAT16,
-    NETWORK_ACTIVATIONS,
+    AveragePool,
     Concat,
     Conv,
     Head,
     Layer,
     MaxPool,
-    Mean,
+    Pointwise,
 )
-from resfast.ops.network.network import Network, layout_for
+from resfast.ops.network.network import Network
 
-CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 LEAST_CONVOLUTIONS = 2
 """Of a chain; fewer are not worth a plan."""
+NO_RESULTS = (MaxPool, AveragePool, Concat)
+"""Layers whose kernels cannot write the result of a chain."""
 
 
 class Chain(nn.Module):
@@ -75,7 +73,8 @@ def with_chains(network: fx.GraphModule) -> fx.GraphModule | None:
         None where there is no chain.
     """
     order = list(network.graph.nodes)
-    chains = _find(order, network)
+    layers = ChainLayers(network)
+    chains = _find(order, layers)
     if not chains:
         return None
     graph = fx.Graph()
@@ -87,7 +86,7 @@ def with_chains(network: fx.GraphModule) -> fx.GraphModule | None:
         if node in starts:
             nodes = starts[node]
             name = f"chain_{len(modules)}"
-            modules[name] = _chain(nodes, network)
+            modules[name] = _chain(nodes, layers)
             copies[nodes[-1]] = graph.call_module(name, (copies[_inputs(nodes)[0]],))
         elif node not in inside:
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -104,30 +103,29 @@ def _attribute(network: fx.GraphModule, path: str) -> Any:
     return value
 
 
-def _find(order: list[fx.Node], network: fx.GraphModule) -> list[list[fx.Node]]:
+def _find(order: list[fx.Node], layers: ChainLayers) -> list[list[fx.Node]]:
     """The longest runs of nodes that the kernels have, with one input and one result."""
     chains = []
     start = 0
     while start < len(order):
-        best = start
+        best: list[fx.Node] = []
         end = start
-        while end < len(order) and _layers(order[end], network) is not None:
+        while end < len(order) and layers.of(order[end]) is not None:
             end += 1
             nodes = order[start:end]
-            if len(_dtypes(nodes, network)) > 1:
+            dtypes = _dtypes(nodes, layers)
+            if len(dtypes) > 1:
                 break
-            layers = _layers(nodes[-1], network) or []
-            ends = not isinstance(layers[-1], MaxPool | Concat) and not _has_groups(layers[-1])
-            if ends and len(_inputs(nodes)) == 1 and _results(nodes) == [nodes[-1]]:
-                best = end
-            if _is_mean(order[end - 1], network):
-                break
-        nodes = order[start:best]
-        if nodes and _is_mean(nodes[-1], network):
-            nodes += _head_nodes(nodes[-1], network, *_dtypes(nodes, network))
-        if sum(_convolutions(node, network) for node in nodes) >= LEAST_CONVOLUTIONS:
-            chains.append(nodes)
-            start = order.index(nodes[-1]) + 1
+            if len(_inputs(nodes)) == 1 and _results(nodes) == [nodes[-1]]:
+                best = nodes
+                if layers.is_mean(nodes[-1]):
+                    head = _head_nodes(nodes[-1], layers.network, *dtypes)
+                    if head:
+                        best = nodes + head
+                        break
+        if sum(len(layers.convolutions(node)) for node in best) >= LEAST_CONVOLUTIONS:
+            chains.append(best)
+            start = order.index(best[-1]) + 1
         else:
             start += 1
     return chains
@@ -146,47 +144,9 @@ def _results(nodes: list[fx.Node]) -> list[fx.Node]:
     return [node for node in nodes if any(user not in inside for user in node.users)]
 
 
-def _dtypes(nodes: list[fx.Node], network: fx.GraphModule) -> set[torch.dtype]:
+def _dtypes(nodes: list[fx.Node], layers: ChainLayers) -> set[torch.dtype]:
     """Dtypes of the weights of some nodes."""
-    layers = (layer for node in nodes for layer in _layers(node, network) or ())
-    return {layer.weight.dtype for layer in layers if isinstance(layer, Conv)}
-
-
-def _convolutions(node: fx.Node, network: fx.GraphModule) -> int:
-    return sum(isinstance(layer, Conv) for layer in _layers(node, network) or ())
-
-
-def _is_mean(node: fx.Node, network: fx.GraphModule) -> bool:
-    return any(isinstance(layer, Mean) for layer in _layers(node, network) or ())
-
-
-def _layers(node: fx.Node, network: fx.GraphModule) -> list[Layer] | None:
-    """A node as layers, whose sources are numbered by its arguments; None where there are none.
-
-    The first layer of a residual block is value -1 of the second.
-    """
-    if node.target in MAX_POOLS and node.op == "call_function":
-        names = "input kernel_size stride padding dilation ceil_mode return_indices"
-        return _pool(arguments(node, names))
-    if node.target in CONCATENATIONS:
-        return _concat(node, network)
-    if node.target is F.adaptive_avg_pool2d:
-        return _mean(arguments(node, "input output_size").get("output_size"))
-    if node.op != "call_module" or node.kwargs:
-        return None
-    module = network.get_submodule(str(node.target))
-    match module:
-        case ConvBiasAct() if len(node.args) <= 2:
-            conv = _conv(module, 0, 1 if len(node.args) == 2 else None)
-            return None if conv is None else [conv]
-        case BasicBlock():
-            pair = _conv(module.conv1, 0, None), _conv(module.conv2, -1, 0)
-            return None if None in pair else list(pair)
-        case nn.MaxPool2d() if fused.is_plain(module):
-            return _pool(vars(module))
-        case nn.AdaptiveAvgPool2d() if fused.is_plain(module):
-            return _mean(module.output_size)
-    return None
+    return {conv.weight.dtype for node in nodes for conv in layers.convolutions(node)}
 
 
 def _head_nodes(
@@ -229,80 +189,12 @@ def _is_linear(node: fx.Node, source: fx.Node, network: fx.GraphModule) -> bool:
     return plain and module.weight.dtype == torch.float32
 
 
-def _conv(module: ConvBiasAct, source: int, residual: int | None) -> Conv | None:
-    if module.weight.dtype not in (torch.bfloat16, torch.float32):
-        return None
-    if max(module.dilation) > 1 or module.activation not in NETWORK_ACTIVATIONS:
-        return None
-    if module.stride[0] != module.stride[1] or module.stride[0] > 2:
-        return None
-    conv = Conv(
-        source,
-        module.weight,
-        module.bias,
-        module.stride[0],
-        (module.padding[0], module.padding[1]),
-        module.activation,
-        module.negative_slope,
-        residual,
-        module.groups,
-    )
-    return conv if conv.has_kernel(layout_for(module.weight.dtype) or BFLOAT16) else None
-
-
-def _concat(node: fx.Node, network: fx.GraphModule) -> list[Layer] | None:
-    """A concatenation of results of convolutions that are read here only, and that fill lines."""
-    options = arguments(node, "tensors dim")
-    values = options.get("tensors")
-    if not isinstance(values, list | tuple) or len(set(values)) < len(values):
-        return None
-    if options.get("dim", 0) not in (1, -3):
-        return None
-    for value in values:
-        if not isinstance(value, fx.Node) or list(value.users) != [node]:
-            return None
-        layers = _layers(value, network) if value.op == "call_module" else None
-        if layers is None or not isinstance(layers[-1], Conv):
-            return None
-        layout = layout_for(layers[-1].weight.dtype) or BFLOAT16
-        if layers[-1].weight.shape[0] % layout.block:
-            return None
-    return [Concat(tuple(range(len(values))))]
-
-
-def _has_groups(layer: Layer) -> bool:
-    """Whether a convolution's groups are computed one by one, which a result is not written by."""
-    return isinstance(layer, Conv) and layer.parts > 1
-
-
-def _mean(size: Any) -> list[Layer] | None:
-    """An adaptive average pool to a size."""
-    return [Mean(0)] if size in (1, (1, 1), [1, 1]) else None
-
-
-def _pool(options: dict[str, Any]) -> list[Layer] | None:
-    def one(value: Any) -> int | None:
-        if isinstance(value, int):
-            return value
-        same = isinstance(value, list | tuple) and len(set(value)) == 1
-        return value[0] if same and isinstance(value[0], int) else None
-
-    kernel = one(options.get("kernel_size"))
-    stride = one(options.get("stride") or options.get("kernel_size"))
-    padding = one(options.get("padding", 0))
-    if None in (kernel, stride, padding) or one(options.get("dilation", 1)) != 1:
-        return None
-    if options.get("return_indices", False):
-        return None
-    return [MaxPool(0, kernel, stride, padding, bool(options.get("ceil_mode", False)))]
-
-
-def _chain(nodes: list[fx.Node], network: fx.GraphModule) -> Chain:
+def _chain(nodes: list[fx.Node], known: ChainLayers) -> Chain:
     """Some nodes as one call, and as a network of their own."""
     value = _inputs(nodes)[0]
     numbers = {value: 0}
     layers: list[Layer] = []
-    convolutions: list[ConvBiasAct] = []
+    sources: list[Module | None] = []
     graph = fx.Graph()
     copies = {value: graph.placeholder("x")}
     modules: dict[str, Any] = {}
@@ -311,23 +203,45 @@ def _chain(nodes: list[fx.Node], network: fx.GraphModule) -> Chain:
         inputs: list[fx.Node] = []  # as often as the node reads each
         fx.map_arg((node.args, node.kwargs), inputs.append)
         found = [numbers[value] for value in inputs]
-        for layer in _layers(node, network) or ():
-            if isinstance(layer, Concat):
-                layers.append(Concat(tuple(found)))
-                continue
-            values = {"source": len(layers) if layer.source < 0 else found[layer.source]}
-            if isinstance(layer, Conv) and layer.residual is not None:
-                values["residual"] = found[layer.residual]
-            layers.append(replace(layer, **values))
+        first = len(layers)
+        for layer, module in known.of(node) or ():
+            layers.append(_renumbered(layer, found, first))
+            sources.append(module)
         numbers[node] = len(layers)
         copies[node] = graph.node_copy(node, copies.__getitem__)
         if node.op == "call_module":
-            module = network.get_submodule(str(node.target))
-            modules[str(node.target)] = module
-            head = module if isinstance(module, nn.Linear) else head
-            convolutions += [m for m in module.modules() if isinstance(m, ConvBiasAct)]
+            called = known.network.get_submodule(str(node.target))
+            modules[str(node.target)] = called
+            head = called if isinstance(called, nn.Linear) else head
     graph.output(copies[nodes[-1]])
     if head is not None:
         layers[-1] = Head(layers[-1].source, head.out_features)
+    elif isinstance(layers[-1], NO_RESULTS) or _has_groups(layers[-1]):
+        layers.append(Pointwise(len(layers)))
+        sources.append(None)
     one_by_one = fx.GraphModule(modules, graph)
-    return Chain(Network(layers, convolutions, one_by_one, head), one_by_one)
+    return Chain(Network(layers, sources, one_by_one, head), one_by_one)
+
+
+def _renumbered(layer: Layer, found: list[int], first: int) -> Layer:
+    """A layer of a node with the numbers of the values that it reads.
+
+    Args:
+        layer: as :class:`ChainLayers` has it.
+        found: numbers of the node's arguments.
+        first: layers before those of the node.
+    """
+
+    def number(value: int) -> int:
+        return found[value] if value >= 0 else first - value
+
+    if isinstance(layer, Concat):
+        return Concat(tuple(map(number, layer.sources)))
+    names = ("source", "gate", "residual")
+    read = {name: getattr(layer, name, None) for name in names}
+    return replace(layer, **{name: number(v) for name, v in read.items() if v is not None})
+
+
+def _has_groups(layer: Layer) -> bool:
+    """Whether a convolution's groups are computed one by one."""
+    return isinstance(layer, Conv) and layer.parts > 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from resfast.ops.conv.reference import ACTIVATIONS
+from resfast.ops.conv.reference import ACTIVATIONS, TORCH_NEGATIVE_SLOPE
 
 LINE = 64
 """Bytes of a line, the unit of memory."""
@@ -47,7 +47,7 @@ FLOAT32_TO_BFLOAT16 = replace(FLOAT32, result=torch.bfloat16)
 """For bfloat16 networks on processors without instructions for it."""
 
 
-NETWORK_ACTIVATIONS = tuple(ACTIVATIONS)[:8]
+NETWORK_ACTIVATIONS = tuple(ACTIVATIONS)[:9]
 """Those of the kernels, which number them in this order."""
 
 
@@ -144,10 +144,51 @@ class MaxPool:
 
 
 @dataclass(frozen=True)
-class Concat:
-    """Values next to each other along the channels; each is read here only, and fills lines.
+class AveragePool:
+    """Average pooling over square windows without padding; those partly outside are left out.
 
-    It computes nothing: the values are written where they belong.
+    Attributes:
+        source: the value it reads.
+        kernel: height and width of a window.
+        stride: rows and columns from one window to the next.
+    """
+
+    source: int
+    kernel: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """``activation((x * scale + shift) * gate + residual)``, where what is None is left out.
+
+    Attributes:
+        source: the value it reads.
+        scale: float32 ``[C]``, or None.
+        shift: float32 ``[C]``, or None like ``scale``.
+        activation: one of :data:`NETWORK_ACTIVATIONS`.
+        negative_slope: slope of leaky ReLU.
+        gate: the value it is multiplied with: of the same size, or either of the two of one pixel.
+        residual: the value that is added, of the size of the result.
+        first: of the channels of the module that scale and shift are from.
+    """
+
+    source: int
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    activation: str = "none"
+    negative_slope: float = TORCH_NEGATIVE_SLOPE
+    gate: int | None = None
+    residual: int | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Values next to each other along the channels; each is read here only.
+
+    It computes nothing: the values are written where they belong. Those that do not begin with a
+    line are results of :class:`Pointwise`.
 
     Attributes:
         sources: the values.
@@ -158,7 +199,7 @@ class Concat:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean of each channel: ``[N, C, H, W]`` to ``[N, C, 1, 1]``; ends a network."""
+    """The mean of each channel: ``[N, C, H, W]`` to ``[N, C, 1, 1]``."""
 
     source: int
 
@@ -178,15 +219,15 @@ class Head:
     outputs: int
 
 
-Layer = Conv | MaxPool | Concat | Mean | Head
+Layer = Conv | MaxPool | AveragePool | Pointwise | Concat | Mean | Head
 
 
 def sources(layer: Layer) -> list[int]:
     """The values that a layer reads."""
     if isinstance(layer, Concat):
         return list(layer.sources)
-    residual = getattr(layer, "residual", None)
-    return [layer.source] if residual is None else [layer.source, residual]
+    others = (getattr(layer, name, None) for name in ("gate", "residual"))
+    return [layer.source, *(value for value in others if value is not None)]
 
 
 def shapes(layers: Sequence[Layer], shape: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -215,6 +256,11 @@ def shapes(layers: Sequence[Layer], shape: Sequence[int]) -> list[tuple[int, int
                 channels = outputs
             case MaxPool():
                 height, width = layer.size(height), layer.size(width)
+            case AveragePool():
+                height = (height - layer.kernel) // layer.stride + 1
+                width = (width - layer.kernel) // layer.stride + 1
+            case Pointwise():
+                height, width = _pointwise_size(layer, found)
             case Concat():
                 if any(found[source][1:] != (height, width) for source in layer.sources):
                     raise Unplannable("a concatenation of maps of several sizes")
@@ -226,7 +272,20 @@ def shapes(layers: Sequence[Layer], shape: Sequence[int]) -> list[tuple[int, int
         if height < 1 or width < 1:
             raise Unplannable("a map that is smaller than the kernel")
         is_last = index + 1 == len(layers)
-        if isinstance(layer, MaxPool | Concat if is_last else Mean | Head):
-            raise Unplannable("a max pool or concatenation at the end, or a mean elsewhere")
+        if isinstance(layer, MaxPool | AveragePool | Concat if is_last else Head):
+            raise Unplannable("a pool or concatenation at the end, or a linear layer elsewhere")
         found.append((channels, height, width))
     return found
+
+
+def _pointwise_size(layer: Pointwise, found: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
+    """Height and width of the result, for the shapes of all values before it."""
+    channels, *size = found[layer.source]
+    if layer.gate is not None:
+        others, *gate_size = found[layer.gate]
+        if others != channels or (gate_size != size and [1, 1] not in (gate_size, size)):
+            raise Unplannable("a product of values of other sizes")
+        size = max(size, gate_size)
+    if layer.residual is not None and found[layer.residual] != (channels, *size):
+        raise Unplannable("an addition of values of other sizes")
+    return size[0], size[1]

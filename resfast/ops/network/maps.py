@@ -182,6 +182,7 @@ class Tables:
         images: int,
         height: int,
         width: int,
+        gathered: bool = False,
     ) -> tuple[int, int]:
         """Tiles that cover the result of a convolution.
 
@@ -193,6 +194,7 @@ class Tables:
             images: of the result.
             height: rows of the result.
             width: columns of the result.
+            gathered: whether tiles are of any pixels, as those of float32.
 
         Returns:
             Place of the table, and the number of tiles.
@@ -207,12 +209,13 @@ class Tables:
             else:
                 written = result.line(image, row, column)
             added = np.zeros_like(read) if residual is None else residual.line(image, row, column)
-            if source.layout.dtype == torch.float32:
+            if gathered or source.layout.dtype == torch.float32:
                 return _pixel_table(read, written, added, source.layout.tile)
             tile = source.layout.tile
             return _tile_table(read, written, added, residual is not None, self._size, tile)
 
-        return self._add(("tiles", source, stride, result, residual, images, height, width), make)
+        key = ("tiles", source, stride, result, residual, images, height, width, gathered)
+        return self._add(key, make)
 
 
 def _pixel_table(

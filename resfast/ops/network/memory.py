@@ -11,6 +11,7 @@ from resfast.ops.network.layers import (
     Conv,
     Layer,
     Layout,
+    Pointwise,
     Unplannable,
     sources,
 )
@@ -90,12 +91,13 @@ class Memory:
 
 
 def place_parts(layers: Sequence[Layer], values: Sequence[Value]) -> dict[int, tuple[int, int]]:
-    """Where the values of concatenations are written: by value, the concatenation's and a block.
+    """Where the values of concatenations are written: by value, the concatenation's and a channel.
 
     A concatenation becomes a value of the first segment that writes to it.
 
     Raises:
-        Unplannable: a value does not begin with a block, is the input, or is read elsewhere.
+        Unplannable: a value that no :class:`Pointwise` computes does not begin with a block, or
+            fill its last one; or it is the input, or read elsewhere.
     """
     found: dict[int, tuple[int, int]] = {}
     read = [source for layer in layers for source in sources(layer)]
@@ -105,9 +107,12 @@ def place_parts(layers: Sequence[Layer], values: Sequence[Value]) -> dict[int, t
         channels = 0
         for source in layer.sources:
             value = values[source]
-            if channels % value.layout.block or source == 0 or read.count(source) > 1:
-                raise Unplannable("a concatenation of values that cannot be written to its place")
-            found[source] = index + 1, channels // value.layout.block
+            fits = not channels % value.layout.block and not value.channels % value.layout.block
+            if not fits and not isinstance(layers[source - 1], Pointwise):
+                raise Unplannable("a concatenation of values that do not fill lines")
+            if source == 0 or read.count(source) > 1:
+                raise Unplannable("a concatenation of values that are read elsewhere")
+            found[source] = index + 1, channels
             channels += value.channels
         values[index + 1].segment = min(values[source].segment for source in layer.sources)
     return found

@@ -33,6 +33,7 @@ from resfast.ops.network.layers import (
     BFLOAT16,
     FLOAT32,
     FLOAT32_TO_BFLOAT16,
+    AveragePool,
     Concat,
     Conv,
     Head,
@@ -40,12 +41,14 @@ from resfast.ops.network.layers import (
     Layout,
     MaxPool,
     Mean,
+    Pointwise,
     Unplannable,
     shapes,
     sources,
 )
 from resfast.ops.network.packing import Packed, aligned_bytes, pack
 from resfast.ops.network.plan import MOST_IMAGES, Plan, item_sizes, plan
+from resfast.ops.scale_shift.op import ScaleShiftAct
 
 CHOICES = conv_choice.Choices("network-cpu.json")
 LAYERS = "layers"
@@ -109,9 +112,8 @@ class Network:
     """A chain of layers with one input and one result, run by one call for each batch.
 
     Args:
-        layers: the chain; the tensors of a :class:`~resfast.ops.network.plan.Conv` are replaced by
-            those that its module has when they are packed.
-        modules: the module of each convolution, in the order of the chain.
+        layers: the chain; tensors are replaced by those of their modules when they are packed.
+        modules: for each layer the module that its tensors are from, or None.
         one_by_one: computes the same with the modules, for inputs of the weights' dtype in
             ``channels_last`` memory.
         head: the linear layer of a :class:`~resfast.ops.network.layers.Head` that ends the chain.
@@ -120,11 +122,13 @@ class Network:
     def __init__(
         self,
         layers: Sequence[Layer],
-        modules: Sequence[ConvBiasAct],
+        modules: Sequence[ConvBiasAct | ScaleShiftAct | None],
         one_by_one: Callable[[Tensor], Tensor],
         head: nn.Linear | None = None,
     ) -> None:
         self.layers, self.modules = list(layers), list(modules)
+        self._with_tensors = [module for module in self.modules if module is not None]
+        self._conv = next(module for module in self.modules if isinstance(module, ConvBiasAct))
         self.one_by_one, self.head = one_by_one, head
         self._versions: list[int] = []
         self._packed: WeakValueDictionary[tuple, Packed] = WeakValueDictionary()
@@ -136,7 +140,7 @@ class Network:
         Args:
             x: bfloat16 or float32 ``[N, C, H, W]`` in any memory order.
         """
-        versions = [module.version for module in self.modules]
+        versions = [module.version for module in self._with_tensors]
         if versions != self._versions:
             self._versions = versions
             self._packed.clear()
@@ -152,7 +156,7 @@ class Network:
 
     def fits(self, x: Tensor) -> bool:
         """Whether the kernels can run a batch."""
-        weight = self.modules[0].weight
+        weight = self._conv.weight
         return (
             type(x) is Tensor
             and x.is_cpu
@@ -167,14 +171,14 @@ class Network:
 
     def by_layers(self, x: Tensor) -> Tensor:
         """The result by the layers one by one, for the same inputs."""
-        dtype = self.modules[0].weight.dtype
+        dtype = self._conv.weight.dtype
         return self.one_by_one(x.to(dtype, memory_format=torch.channels_last))
 
     # -- the choice ----------------------------------------------------------------------------
 
     def _choose(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         """What computes a batch like this one."""
-        layers, dtype = self._current(), self.modules[0].weight.dtype
+        layers, dtype = self._current(), self._conv.weight.dtype
         layout = layout_for(dtype)
         assert layout is not None  # as `fits` found
         try:
@@ -269,12 +273,14 @@ class Network:
 
     def _current(self) -> list[Layer]:
         """The layers with the weights of their modules."""
-        modules = iter(self.modules)
         layers = []
-        for layer in self.layers:
-            if isinstance(layer, Conv):
-                module = next(modules)
+        for layer, module in zip(self.layers, self.modules, strict=True):
+            if isinstance(layer, Conv) and isinstance(module, ConvBiasAct):
                 layer = replace(layer, weight=module.weight, bias=module.bias)
+            elif isinstance(layer, Pointwise) and isinstance(module, ScaleShiftAct):
+                assert layer.scale is not None
+                part = slice(layer.first, layer.first + len(layer.scale))
+                layer = replace(layer, scale=module.scale[part], shift=module.shift[part])
             layers.append(layer)
         return layers
 
@@ -282,10 +288,12 @@ class Network:
         """What the time of a call depends on besides shape and machine."""
         parts = []
         for layer in self.layers:
-            values = {**vars(layer), "weight": None, "bias": None}
+            values = {
+                name: list(value.shape) if isinstance(value, Tensor) else value
+                for name, value in vars(layer).items()
+            }
             parts.append(f"{type(layer).__name__} {sorted(values.items(), key=str)}")
-        shapes = [list(module.weight.shape) for module in self.modules]
-        return hashlib.blake2b(f"{parts} {shapes}".encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(str(parts).encode(), digest_size=8).hexdigest()
 
 
 def _most_images() -> int:
@@ -329,6 +337,10 @@ def _reference(
     for layer in layers:
         source, *others = (values[index] for index in sources(layer))
         match layer:
+            case Pointwise():
+                value = _pointwise(layer, source, others)
+            case AveragePool():
+                value = F.avg_pool2d(source, layer.kernel, layer.stride)
             case Conv():
                 value = conv_reference.conv2d_bias_act(
                     source,
@@ -357,3 +369,14 @@ def _reference(
                 break
         values.append(kept(value))
     return values[-1].to(exactly)
+
+
+def _pointwise(layer: Pointwise, x: Tensor, others: list[Tensor]) -> Tensor:
+    """The result of a layer for the values that it reads, in their dtype."""
+    if layer.scale is not None and layer.shift is not None:
+        x = x * layer.scale.to(x.dtype)[:, None, None] + layer.shift.to(x.dtype)[:, None, None]
+    if layer.gate is not None:
+        x = x * others[0]
+    if layer.residual is not None:
+        x = x + others[-1]
+    return conv_reference.ACTIVATIONS[layer.activation](x, layer.negative_slope)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resfast.ops.network import winograd
-from resfast.ops.network.layers import BFLOAT16, LINE, PANEL, Conv, Layer, Layout
+from resfast.ops.network.layers import BFLOAT16, LINE, PANEL, Conv, Layer, Layout, Pointwise
 
 HUGE_PAGE = 2 * 1024 * 1024
 """Bytes of memory that the processor finds by one entry of its table, instead of 4096."""
@@ -39,8 +39,9 @@ class Packed:
         layout: what they are packed for.
         sides: results of a Winograd tile in each direction, by the number of its layer.
         memory: uint8, aligned to 64 bytes.
-        weights: first line of the weights of each convolution, by the number of its layer.
-        biases: first line of its bias.
+        weights: first line of the weights of a convolution, or of the factors of another layer, by
+            the number of the layer.
+        biases: first line of its bias, or of the terms added.
         transformed: first line of its weights for Winograd's algorithm.
     """
 
@@ -64,7 +65,17 @@ def pack(
     """
     packed = Packed(layout, sides or {}, aligned_bytes(0))
     convolutions = {i: layer for i, layer in enumerate(layers) if isinstance(layer, Conv)}
+    factors = {
+        i: layer
+        for i, layer in enumerate(layers)
+        if isinstance(layer, Pointwise) and layer.scale is not None
+    }
     lines = 0
+    for index, point in factors.items():
+        assert point.scale is not None
+        count = -(-len(point.scale) // layout.block) * (layout.block // PANEL)
+        packed.weights[index], packed.biases[index] = lines, lines + count
+        lines += 2 * count
     for index, layer in convolutions.items():
         if layer.is_depthwise:
             blocks, lines_of_block = -(-len(layer.weight) // layout.block), layout.block // PANEL
@@ -81,9 +92,16 @@ def pack(
         for place, count in places:
             place[index] = lines
             lines += panels * count
-    packed.memory = aligned_bytes(lines * LINE)
+    packed.memory = aligned_bytes((lines + 1) * LINE)  # kernels read biases of two panels
     for index, layer in convolutions.items():
         _fill(packed, index, layer)
+    for index, point in factors.items():
+        for place, values in (
+            (packed.weights[index], point.scale),
+            (packed.biases[index], point.shift),
+        ):
+            assert values is not None
+            packed.memory[place * LINE :].view(torch.float32)[: len(values)] = values.detach()
     return packed
 
 
@@ -111,8 +129,9 @@ def _fill(packed: Packed, index: int, layer: Conv) -> None:
         parts = [_tiles(weight.to(layout.dtype), layout)]
         if side is not None:
             values = winograd.transformed(weight.unflatten(2, (3, 3)).float(), side)
+            tiles = _tiles(_even_first(values, layout).to(layout.dtype), layout)
             # [panel, block, point, ...] to [panel, point, block, ...]
-            parts.append(_tiles(values, layout).transpose(1, 2).contiguous())
+            parts.append(tiles.transpose(1, 2).contiguous())
         for i, part in enumerate(parts):
             values = part.reshape(-1).view(torch.uint8)
             packed.memory[places[i] : places[i] + len(values)] = values
@@ -136,6 +155,17 @@ def _fill_depthwise(packed: Packed, index: int, layer: Conv) -> None:
             lines = torch.cat([lines[..., ::2], lines[..., 1::2]], -1)
         written = lines.reshape(-1).contiguous().view(torch.uint8)
         packed.memory[place * LINE : place * LINE + len(written)] = written
+
+
+def _even_first(weight: Tensor, layout: Layout) -> Tensor:
+    """A weight ``[K, C, taps]`` with the even channels of each block of bfloat16 before the odd."""
+    if layout.dtype != torch.bfloat16:
+        return weight
+    blocks = -(-weight.shape[1] // layout.block)
+    full = weight.new_zeros(len(weight), blocks * layout.block, weight.shape[2])
+    full[:, : weight.shape[1]] = weight
+    pairs = full.view(len(weight), blocks, layout.block // 2, 2, -1)
+    return pairs.transpose(2, 3).reshape(full.shape)
 
 
 def _tiles(weight: Tensor, layout: Layout) -> Tensor:

@@ -19,28 +19,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resfast.ops.conv import cpu
 from resfast.ops.network import winograd
 from resfast.ops.network.layers import (
     BFLOAT16,
+    FLOAT32,
     LINE,
     NETWORK_ACTIVATIONS,
     PANEL,
+    AveragePool,
     Concat,
     Conv,
     Head,
     Layer,
     Layout,
     MaxPool,
-    shapes,
+    Pointwise,
     sources,
 )
-from resfast.ops.network.maps import OUTSIDE, Map, Tables, group_size, margin
-from resfast.ops.network.memory import Memory, Value, place_parts
+from resfast.ops.network.maps import OUTSIDE, Map, Tables, group_size
+from resfast.ops.network.memory import Value, place_parts
 from resfast.ops.network.packing import Packed
+from resfast.ops.network.places import Places
 from resfast.ops.network.steps import Split, from_block, segments, words_of_step
 
-MAGIC = 0x7265736E65740004
-CONV, PATCHES, ENTER, MAX_POOL, MEAN, HEAD, WINOGRAD, DEPTHWISE = range(8)
+MAGIC = 0x7265736E65740005
+(
+    CONV,
+    PATCHES,
+    ENTER,
+    MAX_POOL,
+    MEAN,
+    HEAD,
+    WINOGRAD,
+    DEPTHWISE,
+    POINTWISE,
+    AVERAGE_POOL,
+    GATHERED,
+) = range(11)
 CACHE_BYTES = 512 * 1024
 """Of a core's cache, for the tiles that share one pass over the weights."""
 WINOGRAD_BYTES = 4608 * 1024
@@ -99,20 +115,24 @@ def plan(
     return _Planner(layers, packed, shape, threads, images).plan()
 
 
-def tiles_at_once(side: int, channels: int, count: int) -> int:
+def tiles_at_once(side: int, channels: int, count: int, layout: Layout = FLOAT32) -> int:
     """Winograd tiles that share one pass over the weights.
 
     Args:
         side: results of a tile in each direction.
         channels: of the input.
         count: tiles that there are.
+        layout: what the maps are kept in.
     """
+    if layout.dtype == torch.bfloat16:
+        fitting = CACHE_BYTES // (winograd.points(side) * 2 * channels)
+        return max(2, fitting // layout.tile) * layout.tile
     fitting = WINOGRAD_BYTES // (winograd.points(side) * 4 * channels)
     most = max(24, min(MOST_TILES, fitting))
     return -(-count // -(-count // most))
 
 
-class _Planner:
+class _Planner(Places):
     """The state of :func:`plan`."""
 
     def __init__(
@@ -123,17 +143,14 @@ class _Planner:
         threads: int,
         images: int,
     ) -> None:
-        self.layers, self.packed, self.threads = layers, packed, threads
-        self.layout = packed.layout
-        self.shape, self.images = tuple(shape), images
-        self.values = [Value(*sizes, self.layout) for sizes in shapes(layers, shape)]
+        super().__init__(layers, shape, packed.layout, images)
+        self.packed, self.threads = packed, threads
+        self.shape = tuple(shape)
         self.together = images >= shape[0]
         self.split = Split(self.layout, threads, self.together)
-        self.parts: dict[int, tuple[int, int]] = {}  # of a concatenation: its value, the block
         self.steps: list[list[int]] = []
         self.tasks = 0
-        self.tables, self.memory = Tables(), Memory()
-        self.pass_images, self.first_image = images, 0  # of the pass that is planned
+        self.tables = Tables()
 
     def plan(self) -> Plan:
         parts = segments(self.layers, self.values, self.images, self.together)
@@ -180,60 +197,21 @@ class _Planner:
                 self._enter()
             self._conv(index, layer)
             return
+        if 0 in sources(layer):
+            self._enter()
+        if isinstance(layer, Pointwise):
+            self._pointwise(index, layer)
+            return
         kind, window = HEAD if isinstance(layer, Head) else MEAN, (1, 1, 1, 0, 0)
         if isinstance(layer, MaxPool):
             kind = MAX_POOL
             window = (layer.kernel, layer.kernel, layer.stride, layer.padding, layer.padding)
-        if layer.source == 0:
-            self._enter()
+        elif isinstance(layer, AveragePool):
+            kind, window = AVERAGE_POOL, (layer.kernel, layer.kernel, layer.stride, 0, 0)
         read, written = self.values[layer.source], self.values[index + 1]
         _, words = self._map(layer.source)
         for _, target in self._targets(index):
             self._pool(kind, words, target, read, written, window)
-
-    # -- maps ----------------------------------------------------------------------------------
-
-    def _map(self, value: int, stride: int = 1) -> tuple[Map, list[int]]:
-        """The map of a value as it is read with a stride, and its words for this pass."""
-        found = self.values[value]
-        stride = stride if stride in found.strides else found.strides[0]
-        held = self.memory.find(value, stride)
-        if held is None:
-            width = found.width
-            for reader in found.readers:
-                if reader.stride == stride:
-                    columns = width + 2 * reader.padding[1] - reader.kernel[1]
-                    width = columns // stride + 1
-                    break
-            form = Map(
-                found.channels,
-                found.height,
-                found.width,
-                self.pass_images if found.is_local else self.images,
-                self.layout,
-                group_size(width, self.pass_images, self.layout),
-                stride,
-                margin(found.readers, stride, found.height, found.width),
-            )
-            held = self.memory.hold(value, stride, form)
-        form, line = held
-        return form, form.words(line, 0 if found.is_local else self.first_image)
-
-    def _targets(self, index: int) -> list[tuple[Map | None, list[int]]]:
-        """Maps that the result of a layer is written to, with their words."""
-        if index + 1 == len(self.layers):
-            return [(None, OUTSIDE)]
-        if index + 1 in self.parts:
-            value, block = self.parts[index + 1]
-            return [(form, from_block(words, block)) for form, words in self._targets(value - 1)]
-        return [self._map(index + 1, stride) for stride in self.values[index + 1].strides]
-
-    def _release(self, index: int) -> None:
-        """Gives back the maps of this pass that no later layer reads."""
-        for value in sources(self.layers[index]):
-            found = self.values[value]
-            if found.is_local and found.last_use == index:
-                self.memory.release(value)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -298,16 +276,20 @@ class _Planner:
         if side:
             kind, first = WINOGRAD, 0
             count = self.pass_images * winograd.tiles(side, result.height, result.width)
-            at_once = tiles_at_once(side, source.channels, count)
+            at_once = tiles_at_once(side, source.channels, count, self.layout)
         else:
             kind = CONV
-            first, count = self.tables.tiles(
-                source, stride, written, added, self.pass_images, result.height, result.width
-            )
+            sizes = self.pass_images, result.height, result.width
+            first, count = self.tables.tiles(source, stride, written, added, *sizes)
+            if self._is_gathered(conv, count, math.prod(sizes)):
+                kind = GATHERED
+                first, count = self.tables.tiles(source, stride, written, added, *sizes, True)
             at_once = max(4, CACHE_BYTES // (self.layout.tile * LINE * source.blocks) // 4 * 4)
         taps = self.tables.taps(source, conv)
+        if kind == GATHERED:  # each line is copied for each tap
+            at_once = max(1, CACHE_BYTES // (self.layout.tile * LINE * source.blocks * taps[1]))
         products, least = (winograd.points(side), 12) if side else (taps[1], 4)
-        groups = conv.parts
+        groups, size_read = conv.parts, (read.height, read.width)
         panels, blocks = panels // groups, source.blocks // groups
         if conv.is_depthwise:
             kind, panels = DEPTHWISE, 1
@@ -331,7 +313,7 @@ class _Planner:
                     self.packed.biases[index] + group * panels,
                 ),
                 activation=(NETWORK_ACTIVATIONS.index(conv.activation), slope),
-                sizes=(0, read.height, read.width, result.height, result.width),
+                sizes=(source.channels // groups, *size_read, result.height, result.width),
                 window=(*conv.kernel, conv.stride, *conv.padding),
                 winograd=(side, self.packed.transformed.get(index, 0)),
             )
@@ -339,6 +321,42 @@ class _Planner:
             self._pool(MAX_POOL, written_words, other, result, result)
         if patches is not None:
             self.memory.give_back(*patches)
+
+    def _is_gathered(self, conv: Conv, tiles: int, pixels: int) -> bool:
+        """Whether tiles of consecutive lines hold so many margins that copies are faster."""
+        if self.layout.dtype != torch.bfloat16 or conv.groups > 1 or cpu.has_amx():
+            return False
+        return 4 * tiles >= 5 * -(-pixels // self.layout.tile)
+
+    def _pointwise(self, index: int, layer: Pointwise) -> None:
+        result, source, gate = self.values[index + 1], layer.source, layer.gate
+        size = result.height, result.width
+        if gate is not None and (self.values[source].height, self.values[source].width) != size:
+            source, gate = gate, source
+        added = OUTSIDE if layer.residual is None else self._map(layer.residual)[1]
+        gated, one = OUTSIDE, 0
+        if gate is not None:
+            gated = self._map(gate)[1]
+            one = int((self.values[gate].height, self.values[gate].width) != size)
+        places = self.packed.weights.get(index, -1), self.packed.biases.get(index, 0)
+        is_part = index + 1 in self.parts
+        lane = self.parts[index + 1][1] % self.layout.block if is_part else 0
+        slope = struct.unpack("<q", struct.pack("<fxxxx", layer.negative_slope))[0]
+        for _, target in self._targets(index):
+            self._step(
+                POINTWISE,
+                self.split.rows(self.pass_images * result.height),
+                self._map(source)[1],
+                target,
+                residual=added,
+                gate=gated,
+                blocks=result.blocks,
+                outputs=result.channels,
+                constants=places,
+                activation=(NETWORK_ACTIVATIONS.index(layer.activation), slope),
+                sizes=(result.channels, *size, *size),
+                pointwise=(one, int(is_part), lane),
+            )
 
     def _pool(
         self,
@@ -349,7 +367,8 @@ class _Planner:
         written: Value,
         window: Sequence[int] = (1, 1, 1, 0, 0),
     ) -> None:
-        split = self.split.rows(self.pass_images * (written.height if kind == MAX_POOL else 1))
+        is_pool = kind in (MAX_POOL, AVERAGE_POOL)
+        split = self.split.rows(self.pass_images * (written.height if is_pool else 1))
         if kind == HEAD:
             split = self.split.head(self.pass_images, written.channels)
         self._step(

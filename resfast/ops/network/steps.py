@@ -25,6 +25,7 @@ def words_of_step(
     passed: tuple[int, int],
     *,
     residual: list[int] = OUTSIDE,
+    gate: list[int] = OUTSIDE,
     blocks: int = 0,
     outputs: int = 0,
     tiles: tuple[int, int, int] = (0, 0, 1),
@@ -34,6 +35,7 @@ def words_of_step(
     sizes: Sequence[int] = (0, 0, 0, 0, 0),
     window: Sequence[int] = (1, 1, 1, 0, 0),
     winograd: tuple[int, int] = (0, 0),
+    pointwise: tuple[int, int, int] = (0, 0, 0),
 ) -> list[int]:
     """A ``Step`` of plan.h.
 
@@ -45,6 +47,7 @@ def words_of_step(
         result: words of the map that it writes.
         passed: images of the pass, and its first one.
         residual: words of the map that is added.
+        gate: words of the map that it multiplies with.
         blocks: of channels that it reads.
         outputs: channels that it writes.
         tiles: first one in the tables, how many, and how many share the caches.
@@ -54,10 +57,11 @@ def words_of_step(
         sizes: channels, height and width that it reads, height and width that it writes.
         window: rows and columns of the kernel, stride, rows and columns of padding.
         winograd: results of a tile in each direction, and lines of transformed weights.
+        pointwise: 1 for a gate of one pixel; 1 for a part of a map; its first lane.
     """
-    words = [kind, first_task, *split, *source, *result, *residual, blocks, outputs, *tiles]
+    words = [kind, first_task, *split, *source, *result, *residual, *gate, blocks, outputs, *tiles]
     words += [*taps, *constants, *activation, *passed]
-    return [*words, *sizes, *window, *winograd]
+    return [*words, *sizes, *window, *winograd, *pointwise]
 
 
 def from_block(words: list[int], block: int) -> list[int]:
@@ -110,15 +114,16 @@ def segments(
     layers: Sequence[Layer], values: Sequence[Value], images: int, together: bool
 ) -> list[tuple[list[int], int]]:
     """Consecutive layers, and how many of an item's images pass through them at a time."""
+    fitting = [images] * len(layers)
+    for index, layer in enumerate([] if together else layers):
+        read = [values[source] for source in sources(layer) if source]
+        largest = max(value.bytes for value in [*read, values[index + 1]])
+        fitting[index] = min(images, 2 ** int(math.log2(max(1, PASS_BYTES // largest))))
     found: list[tuple[list[int], int]] = []
-    for index, layer in enumerate(layers):
-        fitting = images
-        if not together:
-            read = [values[source] for source in sources(layer) if source]
-            largest = max(value.bytes for value in [*read, values[index + 1]])
-            fitting = min(images, 2 ** int(math.log2(max(1, PASS_BYTES // largest))))
-        if found and found[-1][1] >= fitting:
+    for index in range(len(layers)):
+        least = min(fitting[index:])  # maps grow again after one pixel of squeeze-and-excitation
+        if found and found[-1][1] >= least:
             found[-1][0].append(index)
         else:
-            found.append(([index], fitting))
+            found.append(([index], least))
     return found

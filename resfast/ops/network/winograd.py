@@ -7,23 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from resfast.ops.conv import cpu
 from resfast.ops.network.layers import Conv, Layer, Layout, shapes
 
-SIDES = (2, 4)
-"""Results of a tile in each direction."""
-PRODUCTS_PER_CYCLE = 16
-"""Of a core with AVX2, for the estimate of :func:`sides`."""
+SIDES = {torch.float32: (2, 4), torch.bfloat16: (2,)}
+"""Results of a tile in each direction, by dtype of the maps."""
+PRODUCTS_PER_CYCLE = {torch.float32: 16, torch.bfloat16: 28}
+"""Of a core with AVX2 or AVX512-BF16, for the estimate of :func:`sides`."""
 BYTES_PER_CYCLE = 6
 """Of weights that come from memory."""
 TRANSFORM_CYCLES = 0.3
 """For each channel and point of a tile."""
+TOGETHER = {torch.float32: 4, torch.bfloat16: 16}
+"""Tiles that are multiplied at a time, whether there are as many or not."""
 
 
 def suits(layer: Layer, layout: Layout) -> bool:
     """Whether the kernels have the algorithm for a layer."""
     return (
-        layout.dtype == torch.float32
-        and isinstance(layer, Conv)
+        isinstance(layer, Conv)
         and layer.kernel == (3, 3)
         and layer.stride == 1
         and layer.groups == 1
@@ -86,6 +88,8 @@ def sides(
     Returns:
         The side of the tiles of each of these layers.
     """
+    if layout.dtype == torch.bfloat16 and cpu.has_amx():
+        return {}  # the matrix unit is faster than its transforms
     sizes = shapes(layers, shape)
     found = {}
     for index, layer in enumerate(layers):
@@ -93,18 +97,23 @@ def sides(
             continue
         outputs, inputs = layer.weight.shape[:2]
         _, height, width = sizes[index + 1]
-        best = _cycles(9, images * height * width, inputs, outputs, 0)
-        for side in SIDES:
-            count = max(4, images * tiles(side, height, width))
+        pixels = images * height * width
+        best = _cycles(9, pixels, inputs, outputs, 0, layout)
+        for side in SIDES[layout.dtype]:
+            count = images * tiles(side, height, width)
+            count = -(-count // TOGETHER[layout.dtype]) * TOGETHER[layout.dtype]
             per_channel = TRANSFORM_CYCLES * points(side)
-            cycles = _cycles(points(side), count, inputs, outputs, per_channel)
+            cycles = _cycles(points(side), count, inputs, outputs, per_channel, layout)
             if cycles < best:
                 best, found[index] = cycles, side
     return found
 
 
-def _cycles(products: int, count: int, inputs: int, outputs: int, per_channel: float) -> float:
+def _cycles(
+    products: int, count: int, inputs: int, outputs: int, per_channel: float, layout: Layout
+) -> float:
     """Of products of ``count`` rows and the weights, which are read once, and of transforms."""
     weights = products * inputs * outputs
     transforms = count * (inputs + outputs) * per_channel
-    return weights * (count / PRODUCTS_PER_CYCLE + 4 / BYTES_PER_CYCLE) + transforms
+    per_weight = count / PRODUCTS_PER_CYCLE[layout.dtype] + layout.dtype.itemsize / BYTES_PER_CYCLE
+    return weights * per_weight + transforms

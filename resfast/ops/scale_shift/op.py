@@ -214,6 +214,10 @@ class ScaleShiftAct(nn.Module):
         activation: as in :func:`scale_shift_act`.
         negative_slope: slope of ``leaky_relu`` for negative values.
 
+    Attributes:
+        version: rises whenever the factors may have changed; after writing to them in place, call
+            :meth:`repack`.
+
     Shape: one or several tensors ``[N, C_i, H, W]``, which are concatenated, to ``[N, C, H, W]`` in
     ``channels_last`` memory; or one tensor ``[N, C, ...]`` of another rank.
     """
@@ -234,6 +238,11 @@ class ScaleShiftAct(nn.Module):
         self.register_buffer("shift", shift.detach().float())
         self.activation = activation
         self.negative_slope = negative_slope
+        self.version = 0
+
+    def repack(self) -> None:
+        """Says that the factors were written to."""
+        self.version += 1
 
     def forward(self, *maps: Tensor) -> Tensor:
         rest = (self.scale, self.shift, self.activation, self.negative_slope)
@@ -258,4 +267,9 @@ class ScaleShiftAct(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> ScaleShiftAct:
         super()._apply(*args, **kwargs)
         self.scale, self.shift = self.scale.float(), self.shift.float()
+        self.repack()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.repack()
