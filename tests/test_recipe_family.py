@@ -110,6 +110,18 @@ def test_decided_values_do_not_follow_other_epochs(tmp_path: Path):
     assert resumed == change(config, epochs=70)
 
 
+@pytest.mark.parametrize("epochs", [4, 28, 70])
+def test_values_of_a_recipe_do_not_follow_other_epochs(
+    epochs: int, monkeypatch: pytest.MonkeyPatch
+):
+    config = change(recipe("default", epochs=epochs), epochs=8)
+    found, _ = resolved(config, 50_000, monkeypatch)
+    assert (found.optim.epochs, found.recipe_epochs) == (8, epochs)
+    assert found.data.filter_keep == DEFAULT.at("filter_keep", epochs)
+    assert found.data.augment == DEFAULT.at("augment", epochs)
+    assert resolved(config, 500, monkeypatch)[0].data.filter_keep == 1.0
+
+
 def test_deciding_again_changes_nothing():
     config = recipe("default", epochs=28)
     assert decide(config) == config
@@ -171,7 +183,7 @@ def test_recipe_takes_options_by_name():
     assert (config.model.model, config.optim.head_lr) == ("speednet-94", 0.41)
     assert config.data.sizes == ((24, 0.3), (36, 0.7))
     assert resfast.recipe("fast94", epochs=9) == change(RECIPES["fast94"], epochs=9)
-    assert resfast.recipe("default") is RECIPES["default"]
+    assert resfast.recipe("default") == RECIPES["default"]
     with pytest.raises(ResfastError, match="no value 'filter_kep'; did you mean 'filter_keep'"):
         resfast.recipe("default", filter_kep=1.0)
 

@@ -18,7 +18,7 @@ from resfast.errors import ResfastError
 
 FOLDER = Path(recipes.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = [f.name for f in fields(Config) if f.name not in ("recipe", "undecided", "run")]
+GROUPS = ["model", "data", "optim", "transfer", "evaluation", "runtime"]
 
 _FAST = {
     "param_budget": 5_000_000,

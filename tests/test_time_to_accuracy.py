@@ -175,7 +175,7 @@ def test_a_run_of_default_is_known_by_its_length(epochs: int):
     assert tta.recipe_of(other) == "default"
     point = tta.point_of(replace(other, recipe="default"))
     assert point == f"--epochs {epochs} --model resnet-453"
-    with pytest.raises(ResfastError, match="closest is default, but with filter_keep 0.6 inst"):
+    with pytest.raises(ResfastError, match=r"closest is default, but with filter_keep 0\.6 inst"):
         tta.recipe_of(change(config, filter_keep=0.6))
 
 

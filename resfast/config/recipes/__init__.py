@@ -47,7 +47,7 @@ def read(path: Path) -> tuple[Family, str]:
     except pydantic.ValidationError as error:
         raise ResfastError(f"{path}: {describe(error)}; expected a recipe") from None
     for group in fields(Config):
-        if group.name in ("recipe", "undecided", "run"):
+        if group.name in ("recipe", "undecided", "recipe_epochs", "run"):
             continue
         for field in fields(getattr(config, group.name)):
             if field.default is not None and field.name not in values.get(group.name, {}):
@@ -120,8 +120,8 @@ def decide(
 ) -> Config:
     """Sets the undecided values of a configuration as far as what they depend on is known.
 
-    A value is kept if it is neither the one written in the recipe nor the one that it would be set
-    to: the user has changed it.
+    A value is kept if it is not the recipe's: the user has changed it. Once the number of epochs
+    has been known, values are for that number, and do not follow changes of it.
 
     Args:
         config: a configuration; one without undecided values is returned as it is.

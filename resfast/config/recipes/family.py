@@ -238,19 +238,24 @@ def decide_by(
         raise ResfastError(
             f"undecided has {others[0]!r}, on which nothing depends in the recipe {config.recipe}"
         )
-    usual = values_of(family.written)
-    expected, _ = _decided(config, family, config.undecided)
-    current = values_of(config)
-    own = [n for n in config.undecided if current[n] in (usual[n], expected[n])]
-    values, unknown = _decided(config, family, own, train_images, streamed)
+    epochs, usual, current = config.recipe_epochs, values_of(family.written), values_of(config)
+    expected, _ = _decided(config, family, config.undecided, epochs)
+    own = [
+        name
+        for name in config.undecided
+        if current[name] == expected[name] or (epochs is None and current[name] == usual[name])
+    ]
+    epochs = config.optim.epochs if epochs is None else epochs
+    values, unknown = _decided(config, family, own, epochs, train_images, streamed)
     undecided = tuple(name for name in own if name in unknown)
-    return replace(with_values(config, values), undecided=undecided)
+    return replace(with_values(config, values), undecided=undecided, recipe_epochs=epochs)
 
 
 def _decided(
     config: Config,
     family: Family,
     names: Sequence[str],
+    epochs: float | None,
     train_images: int | None = None,
     streamed: bool | None = None,
 ) -> tuple[dict[str, Any], set[str]]:
@@ -260,7 +265,7 @@ def _decided(
     values that are written in the recipe while the number of epochs is unknown.
     """
     view = View(config, names, train_images, streamed)
-    usual, epochs = values_of(family.written), config.optim.epochs
+    usual = values_of(family.written)
     for name in names:
         view.values[name] = usual[name]
         if name in family.by_epochs and epochs is not None:
