@@ -327,7 +327,9 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 def decided_like(config: Config, other: Config) -> Config:
     """The configuration with the undecided fields that ``other`` has decided set to its values."""
     names = [name for name in config.undecided if name not in other.undecided]
-    return with_values(config, {n: getattr(getattr(other, GROUP_OF[n]), n) for n in names})
+    values = values_of(other)
+    config = with_values(config, {name: values[name] for name in names})
+    return replace(config, recipe_epochs=other.recipe_epochs)
 
 
 def given(args: Iterable[str]) -> set[str]:
