@@ -32,8 +32,8 @@ class Start:
     """Options that decide where the other values come from, or what to do instead of training."""
 
     recipe: str | None = None
-    """Named set of values that the other options override (None: default, whose values are those
-    for --epochs, the network and the data; --list shows all)."""
+    """Named set of values that the other options override (None: default, whose values suit
+    the number of epochs, the network and the data; --list shows them)."""
     config: Path | None = None
     """Start from a saved configuration, runs/NAME/config.json."""
     resume: Path | None = None

@@ -408,7 +408,7 @@ class Config:
     undecided: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Fields that the recipe will set, because they depend on epochs, network or data that are not
     known yet; empty in a run's config.json. See :func:`resfast.config.recipes.decide`."""
-    recipe_epochs: tyro.conf.Suppress[PositiveInt | AtLeastOne | None] = None
+    recipe_epochs: tyro.conf.Suppress[float | None] = None
     """Number of epochs that the recipe's values are for, if they depend on it. A run that was
     resumed with more epochs keeps its values."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -132,6 +132,6 @@ def decide(
         The configuration; ``undecided`` has the fields that depend on something unknown.
 
     Raises:
-        ResfastError: an unknown network, or undecided fields that the recipe does not have.
+        ResfastError: undecided fields of an unknown recipe, or that the recipe does not have.
     """
     return decide_by(FAMILIES, config, train_images, streamed)

@@ -10,6 +10,7 @@ from typing import Any
 from resfast.config.files import load
 from resfast.config.network import network
 from resfast.config.schema import Config, ModelConfig
+from resfast.errors import ResfastError
 from resfast.models.presets import Spec
 from resfast.models.speednet import SpeedNetSpec
 from resfast.models.vgg import VGGSpec
@@ -55,7 +56,10 @@ class View:
         self._images, self._streamed = images, streamed
         # The user's own options alone: the others may not fit the network yet.
         model = {name: _MODEL_DEFAULTS[name] for name in undecided if name in _MODEL_DEFAULTS}
-        self.spec: Spec = network(replace(config.model, **model))
+        try:
+            self._spec: Spec | None = network(replace(config.model, **model))
+        except ResfastError:  # which check reports
+            self._spec = None
 
     def __getitem__(self, name: str) -> Any:
         if name in self.unknown:
@@ -75,6 +79,18 @@ class View:
         if self._streamed is None:
             raise _UnknownError
         return self._streamed
+
+    @property
+    def spec(self) -> Spec:
+        """The architecture."""
+        if self._spec is None:
+            raise _UnknownError
+        return self._spec
+
+    @property
+    def least_pixels(self) -> int:
+        """Height and width of the smallest images that the network takes, as far as is known."""
+        return getattr(self._spec, "least_image_size", 0)
 
     def apply(self, condition: str, values: Mapping[str, Any]) -> None:
         """Sets values if a condition holds; if that is not known, they may still change."""

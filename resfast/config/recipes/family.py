@@ -34,7 +34,6 @@ from resfast.config.recipes.conditions import CONDITIONS, GROUP_OF, View, values
 from resfast.config.schema import ADAPTER, Config
 from resfast.data.augment import parse_augment
 from resfast.errors import ResfastError, nearest
-from resfast.models.presets import Spec
 
 LEAST_PIXELS = 12
 """Smaller sizes of growing images are left out."""
@@ -210,6 +209,8 @@ def _value(written: Config, name: str, value: Any, where: str) -> Any:
         return getattr(getattr(ADAPTER.validate_python(values), GROUP_OF[name]), name)
     except pydantic.ValidationError as error:
         raise ResfastError(f"{where}: {describe(error)}; expected a value of {name}") from None
+    except ResfastError as error:
+        raise ResfastError(f"{where}: {error}") from None
 
 
 # -- deciding --------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def decide_by(
     """Sets the undecided fields, as :func:`resfast.config.recipes.decide`, which has the families.
 
     Raises:
-        ResfastError: an unknown network, or undecided fields of an unknown recipe.
+        ResfastError: undecided fields of an unknown recipe, or that the recipe does not have.
     """
     if not config.undecided:
         return config
@@ -245,7 +246,9 @@ def decide_by(
         for name in config.undecided
         if current[name] == expected[name] or (epochs is None and current[name] == usual[name])
     ]
-    epochs = config.optim.epochs if epochs is None else epochs
+    asked = config.optim.epochs
+    if epochs is None and isinstance(asked, (int, float)) and asked >= 1:  # check reports others
+        epochs = asked
     values, unknown = _decided(config, family, own, epochs, train_images, streamed)
     undecided = tuple(name for name in own if name in unknown)
     return replace(with_values(config, values), undecided=undecided, recipe_epochs=epochs)
@@ -274,24 +277,23 @@ def _decided(
             view.unknown.add(name)
     for condition, values in family.when:
         view.apply(condition, {name: values[name] for name in values if name in names})
-    values = {name: view.values[name] for name in names}
-    return _fitted(values, view.spec, config.data.image_size, family.written.data.image_size), (
-        view.unknown
-    )
+    found = {name: view.values[name] for name in names}
+    size, usual_size = config.data.image_size, family.written.data.image_size
+    return _fitted(found, view.least_pixels, size, usual_size), view.unknown
 
 
-def _fitted(values: dict[str, Any], spec: Spec, size: int, usual: int) -> dict[str, Any]:
+def _fitted(values: dict[str, Any], least: int, size: int, usual: int) -> dict[str, Any]:
     """The values with the pixels of ``sizes`` and ``augment`` for images of another size.
 
     Args:
         values: values of undecided fields by name.
-        spec: the architecture.
+        least: smallest images that the network takes, in pixels.
         size: height and width of the run's images, in pixels.
         usual: the same of the images that the values are for.
     """
     values = dict(values)
     if "sizes" in values:
-        least = max(LEAST_PIXELS, getattr(spec, "least_image_size", 0))
+        least = max(LEAST_PIXELS, least)
         scaled = ((round(pixels * size / usual), end) for pixels, end in values["sizes"])
         values["sizes"] = tuple(phase for phase in scaled if least <= phase[0] < size)
     if "augment" in values:
