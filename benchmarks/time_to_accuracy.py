@@ -39,10 +39,11 @@ from resfast.cli import common as entry
 from resfast.cli.train import command_line
 from resfast.config.compare import differences
 from resfast.config.files import load
-from resfast.config.recipes import RECIPES
+from resfast.config.recipes import FAMILIES, RECIPES, check_name, decide, recipe
+from resfast.config.recipes.conditions import SMALL_DATA_IMAGES
 from resfast.config.schema import Config
 from resfast.config.validate import check
-from resfast.errors import ResfastError, nearest
+from resfast.errors import ResfastError
 from resfast.runs import folder as records
 from resfast.runs import plots, targets
 from resfast.runs.statistics import statistics
@@ -69,6 +70,7 @@ class Row(BaseModel):
 
     Attributes:
         recipe: name of the recipe.
+        options: epochs and network as on the command line, if the recipe is for several.
         hardware: name of the processor.
         threads: CPU threads of PyTorch.
         versions: versions of the software.
@@ -112,6 +114,12 @@ class Row(BaseModel):
     peak_memory_bytes: PositiveInt
     date: str
     command: str
+    options: str = ""
+
+    @property
+    def name(self) -> str:
+        """The recipe with its options."""
+        return f"{self.recipe} {self.options}".rstrip()
 
 
 class PublicResult(BaseModel):
@@ -151,6 +159,7 @@ def row_of(folder: Path) -> Row:
             "complete runs"
         )
     scored = summary.test_images if summary.scored_on == "test" else summary.val_images
+    point = point_of(_trained(folder))
     views_per_image = views(summary.tta, summary.tta_select, summary.tta_mirror)
     on_cuda = summary.device_type == "cuda"
     return Row(
@@ -178,8 +187,28 @@ def row_of(folder: Path) -> Row:
         flops=3 * 2 * summary.train_macs + round(2 * summary.macs * views_per_image * scored),
         peak_memory_bytes=summary.peak_memory_bytes,
         date=summary.date,
-        command=_command("--recipe", config.recipe, count=config.run.runs),
+        command=_command("--recipe", config.recipe, *shlex.split(point), count=config.run.runs),
+        options=point,
     )
+
+
+def _trained(folder: Path) -> Config:
+    """The configuration of a run, or of the first of several: the values that it trained with."""
+    config = load(folder / records.CONFIG)
+    if config.run.runs == 1:
+        return config
+    return load(folder / f"seed{config.runtime.seed}" / records.CONFIG)
+
+
+def point_of(config: Config) -> str:
+    """Epochs and network as options, for a recipe that is for several of them; otherwise empty."""
+    family = FAMILIES.get(config.recipe)
+    if family is None or not family.fields or config.optim.epochs is None:
+        return ""
+    options = ["--epochs", f"{config.optim.epochs:g}"]
+    if config.model.model != family.written.model.model:
+        options += ["--model", config.model.model]
+    return shlex.join(options)
 
 
 def _as_seeds(folder: Path, config: Config) -> SeedsSummary:
@@ -203,9 +232,11 @@ def added_row(folder: Path) -> Row:
     Raises:
         ResfastError: as in :func:`row_of` and :func:`recipe_of`.
     """
-    row, name = row_of(folder), recipe_of(load(folder / records.CONFIG))
-    command = _command("--recipe", name, count=len(row.seeds))
-    return row.model_copy(update={"recipe": name, "command": command})
+    row, config = row_of(folder), _trained(folder)
+    name = recipe_of(config)
+    point = point_of(replace(config, recipe=name))
+    command = _command("--recipe", name, *shlex.split(point), count=len(row.seeds))
+    return row.model_copy(update={"recipe": name, "options": point, "command": command})
 
 
 def recipe_of(config: Config) -> str:
@@ -216,7 +247,7 @@ def recipe_of(config: Config) -> str:
     """
     changed: dict[str, dict[str, tuple[Any, Any]]] = {}
     for name in sorted(RECIPES, key=lambda name: name != config.recipe):
-        found = differences(config, RECIPES[name])
+        found = differences(config, _recipe_like(name, config))
         changed[name] = {
             option: values
             for option, values in found.items()
@@ -233,6 +264,15 @@ def recipe_of(config: Config) -> str:
         f"the run matches no recipe (the closest is {closest}, but with {values}); the table is "
         "only for unchanged recipes"
     )
+
+
+def _recipe_like(name: str, config: Config) -> Config:
+    """A recipe for the epochs and the network of a configuration, and not for little data."""
+    if not RECIPES[name].undecided:
+        return RECIPES[name]
+    found = recipe(name, epochs=config.optim.epochs, model=config.model.model)
+    streamed = config.data.loader == "dali"
+    return decide(found, train_images=SMALL_DATA_IMAGES, streamed=streamed)
 
 
 def _command(*options: str, count: int) -> str:
@@ -254,10 +294,10 @@ def target_row(row: Row, source: str) -> targets.Row:
     """
     if row.scored_on != "test":
         raise ResfastError(
-            f"{row.recipe} was scored on held-out training images; the table is for the test set: "
+            f"{row.name} was scored on held-out training images; the table is for the test set: "
             "train with --score-test and without --hold-out and --val-fraction"
         )
-    _known([row.recipe])
+    check_name(row.recipe)
     return targets.Row(
         recipe=row.recipe,
         device=row.device,
@@ -273,6 +313,7 @@ def target_row(row: Row, source: str) -> targets.Row:
         date=row.date,
         versions=f"resfast {row.versions.resfast}, torch {row.versions.torch}",
         source=source,
+        options=row.options,
     )
 
 
@@ -280,7 +321,7 @@ def add_target(row: targets.Row, table: Path) -> None:
     """Adds a row to the table; it replaces one of the same recipe, hardware and data."""
 
     def key(row: targets.Row) -> tuple[Any, ...]:
-        return row.recipe, row.device, row.hardware, row.threads, row.data
+        return row.name, row.device, row.hardware, row.threads, row.data
 
     kept = [other for other in targets.read(table) if key(other) != key(row)]
     atomic.save(table, targets.to_json([*kept, row]).encode())
@@ -295,8 +336,8 @@ def write_row(row: Row, folder: Path) -> Path:
 
 
 def file_name(row: Row) -> str:
-    """File name of a row, from its recipe and data."""
-    return f"{PREFIX}-{slug(row.recipe)}-{slug(targets.data_name(row.data))}.json"
+    """File name of a row, from its recipe with its options, and data."""
+    return f"{PREFIX}-{slug(row.name)}-{slug(targets.data_name(row.data))}.json"
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -337,14 +378,6 @@ def _json(path: Path, what: str) -> Any:
         raise ResfastError(f"{path} is not JSON: {error}; expected {what}") from None
 
 
-def _known(recipes: Sequence[str]) -> None:
-    for name in recipes:
-        if name not in RECIPES:
-            raise ResfastError(
-                f"unknown recipe {name!r}{nearest(name, RECIPES)} (known: {', '.join(RECIPES)})"
-            )
-
-
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -356,11 +389,12 @@ def train(config: Config, count: int, folder: Path) -> Path:
     return folder
 
 
-def measure(recipe: str, count: int, options: Sequence[str], runs_folder: Path) -> Row:
+def measure(name: str, count: int, options: Sequence[str], runs_folder: Path) -> Row:
     """Trains a recipe with ``count`` seeds and additional ``options`` of resfast.train."""
-    _, config = command_line(["--recipe", recipe, *options])
-    row = row_of(train(config, count, runs_folder / f"{PREFIX}-{slug(recipe)}"))
-    command = _command("--recipe", recipe, *without_folders(options), count=count)
+    _, config = command_line(["--recipe", name, *options])
+    folder = runs_folder / f"{PREFIX}-{slug(f'{name} {point_of(config)}'.rstrip())}"
+    row = row_of(train(config, count, folder))
+    command = _command("--recipe", name, *without_folders(options), count=count)
     return row.model_copy(update={"command": command})
 
 
@@ -528,7 +562,7 @@ def save_plot(rows: Sequence[Row], public: Sequence[PublicResult], path: Path) -
         if row.device == "cpu":
             processor += f", {row.threads} threads"
         given = PublicResult(
-            name=row.recipe,
+            name=row.name,
             accuracy=row.mean,
             seconds=(seconds, seconds),
             hardware=processor,
@@ -624,7 +658,7 @@ def _line(row: Row) -> str:
     found, seconds = statistics(row.accuracies), row.seconds.timed
     spread = "" if found.sd is None else f" ± {found.sd:.2%}"
     return (
-        f"{row.recipe}: {row.mean:.2%}{spread} ({len(row.seeds)} seeds, {row.accuracy}) in "
+        f"{row.name}: {row.mean:.2%}{spread} ({len(row.seeds)} seeds, {row.accuracy}) in "
         f"{seconds.mean:.2f} s, {row.flops / 1e15:.3g} PFLOP, peak memory "
         f"{row.peak_memory_bytes / 2**30:.2f} GiB"
     )
@@ -652,7 +686,8 @@ def main(args: Sequence[str] | None = None) -> int:
     given, options = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
 
     def command() -> None:
-        _known(given.recipes)
+        for name in given.recipes:
+            check_name(name)
         if given.runs < 1 and not given.add:
             raise ResfastError(f"--runs {given.runs} is out of range: expected at least 1")
         if (given.add or given.plot) and (given.recipes or options or given.ablation):

@@ -15,7 +15,7 @@ import torch
 from resfast.cli.train import command_line, main
 from resfast.config import compare, files
 from resfast.config.network import network
-from resfast.config.recipes import RECIPES, SUMMARIES
+from resfast.config.recipes import RECIPES, SUMMARIES, decide, recipe
 from resfast.config.schema import (
     Config,
     DataConfig,
@@ -53,8 +53,7 @@ def test_report_onecycle_has_the_settings_of_the_report():
 @pytest.mark.parametrize(
     ("recipe", "name"),
     [
-        ("fast-resnet-2111", "resnet-2111"),
-        ("fast-resnet-2111-70", "resnet-2111"),
+        ("default", "resnet-2111"),
         ("fast-resnet-453", "resnet-453"),
     ],
 )
@@ -88,11 +87,11 @@ def test_options_override_the_recipe():
 
 
 def test_no_option_is_the_default_recipe():
-    assert command_line([])[1] == RECIPES["default"]
+    assert command_line([])[1] == decide(RECIPES["default"])
 
 
 def test_a_saved_configuration_starts_the_same_run(tmp_path: Path):
-    saved = change(RECIPES["default"], epochs=3, lr=0.7, name="old")
+    saved = change(recipe("default", epochs=3), lr=0.7, name="old")
     file = tmp_path / "config.json"
     file.write_text(files.to_json(saved))
     _, config = command_line(["--config", str(file)])
@@ -142,7 +141,10 @@ def test_a_missing_configuration_is_an_error(tmp_path: Path):
             "--milestone-steps 5,3 is out of range: expected increasing",
         ),
         ("--schedule multistep --milestones 3 --milestone-steps 5", "both set; choose one"),
-        ("--schedule-epochs 5", "is an option of cosine and linear, but the schedule is onecycle"),
+        (
+            "--schedule onecycle --schedule-epochs 5",
+            "is an option of cosine and linear, but the schedule is onecycle",
+        ),
         ("--schedule plateau --rate-per-epoch", "does nothing with --schedule plateau"),
         ("--optimizer adam --no-nesterov", "--no-nesterov is an option of sgd"),
         ("--optimizer rmsprop --cycle-momentum", "needs an optimizer with momentum"),
@@ -156,6 +158,8 @@ def test_a_missing_configuration_is_an_error(tmp_path: Path):
         ("--model resnet-2112", "did you mean 'resnet-2111'"),
         ("--model resnet", "needs --blocks and --channels"),
         ("--recipe defualt", "unknown recipe 'defualt'; did you mean 'default'"),
+        ("--recipe fast-resnet-2111", "'fast-resnet-2111' is now default with --epochs 28"),
+        ("--recipe fast-resnet-2111-70", "is now default with --epochs 70"),
         ("--recipe default --config x.json", "both set the starting values"),
         ("--config missing.json", "cannot read missing.json"),
         ("--resume nowhere", "cannot read nowhere/config.json"),
@@ -235,7 +239,11 @@ def test_help_shows_every_option_with_explanation_and_default():
     )
     text = re.sub(r"[│\s]+", " ", run.stdout)
     explained = dict(re.findall(r" (--[a-z0-9-]+)[^(]*? ([A-Z0-9a-z].*?\(default: .*?\))", text))
-    for name in compare.flatten(RECIPES["default"]).keys() - {"recipe"}:
+    for name in compare.flatten(RECIPES["default"]).keys() - {
+        "recipe",
+        "undecided",
+        "recipe_epochs",
+    }:
         option = "--" + name.replace("_", "-")
         assert option in explained, option
         words = explained[option].split("(default:")[0].split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from resfast.cli.train import command_line, main
 from resfast.config.recipes import RECIPES
+from resfast.config.validate import check
 from resfast.errors import ResfastError
 from resfast.runs import targets
 from resfast.runs.targets import Row, data_name, pick, read, to_json
@@ -121,9 +123,36 @@ def test_a_table_survives_its_file_and_a_damaged_one_is_named(tmp_path: Path):
         read(tmp_path / "missing.json")
 
 
+def test_lengths_of_one_recipe_are_told_apart():
+    long = replace(SLOW, options="--epochs 70")
+    short = replace(SLOW, options="--epochs 8", accuracy=0.905, timed_seconds=500.0)
+    row, reason = chosen(0.90, 2000, long, short)
+    assert row == short
+    assert "recipe default --epochs 8: the fastest" in reason
+    assert chosen(0.91, 2000, long, short)[0] == long
+
+
+def test_the_options_of_a_row_count_unless_the_user_gives_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    row = replace(SLOW, options="--epochs 28 --model resnet-453")
+    monkeypatch.setattr(targets, "read", lambda path: (row,))
+    options = ["--target", "0.9", "--max-seconds", "2000", "--device", "cpu"]
+    config = command_line(options)[1]
+    assert (config.recipe, config.optim.epochs) == ("default", 28)
+    assert (config.model.model, config.data.filter_keep) == ("resnet-453", 0.5)
+    assert "filter_keep" in config.undecided  # until the data is known
+    config = command_line([*options, "--epochs", "4", "--filter-keep", "0.75"])[1]
+    assert (config.optim.epochs, config.data.filter_keep) == (4, 0.75)
+    assert str(config.data.augment) == "crop=2,flip=alternating"
+    assert "filter_keep" not in config.undecided
+
+
 def test_rows_that_come_with_resfast_name_known_recipes_and_files_that_are_there():
     for row in read(targets.TABLE):
         assert row.recipe in RECIPES, row
+        check(command_line(["--recipe", row.recipe, *shlex.split(row.options)])[1])
+        assert bool(row.options) == bool(RECIPES[row.recipe].undecided), row
         assert (ROOT / row.source).exists(), row
         assert 0 < row.accuracy <= 1
         assert row.timed_seconds > 0

@@ -16,6 +16,7 @@ from torch import nn
 from benchmarks import time_to_accuracy as tta
 from benchmarks.time_to_accuracy import main, row_of, views
 from resfast.cli.train import command_line
+from resfast.config.files import load
 from resfast.config.recipes import RECIPES
 from resfast.config.schema import Config
 from resfast.config.validate import check
@@ -161,6 +162,26 @@ def test_a_run_is_added_as_the_recipe_whose_numbers_it_has(
         ResfastError, match=r"no recipe \(the closest is fast-longer, but with lr 7\.0 instead of"
     ):
         tta.recipe_of(change(config, epochs=3, lr=7.0))
+
+
+@pytest.mark.parametrize("epochs", [28, 70])
+def test_a_run_of_default_is_known_by_its_length(epochs: int):
+    path = tta.RESULTS / f"2026-11-28-cpu/fast-resnet-2111-{epochs}-epochs-seed0/config.json"
+    config = load(path)
+    assert config.recipe == "fast-resnet-2111"  # trained before default had these values
+    assert tta.recipe_of(config) == "default"
+    assert tta.point_of(replace(config, recipe="default")) == f"--epochs {epochs}"
+    other = change(config, model="resnet-453")
+    assert tta.recipe_of(other) == "default"
+    point = tta.point_of(replace(other, recipe="default"))
+    assert point == f"--epochs {epochs} --model resnet-453"
+    with pytest.raises(ResfastError, match=r"closest is default, but with filter_keep 0\.6 inst"):
+        tta.recipe_of(change(config, filter_keep=0.6))
+
+
+def test_recipes_for_one_length_have_no_options():
+    assert tta.point_of(change(RECIPES["fast94"], epochs=9)) == ""
+    assert tta.point_of(RECIPES["default"]) == ""  # the number of epochs is not known yet
 
 
 def test_a_run_with_other_numbers_stays_out_of_the_table(

@@ -19,7 +19,7 @@ from benchmarks.race.formats import Format, Ours, Patterns, Table
 from benchmarks.report import slug
 from resfast.cli.train import command_line
 from resfast.config.files import describe
-from resfast.config.recipes import RECIPES
+from resfast.config.recipes import check_name
 from resfast.config.validate import check
 from resfast.errors import ResfastError, nearest
 
@@ -150,10 +150,7 @@ def recipes(
         if option.partition("=")[0] in _SET_BY_THE_RACE:
             raise ResfastError(f"{option} is set by the race for each contender; leave it out")
     for name in names:
-        if name not in RECIPES:
-            raise ResfastError(
-                f"unknown recipe {name!r}{nearest(name, RECIPES)} (known: {', '.join(RECIPES)})"
-            )
+        check_name(name)
         check(command_line(["--recipe", name, *options])[1])
     kind, colon, location = data.partition(":")
     absolute = f"{kind}:{Path(location).expanduser().resolve()}" if colon else data

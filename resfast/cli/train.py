@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from resfast.cli import common as entry
 from resfast.config.files import load
 from resfast.config.network import network
-from resfast.config.recipes import RECIPES, SUMMARIES, recipe
+from resfast.config.recipes import FAMILIES, RECIPES, SUMMARIES, decide, recipe
+from resfast.config.recipes.family import given as given_fields
 from resfast.config.schema import Config
 from resfast.errors import ResfastError
+
+if TYPE_CHECKING:
+    from resfast.runs.targets import Row
 
 COMMAND = "train"
 
@@ -27,7 +32,8 @@ class Start:
     """Options that decide where the other values come from, or what to do instead of training."""
 
     recipe: str | None = None
-    """Named set of values that the other options override (None: default; --list shows them)."""
+    """Named set of values that the other options override (None: default, whose values suit
+    the number of epochs, the network and the data; --list shows them)."""
     config: Path | None = None
     """Start from a saved configuration, runs/NAME/config.json."""
     resume: Path | None = None
@@ -55,6 +61,8 @@ class Command:
 def command_line(args: Sequence[str]) -> tuple[Start, Config]:
     """Parses a command line in two passes: first where the defaults come from, then all options.
 
+    Values that depend on the number of epochs and on the network are decided; options win.
+
     Raises:
         ResfastError: an unknown recipe, an unreadable configuration, or two sources of defaults.
         SystemExit: help was requested (code 0), or an option is unknown or malformed (code 2).
@@ -73,22 +81,29 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
             f"--{given[0]} and --{given[1]} both set the starting values; choose one"
         )
     if start.resume is not None:
-        default = load(start.resume / "config.json")
+        # Its values stay as they are, whatever the epochs are now.
+        return start, _parsed(args, start, load(start.resume / "config.json"))
     elif start.config is not None:
         default = load(start.config)
         default = replace(default, run=replace(default.run, name=None))
     else:
         default = recipe(start.recipe or "default")
-    config = entry.parse(Command, args, COMMAND, Command(start, default)).config
+    config = _parsed(args, start, default)
     target, seconds = config.evaluation.target, config.run.max_seconds
     if not given and target is not None and seconds is not None:
-        default = recipe(_pick_recipe(config, target, seconds))
-        config = entry.parse(Command, args, COMMAND, Command(start, default)).config
-    return start, config
+        row = _pick_recipe(config, target, seconds)
+        args = [*shlex.split(row.options), *args]
+        config = _parsed(args, start, recipe(row.recipe))
+    undecided = [name for name in config.undecided if name not in given_fields(args)]
+    return start, decide(replace(config, undecided=tuple(undecided)))
 
 
-def _pick_recipe(config: Config, target: float, max_seconds: float) -> str:
-    """Name of the recipe for a target and a time limit; prints the reason for the choice."""
+def _parsed(args: Sequence[str], start: Start, default: Config) -> Config:
+    return entry.parse(Command, args, COMMAND, Command(start, default)).config
+
+
+def _pick_recipe(config: Config, target: float, max_seconds: float) -> Row:
+    """The measured recipe for a target and a time limit; prints the reason for the choice."""
     from resfast import runtime
     from resfast.runs.targets import pick
 
@@ -100,7 +115,7 @@ def _pick_recipe(config: Config, target: float, max_seconds: float) -> str:
         threads=config.runtime.threads,
     )
     print(reason)
-    return row.recipe
+    return row
 
 
 def print_list() -> None:
@@ -120,6 +135,8 @@ def print_list() -> None:
     print("recipes (--recipe NAME)")
     for name, config in RECIPES.items():
         print(f"  {name:<20} {config.model.model:<20} {trained[name]:>11,}  {SUMMARIES[name]}")
+        for line in FAMILIES[name].table():
+            print(f"    {line}")
     measured = read(TABLE)
     if measured:
         print("\nmeasured (--target 0.94 --max-seconds 300 picks among these)")

@@ -10,7 +10,13 @@ from resfast.config.paths import absolute_paths
 from resfast.config.schema import Config, RunConfig
 from resfast.errors import ResfastError
 
-FREE_TO_DIFFER = {"data_dir", "prefetch", "threads", *(f.name for f in fields(RunConfig))}
+FREE_TO_DIFFER = {
+    "recipe_epochs",
+    "data_dir",
+    "prefetch",
+    "threads",
+    *(f.name for f in fields(RunConfig)),
+}
 """Fields that may change when a run is resumed, because they do not affect the result."""
 
 

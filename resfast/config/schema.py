@@ -405,6 +405,12 @@ class Config:
 
     recipe: tyro.conf.Suppress[str] = "default"
     """Recipe that the run started from, for the record only; the values are below."""
+    undecided: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Fields that the recipe will set, because they depend on epochs, network or data that are not
+    known yet; empty in a run's config.json. See :func:`resfast.config.recipes.decide`."""
+    recipe_epochs: tyro.conf.Suppress[float | None] = None
+    """Number of epochs that the recipe's values are for, if they depend on it. A run that was
+    resumed with more epochs keeps its values."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

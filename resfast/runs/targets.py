@@ -25,6 +25,8 @@ class Row:
 
     Attributes:
         recipe: name of the recipe.
+        options: those that choose one of the lengths and networks of the recipe, as on the command
+            line; empty if it has one.
         device: kind of device.
         hardware: name of the device.
         threads: CPU threads; None for CUDA.
@@ -56,12 +58,18 @@ class Row:
     date: str
     versions: str
     source: str
+    options: str = ""
+
+    @property
+    def name(self) -> str:
+        """The recipe with its options."""
+        return f"{self.recipe} {self.options}".rstrip()
 
     def __str__(self) -> str:
         spread = "" if self.sd is None else f" ± {self.sd:.2%}"
         threads = "" if self.threads is None else f", {self.threads} threads"
         return (
-            f"{self.recipe}: {self.accuracy:.2%}{spread} ({self.runs} "
+            f"{self.name}: {self.accuracy:.2%}{spread} ({self.runs} "
             f"{'run' if self.runs == 1 else 'runs'}) in {self.timed_seconds:.4g} s on "
             f"{self.hardware}{threads}, {self.data}, {self.date}"
         )
@@ -152,7 +160,7 @@ def pick(
 
     by_recipe: dict[str, Row] = {}
     for row in rows:
-        by_recipe[row.recipe] = max(row, by_recipe.get(row.recipe, row), key=nearness)
+        by_recipe[row.name] = max(row, by_recipe.get(row.name, row), key=nearness)
     request = f"--target {target:g} --max-seconds {max_seconds:g}"
     if not by_recipe:
         raise ResfastError(
@@ -172,7 +180,7 @@ def pick(
             f"{request}: the fastest known recipe that reaches {target:.2%} takes longer; "
             f"{fastest}; allow more seconds or ask for less"
         )
-    reason = [f"recipe {fastest.recipe}: the fastest known that reaches {target:.2%}; {fastest}"]
+    reason = [f"recipe {fastest.name}: the fastest known that reaches {target:.2%}; {fastest}"]
     if (fastest.hardware, fastest.threads) != (name, cores):
         machine = name if cores is None else f"{name}, {cores} threads"
         reason.append(f"this is {machine}, so the seconds will differ")

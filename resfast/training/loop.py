@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from resfast import atomic, runtime
 from resfast.config.compare import check_same
 from resfast.config.files import load
+from resfast.config.recipes import decide
 from resfast.config.schema import Config
 from resfast.config.validate import check, check_network
 from resfast.data.sources import open_data
@@ -185,6 +186,8 @@ def _start(
         is_extended = config.optim.epochs != before.optim.epochs
     elif config is None:
         raise ResfastError("train needs a configuration or a run to resume")
+    else:
+        config = decide(config)
     check(config)
     if config.run.runs > 1:
         raise ResfastError(

@@ -8,16 +8,18 @@ import torch
 
 from resfast import runtime
 from resfast.config.paths import absolute_paths
+from resfast.config.recipes import decide
+from resfast.config.recipes.conditions import SMALL_DATA_IMAGES
 from resfast.config.schema import Config, OptimConfig
 from resfast.data.batches import choose_loader
 from resfast.data.dataset import Dataset, Stream
 from resfast.errors import ResfastError
 from resfast.training.step_graphs import why_not_captured
 
-SMALL_DATA_IMAGES = 10_000
-"""Training sets with fewer images than this use the ``SMALL_DATA`` values, unless set."""
 EPOCHS, SMALL_DATA_EPOCHS = 70, 14
+"""Epochs of a recipe that gives none, and those for a small training set."""
 BATCH_SIZE, SMALL_DATA_BATCH_SIZE = 128, 64
+"""Batch size of a recipe that gives none, and that for a small training set."""
 COMPILE_WORTH_IMAGES = 100_000
 """With ``compile=auto``, a CPU run that trains on fewer images than this in total ends before
 compilation pays off."""
@@ -39,12 +41,21 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
         ResfastError: a value that does not fit the data or the machine.
     """
     notes: list[str] = []
-    optim, requested = config.optim, config.optim
+    requested, varies = config.optim, "batch_size" in config.undecided
     small = train_images < SMALL_DATA_IMAGES
     adapted = []
-    if optim.epochs is None:
-        optim = replace(optim, epochs=SMALL_DATA_EPOCHS if small else EPOCHS)
-        adapted += [f"{EPOCHS} epochs to {optim.epochs}"] if small else []
+    device = runtime.resolve_device(config.runtime.device)
+    loader = choose_loader(config.data.loader, data, device)
+    if requested.epochs is None:
+        epochs = SMALL_DATA_EPOCHS if small else EPOCHS
+        config = replace(config, optim=replace(requested, epochs=epochs))
+        adapted += [f"{EPOCHS} epochs to {epochs}"] if small else []
+    config = decide(config, train_images=train_images, streamed=loader == "dali")
+    optim = config.optim
+    if varies and optim.batch_size is not None:
+        optim = replace(optim, batch_size=min(optim.batch_size, train_images))
+        if optim.batch_size != requested.batch_size:
+            adapted += [f"batch size {requested.batch_size} to {optim.batch_size}"]
     if optim.batch_size is None:
         batch = min(SMALL_DATA_BATCH_SIZE, train_images) if small else BATCH_SIZE
         optim = replace(optim, batch_size=batch)
@@ -66,12 +77,13 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
             }
             optim = replace(optim, lr=lr, **rates)
     if adapted:
-        options = [o for o in ("epochs", "batch_size") if getattr(requested, o) is None]
+        options = [
+            o for o in ("epochs", "batch_size") if getattr(requested, o) != getattr(optim, o)
+        ]
         notes.append(
             f"adapted to {train_images:,} training images: {', '.join(adapted)} "
             f"(set {' and '.join('--' + o.replace('_', '-') for o in options)} to choose)"
         )
-    device = runtime.resolve_device(config.runtime.device)
     precision = runtime.resolve_precision(config.runtime.precision, device)
     images = round(optim.epochs * train_images)
     if config.transfer.pretrain != "none":
@@ -83,7 +95,6 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
         cuda_graph, note = _resolve_cuda_graph(config, device, precision, optim)
         if note:
             notes.append(note)
-    loader = choose_loader(config.data.loader, data, device)
     if loader == "dali":
         for option, is_set in (
             ("batch-sizes", optim.batch_sizes),

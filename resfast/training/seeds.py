@@ -14,6 +14,8 @@ from resfast import atomic
 from resfast.config.compare import check_same
 from resfast.config.files import load
 from resfast.config.paths import absolute_paths
+from resfast.config.recipes import decide
+from resfast.config.recipes.family import decided_like
 from resfast.config.schema import Config
 from resfast.config.validate import check
 from resfast.errors import ResfastError
@@ -113,6 +115,7 @@ class _SeedsTraining:
     ) -> None:
         self.started = time.perf_counter() if started is None else started
         self.display = Display()
+        config = config if saved is not None else decide(config)
         check(config)
         self.before_seconds = 0.0
         if path is None:
@@ -167,6 +170,9 @@ class _SeedsTraining:
             if path.exists():  # killed before anything was written
                 atomic.remove_stale(path, older_than_s=0)
                 path.rmdir()
+            if self.finished:  # all seeds have the same values, also with more epochs than before
+                first = load(self.path / _folder(self.seeds[0]) / records.CONFIG)
+                config = decided_like(config, first)
             result = trainer.train(config, shared=shared)
         return result.summary, result.model
 
