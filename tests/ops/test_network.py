@@ -880,6 +880,31 @@ def test_squeeze_and_excitation_is_part_of_a_chain(
             model.float()
 
 
+@needs_kernels
+@pytest.mark.parametrize("what", ["a gate of one channel", "a sum that broadcasts"])
+def test_values_of_other_sizes_end_a_chain(choices: None, what: str):
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 32, 3, padding=1)
+            self.c, self.d = nn.Conv2d(32, 1, 3, padding=1), nn.Conv2d(32, 32, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.b(F.relu(self.a(x))))
+            if what == "a gate of one channel":
+                return x * torch.sigmoid(self.c(x))
+            return x + self.d(x.mean((2, 3), keepdim=True))
+
+    torch.manual_seed(0)
+    model = Other().eval()
+    fused = resfast.fuse(model, torch.float32)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        assert relative_error(fused(x), model(x).double()) < 1e-5
+    (chain,) = chains_of(fused)
+    assert [type(layer) for layer in chain.network.layers] == [Conv, Conv]
+
+
 class Dense(nn.Module):
     """Blocks of a DenseNet whose maps of 12 channels fill no line, and a transition."""
 

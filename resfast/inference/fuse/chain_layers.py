@@ -116,9 +116,24 @@ class ChainLayers:
         for targets, name in ((activations.MULTIPLICATIONS, "gate"), (ADDS, "residual")):
             pair = activations.operands(node, targets)
             if pair is not None:
-                both = all(isinstance(value, fx.Node) for value in pair)
-                return Pointwise(0, **{name: 1}) if both else None  # type: ignore[arg-type]
+                fits = self._fit(*pair, broadcasts=name == "gate")
+                return Pointwise(0, **{name: 1}) if fits else None  # type: ignore[arg-type]
         return self._activation(node)
+
+    def _fit(self, first: Any, second: Any, *, broadcasts: bool) -> bool:
+        """Whether two values have the same channels, and size if none of one pixel broadcasts."""
+        if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
+            return False
+        if not broadcasts and self._is_pixel(first) != self._is_pixel(second):
+            return False
+        channels = {self._channels(first), self._channels(second)} - {None}
+        return len(channels) < 2
+
+    def _is_pixel(self, value: fx.Node) -> bool:
+        """Whether a value is a map of one pixel, since it depends on means of maps alone."""
+        if self.of(value) is None:
+            return False
+        return self.is_mean(value) or all(map(self._is_pixel, value.all_input_nodes))
 
     def _activation(self, node: fx.Node) -> Layer | None:
         """An activation on its own."""
