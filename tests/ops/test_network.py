@@ -1061,7 +1061,7 @@ def test_many_layers_may_amplify_rounding(choices: None):
     assert not is_right(Computed(1.5))
     (ready, *_) = network.ways(current, layout, shape).values()
     assert is_right(ready())
-    wrong = network._ready(current, layout, {}, shape, 2)
+    wrong = network._ready(current, layout, {}, False, shape, 2)
     wrong.packed.memory[:4096] = 0  # of the first weights
     assert not network._check(current, layout, shape)(wrong)
 

@@ -53,6 +53,8 @@ from resfast.ops.scale_shift.op import ScaleShiftAct
 CHOICES = conv_choice.Choices("network-cpu.json")
 LAYERS = "layers"
 """The choice of the layers one by one."""
+WINOGRAD = "w"
+"""Ends the names of choices where layers use Winograd's algorithm."""
 MOST_PLANS = 8
 """Shapes that a network keeps plans and memory for."""
 MAX_ERRORS = {torch.bfloat16: 0.03, torch.float32: 1e-5}
@@ -200,6 +202,8 @@ class Network:
             CHOICES.put(key, name, keep=steady)
         if name == LAYERS or not is_right(ways[name]()):
             return self.by_layers
+        if not name.endswith(WINOGRAD):  # without the weights of Winograd's algorithm
+            return self._ready(layers, layout, {}, False, x.shape, int(name)).run
         return ways[name]().run
 
     def ways(
@@ -211,13 +215,16 @@ class Network:
             Unplannable: the kernels cannot run this network for this shape.
         """
         shapes(layers, shape)
+        sizes = item_sizes(shape[0], torch.get_num_threads(), layout)
+        # The same for all, so that one copy of the weights serves them.
+        sides = winograd.sides(layers, shape, layout, sizes[0])
         found: dict[str, Callable[[], _Ready]] = {}
-        for images in item_sizes(shape[0], torch.get_num_threads(), layout):
-            sides = winograd.sides(layers, shape, layout, images)
-            for mark, of_layers in (("", {}), ("w", sides)):
-                if of_layers if mark else not (found and sides):
-                    ready = functools.partial(self._ready, layers, layout, of_layers, shape, images)
-                    found[f"{images}{mark}"] = functools.cache(ready)
+        for images in sizes:
+            for mark in ("", WINOGRAD) if sides else ("",):
+                ready = functools.partial(
+                    self._ready, layers, layout, sides, bool(mark), shape, images
+                )
+                found[f"{images}{mark}"] = functools.cache(ready)
         return found
 
     def _check(
@@ -259,16 +266,18 @@ class Network:
         layers: list[Layer],
         layout: Layout,
         sides: dict[int, int],
+        by_winograd: bool,
         shape: torch.Size,
         images: int,
     ) -> _Ready:
-        """A plan for items of some images."""
+        """A plan for items of some images, with weights for Winograd's algorithm and without."""
         key = tuple(sides.items())
         packed = self._packed.get(key)
         if packed is None:
             with torch.inference_mode(False), torch.no_grad():
                 packed = self._packed[key] = pack(layers, layout, sides)
-        planned = plan(layers, packed, shape, torch.get_num_threads(), images)
+        threads = torch.get_num_threads()
+        planned = plan(layers, packed, shape, threads, images, by_winograd=by_winograd)
         return _Ready(planned, packed, self.head)
 
     def _current(self) -> list[Layer]:

@@ -98,7 +98,13 @@ def item_sizes(images: int, threads: int, layout: Layout = BFLOAT16) -> list[int
 
 
 def plan(
-    layers: Sequence[Layer], packed: Packed, shape: Sequence[int], threads: int, images: int
+    layers: Sequence[Layer],
+    packed: Packed,
+    shape: Sequence[int],
+    threads: int,
+    images: int,
+    *,
+    by_winograd: bool = True,
 ) -> Plan:
     """Plans a network for one shape of its input.
 
@@ -108,11 +114,12 @@ def plan(
         shape: ``[N, C, H, W]`` of the input.
         threads: that share the work.
         images: that go through the network together, one of :func:`item_sizes`.
+        by_winograd: use Winograd's algorithm for the layers that are packed for it.
 
     Raises:
         Unplannable: the kernels cannot run this network for this shape.
     """
-    return _Planner(layers, packed, shape, threads, images).plan()
+    return _Planner(layers, packed, shape, threads, images, by_winograd).plan()
 
 
 def tiles_at_once(side: int, channels: int, count: int, layout: Layout = FLOAT32) -> int:
@@ -142,9 +149,11 @@ class _Planner(Places):
         shape: Sequence[int],
         threads: int,
         images: int,
+        by_winograd: bool,
     ) -> None:
         super().__init__(layers, shape, packed.layout, images)
         self.packed, self.threads = packed, threads
+        self.sides = packed.sides if by_winograd else {}
         self.shape = tuple(shape)
         self.together = images >= shape[0]
         self.split = Split(self.layout, threads, self.together)
@@ -272,7 +281,7 @@ class _Planner(Places):
         if conv.residual is not None:
             added, added_words = self._map(conv.residual)
         (written, written_words), others = targets[0], targets[1:]
-        panels, side = -(-result.channels // PANEL), self.packed.sides.get(index, 0)
+        panels, side = -(-result.channels // PANEL), self.sides.get(index, 0)
         if side:
             kind, first = WINOGRAD, 0
             count = self.pass_images * winograd.tiles(side, result.height, result.width)
