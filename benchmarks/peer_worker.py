@@ -1,6 +1,6 @@
 """The process of one peer of ``benchmarks.peers``: answers lines of JSON.
 
-``python -m benchmarks.peer_worker PEER MODEL BATCH DTYPE`` prints the error of the peer's result,
+``python -m benchmarks.peer_worker PEER NETWORK BATCH DTYPE`` prints the error of the peer's result,
 then for each number of seconds on standard input the images per second of that time.
 """
 
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import resource
+import runpy
 import sys
 import tempfile
 import time
@@ -23,15 +24,36 @@ Run = Callable[[Tensor], Tensor]
 IMAGE_SIZE = 32
 MOST_COMPARED = 64
 """Images that are compared with float32; all of a large batch would set the peak memory."""
+MOST_STATISTICS = 64 * 32 * 32
+"""Pixels of the images that batch norms take their statistics from."""
+NETWORKS = "a preset, torchvision:NAME, timm:NAME or FILE.py:FUNCTION, with @PIXELS other than 32"
 
 
-def build(name: str) -> nn.Module:
-    """A preset or ``torchvision:NAME`` in eval mode, its batch norms not the identity."""
+def build(network: str) -> tuple[nn.Module, int]:
+    """A network in eval mode, its batch norms not the identity, and the pixels of an image's side.
+
+    Args:
+        network: what :data:`NETWORKS` says.
+
+    Raises:
+        ValueError: the pixels are not a number.
+        LookupError: a preset or a function with this name does not exist.
+    """
     torch.manual_seed(0)
-    if name.startswith("torchvision:"):
+    name, _, pixels = network.partition("@")
+    size = int(pixels) if pixels else IMAGE_SIZE
+    kind, _, rest = name.rpartition(":")
+    if kind == "torchvision":
         from torchvision import models
 
-        model = models.get_model(name.partition(":")[2], weights=None, num_classes=10)
+        model = models.get_model(rest, weights=None, num_classes=10)
+    elif kind == "timm":
+        import timm
+
+        model = timm.create_model(rest, num_classes=10)
+    elif kind.endswith(".py"):
+        sys.path.insert(0, str(Path(kind).parent))  # for imports of its neighbors
+        model = runpy.run_path(kind)[rest]()
     else:
         import resfast
 
@@ -41,8 +63,9 @@ def build(name: str) -> nn.Module:
             nn.init.uniform_(norm.weight, 0.5, 1.5)
             nn.init.normal_(norm.bias, std=0.2)
             norm.momentum = 1.0
-    model.train()(torch.randn(64, 3, IMAGE_SIZE, IMAGE_SIZE))
-    return model.eval().requires_grad_(False)
+    count = max(4, min(64, MOST_STATISTICS // size**2))
+    model.train()(torch.randn(count, 3, size, size))
+    return model.eval().requires_grad_(False), size
 
 
 def ours(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
@@ -128,10 +151,15 @@ def main() -> None:
     # Keeps the output of libraries out of the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    peer, name, batch, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), DTYPES[sys.argv[4]]
+    peer, network, batch, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), DTYPES[sys.argv[4]]
     with torch.inference_mode():
-        model = build(name)
-        x = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE)
+        try:
+            model, size = build(network)
+        except (LookupError, ValueError, ImportError, OSError) as error:
+            first = str(error).strip().partition("\n")[0]
+            print(json.dumps({"missing": f"no network {network}: {first}"}), file=answers)
+            return
+        x = torch.randn(batch, 3, size, size)
         exact = model(x[:MOST_COMPARED])
         try:
             other = None

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench_report
-from benchmarks.peer_worker import BESIDE, PEERS, installed
+from benchmarks.peer_worker import BESIDE, NETWORKS, PEERS, installed
 from benchmarks.report import hardware, version
 from resfast import atomic
 
@@ -185,7 +185,9 @@ def main() -> None:
         default=",".join(PEERS),
         help=f"comma-separated, of {', '.join([*PEERS, *BESIDE])}",
     )
-    parser.add_argument("--models", default="resnet-2111,resnet18", help="presets, comma-separated")
+    parser.add_argument(
+        "--models", default="resnet-2111,resnet18", help=f"comma-separated, each {NETWORKS}"
+    )
     parser.add_argument("--batches", default="1,8,64,512", help="comma-separated")
     parser.add_argument("--dtypes", default="bf16,fp32", help="comma-separated: bf16, fp32")
     parser.add_argument("--turns", type=int, default=5, help="of each peer and case")
