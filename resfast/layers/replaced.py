@@ -12,49 +12,48 @@ import copy
 import copyreg
 import types
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
-
-class Replaced:
-    """First base of the subclasses; the second one is the original class."""
-
-    __slots__ = ()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        kind = type(self)
-        reduced = super().__reduce_ex__(protocol)
-        makers = (copyreg.__newobj__, copyreg._reconstructor)  # type: ignore[attr-defined]
-        if isinstance(reduced, tuple) and reduced[0] in makers and reduced[1][0] is kind:
-            return makers[1], (_original(kind), object, None), *reduced[2:]
-        return reduced
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        own = getattr(super(), "__deepcopy__", None)
-        if own is not None:
-            return own(memo)
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[attr-defined]
-        return copied
+_MADE: WeakSet[type] = WeakSet()
+"""The classes of :func:`subclass`."""
 
 
 def subclass(kind: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
     """A class of modules that replaces another one.
 
     Args:
-        kind: the original class.
+        kind: the original class, the only base of the new one.
         namespace: methods that differ.
 
     Raises:
         TypeError: the class cannot have such a subclass.
     """
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    names["__doc__"] = kind.__doc__
-    return types.new_class(
-        kind.__name__, (Replaced, kind), exec_body=lambda body: body.update(names | namespace)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        reduced = kind.__reduce_ex__(self, protocol)
+        makers = (copyreg.__newobj__, copyreg._reconstructor)  # type: ignore[attr-defined]
+        if isinstance(reduced, tuple) and reduced[0] in makers and reduced[1][0] is type(self):
+            return makers[1], (kind, object, None), *reduced[2:]
+        return reduced
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    names["__reduce_ex__"] = reduce
+    if not hasattr(kind, "__deepcopy__"):
+        names["__deepcopy__"] = deepcopy
+    made = types.new_class(
+        kind.__name__, (kind,), exec_body=lambda body: body.update(names | namespace)
     )
+    _MADE.add(made)
+    return made
 
 
 def replace_class(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -63,28 +62,25 @@ def replace_class(module: nn.Module, kind: type[nn.Module]) -> None:
     Raises:
         TypeError: the objects of the two classes differ in memory.
     """
-    module.__class__ = kind
+    object.__setattr__(module, "__class__", kind)
 
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether the module's class is one of :func:`subclass`."""
-    return Replaced in type(module).__bases__
+    return type(module) in _MADE
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has, or had before it was replaced."""
-    return _original(type(module))
-
-
-def _original(kind: type) -> Any:
-    return kind.__bases__[1] if Replaced in kind.__bases__ else kind
+    kind = type(module)
+    return kind.__bases__[0] if kind in _MADE else kind
 
 
 def restore(model: nn.Module) -> int:
     """Gives the modules of a network their original classes; returns how many were replaced."""
     found = [module for module in model.modules() if is_replaced(module)]
     for module in found:
-        module.__class__ = original_class(module)
+        object.__setattr__(module, "__class__", original_class(module))
     return len(found)
 
 

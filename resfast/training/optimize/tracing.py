@@ -36,7 +36,8 @@ _SIMPLE = (
     *(type(None), bool, int, float, str, enum.Enum),
     *(torch.dtype, torch.device, torch.memory_format, torch.Size),
 )
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
+_PURE = ("builtins", "collections", "functools", "math", "_operator", "torch", "typing")
+"""Home of functions whose result depends on their arguments only."""
 _MODULES = (torch, nn, F, math, operator)
 """Python modules whose functions depend on their arguments only, but for what the mode refuses."""
 _BUILTINS = frozenset(
@@ -52,6 +53,11 @@ _EFFECTS = frozenset(
 _CONTEXTS = ("torch.amp", "torch.autograd", "torch.cuda", "torch.jit", "torch.utils.checkpoint")
 _CONTEXTS += ("torch.distributed", "torch.random", "torch.profiler")
 """PyTorch's own modules in Python whose calls a graph would lose."""
+_STATES = frozenset(
+    "is_autocast_enabled is_autocast_cpu_enabled get_autocast_dtype get_autocast_cpu_dtype "
+    "get_autocast_gpu_dtype get_default_dtype initial_seed seed manual_seed get_rng_state".split()
+)
+"""Functions that read or change the state of PyTorch."""
 _HARMLESS = ("is_tracing", "is_scripting")
 _MISSING = object()
 
@@ -130,6 +136,9 @@ def trace(module: nn.Module) -> Trace:
     forward = kind.forward
     if not isinstance(forward, types.FunctionType):
         raise UntraceableError("its forward is not a Python function")
+    home = forward.__globals__.get("__name__", "")
+    if home.startswith("torch.") and not issubclass(kind, nn.Sequential):
+        raise UntraceableError(f"its forward is decorated by {home}")
     if kind.__getattribute__ is not nn.Module.__getattribute__:
         raise UntraceableError("its class has its own __getattribute__")
     watch = _Watch(module)
@@ -267,7 +276,7 @@ class _Watch:
         home = frame.f_globals.get("__name__", "")
         name = frame.f_code.co_name
         is_context = any(home == one or home.startswith(f"{one}.") for one in _CONTEXTS)
-        if is_context and name not in _HARMLESS:
+        if is_context and name not in _HARMLESS and not _is_of_tracing(frame):
             raise UntraceableError(f"it calls {name} of {home}")
         if not _is_users(frame) or frame.f_code in self.codes:
             return
@@ -276,6 +285,8 @@ class _Watch:
             if instruction.opname in _EFFECTS and frame.f_code.co_name != "<genexpr>":
                 what = instruction.argval or instruction.opname.lower()
                 raise UntraceableError(f"it has effects of its own ({what})")
+            if instruction.argval in _STATES:
+                raise UntraceableError(f"it reads {instruction.argval}")
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 self._variable(frame.f_globals, instruction.argval)
         for name in frame.f_code.co_freevars:
@@ -300,15 +311,29 @@ class _Watch:
 def _is_constant(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_constant, value))
-    if isinstance(value, types.BuiltinFunctionType):
-        home = getattr(value, "__self__", None)
-        if isinstance(home, types.ModuleType):
-            return home.__name__.partition(".")[0] in ("builtins", "math", "_operator", "torch")
-        return home is None or isinstance(home, type)
-    return isinstance(value, (*_SIMPLE, *_FUNCTIONS))
+    if isinstance(value, types.BuiltinFunctionType | types.MethodType):
+        owner = value.__self__
+        if isinstance(owner, types.ModuleType):
+            return owner.__name__.partition(".")[0] in _PURE
+        return owner is None or isinstance(owner, type)
+    if isinstance(value, types.FunctionType):
+        home = (value.__module__ or "").partition(".")[0]
+        return home in _PURE or home not in sys.stdlib_module_names
+    return isinstance(value, (*_SIMPLE, type))
+
+
+def _is_of_tracing(frame: types.FrameType) -> bool:
+    """Whether ``torch.fx`` has called a frame for its own purposes, not for the user's code."""
+    caller = frame.f_back
+    while caller is not None and not _is_users(caller):
+        if caller.f_globals.get("__name__", "").startswith("torch.fx"):
+            return True
+        caller = caller.f_back
+    return False
 
 
 def _is_users(frame: types.FrameType) -> bool:
     """Whether code that runs is neither PyTorch's nor ours."""
     home = frame.f_globals.get("__name__", "")
-    return home.partition(".")[0] not in ("torch", "resfast", "contextlib", "inspect")
+    top = home.partition(".")[0]
+    return top == "__main__" or top not in ("torch", "resfast", *sys.stdlib_module_names)
