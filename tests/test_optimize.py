@@ -16,6 +16,7 @@ import resfast
 from resfast.ops.add_relu import op as add_relu
 from resfast.ops.conv_train import op as conv_train
 from resfast.ops.norm_act import op as norm_act
+from resfast.training.optimize import calls
 
 pytestmark = pytest.mark.skipif(
     not norm_act.AVAILABLE, reason="needs the C++ kernels and AVX512-BF16"
@@ -23,6 +24,12 @@ pytestmark = pytest.mark.skipif(
 LAST = torch.channels_last
 LIMIT = 0.03
 """Largest RMS error relative to float64: several roundings to bfloat16 in a row."""
+
+
+@pytest.fixture(autouse=True)
+def by_rule(monkeypatch) -> None:
+    """Convolutions are not measured, so that the same kernels run in each test."""
+    monkeypatch.setattr(calls, "MEASURES", False)
 
 
 @pytest.fixture
@@ -110,6 +117,10 @@ PATTERNS = {
     "conv": (lambda: nn.Sequential(nn.Conv2d(24, 32, 3, padding=1)), {"conv": 1}),
     "strided conv": (lambda: chain(nn.Conv2d(32, 16, 3, stride=2, bias=False)), {"conv": 2}),
     "strided 1x1": (lambda: chain(nn.Conv2d(32, 16, 1, stride=2)), {"conv": 1}),
+    "to one pixel": (
+        lambda: chain(nn.AvgPool2d(4), nn.Conv2d(32, 24, 3, stride=2, padding=1)),
+        {"conv": 2},
+    ),
     "norm": (lambda: chain(nn.BatchNorm2d(32)), {"conv": 1, "norm": 1}),
     "norm without scale": (
         lambda: chain(nn.BatchNorm2d(32, affine=False), nn.ReLU()),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,12 +35,17 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if records_in_bfloat16():
+            from resfast.ops.conv import cpu as conv_cpu
             from resfast.ops.conv_train import op as conv_train
 
-            if conv_train.applies(input, weight, self.stride[0], self.padding[0]):
-                return train_conv2d(input, weight, bias, self.stride[0], self.padding[0], self.tile)
+            where = self.stride[0], self.padding[0]
+            if conv_train.applies(input, weight, *where):
+                tile = conv_cpu.fastest_tile(input, *where, self.tile)
+                out = conv_train.conv2d(input.to(torch.bfloat16), weight, *where, tile)
+                return out if bias is None else out + bias.to(out.dtype)[:, None, None]
             if self.kernel_size == (1, 1) and self.stride[0] > 1 and input.device.type == "cpu":
-                return pixel_conv2d(input, weight, bias, self.stride)
+                pixels = input.permute(0, 2, 3, 1)[:, :: self.stride[0], :: self.stride[1]]
+                return F.linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
         return super()._conv_forward(input, weight, bias)
 
 
@@ -53,40 +56,6 @@ def records_in_bfloat16() -> bool:
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
     )
-
-
-def train_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int, tile: int
-) -> Tensor:
-    """:func:`resfast.ops.conv_train.op.conv2d` where it applies, with a bias.
-
-    Args:
-        x: ``[N, C, H, W]`` of any dtype.
-        weight: float32 ``[K, C, 3, 3]``.
-        bias: ``[K]`` or None.
-        stride: of rows and columns.
-        padding: of rows and columns.
-        tile: largest side of a Winograd output tile.
-    """
-    from resfast.ops.conv import cpu as conv_cpu
-    from resfast.ops.conv_train import op as conv_train
-
-    tile = conv_cpu.fastest_tile(x, stride, padding, tile)
-    out = conv_train.conv2d(x.to(torch.bfloat16), weight, stride, padding, tile)
-    return out if bias is None else out + bias.to(out.dtype)[:, None, None]
-
-
-def pixel_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]) -> Tensor:
-    """A 1x1 convolution without padding, as a matrix product over the pixels that it reads.
-
-    Args:
-        x: ``[N, C, H, W]``, fast in ``channels_last``.
-        weight: ``[K, C, 1, 1]``.
-        bias: ``[K]`` or None.
-        stride: of rows and columns.
-    """
-    pixels = x.permute(0, 2, 3, 1)[:, :: stride[0], :: stride[1]]
-    return F.linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def set_winograd_tile(model: nn.Module, tile: int) -> None:

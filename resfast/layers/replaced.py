@@ -33,7 +33,7 @@ def subclass(kind: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module
     """
 
     def reduce(self: Any, protocol: Any) -> Any:
-        reduced = kind.__reduce_ex__(self, protocol)
+        reduced = kind.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
         makers = (copyreg.__newobj__, copyreg._reconstructor)  # type: ignore[attr-defined]
         if isinstance(reduced, tuple) and reduced[0] in makers and reduced[1][0] is type(self):
             return makers[1], (kind, object, None), *reduced[2:]

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resfast.layers import norm as layers_norm
-from resfast.layers.conv import pixel_conv2d, records_in_bfloat16, train_conv2d
+from resfast.layers.conv import records_in_bfloat16
 from resfast.ops.conv.reference import ACTIVATIONS
+from resfast.ops.conv_train import choice
+from resfast.ops.conv_train import op as conv_train
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -21,38 +23,40 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def conv_forward(self: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``nn.Conv2d._conv_forward`` of a convolution that :func:`why_not_conv` lets pass."""
-    if records_in_bfloat16() and input.device.type == "cpu" and is_channels_last(input):
-        from resfast.ops.conv_train import op as conv_train
+MEASURES = True
+"""Whether convolutions are measured; otherwise a rule chooses how to compute them."""
 
-        stride = self.stride[0]
-        if self.kernel_size == (1, 1):
-            return pixel_conv2d(input, weight, bias, self.stride)
-        if conv_train.applies(input, weight, stride, self.padding[0]):
-            return train_conv2d(input, weight, bias, stride, self.padding[0], self.tile)
+
+def conv_forward(self: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``nn.Conv2d._conv_forward`` of a convolution for which :func:`why_not_conv` is None."""
+    if records_in_bfloat16() and input.device.type == "cpu" and is_channels_last(input):
+        where = self.stride[0], self.padding[0]
+        if MEASURES and not torch.compiler.is_compiling():
+            name = choice.algorithm(input, weight, *where, self.tile)
+        else:
+            name = choice.by_rule(input, weight, *where)
+        if name != "torch":
+            return choice.run(name, input, weight, bias, *where)
     return nn.Conv2d._conv_forward(self, input, weight, bias)
 
 
 def why_not_conv(conv: nn.Conv2d) -> str | None:
     """Why no training kernel can be faster for a convolution, whatever its input, or None."""
-    from resfast.ops.conv_train import op as conv_train
-
     if not conv_train.AVAILABLE:
         return "convolution: the kernels for bfloat16 are not built or need AVX512-BF16"
     if conv.groups != 1 or conv.dilation != (1, 1):
         return "convolution with groups or dilation"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"convolution with padding {conv.padding!r} of {conv.padding_mode}"
-    square = len({*conv.stride}) == len({*conv.padding}) == 1
-    if conv.kernel_size == (1, 1):
-        if square and conv.stride[0] > 1 and conv.padding[0] == 0:
-            return None
-        return "1x1 convolution: PyTorch's matrix product is as fast"
-    if conv.kernel_size != (3, 3):
-        return "convolution other than 3x3"
-    if not square or conv.stride[0] > 2 or conv.padding[0] > 2:
-        return "convolution with a stride or padding that the kernel does not have"
+    if conv.kernel_size not in ((1, 1), (3, 3)):
+        return "convolution other than 3x3 and 1x1"
+    limits = (2, 2) if conv.kernel_size == (3, 3) else (max(conv.stride), 0)
+    if (
+        len({*conv.stride}) > 1
+        or len({*conv.padding}) > 1
+        or (conv.stride[0] > limits[0] or conv.padding[0] > limits[1])
+    ):
+        return f"convolution with stride {conv.stride} and padding {conv.padding}"
     if min(conv.in_channels, conv.out_channels) < conv_train.MIN_CHANNELS:
         return f"convolution of fewer than {conv_train.MIN_CHANNELS} channels"
     return None
