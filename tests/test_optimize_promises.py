@@ -477,11 +477,13 @@ def test_other_optimizers_are_left_and_named():
     [
         (("resnet18",), "model is a str; expected a torch.nn.Module"),
         ((nn.Linear(1, 1), None, torch.float16), "dtype is torch.float16; expected"),
+        ((nn.Linear(1, 1), None, torch.bfloat16, 5), "winograd_tile is 5; expected 2, 3 or 4"),
         ((nn.Linear(1, 1), "sgd"), "optimizer is a str; expected a torch.optim.Optimizer"),
     ],
 )
 def test_errors_name_the_value_and_what_was_expected(arguments, message):
+    tile = {"winograd_tile": arguments[3]} if len(arguments) > 3 else {}
     with pytest.raises(resfast.ResfastError, match=message):
-        resfast.optimize(*arguments)
+        resfast.optimize(*arguments[:3], **tile)
     with pytest.raises(resfast.ResfastError, match="expected a torch"):
         resfast.restore("resnet18")

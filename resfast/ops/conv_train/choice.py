@@ -55,10 +55,10 @@ def candidates(
     return names
 
 
-def by_rule(x: Tensor, weight: Tensor, stride: int, padding: int) -> str:
-    """The algorithm where nothing can be measured, as in ``torch.compile``."""
+def by_rule(x: Tensor, weight: Tensor, stride: int, padding: int, largest_tile: int = 2) -> str:
+    """The algorithm where nothing can be measured, as in ``torch.compile``; same arguments."""
     if conv_train.applies(x, weight, stride, padding):
-        return "conv2d_train:2"
+        return f"conv2d_train:{largest_tile}"
     is_matmul = tuple(weight.shape[2:]) == (1, 1) and padding == 0
     return "matmul" if is_matmul and stride > 1 and conv_train.AMX else "torch"
 

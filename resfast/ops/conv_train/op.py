@@ -189,7 +189,7 @@ class _OnePixel:
         return found
 
     def for_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        found = torch.zeros_like(weight, memory_format=torch.channels_last)
+        found = torch.zeros_like(weight)
         sums = grad.flatten(1).float().T @ self.inputs(x).float()
         self.taps(found).copy_(sums.unflatten(1, (-1, self.rows, self.columns)))
         return found
@@ -248,9 +248,12 @@ def _backward_fake(
     needed: list[bool],
     tile: int,
 ) -> tuple[Tensor, Tensor]:
+    # Of one pixel, the weight's gradient has the strides of the weight.
+    one = _OnePixel.of(x, weight, stride, padding) is not None
+    formats = torch.channels_last, torch.preserve_format if one else torch.channels_last
     return tuple(
-        torch.empty_like(like, memory_format=torch.channels_last) if wanted else x.new_empty(0)
-        for like, wanted in zip((x, weight), needed, strict=True)
+        torch.empty_like(like, memory_format=memory_format) if wanted else x.new_empty(0)
+        for like, memory_format, wanted in zip((x, weight), formats, needed, strict=True)
     )
 
 

@@ -34,7 +34,7 @@ def conv_forward(self: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | 
         if MEASURES and not torch.compiler.is_compiling():
             name = choice.algorithm(input, weight, *where, self.tile)
         else:
-            name = choice.by_rule(input, weight, *where)
+            name = choice.by_rule(input, weight, *where, self.tile)
         if name != "torch":
             return choice.run(name, input, weight, bias, *where)
     return nn.Conv2d._conv_forward(self, input, weight, bias)

@@ -20,6 +20,7 @@ class OptimizationReport:
         activations: activations that are computed with the norm or addition before them.
         residuals: residual additions that are computed with the norm before or the ReLU after them.
         blocks: modules whose forward is rewritten for that.
+        dtype: compute dtype in training.
         channels_last: whether contiguous images are converted to ``channels_last``.
         optimizer: what changed about the optimizer, or why nothing did.
         left: name of each convolution, batch norm and rewritable forward that was left alone, and
@@ -31,16 +32,18 @@ class OptimizationReport:
     activations: int
     residuals: int
     blocks: int
+    dtype: str
     channels_last: bool
     optimizer: str
     left: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
+        images = "are converted to" if self.channels_last else "use the kernels if they are in"
         lines = [
             f"{self.convolutions} convolutions and {self.batch_norms} batch norms replaced, "
             f"{self.activations} activations and {self.residuals} residual additions computed with "
             f"them in {self.blocks} rewritten forwards",
-            f"images: {'converted to' if self.channels_last else 'must be in'} channels_last",
+            f"computed in {self.dtype}; images {images} channels_last",
             f"optimizer: {self.optimizer}",
         ]
         return "\n".join([*lines, *by_reason("left", self.left)])
