@@ -28,8 +28,10 @@ LIMIT = 0.03
 
 @pytest.fixture(autouse=True)
 def by_rule(monkeypatch) -> None:
-    """Convolutions are not measured, so that the same kernels run in each test."""
+    """Convolutions are not measured and no map is too small: the same kernels run in each test."""
     monkeypatch.setattr(calls, "MEASURES", False)
+    monkeypatch.setattr(calls, "MIN_VALUES", 0)
+    monkeypatch.setattr(calls, "MIN_VALUES_ALONE", 0)
 
 
 @pytest.fixture
@@ -327,8 +329,27 @@ def test_second_derivatives_are_refused():
     resfast.optimize(model)
     x = torch.randn(2, 24, 6, 6).contiguous(memory_format=LAST).requires_grad_()
     (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivatives"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|not have been used"):
         torch.autograd.grad(first.square().sum(), x)
+    (first,) = torch.autograd.grad(model(x).square().sum(), model[1].weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
+def test_small_maps_are_left_to_pytorch(kernels, monkeypatch):
+    """Their norms take less time than the Python code around a kernel."""
+    monkeypatch.setattr(calls, "MIN_VALUES", 2 * 24 * 64)
+    monkeypatch.setattr(calls, "MIN_VALUES_ALONE", 4 * 24 * 64)
+    torch.manual_seed(9)
+    model, alone = resfast.optimize(InPlace())[0], resfast.optimize(Scaled())[0]
+    for count, expected in ((1, [0, 0]), (2, [2, 1]), (4, [2, 2])):
+        x = torch.randn(count, 24, 8, 8).contiguous(memory_format=LAST)
+        found = []
+        for network in (model, alone):
+            kernels.clear()
+            network(x)
+            found.append(kernels["norm"])
+        assert found == expected
 
 
 @contextmanager

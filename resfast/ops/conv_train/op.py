@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv import reference as conv_reference
@@ -77,6 +78,8 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, tile: i
         RuntimeError: the C++ kernels are missing.
     """
     check_arguments(x, weight, stride, padding, tile)
+    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _OnCpu.apply(x, weight, stride, padding, tile)
     return torch.ops.resfast.conv2d_train(x, weight, stride, padding, tile)
 
 
@@ -233,6 +236,28 @@ def _backward_cpu(
     if AMX and fits_groups(x, grad.shape[3]) and fits_groups(grad, grad.shape[3]):
         return for_x, torch.ops.resfast.conv_direct_weight_gradient(x, grad, stride, padding)
     return for_x, torch.ops.resfast.conv_train_weight_gradient(x, grad, stride, padding, tile)
+
+
+class _OnCpu(torch.autograd.Function):
+    """The operator without its layers of Python, which take longer than small maps do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, tile: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.where = stride, padding, tile
+        return _cpu(x, weight, stride, padding, tile)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, tile = ctx.where
+        needed = list(ctx.needs_input_grad[:2])
+        both = _backward_cpu(grad, x, weight, stride, padding, needed, tile)
+        found = (one if wanted else None for one, wanted in zip(both, needed, strict=True))
+        return *found, None, None, None
 
 
 def _fake(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int) -> Tensor:

@@ -17,6 +17,12 @@ from resfast.ops.conv.reference import ACTIVATIONS
 from resfast.ops.conv_train import choice
 from resfast.ops.conv_train import op as conv_train
 
+MIN_VALUES = 2**18
+"""Fewest values of a map for which a kernel for norm and activation, or a sum, saves time: with
+fewer, PyTorch's modules return earlier (``benchmarks/optimize.py``, two cores of an EPYC)."""
+MIN_VALUES_ALONE = 2**19
+"""The same for a norm without an activation and an addition."""
+
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether ``[N, C, H, W]`` is in ``channels_last`` memory."""
@@ -64,7 +70,11 @@ def why_not_conv(conv: nn.Conv2d) -> str | None:
 
 def norm_forward(self: nn.BatchNorm2d, input: Tensor) -> Tensor:
     """``nn.BatchNorm2d.forward``."""
-    if layers_norm.applies(input, self) and is_channels_last(input):
+    if (
+        _is_large(input, MIN_VALUES_ALONE)
+        and layers_norm.applies(input, self)
+        and is_channels_last(input)
+    ):
         return layers_norm.fused_norm_act(input, self)
     return nn.BatchNorm2d.forward(self, input)
 
@@ -94,6 +104,7 @@ def norm_act(
     )
     if (
         known is not None
+        and _is_large(x, MIN_VALUES)
         and layers_norm.applies(x, norm)
         and is_channels_last(x)
         and (residual is None or _is_addable(x, residual))
@@ -111,13 +122,18 @@ def add_relu(
     x: Tensor, residual: Tensor, activation: nn.Module | None, in_place: bool = False
 ) -> Tensor:
     """``relu(x + residual)``; ``activation`` is the module that is called for it, if one is."""
-    if _is_addable(x, residual) and torch.is_grad_enabled():
+    if _is_addable(x, residual) and torch.is_grad_enabled() and _is_large(x, MIN_VALUES):
         from resfast.ops.add_relu import op as kernel
 
         if x.device.type == "cpu" and x.dtype in kernel.DTYPES:
             return kernel.add_relu(x, residual)
     out = x.add_(residual) if in_place else x + residual
     return F.relu(out) if activation is None else activation(out)
+
+
+def _is_large(x: Tensor, least: int) -> bool:
+    """Whether a kernel saves more time than calling it takes, which compiled code does not."""
+    return torch.compiler.is_compiling() or x.numel() >= least
 
 
 def _is_addable(x: Tensor, residual: Tensor) -> bool:
