@@ -5,7 +5,6 @@ Operators that are called only by these, such as ``conv_gemm``, are declared in 
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -41,8 +40,6 @@ def register(
             ``torch.compile``; ``None`` for an operator without a result.
         setup_context: saves what ``backward`` needs, as in ``torch.library.register_autograd``.
         backward: the gradients of the inputs; ``None`` for an operator that is not differentiable.
-            An operator that computes gradients, whose name ends with ``_backward``, then raises
-            where its own are needed; PyTorch would take them for zero, with a warning.
         opaque: whether ``torch.compile`` must not trace into the Python kernels, which it may do
             at graph breaks. This costs about a microsecond per call.
     """
@@ -58,18 +55,10 @@ def register(
             _LIBRARY.impl(name, kernel, device.upper())
     if fake is not None:
         torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    if backward is None and name.endswith("_backward"):
-        backward = functools.partial(_refuse, qualified)
     if backward is not None:
         torch.library.register_autograd(
             qualified, backward, setup_context=setup_context, lib=_LIBRARY
         )
-
-
-def _refuse(name: str, ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError(
-        f"{name} has no derivative; for second derivatives (create_graph=True) use PyTorch's layers"
-    )
 
 
 def fallback(kernel: Callable[..., Any]) -> Callable[..., Any] | None:
