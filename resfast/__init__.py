@@ -34,6 +34,10 @@ if TYPE_CHECKING:  # for editors and type checkers
     from resfast.models.speednet import SpeedNetSpec as SpeedNetSpec
     from resfast.models.vgg import VGG as VGG
     from resfast.models.vgg import VGGSpec as VGGSpec
+    from resfast.training.optimize import OptimizationReport as OptimizationReport
+    from resfast.training.optimize import optimization_report as optimization_report
+    from resfast.training.optimize import optimize as optimize
+    from resfast.training.optimize import restore as restore
     from resfast.training.seeds import train as train
 
 __version__ = "0.1.0"
@@ -41,6 +45,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Config": "resfast.config.schema",
     "Dataset": "resfast.data.dataset",
+    "OptimizationReport": "resfast.training.optimize",
     "RECIPES": "resfast.config.recipes",
     "ResNet": "resfast.models.resnet",
     "ResNetSpec": "resfast.models.resnet",
@@ -53,7 +58,10 @@ _HOME = {
     "fuse": "resfast.inference.fuse",
     "load": "resfast.inference.load",
     "load_dataset": "resfast.data.sources",
+    "optimization_report": "resfast.training.optimize",
+    "optimize": "resfast.training.optimize",
     "recipe": "resfast.config.recipes",
+    "restore": "resfast.training.optimize",
 }
 
 _COMMANDS = ("ensemble", "evaluate", "export", "predict", "train")

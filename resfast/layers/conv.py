@@ -34,11 +34,7 @@ class Conv2d(nn.Conv2d):
         )
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if (
-            torch.is_grad_enabled()
-            and torch.is_autocast_enabled("cpu")
-            and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        ):
+        if records_in_bfloat16():
             from resfast.ops.conv import cpu as conv_cpu
             from resfast.ops.conv_train import op as conv_train
 
@@ -51,6 +47,15 @@ class Conv2d(nn.Conv2d):
                 pixels = input.permute(0, 2, 3, 1)[:, :: self.stride[0], :: self.stride[1]]
                 return F.linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
         return super()._conv_forward(input, weight, bias)
+
+
+def records_in_bfloat16() -> bool:
+    """Whether gradients are recorded under CPU autocast to bfloat16."""
+    return (
+        torch.is_grad_enabled()
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    )
 
 
 def set_winograd_tile(model: nn.Module, tile: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from resfast.errors import ResfastError
 from resfast.layers.activation import NETWORK_NEGATIVE_SLOPE, name_and_slope
+from resfast.layers.replaced import original_class
 from resfast.ops.conv.reference import ACTIVATIONS, KERNEL_ACTIVATIONS
 
 LEAST_CHANNELS = 16
@@ -74,9 +75,9 @@ def norm_act(
             f"activation {activation!r} is unknown; choose {', '.join(ACTIVATIONS)} or pass a "
             "module"
         )
-    known = _known(activation)
-    if known is not None and isinstance(bn, nn.BatchNorm2d) and _applies(x, bn, pool):
-        return _fused(x, bn, *known, residual, pool)
+    known = kernel_activation(activation)
+    if known is not None and isinstance(bn, nn.BatchNorm2d) and applies(x, bn, pool):
+        return fused_norm_act(x, bn, *known, residual, pool)
     out = bn(F.max_pool2d(x, 2) if pool else x)
     if residual is not None:
         out = out + residual
@@ -85,7 +86,7 @@ def norm_act(
     return activation(out)
 
 
-def _known(activation: str | nn.Module) -> tuple[str, float] | None:
+def kernel_activation(activation: str | nn.Module) -> tuple[str, float] | None:
     """Name and slope, or None if the operator does not support the module or it has hooks."""
     if isinstance(activation, str):
         return (activation, NETWORK_NEGATIVE_SLOPE) if activation in KERNEL_ACTIVATIONS else None
@@ -96,11 +97,12 @@ def _known(activation: str | nn.Module) -> tuple[str, float] | None:
     return found if known else None
 
 
-def _applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool) -> bool:
+def applies(x: Tensor, bn: nn.BatchNorm2d, pool: bool = False) -> bool:
+    """Whether the operator computes a batch norm now: training in bfloat16, nothing unusual."""
     if not (
         bn.training
         and torch.is_grad_enabled()
-        and type(bn).forward is nn.BatchNorm2d.forward
+        and original_class(bn).forward is nn.BatchNorm2d.forward
         and bn.running_mean is not None
         and bn.momentum is not None
         and not bn._forward_hooks
@@ -130,14 +132,19 @@ def _count(x: Tensor, pool: bool) -> int:
     return n * (h // 2) * (w // 2) if pool else n * h * w
 
 
-def _fused(
+def fused_norm_act(
     x: Tensor,
     bn: nn.BatchNorm2d,
-    activation: str,
-    negative_slope: float,
-    residual: Tensor | None,
-    pool: bool,
+    activation: str = "none",
+    negative_slope: float = 0.0,
+    residual: Tensor | None = None,
+    pool: bool = False,
 ) -> Tensor:
+    """Batch norm, addition and activation as one operator, where :func:`applies` is True.
+
+    Updates the running statistics. Arguments are those of :func:`norm_act`, with the name of the
+    activation.
+    """
     from resfast.ops.norm_act import op as kernel
 
     out, mean, var = kernel.batch_norm_act(

@@ -12,7 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from resfast.errors import ResfastError
-from resfast.layers import fused
+from resfast.layers import fused, replaced
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -51,13 +51,14 @@ class _Detached(TorchFunctionMode):
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy without gradients, wrappers or computed weights.
+    """A copy without gradients, wrappers, replaced classes or computed weights.
 
     The networks inside of wrappers take their place, and parametrized, normed
     (``torch.nn.utils``) and pruned weights are plain ones.
     """
     with _Detached():
         result = copy.deepcopy(model)
+    replaced.restore(result)
     for module in list(result.modules()):
         for name, child in module.named_children():
             inner = unwrapped(child)

@@ -47,13 +47,13 @@ class FusionReport:
             lines.append(f"{self.blocks} pairs of them form residual blocks")
         if self.int8:
             lines.append(f"{self.int8} of them in int8")
-        lines += _by_reason("not fused", self.left)
+        lines += by_reason("not fused", self.left)
         named = {name for name, _ in self.left}
-        lines += _by_reason("kept", [pair for pair in self.rest if pair[0] not in named])
+        lines += by_reason("kept", [pair for pair in self.rest if pair[0] not in named])
         return "\n".join(lines)
 
 
-def _by_reason(what: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
+def by_reason(what: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
     """A line for each reason, with the first few names."""
     reasons: dict[str, list[str]] = {}
     for name, reason in pairs:

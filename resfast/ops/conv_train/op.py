@@ -2,7 +2,8 @@
 
 Winograd's algorithm computes result and gradients with fewer multiplications than a direct
 convolution (``csrc/cpu/conv/winograd.h``). With AMX, where multiplications are cheap, the weight
-gradient and some results are computed directly (``csrc/cpu/conv/conv_direct.h``).
+gradient and some results are computed directly (``csrc/cpu/conv/conv_direct.h``). A result of one
+pixel is a matrix product.
 The weight stays float32 and is rounded to bfloat16 once; its gradient is float32.
 Where :func:`applies` returns False, use ``torch.nn.functional.conv2d``. The choice depends on the
 shapes and the processor, never on a measurement, so a resumed run computes the same bits.
@@ -13,10 +14,12 @@ Shapes: x ``[N, C, H, W]``, weight ``[K, C, 3, 3]``, result ``[N, K, P, Q]``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from resfast.ops.conv import cpu as conv_cpu
 from resfast.ops.conv import reference as conv_reference
@@ -75,6 +78,8 @@ def conv2d(x: Tensor, weight: Tensor, stride: int = 1, padding: int = 0, tile: i
         RuntimeError: the C++ kernels are missing.
     """
     check_arguments(x, weight, stride, padding, tile)
+    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _OnCpu.apply(x, weight, stride, padding, tile)
     return torch.ops.resfast.conv2d_train(x, weight, stride, padding, tile)
 
 
@@ -147,8 +152,57 @@ def _convolve(
     return kernel(x, packed, None, None, geometry, 0, conv_reference.TORCH_NEGATIVE_SLOPE, *tiles)
 
 
+@dataclass(frozen=True)
+class _OnePixel:
+    """A convolution whose result is one pixel: a matrix product with the taps inside the image.
+
+    Most taps meet only padding where the image is small, and their gradient is 0.
+    """
+
+    rows: int
+    columns: int
+    padding: int
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, stride: int, padding: int) -> _OnePixel | None:
+        if output_shape(x, weight, [stride] * 2, [padding] * 2)[2:] != [1, 1]:
+            return None
+        return cls(*(min(side, 3 - padding) for side in x.shape[2:]), padding)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """``[N, C * taps]``."""
+        return x[:, :, : self.rows, : self.columns].flatten(1)
+
+    def taps(self, weight: Tensor) -> Tensor:
+        """A view ``[K, C, rows, columns]``."""
+        first = self.padding
+        return weight[:, :, first : first + self.rows, first : first + self.columns]
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        filters = self.taps(weight).to(torch.bfloat16).flatten(1)
+        return new_map(x, [len(x), len(weight), 1, 1]).copy_(
+            (self.inputs(x) @ filters.T)[..., None, None]
+        )
+
+    def for_x(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        filters = self.taps(weight).to(torch.bfloat16).flatten(1)
+        found = torch.zeros_like(x)
+        part = (grad.flatten(1) @ filters).unflatten(1, (-1, self.rows, self.columns))
+        found[:, :, : self.rows, : self.columns] = part
+        return found
+
+    def for_weight(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        found = torch.zeros_like(weight)
+        sums = grad.flatten(1).float().T @ self.inputs(x).float()
+        self.taps(found).copy_(sums.unflatten(1, (-1, self.rows, self.columns)))
+        return found
+
+
 def _cpu(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int) -> Tensor:
-    return _convolve(channels_last(x), weight, stride, padding, tile)
+    x = channels_last(x)
+    if (one := _OnePixel.of(x, weight, stride, padding)) is not None:
+        return one.forward(x, weight)
+    return _convolve(x, weight, stride, padding, tile)
 
 
 def _backward_cpu(
@@ -162,6 +216,9 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     grad, x = channels_last(grad), channels_last(x)
     none = x.new_empty(0)
+    if (one := _OnePixel.of(x, weight, stride, padding)) is not None:
+        for_x = one.for_x(grad, x, weight) if needed[0] else none
+        return for_x, one.for_weight(grad, x, weight) if needed[1] else none
     if not needed[0]:
         for_x = none
     elif stride == 1:
@@ -181,6 +238,28 @@ def _backward_cpu(
     return for_x, torch.ops.resfast.conv_train_weight_gradient(x, grad, stride, padding, tile)
 
 
+class _OnCpu(torch.autograd.Function):
+    """The operator without its layers of Python, which take longer than small maps do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, tile: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.where = stride, padding, tile
+        return _cpu(x, weight, stride, padding, tile)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, tile = ctx.where
+        needed = list(ctx.needs_input_grad[:2])
+        both = _backward_cpu(grad, x, weight, stride, padding, needed, tile)
+        found = (one if wanted else None for one, wanted in zip(both, needed, strict=True))
+        return *found, None, None, None
+
+
 def _fake(x: Tensor, weight: Tensor, stride: int, padding: int, tile: int) -> Tensor:
     return new_map(x, output_shape(x, weight, [stride] * 2, [padding] * 2))
 
@@ -194,9 +273,12 @@ def _backward_fake(
     needed: list[bool],
     tile: int,
 ) -> tuple[Tensor, Tensor]:
+    # Of one pixel, the weight's gradient has the strides of the weight.
+    one = _OnePixel.of(x, weight, stride, padding) is not None
+    formats = torch.channels_last, torch.preserve_format if one else torch.channels_last
     return tuple(
-        torch.empty_like(like, memory_format=torch.channels_last) if wanted else x.new_empty(0)
-        for like, wanted in zip((x, weight), needed, strict=True)
+        torch.empty_like(like, memory_format=memory_format) if wanted else x.new_empty(0)
+        for like, memory_format, wanted in zip((x, weight), formats, needed, strict=True)
     )
 
 

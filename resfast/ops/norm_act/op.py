@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from resfast import runtime
 from resfast.ops.conv import cpu as conv_cpu
@@ -86,6 +87,9 @@ def batch_norm_act(
         if x.device.type == "cuda":
             what = "Triton and a GPU of compute capability 8.0 or higher"
         raise RuntimeError(f"batch_norm_act needs {what}; use resfast.layers.norm.norm_act")
+    if type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        number = ACTIVATIONS.index(activation)
+        return _OnCpu.apply(x, weight, bias, residual, eps, number, negative_slope, pool)
     out, mean, var, _, _ = torch.ops.resfast.batch_norm_act(
         x, weight, bias, residual, eps, activation, negative_slope, pool
     )
@@ -178,6 +182,54 @@ def _backward_cpu(
     both = channels_last(grad), channels_last(x)
     kernel = torch.ops.resfast.norm_act_backward
     return kernel(*both, weight, bias, mean, var, other, where, size, eps, number, negative_slope)
+
+
+class _OnCpu(torch.autograd.Function):
+    """The operator without its layers of Python, which take longer than small maps do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        number: int,
+        negative_slope: float,
+        pool: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = channels_last(x)
+        residual = None if residual is None else channels_last(residual)
+        kernel = torch.ops.resfast.norm_act_forward.default
+        out, mean, var, pooled, where = kernel(
+            x, weight, bias, residual, eps, number, negative_slope, pool
+        )
+        other = None
+        if residual is not None and number:
+            other = residual if ACTIVATIONS[number] in ("silu", "gelu") else out
+        kept = (pooled, where) if pool else (x, None)
+        ctx.save_for_backward(kept[0], weight, bias, mean, var, other, kept[1])
+        ctx.rest = [x.shape[2], x.shape[3]], eps, number, negative_slope
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return out, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 4
+        if grad is None:
+            return nothing * 2
+        saved = ctx.saved_tensors
+        kernel = torch.ops.resfast.norm_act_backward.default
+        *found, for_residual = kernel(channels_last(grad), *saved, *ctx.rest)
+        needed = ctx.needs_input_grad
+        if needed[3]:
+            found.append(for_residual if saved[5] is not None else grad)
+        wanted = zip(found, needed, strict=False)
+        gradients = [one if is_needed else None for one, is_needed in wanted]
+        return *gradients, *nothing[len(gradients) :], *nothing
 
 
 def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
