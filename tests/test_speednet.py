@@ -385,7 +385,7 @@ def test_list_and_summary_show_speednets(capsys: pytest.CaptureFixture[str]):
     out = capsys.readouterr().out
     assert "2,487,504  convolutions 3,3,3  channels 64,192,256  stem 16" in out
     assert "speednet             custom: --convolutions" in out
-    assert main(["--summary", "--model", "speednet-94"]) == 0
+    assert main(["--summary", "--recipe", "report-onecycle", "--model", "speednet-94"]) == 0
     out = capsys.readouterr().out
     assert "2,487,504" in out
     assert "[1, 16, 31, 31]" in out
@@ -395,9 +395,9 @@ def test_list_and_summary_show_speednets(capsys: pytest.CaptureFixture[str]):
 def test_an_image_too_small_for_the_pools_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
-    options = "--data digits --model speednet-94 --image-size 8 --out".split()
+    options = "--data digits --model speednet-94 --image-size 7 --out".split()
     assert main([*options, str(tmp_path)]) == 2
-    assert "images of 8x8 pixels are too small" in capsys.readouterr().err
+    assert "images of 7x7 pixels are too small" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

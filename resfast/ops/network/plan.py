@@ -139,6 +139,20 @@ def tiles_at_once(side: int, channels: int, count: int, layout: Layout = FLOAT32
     return -(-count // -(-count // most))
 
 
+def is_gathered(conv: Conv, tiles: int, pixels: int, layout: Layout) -> bool:
+    """Whether tiles of consecutive lines hold so many margins that copies of lines are faster.
+
+    Args:
+        conv: the convolution.
+        tiles: of consecutive lines that its result needs.
+        pixels: of its result.
+        layout: what the maps are kept in.
+    """
+    if layout.dtype != torch.bfloat16 or conv.groups > 1 or cpu.has_amx():
+        return False
+    return 4 * tiles >= 5 * -(-pixels // layout.tile)
+
+
 class _Planner(Places):
     """The state of :func:`plan`."""
 
@@ -290,7 +304,7 @@ class _Planner(Places):
             kind = CONV
             sizes = self.pass_images, result.height, result.width
             first, count = self.tables.tiles(source, stride, written, added, *sizes)
-            if self._is_gathered(conv, count, math.prod(sizes)):
+            if is_gathered(conv, count, math.prod(sizes), self.layout):
                 kind = GATHERED
                 first, count = self.tables.tiles(source, stride, written, added, *sizes, True)
             at_once = max(4, CACHE_BYTES // (self.layout.tile * LINE * source.blocks) // 4 * 4)
@@ -330,12 +344,6 @@ class _Planner(Places):
             self._pool(MAX_POOL, written_words, other, result, result)
         if patches is not None:
             self.memory.give_back(*patches)
-
-    def _is_gathered(self, conv: Conv, tiles: int, pixels: int) -> bool:
-        """Whether tiles of consecutive lines hold so many margins that copies are faster."""
-        if self.layout.dtype != torch.bfloat16 or conv.groups > 1 or cpu.has_amx():
-            return False
-        return 4 * tiles >= 5 * -(-pixels // self.layout.tile)
 
     def _pointwise(self, index: int, layer: Pointwise) -> None:
         result, source, gate = self.values[index + 1], layer.source, layer.gate
