@@ -58,7 +58,7 @@ KINDS = {
     "layer": ("Layers", ABOUT),
 }
 """Title and introduction of the tables of a kind of rows."""
-Dtype = Literal["bf16", "fp16", "fp32"]
+Dtype = Literal["bf16", "fp16", "fp32", "int8"]
 _VERSIONS = ("resfast", "torch", "cuda", "cudnn", "triton", "python")
 
 

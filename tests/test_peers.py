@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_report, peers
+from benchmarks import bench_report, peer_worker, peers
 from benchmarks.peers import Row
 
 CASE = [
@@ -31,6 +31,12 @@ def test_speeds_are_relative_to_the_fastest_other_library_losses_included() -> N
     assert (ours.kind, ours.device, ours.rounds) == ("peer", "cpu", 3)
     (skipped,) = report.skipped
     assert (skipped.name, skipped.reason) == ("ONNX Runtime", CASE[3].missing)
+
+
+@pytest.mark.parametrize("dtype", peer_worker.DTYPES)
+def test_every_dtype_that_can_be_timed_is_a_row(dtype: str) -> None:
+    (row,) = peers.report([Row("resfast", "resnet18", 1, dtype, [1.0], 0.0, 1)]).rows
+    assert row.dtype == dtype
 
 
 def test_without_another_library_there_is_no_ratio() -> None:
