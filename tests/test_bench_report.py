@@ -334,7 +334,10 @@ PEER = PEERS[0]
         ({"rows": []}, "has no results: expected"),
         ({"format": "other", "rows": []}, "has no results"),
         ([PEER, {**PEER, "batch": 0}], r"row 1, batch: .*greater than 0, not '0'"),
-        ([{**PEER, "dtype": "int8"}], r"row 0, dtype: .*'bf16', 'fp16' or 'fp32', not 'int8'"),
+        (
+            [{**PEER, "dtype": "int4"}],
+            r"row 0, dtype: .*'bf16', 'fp16', 'fp32' or 'int8', not 'int4'",
+        ),
         ([{**PEER, "seconds": 1}], "row 0, row: .*exactly one of images_per_second"),
         ([{**PEER, "images_per_second": None}], "row 0, row: .*exactly one of images_per_second"),
         ([{**PEER, "images_per_second": math.inf}], "row 0, images_per_second: .*finite number"),

@@ -6,6 +6,8 @@ import copy
 import io
 import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -487,3 +489,28 @@ def test_errors_name_the_value_and_what_was_expected(arguments, message):
         resfast.optimize(*arguments[:3], **tile)
     with pytest.raises(resfast.ResfastError, match="expected a torch"):
         resfast.restore("resnet18")
+
+
+def test_a_forward_is_traced_after_dali_has_replaced_functions():
+    """Importing DALI replaces builtin functions by its own, which PyTorch's proxies then call."""
+    pytest.importorskip("nvidia.dali")
+    code = """
+import nvidia.dali.fn
+import torch.nn.functional as F
+from torch import nn
+import resfast
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)) + x)
+
+net = Net()
+resfast.optimize(net)
+report = str(resfast.optimization_report(net))
+assert "1 rewritten forward" in report, report
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,13 +12,12 @@ import copy
 import copyreg
 import types
 from typing import Any
-from weakref import WeakSet
 
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
-_MADE: WeakSet[type] = WeakSet()
-"""The classes of :func:`subclass`."""
+_MARK = "_resfast_replaces"
+"""Attribute of the classes of :func:`subclass`: the original class."""
 
 
 def subclass(kind: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
@@ -47,13 +46,12 @@ def subclass(kind: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module
 
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     names["__reduce_ex__"] = reduce
+    names[_MARK] = kind
     if not hasattr(kind, "__deepcopy__"):
         names["__deepcopy__"] = deepcopy
-    made = types.new_class(
+    return types.new_class(
         kind.__name__, (kind,), exec_body=lambda body: body.update(names | namespace)
     )
-    _MADE.add(made)
-    return made
 
 
 def replace_class(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -67,13 +65,12 @@ def replace_class(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def is_replaced(module: nn.Module) -> bool:
     """Whether the module's class is one of :func:`subclass`."""
-    return type(module) in _MADE
+    return _MARK in vars(type(module))
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module has, or had before it was replaced."""
-    kind = type(module)
-    return kind.__bases__[0] if kind in _MADE else kind
+    return vars(type(module)).get(_MARK, type(module))
 
 
 def restore(model: nn.Module) -> int:

@@ -278,7 +278,7 @@ class _Watch:
         is_context = any(home == one or home.startswith(f"{one}.") for one in _CONTEXTS)
         if is_context and name not in _HARMLESS and not _is_of_tracing(frame):
             raise UntraceableError(f"it calls {name} of {home}")
-        if not _is_users(frame) or frame.f_code in self.codes:
+        if not _is_users(frame) or frame.f_code in self.codes or _is_of_proxy(frame):
             return
         self.codes.add(frame.f_code)
         for instruction in dis.get_instructions(frame.f_code):
@@ -327,6 +327,16 @@ def _is_of_tracing(frame: types.FrameType) -> bool:
     caller = frame.f_back
     while caller is not None and not _is_users(caller):
         if caller.f_globals.get("__name__", "").startswith("torch.fx"):
+            return True
+        caller = caller.f_back
+    return False
+
+
+def _is_of_proxy(frame: types.FrameType) -> bool:
+    """Whether a proxy of ``torch.fx`` has called a frame: DALI replaces functions that it calls."""
+    caller = frame.f_back
+    while caller is not None and not _is_users(caller):
+        if caller.f_globals.get("__name__", "") == "torch.fx.proxy":
             return True
         caller = caller.f_back
     return False
