@@ -11,17 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from benchmarks.optimize_worker import CONTENDERS
 from benchmarks.peer_worker import NETWORKS
 from benchmarks.report import hardware
+from benchmarks.worker_process import WorkerProcess
 from resfast import atomic
 
 OURS = "resfast"
@@ -45,41 +43,22 @@ class Row:
     missing: str | None = None
 
 
-class Worker:
+class Worker(WorkerProcess):
     """A process that trains with one contender."""
 
     def __init__(self, row: Row) -> None:
         self.row = row
         arguments = [row.contender, row.model, str(row.batch)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.optimize_worker", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        row.missing = self._answer().get("missing")
+        super().__init__("benchmarks.optimize_worker", arguments)
+        row.missing = self.answer().get("missing")
 
     def turn(self, seconds: float) -> None:
         """Times steps for some seconds."""
-        assert self.process.stdin is not None
-        print(seconds, file=self.process.stdin, flush=True)
-        answer = self._answer()
+        answer = self.ask(seconds)
         self.row.missing = answer.get("missing")
         if self.row.missing is None:
             self.row.seconds.append(answer["seconds"])
             self.row.peak_rss_mib = answer["peak_rss_mib"]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            return {"missing": f"its process ended with code {self.process.wait()}"}
-        return json.loads(line)
 
 
 def measure(

@@ -8,7 +8,6 @@ that time.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.peer_worker import build
+from benchmarks.worker_process import open_answers
 
 WARM_UP = 3
 """Steps before the first turn."""
@@ -84,9 +84,7 @@ def training_step(contender: str, network: str, batch: int) -> Step:
 
 
 def main() -> None:
-    # Keeps the output of libraries out of the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers = open_answers()
     try:
         step = training_step(sys.argv[1], sys.argv[2], int(sys.argv[3]))
         for _ in range(WARM_UP):

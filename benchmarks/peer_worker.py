@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import resource
 import runpy
 import sys
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.worker_process import open_answers
 
 Run = Callable[[Tensor], Tensor]
 IMAGE_SIZE = 32
@@ -168,9 +169,7 @@ def installed(peer: str, dtype: str) -> str | None:
 
 
 def main() -> None:
-    # Keeps the output of libraries out of the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers = open_answers()
     peer, network, batch, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), DTYPES[sys.argv[4]]
     with torch.inference_mode():
         try:

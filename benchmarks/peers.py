@@ -12,10 +12,7 @@ with float32 before they are timed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +22,7 @@ from typing import Any
 from benchmarks import bench_report
 from benchmarks.peer_worker import BESIDE, NETWORKS, PEERS, installed
 from benchmarks.report import hardware, version
+from benchmarks.worker_process import WorkerProcess
 from resfast import atomic
 
 OURS = "resfast"
@@ -56,43 +54,24 @@ class Row:
         return statistics.median(self.rates)
 
 
-class Worker:
+class Worker(WorkerProcess):
     """A process that runs one peer."""
 
     def __init__(self, row: Row) -> None:
         self.row = row
         arguments = [row.peer, row.model, str(row.batch), row.dtype]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peer_worker", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        answer = self._answer()
+        super().__init__("benchmarks.peer_worker", arguments)
+        answer = self.answer()
         row.missing, row.error = answer.get("missing"), answer.get("error")
 
     def turn(self, seconds: float) -> None:
         """Times calls for some seconds."""
-        assert self.process.stdin is not None
-        print(seconds, file=self.process.stdin, flush=True)
-        answer = self._answer()
+        answer = self.ask(seconds)
         if "rate" in answer:
             self.row.rates.append(answer["rate"])
             self.row.peak_rss_mib = answer["peak_rss_mib"]
         else:
             self.row.missing = answer.get("missing")
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            return {"missing": f"its process ended with code {self.process.wait()}"}
-        return json.loads(line)
 
 
 def measure(

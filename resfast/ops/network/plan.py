@@ -153,6 +153,12 @@ def is_gathered(conv: Conv, tiles: int, pixels: int, layout: Layout) -> bool:
     return 4 * tiles >= 5 * -(-pixels // layout.tile)
 
 
+def activation_words(layer: Conv | Pointwise) -> tuple[int, int]:
+    """A layer's activation in a step: its number, and the bits of a slope."""
+    (slope,) = struct.unpack("<q", struct.pack("<fxxxx", layer.negative_slope))
+    return NETWORK_ACTIVATIONS.index(layer.activation), slope
+
+
 class _Planner(Places):
     """The state of :func:`plan`."""
 
@@ -317,7 +323,6 @@ class _Planner(Places):
         if conv.is_depthwise:
             kind, panels = DEPTHWISE, 1
         split = self.split.conv(count, panels, blocks * products, least)
-        slope = struct.unpack("<q", struct.pack("<fxxxx", conv.negative_slope))[0]
         for group in range(groups):
             outputs = result.channels // groups
             shift = group * outputs // self.layout.block
@@ -335,7 +340,7 @@ class _Planner(Places):
                     self.packed.weights[index] + group * panels * PANEL * blocks * taps[1],
                     self.packed.biases[index] + group * panels,
                 ),
-                activation=(NETWORK_ACTIVATIONS.index(conv.activation), slope),
+                activation=activation_words(conv),
                 sizes=(source.channels // groups, *size_read, result.height, result.width),
                 window=(*conv.kernel, conv.stride, *conv.padding),
                 winograd=(side, self.packed.transformed.get(index, 0)),
@@ -358,7 +363,6 @@ class _Planner(Places):
         places = self.packed.weights.get(index, -1), self.packed.biases.get(index, 0)
         is_part = index + 1 in self.parts
         lane = self.parts[index + 1][1] % self.layout.block if is_part else 0
-        slope = struct.unpack("<q", struct.pack("<fxxxx", layer.negative_slope))[0]
         for _, target in self._targets(index):
             self._step(
                 POINTWISE,
@@ -370,7 +374,7 @@ class _Planner(Places):
                 blocks=result.blocks,
                 outputs=result.channels,
                 constants=places,
-                activation=(NETWORK_ACTIVATIONS.index(layer.activation), slope),
+                activation=activation_words(layer),
                 sizes=(result.channels, *size, *size),
                 pointwise=(one, int(is_part), lane),
             )
