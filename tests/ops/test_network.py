@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -462,6 +463,36 @@ def test_results_do_not_depend_on_the_batch(count: int, kind: str):
     for item in network_plan.item_sizes(count, 2):
         torch.set_num_threads(2)
         assert torch.equal(Planned(layers, x.shape, 2, item, kind)(x), expected)
+
+
+@each_kind
+def test_threads_are_left_out_where_others_compute_and_the_result_stays(kind: str):
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    channels, height, width, make = CHAINS["basic blocks"]
+    x = images(1, channels, height, width, kind)
+    planned = Planned(make(), x.shape, 2, 1, kind)
+    expected = planned(x)
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(2 * (os.cpu_count() or 1))
+    ]
+    try:
+        end = time.monotonic() + 30
+        while torch.ops.resfast.network_threads() == 2 and time.monotonic() < end:
+            assert torch.equal(planned(x), expected)
+        assert torch.ops.resfast.network_threads() == 1
+        assert torch.equal(planned(x), expected)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        planned(x)
+        if torch.ops.resfast.network_threads() == 2:
+            return
+    pytest.fail("one thread was left out for ever")
 
 
 @each_kind

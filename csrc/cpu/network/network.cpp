@@ -8,7 +8,9 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 
 #include "bf16.h"
 #include "kernels.h"
@@ -72,12 +74,51 @@ void run(const Kernels& kernels, const Step& step, const Memory& memory, int64_t
   }
 }
 
-void wait_until(const std::atomic<int64_t>& done, int64_t count) {
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+// Returns the nanoseconds that it waited.
+int64_t wait_until(const std::atomic<int64_t>& done, int64_t count) {
+  if (done.load(std::memory_order_acquire) >= count) return 0;
+  const int64_t start = now_ns();
   for (int64_t spins = 0; done.load(std::memory_order_acquire) < count; ++spins) {
     if (spins < 4096) _mm_pause();
     else sched_yield();
   }
+  return now_ns() - start;
 }
+
+// Leaves threads out while something else computes on their cores, as the threads of another library do
+// that spin after a call. Threads that share steps wait for each other: one without a core costs the
+// others a time slice of the scheduler per step, many times what its share of the work would take them.
+class Crowding {
+ public:
+  int64_t threads() const {
+    const int64_t all = torch::stable::get_num_threads();
+    return now_ns() < until_ ? std::max<int64_t>(1, all - left_out_) : all;
+  }
+
+  // After a call by `used` threads of which the least busy one computed for `busy` of `total` ns.
+  void report(int64_t used, int64_t busy, int64_t total) {
+    const int64_t all = torch::stable::get_num_threads();
+    if (used > 1 && busy < total / 2) {
+      left_out_ = all - used + 1;
+      pause_ = std::min(2 * pause_, kLongestPause);
+      until_ = now_ns() + pause_;
+    } else if (used == all) {
+      pause_ = kShortestPause;
+    }
+  }
+
+ private:
+  static constexpr int64_t kShortestPause = 4'000'000, kLongestPause = 128'000'000; // ns
+  std::atomic<int64_t> left_out_{0}, until_{0}, pause_{kShortestPause};
+};
+
+Crowding crowding;
 
 // All items, each by the thread that takes it.
 void run_apart(const Header& header, const Step* steps, const Memory& first, int64_t images,
@@ -106,17 +147,23 @@ void run_apart(const Header& header, const Step* steps, const Memory& first, int
 // One item by all threads.
 void run_together(const Header& header, const Step* steps, const Memory& memory) {
   const Kernels& kernels = kernels_for(header);
-  std::atomic<int64_t> taken{0}, done{0};
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
+  const int64_t threads = crowding.threads(), start = now_ns();
+  std::atomic<int64_t> taken{0}, done{0}, least_busy{INT64_MAX};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const amx::Tiles tiles(!header.wide && amx::supported());
-    int64_t step = 0;
+    const int64_t entered = now_ns();
+    int64_t step = 0, waited = 0;
     for (int64_t task; (task = taken.fetch_add(1, std::memory_order_relaxed)) < header.tasks;) {
       while (step + 1 < header.steps && steps[step + 1].first_task <= task) ++step;
-      wait_until(done, steps[step].first_task);
+      waited += wait_until(done, steps[step].first_task);
       run(kernels, steps[step], memory, task - steps[step].first_task);
       done.fetch_add(1, std::memory_order_release);
     }
+    const int64_t busy = now_ns() - entered - waited;
+    for (int64_t least = least_busy; busy < least && !least_busy.compare_exchange_weak(least, busy);) {
+    }
   });
+  crowding.report(threads, least_busy, now_ns() - start);
 }
 
 void check_memory(const char* name, const Tensor& tensor, ScalarType dtype) {
@@ -200,11 +247,14 @@ Tensor network_run(
 
 bool network_f32_supported() { return f32_supported(); }
 
+int64_t network_threads() { return crowding.threads(); }
+
 } // namespace
 } // namespace resfast::network
 
 STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
   m.def("network_f32_supported() -> bool");
+  m.def("network_threads() -> int"); // that would share the steps of a call now
   m.def(
       "network_run(Tensor x, Tensor program, Tensor tables, Tensor constants, Tensor(a!) arena, "
       "Tensor? head_weight=None, Tensor? head_bias=None) -> Tensor");
@@ -212,6 +262,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resfast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CompositeExplicitAutograd, m) {
   m.impl("network_f32_supported", TORCH_BOX(&resfast::network::network_f32_supported));
+  m.impl("network_threads", TORCH_BOX(&resfast::network::network_threads));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resfast, CPU, m) {
