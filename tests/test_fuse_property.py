@@ -77,12 +77,12 @@ def test_a_random_network_keeps_its_values(
         try:
             model = Network(copy.deepcopy(steps), head, shape, seed, False)
             exact = Network(copy.deepcopy(steps), head, shape, seed, True)
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(batch, *shape[1:], generator=generator)
+            with torch.no_grad():
+                expected = exact(x.double())
         except (RuntimeError, ValueError):  # no such network: the images become too small
             assume(False)
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(batch, *shape[1:], generator=generator)
-        with torch.no_grad():
-            expected = exact(x.double())
         try:
             fused = resfast.fuse(model, dtype, example=torch.randn(shape) if with_example else None)
         except ResfastError:
@@ -91,5 +91,9 @@ def test_a_random_network_keeps_its_values(
             result = fused(x.clone()).double()
             assert result.shape == expected.shape
             assert torch.equal(result.isfinite(), expected.isfinite())
+            finite = expected.isfinite()  # a mean of no pixels is NaN
+            if not finite.any():
+                return
+            result, expected = result[finite], expected[finite]
             error = (result - expected).abs().max() / expected.abs().max().clamp(min=0.1)
             assert error <= LIMITS[dtype], f"error {error:.2g}\n{fused.network.code}"
