@@ -625,17 +625,6 @@ def test_shards_are_written_alike_each_time(image_tree, tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
-def test_an_index_is_used_unless_it_is_older_than_its_shard(image_tree, tmp_path):
-    write_shards(image_tree, tmp_path / "out", report=lambda line: None)
-    found = read_shards(tmp_path / "out").test
-    index = Path(found.paths[0]).with_suffix(".idx")
-    index.write_text(index.read_text().replace("v1.2 16", "v1.2 nonsense", 1))
-    with pytest.raises(ResfastError, match="is not an index"):
-        make(found, train=False, classes=2)
-    os.utime(index, (0, 0))
-    assert make(found, train=False, classes=2).count == 16
-
-
 def test_bad_folders_of_shards_are_refused(image_tree, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ResfastError, match="is not a folder"):

@@ -27,7 +27,10 @@ def absolute_paths(config: Config) -> Config:
     return replace(
         config,
         data=replace(
-            data, data=absolute_data(data.data), data_dir=Path(_absolute(os.fspath(data.data_dir)))
+            data,
+            data=absolute_data(data.data),
+            data_dir=Path(_absolute(os.fspath(data.data_dir))),
+            classes=_absolute_path(data.classes),
         ),
         transfer=replace(
             transfer,

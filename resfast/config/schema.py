@@ -126,6 +126,8 @@ class DataConfig:
     (WebDataset shards), or auto: CIFAR-10 if it is on disk or can be fetched, otherwise digits."""
     data_dir: Path = Path("data")
     """Where data sets are looked for, downloaded to and cached."""
+    classes: Path | None = None
+    """File with the names of the classes, one per line, for shards of others."""
     image_size: int = 32
     """Height and width that all images are resized to, in pixels."""
     skip_corrupt: bool = False

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from resfast.data.augment import LOG_RATIO
-from resfast.data.shards import IMAGE_EXTENSIONS
+from resfast.data.shard_listing import IMAGE_EXTENSIONS
 from resfast.errors import ResfastError
 
-MAX_LABEL_DIGITS = 12
 _SHUFFLE_BUFFER = 1024
 
 
@@ -54,7 +53,7 @@ def build(
     normalize: tuple[list[float], list[float], bool] | None = None,
     checkpoint: bytes | None = None,
 ) -> Any:
-    """A pipeline that outputs images ``[B, S, S, C]`` and, for shards, labels and sources.
+    """A pipeline that outputs images ``[B, S, S, C]`` and, for shards, what DALI calls the samples.
 
     Args:
         resized: whether decoded images are cropped (to the window, or to a centred square) and
@@ -90,8 +89,8 @@ def build(
     def graph() -> tuple[Any, ...]:
         outputs = []
         if reader is not None:
-            encoded, labels = fn.readers.webdataset(
-                ext=[";".join(IMAGE_EXTENSIONS), "cls"],
+            encoded = fn.readers.webdataset(
+                ext=[";".join(IMAGE_EXTENSIONS)],
                 case_sensitive_extensions=False,
                 missing_component_behavior="error",
                 pad_last_batch=True,
@@ -100,15 +99,7 @@ def build(
                 **reader,
             )
             sources = fn.pad(fn.get_property(encoded, key="source_info"), axes=[0])
-            labels = fn.slice(
-                labels,
-                start=0,
-                shape=MAX_LABEL_DIGITS,
-                axes=[0],
-                out_of_bounds_policy="pad",
-                fill_values=0,
-            )
-            outputs = [labels, sources]
+            outputs = [sources]
             values = _random_values(fn, types, window, crop, flip)
         else:
             layouts = ["HWC" if decoded and name == "data" else "" for name in fed]
@@ -232,6 +223,14 @@ def _window(dali: Any, sides: Any, window: Any) -> tuple[Any, Any]:
     mean_side = dali.math.sqrt(sides[0] * sides[1])
     size = dali.math.min(fn.slice(window, start=0, shape=2, axes=[0]) * mean_side, sides)
     return (sides - size) * fn.slice(window, start=2, shape=2, axes=[0]), size
+
+
+def shut_down(pipeline: Any) -> None:
+    """Ends the threads of a pipeline that reported an error, whatever still refers to it.
+
+    A second pipeline beside one that had failed has ended in a segmentation fault.
+    """
+    pipeline._shutdown()  # as its __del__ does, which an exception's traceback delays
 
 
 def first_undecodable(images: Iterator[tuple[str, bytes]]) -> str | None:

@@ -168,10 +168,15 @@ class Reader(ABC):
         """Outputs of the next run of the pipeline, as tensors that keep their memory alive."""
         if self._pipeline is None:
             self._pipeline = self._build()
-        if self.options.device.type == "cuda":
-            outputs = self._pipeline.run(torch.cuda.current_stream(self.options.device))
-        else:
-            outputs = self._pipeline.run()
+        try:
+            if self.options.device.type == "cuda":
+                outputs = self._pipeline.run(torch.cuda.current_stream(self.options.device))
+            else:
+                outputs = self._pipeline.run()
+        except RuntimeError:
+            failed, self._pipeline = self._pipeline, None
+            dali_pipeline.shut_down(failed)
+            raise
         return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
 
 

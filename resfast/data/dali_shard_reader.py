@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resfast.data import dali_pipeline, shards
+from resfast.data import dali_pipeline, shard_listing, shards
 from resfast.data.dali_reader import Reader, ReaderOptions, ReadImages, raise_for_undecodable
 from resfast.data.dataset import Shards
 from resfast.errors import ResfastError
@@ -29,18 +29,37 @@ class ShardReader(Reader):
     """Reads shards sequentially; an epoch of DALI is a fixed number of runs of the pipeline.
 
     Raises:
-        ResfastError: there are no shards, or one cannot be indexed.
+        ResfastError: there are no shards, one cannot be listed, a class is out of range, or the
+            number of samples is not the expected one.
     """
 
     def __init__(self, source: Shards, options: ReaderOptions) -> None:
         if not source.paths:
             raise ResfastError("the list of shards is empty; expected at least one")
         self._index_folder = tempfile.TemporaryDirectory(prefix="resfast-index-")
-        self._indices, count = shards.indexed(source.paths, Path(self._index_folder.name))
+        self._indices, labels, names = [], [], []
+        for ordinal, path in enumerate(source.paths):
+            listing = shard_listing.list_shard(Path(path), source.cache)
+            index = Path(self._index_folder.name, f"{ordinal}.idx")
+            index.write_text("".join(listing.index_lines()))
+            self._indices.append(str(index))
+            labels.append(
+                shard_listing.label_indices(path, listing, source.classes, options.classes)
+            )
+            names += [shard_listing.source_name(path, part) for part in listing.images]
+        count = len(names)
+        if count != source.count:
+            raise ResfastError(
+                f"the shards of {source.paths[0]} have {count:,} samples; expected "
+                f"{source.count:,}, as {shards.LISTING} says: write them again"
+            )
         super().__init__(options, count)
         self.source = source
         common = os.path.commonpath([os.path.dirname(path) or "." for path in source.paths])
         self._prefix = len(os.fsencode(common))
+        indices = self._indices_of(_padded(names)).cpu()
+        self._known, order = indices.sort()
+        self._labels = torch.cat(labels)[order]
         self._position = (0, 0)  # epoch and step of the pipeline
         largest_part = math.ceil(count / options.world)
         self._runs = math.ceil(largest_part / options.batch_size)  # of the pipeline per epoch
@@ -49,7 +68,7 @@ class ShardReader(Reader):
         """Batches of an epoch, from ``first_step`` on; the ones before are read again.
 
         Raises:
-            ResfastError: an image cannot be decoded, or a label is out of range.
+            ResfastError: an image cannot be decoded.
         """
         if not self.options.train:
             epoch = self._position[0] + bool(
@@ -58,11 +77,12 @@ class ShardReader(Reader):
         self._go_to(epoch * self._runs + first_step)
         size = self._part_size()
         for step in range(first_step, len(self)):
-            images, texts, names = self._advance()
+            images, names = self._advance()
             images = images[: size - step * self.options.batch_size]
-            labels = self._labels_of(texts[: len(images)].numpy(), names[: len(images)].numpy())
             indices = self._indices_of(names[: len(images)].numpy())
-            yield ReadImages(images, labels, indices)
+            labels = self._labels[torch.searchsorted(self._known, indices)]
+            device = self.options.device
+            yield ReadImages(images, labels.to(device), indices.to(device))
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the shards after the last batch that was yielded.
@@ -125,7 +145,7 @@ class ShardReader(Reader):
         try:
             outputs = self._run()
         except RuntimeError:
-            self._pipeline, self._position = None, (0, 0)
+            self._position = (0, 0)
             raise_for_undecodable(
                 (f"{name} in {path}", data)
                 for path in self.source.paths
@@ -136,30 +156,12 @@ class ShardReader(Reader):
         self._position = (epoch, step + 1) if step + 1 < self._runs else (epoch + 1, 0)
         return outputs
 
-    def _labels_of(self, characters: np.ndarray, names: np.ndarray) -> Tensor:
-        """Labels from the text of ``.cls`` files, uint8 ``[B, digits]``."""
-        labels = np.zeros(len(characters), np.int64)
-        wrong = np.zeros(len(characters), bool)
-        for column in characters.T:
-            digit = (column >= 48) & (column <= 57)
-            labels = np.where(digit, 10 * labels + (column - 48), labels)
-            wrong |= ~digit & ~np.isin(column, np.frombuffer(b"\0\t\n\r ", np.uint8))
-        classes = self.options.classes
-        wrong |= (labels >= classes) | ~((characters >= 48) & (characters <= 57)).any(1)
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise ResfastError(
-                f"the sample {_text(names[row])} has the class {_text(characters[row])!r}; "
-                f"expected a number from 0 to {classes - 1}"
-            )
-        return torch.from_numpy(labels).to(self.options.device)
-
     def _indices_of(self, names: np.ndarray) -> Tensor:
         """A hash of each sample's shard (relative to the common folder), position and name."""
         names = names[:, self._prefix :].astype(np.uint64)
         powers = np.cumprod(np.full(names.shape[1], _HASH_FACTOR, np.uint64))
         indices = (names * powers).sum(1, dtype=np.uint64).astype(np.int64)
-        return torch.from_numpy(indices).to(self.options.device)
+        return torch.from_numpy(indices)
 
     def _build(self, checkpoint: bytes | None = None) -> Any:
         options = self.options
@@ -188,5 +190,7 @@ class ShardReader(Reader):
         )
 
 
-def _text(values: np.ndarray) -> str:
-    return values.tobytes().rstrip(b"\0 \r\n\t").decode("utf-8", "backslashreplace")
+def _padded(names: list[str]) -> np.ndarray:
+    """Names as uint8 ``[N, L]``, with zeros after the shorter ones."""
+    encoded = np.array([os.fsencode(name) for name in names])
+    return encoded.view(np.uint8).reshape(len(names), -1)

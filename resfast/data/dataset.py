@@ -66,15 +66,19 @@ class Files:
 
 @dataclass(frozen=True)
 class Shards:
-    """Encoded images in WebDataset archives: members ``KEY.jpg|png|webp`` and ``KEY.cls``.
+    """Encoded images in WebDataset archives, as :mod:`resfast.data.shard_listing` reads them.
 
     Attributes:
         paths: tar archives.
         count: total number of images.
+        classes: names of the classes that samples may have instead of an index.
+        cache: folder in which listings of the samples are kept, if any.
     """
 
     paths: tuple[str, ...]
     count: int
+    classes: tuple[str, ...] = ()
+    cache: Path | None = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -115,6 +119,7 @@ class Request:
         loader: how the data set is held, see :func:`resfast.data.sources.open_data`.
         device: where batches will be produced.
         report: called with a line of text for each notable step.
+        classes: file with the names of the classes, for shards.
     """
 
     data: str
@@ -125,6 +130,7 @@ class Request:
     loader: Loader
     device: torch.device
     report: Callable[[str], None]
+    classes: Path | None = None
 
 
 class DataUnavailableError(ResfastError):

@@ -1,8 +1,10 @@
-"""WebDataset shards: tar archives of ``KEY.jpg``, ``KEY.png`` or ``KEY.webp`` with ``KEY.cls``.
+"""WebDataset shards: tar archives of images with their classes.
 
-``KEY.cls`` is the index of the class as text. Shards are read sequentially, which is far faster on
-disks and network file systems than opening single files. Each shard has an index ``NAME.idx`` (the
-format of DALI's ``wds2idx``) next to it, so samples can be counted without reading the archive.
+They are read sequentially, which is far faster on disks and network file systems than opening
+single files. Those written here have ``KEY.cls`` with the index of the class as text,
+``classes.json`` with the names and counts, and an index ``NAME.idx`` (the format of DALI's
+``wds2idx``) next to each shard, so that their samples can be listed quickly. Those of others are
+found by their names: :mod:`resfast.data.shard_listing` says what is read.
 """
 
 from __future__ import annotations
@@ -11,18 +13,19 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from resfast import atomic
+from resfast.data import shard_listing
 from resfast.data.dataset import Request, Shards, Stream, print_to_stderr, refuse_skipping
 from resfast.data.folder import (
-    IMAGE_SUFFIXES,
     SPLITS,
     Directory,
     Key,
@@ -33,21 +36,32 @@ from resfast.data.folder import (
 )
 from resfast.errors import ResfastError
 
-IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
 LISTING = "classes.json"
-_MAX_LABEL_BYTES = 12
 _SHUFFLE_SEED = 0
+_SPLIT = {
+    "train": re.compile(r"(?i)(^|[^a-z])train(ing)?([^a-z]|$)"),
+    "test": re.compile(r"(?i)(^|[^a-z])test(ing)?([^a-z]|$)"),
+    "val": re.compile(r"(?i)(^|[^a-z])(val|valid|validation|eval)([^a-z]|$)"),
+}
+"""What the name of a shard, or of its folder, has in it."""
 
 
 def open_shards(request: Request) -> Stream:
-    """Opens ``--data shards:PATH``, a folder written by :func:`write_shards`."""
+    """Opens ``--data shards:PATH``, a folder of shards.
+
+    Raises:
+        ResfastError: see :func:`read_shards`; or a sample has no class, or another one.
+    """
     if request.loader == "resident":
         raise ResfastError(
             f"--loader resident cannot read shards ({request.data}): use dali or auto, or --data "
             "folder:PATH with the images"
         )
     refuse_skipping(request)
-    found = read_shards(Path(request.location).expanduser())
+    cache = request.data_dir / "cache"
+    found = read_shards(
+        Path(request.location).expanduser(), cache, request.classes, report=request.report
+    )
     digest = hashlib.blake2b(repr(found.classes).encode(), digest_size=16)
     for file in (*found.train.paths, *found.test.paths):
         digest.update(f"{os.path.basename(file)}\0{size_of(file)}\0".encode())
@@ -170,144 +184,139 @@ def _write_shard(
                     member = tarfile.TarInfo(f"{row:08d}.{suffix}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-        lines = index_lines(temporary, shown=shard)
-    # After the shard: an index older than its shard is not trusted.
+        parts = list(shard_listing.members(temporary, shard))
+    lines = [f"v1.2 {len(parts) // 2}\n"]
+    for image, label in zip(parts[::2], parts[1::2], strict=True):
+        lines.append(" ".join(" ".join(map(str, part)) for part in (image, label)) + "\n")
     atomic.write_bytes(shard.with_suffix(".idx"), "".join(lines).encode())
 
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """Contents of a folder written by :func:`write_shards`."""
+    """Contents of a folder of shards."""
 
     classes: tuple[str, ...]
     train: Shards
     test: Shards
 
 
-def read_shards(destination: Path) -> ShardFolder:
-    """The shards in a folder written by :func:`write_shards`.
+def read_shards(
+    folder: Path,
+    cache: Path | None = None,
+    classes: Path | None = None,
+    report: Callable[[str], None] = print_to_stderr,
+) -> ShardFolder:
+    """The shards in a folder, written by :func:`write_shards` or by others.
+
+    Without a ``classes.json``, shards belong to the training or the test set by their names:
+    ``train-000.tar``, ``train/000.tar`` and ``val``, ``valid``, ``validation`` or ``test``.
+
+    Args:
+        folder: the folder.
+        cache: folder in which listings of shards without ``classes.json`` are kept, if any.
+        classes: file with the names of the classes, for shards without ``classes.json``.
+        report: called with a line of text for each notable step.
 
     Raises:
-        ResfastError: the folder, its ``classes.json`` or a shard is missing or unreadable.
+        ResfastError: the folder, its ``classes.json`` or a shard is missing or unreadable; samples
+            have no class; or there is nothing to train on or to test with.
     """
-    listing = destination / LISTING
-    remedy = "write shards with python -m resfast.data --shards DIR --data folder:PATH"
-    if not destination.is_dir():
-        raise ResfastError(f"{destination} is not a folder, expected a folder of shards: {remedy}")
-    if not listing.exists():
+    if not folder.is_dir():
         raise ResfastError(
-            f"{destination} has no {LISTING}: its shards are missing or incomplete: {remedy}"
+            f"{folder} is not a folder, expected a folder of shards: write shards with {_WRITE}"
         )
+    if (folder / LISTING).exists():
+        if classes is not None:
+            raise ResfastError(
+                f"--classes {classes} is for shards without {LISTING}, and {folder} has one: leave "
+                "one of them out"
+            )
+        return _listed_in_json(folder)
+    splits = _by_name(folder, report)
+    names = None if classes is None else shard_listing.read_class_names(classes)
+    if names is None:
+        report(f"listing the samples of {sum(map(len, splits.values())):,} shards in {folder}")
+    listings = {
+        split: [(str(path), shard_listing.list_shard(path, cache)) for path in paths]
+        for split, paths in splits.items()
+    }
+    if names is None:
+        names = shard_listing.class_names([*listings["train"], *listings["test"]])
+    shards = []
+    for found in listings.values():
+        for path, listing in found:
+            shard_listing.label_indices(path, listing, names, len(names))
+        count = sum(len(listing.images) for _, listing in found)
+        shards.append(Shards(tuple(path for path, _ in found), count, names, cache))
+    report(f"{shards[0].count:,} and {shards[1].count:,} images of {len(names):,} classes")
+    return ShardFolder(names, *shards)
+
+
+_WRITE = "python -m resfast.data --shards DIR --data folder:PATH"
+
+
+def _by_name(folder: Path, report: Callable[[str], None]) -> dict[str, list[Path]]:
+    """The shards of the two splits by their names."""
+    found: dict[str, list[Path]] = {split: [] for split in _SPLIT}
+    others = []
+    for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
+        parents = [path.parent.name] if path.parent != folder else []
+        matches = [
+            split
+            for name in (path.stem, *parents)
+            for split, pattern in _SPLIT.items()
+            if pattern.search(name)
+        ]
+        found[matches[0]].append(path) if matches else others.append(path)
+    tests = found["test"] or found["val"]
+    if not (found["train"] and tests):
+        missing = "training" if not found["train"] else "test"
+        unknown = f" (found {others[0].name} and {len(others) - 1:,} others)" if others else ""
+        if not any(found.values()) and not others:
+            raise ResfastError(
+                f"{folder} has neither {LISTING} nor any .tar: its shards are missing or "
+                f"incomplete: write shards with {_WRITE}"
+            )
+        raise ResfastError(
+            f"{folder} has no {missing} shards{unknown}: without {LISTING} their names or folders "
+            "have to say what they are: train-*.tar, and test-*.tar or val-*.tar"
+        )
+    for paths, what in ((others, "whose name says no split"), (found["val"], "for validation")):
+        if paths and paths is not tests:
+            report(f"not used: {len(paths):,} shards {what}, such as {paths[0].name}")
+    return {"train": found["train"], "test": tests}
+
+
+def _listed_in_json(folder: Path) -> ShardFolder:
+    """The shards that ``classes.json`` names."""
+    listing = folder / LISTING
     try:
         content = json.loads(read_file(str(listing)))
         classes = tuple(content["classes"])
         train, test = (
             Shards(
-                tuple(str(destination / name) for name in content[split]),
+                tuple(str(folder / name) for name in content[split]),
                 int(content["counts"][split]),
+                classes,
             )
             for split in SPLITS
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ResfastError(f"{listing} is damaged ({error!r}): {remedy}") from error
+        raise ResfastError(
+            f"{listing} is damaged ({error!r}): write the shards again with {_WRITE}, or remove it "
+            "if the names of the shards say train and test"
+        ) from error
     for shard in (*train.paths, *test.paths):
         if not Path(shard).is_file():
-            raise ResfastError(f"the shard {shard} is missing: copy it there again, or {remedy}")
+            raise ResfastError(
+                f"the shard {shard} is missing: copy it there again, or write shards with {_WRITE}"
+            )
     return ShardFolder(classes, train, test)
-
-
-def index_lines(path: Path, *, shown: Path | None = None) -> list[str]:
-    """The index of one shard, in which each sample has an image and a ``.cls``.
-
-    Args:
-        path: the shard.
-        shown: the shard's name in error messages (None: ``path``).
-
-    Returns:
-        The lines of an index in the format of DALI's ``wds2idx``, version 1.2.
-
-    Raises:
-        ResfastError: the shard cannot be read or is compressed, a sample lacks its image or its
-            class, or there is no sample.
-    """
-    samples: dict[str, dict[str, tuple[int, int, str]]] = {}
-    for member in _members(path, shown or path):
-        folder, slash, name = member.name.rpartition("/")
-        key, _, extension = name.partition(".")
-        if member.isfile() and key:
-            parts = samples.setdefault(f"{folder}{slash}{key}", {})
-            parts[extension.lower()] = (member.offset_data, member.size, member.name)
-    lines = []
-    for key, parts in samples.items():
-        image = next((extension for extension in IMAGE_EXTENSIONS if extension in parts), None)
-        label = parts.get("cls")
-        if image is None or label is None:
-            missing = f"{key}.cls" if image else f"image {key}.{'|'.join(IMAGE_EXTENSIONS)}"
-            raise ResfastError(
-                f"{shown or path} has no {missing}: each sample needs an image and its class index "
-                "as KEY.cls"
-            )
-        if not 0 < label[1] <= _MAX_LABEL_BYTES:
-            raise ResfastError(
-                f"{label[2]} in {shown or path} has {label[1]} bytes; expected a class index"
-            )
-        # The name is the last field of a component and ends at a space.
-        components = [(image, *parts[image]), ("cls", *label)]
-        lines.append(
-            " ".join(f"{ext} {at} {size} {name}" for ext, at, size, name in components) + "\n"
-        )
-    if not lines:
-        raise ResfastError(f"{shown or path} has no samples: expected KEY.jpg with KEY.cls")
-    return [f"v1.2 {len(lines)}\n", *lines]
-
-
-def _members(path: Path, shown: Path) -> Iterator[tarfile.TarInfo]:
-    try:
-        with tarfile.open(path, "r:") as tar:
-            yield from tar
-    except tarfile.TarError as error:
-        raise ResfastError(
-            f"{shown} is not an uncompressed tar archive ({error}): shards are read in place, so "
-            "decompress it first"
-        ) from error
-    except OSError as error:
-        raise ResfastError(f"{shown} cannot be read ({error.strerror or error})") from error
-
-
-def indexed(paths: Sequence[str], folder: Path) -> tuple[list[str], int]:
-    """Paths of the shards' indices, and the total number of samples.
-
-    An index next to its shard is used unless it is older; other indices are created from the
-    shard's headers and written to ``folder``.
-
-    Raises:
-        ResfastError: see :func:`index_lines`.
-    """
-    indices, count = [], 0
-    for ordinal, path in enumerate(map(Path, paths)):
-        index = path.with_suffix(".idx")
-        if not path.is_file():
-            raise ResfastError(f"the shard {path} does not exist: check its name")
-        if not (index.exists() and index.stat().st_mtime_ns >= path.stat().st_mtime_ns):
-            index = folder / f"{ordinal}.idx"
-            index.write_text("".join(index_lines(path)))
-        indices.append(str(index))
-        with open(index) as lines:
-            count += _declared(index, lines.readline())
-    return indices, count
-
-
-def _declared(index: Path, first_line: str) -> int:
-    version, _, count = first_line.strip().partition(" ")
-    if not (version.startswith("v1.") and count.isdecimal()):
-        raise ResfastError(f"{index} is not an index of a shard (its first line is {first_line!r})")
-    return int(count)
 
 
 def images_of(path: str) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each image of a shard, in order."""
     with open(path, "rb") as file:
-        for member in _members(Path(path), Path(path)):
-            if member.isfile() and member.name.lower().endswith(IMAGE_SUFFIXES):
-                file.seek(member.offset_data)
-                yield member.name, file.read(member.size)
+        for part in shard_listing.list_shard(Path(path)).images:
+            file.seek(part.offset)
+            yield part.name, file.read(part.size)

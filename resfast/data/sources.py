@@ -82,15 +82,17 @@ def open_data(
     loader: Loader = "auto",
     device: torch.device | str = "cpu",
     report: Callable[[str], None] = print_to_stderr,
+    classes: Path | None = None,
 ) -> Dataset | Stream:
     """Opens a data set. Arguments not listed are those of :func:`load_dataset`.
 
     Args:
-        data: also ``shards:PATH``, a folder written by ``python -m resfast.data --shards``.
+        data: also ``shards:PATH``, a folder of WebDataset shards.
         loader: ``resident`` decodes everything into memory; ``dali`` leaves an image folder or
             shards encoded; ``auto`` is ``resident`` if the decoded images fit in half of the free
             memory of the host and of ``device``.
         device: where batches will be produced.
+        classes: file with the names of the classes, for shards without ``classes.json``.
 
     Raises:
         ResfastError: as for :func:`load_dataset`, or the loader cannot read this kind of data.
@@ -103,6 +105,11 @@ def open_data(
             f"; did you mean 'folder:{data}'?" if os.path.exists(data) else nearest(data, CHOICES)
         )
         raise ResfastError(f"unknown data {data!r}, expected one of {', '.join(CHOICES)}{hint}")
+    if classes is not None and kind != "shards":
+        raise ResfastError(
+            f"--classes {classes} names the classes of shards:PATH, and --data is {data}: "
+            "leave it out"
+        )
     return source.open(
         Request(
             data=data,
@@ -113,6 +120,7 @@ def open_data(
             loader=loader,
             device=torch.device(device),
             report=report,
+            classes=None if classes is None else Path(classes).expanduser(),
         )
     )
 

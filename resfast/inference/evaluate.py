@@ -98,6 +98,7 @@ def evaluate(
         loader=run.config.data.loader if data is None else "auto",
         device=run.device,
         report=report,
+        classes=run.config.data.classes if data is None else None,
     )
     _note_changed_data(run, dataset, report)
     numbering = _numbering(run, dataset)

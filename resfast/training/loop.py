@@ -97,6 +97,7 @@ def train(
             loader=config.data.loader,
             device=runtime.resolve_device(config.runtime.device),
             report=display.say,
+            classes=config.data.classes,
         )
     session = open_session(config, shared, display, saved=saved)
     evaluator = Evaluator(session)

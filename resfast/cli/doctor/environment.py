@@ -211,7 +211,7 @@ def _locate(data: str, data_dir: Path) -> Line:
         text = f"{path}, {len(listing.images):,} images of {len(classes)} classes"
         return Line("data", "ok", text)
     if kind == "shards" and location:
-        found = shards.read_shards(path)
+        found = shards.read_shards(path, report=lambda line: None)
         text = f"{path}, {len(found.train) + len(found.test):,} images in shards"
         return Line("data", "ok", text)
     if data == "digits":
