@@ -371,17 +371,18 @@ def test_garbage_for_an_archive_or_inside_one_is_an_error(tree, load, tmp_path):
         load(add(tmp_path, "b.tar", bytes(data)))
 
 
-def linked(kind: bytes) -> tarfile.TarInfo:
+def linked(kind: bytes, target: str = "train/cat/0.png") -> tarfile.TarInfo:
     member = tarfile.TarInfo("train/cat/odd.png")
-    member.type, member.linkname = kind, "train/cat/0.png"
+    member.type, member.linkname = kind, target
     return member
 
 
 @pytest.mark.parametrize(
     "member",
     ["/train/cat/x.png", "../x.png", "train/cat/../../../x.png", linked(tarfile.SYMTYPE),
-     linked(tarfile.LNKTYPE), linked(tarfile.CHRTYPE), linked(tarfile.FIFOTYPE)],
-    ids=["absolute", "parent", "parent-inside", "symlink", "hardlink", "device", "fifo"],
+     linked(tarfile.LNKTYPE, "../0.png"), linked(tarfile.LNKTYPE, "train/cat/odd.png"),
+     linked(tarfile.CHRTYPE), linked(tarfile.FIFOTYPE)],
+    ids=["absolute", "parent", "parent-inside", "symlink", "outside", "itself", "device", "fifo"],
 )  # fmt: skip
 def test_an_unsafe_tar_member_is_refused_by_name(load, tmp_path, member):
     archive = pack_members(tmp_path / "a.tar", "train/cat/0.png", "test/cat/0.png", member)
@@ -389,6 +390,17 @@ def test_an_unsafe_tar_member_is_refused_by_name(load, tmp_path, member):
     with pytest.raises(ResfastError) as error:
         load(archive)
     assert repr(name) in one_sentence(error)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_hard_links_in_an_archive_are_read(tree, load, tmp_path, mode):
+    expected = load(tree)
+    for file in sorted((tree / "train").glob("*/*.png")):  # tar stores the second name as a link
+        (tree / f"0-{file.parent.name}-{file.name}").hardlink_to(file)
+    with tarfile.open(tmp_path / "a.tar", mode) as tar:
+        tar.add(tree, "tree")
+        assert sum(member.islnk() for member in tar.getmembers()) > 0
+    assert load(tmp_path / "a.tar").digest == expected.digest
 
 
 def test_a_tar_of_several_trees_is_an_error(load, tmp_path):

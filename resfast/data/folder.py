@@ -130,6 +130,14 @@ class Archive:
         for ordinal, member, parts, _ in self._members():
             if member.isdir():
                 folders.add(parts)
+            elif member.islnk():  # another name of a file that came before
+                target = tuple(part for part in member.linkname.split("/") if part not in ("", "."))
+                if target not in files:
+                    raise ResfastError(
+                        f"{self.path} has the member {member.name!r}, a link to "
+                        f"{member.linkname!r}, which is no file before it: pack the tree again"
+                    )
+                files[parts] = files[target]
             else:
                 files[parts] = ordinal
         top = self._top(files.keys() | folders)
@@ -162,10 +170,14 @@ class Archive:
                 update(data)
 
     def blobs(self, listing: Listing) -> Iterator[tuple[Key, bytes]]:
-        keys = {ordinal: key for key, ordinal in listing.images.items()}
+        keys: dict[int, list[Key]] = {}
+        for key, ordinal in listing.images.items():
+            keys.setdefault(ordinal, []).append(key)
         for ordinal, member, _, tar in self._members():
             if ordinal in keys and (file := tar.extractfile(member)) is not None:
-                yield keys[ordinal], self._guarded(file.read)
+                data = self._guarded(file.read)
+                for key in keys[ordinal]:
+                    yield key, data
 
     def _guarded(self, step: Callable[[], Any]) -> Any:
         """``step()``, with any exception that a broken archive causes raised as ResfastError."""
@@ -205,10 +217,10 @@ class Archive:
                 f"{self.path} has the member {member.name!r}, whose path points outside the "
                 "archive, but only relative paths inside it are read: pack the tree again"
             )
-        if not (member.isfile() or member.isdir()):
+        if not (member.isfile() or member.isdir() or member.islnk()):
             raise ResfastError(
-                f"{self.path} has the member {member.name!r}, a link or a device, but only files "
-                "and folders are read: pack the tree again with links followed (tar -h)"
+                f"{self.path} has {member.name!r}, a symbolic link or a device; expected "
+                "files and folders: pack the tree again with links followed (tar -h)"
             )
         return tuple(part for part in parts if part not in ("", "."))
 
