@@ -17,7 +17,7 @@ from PIL import Image
 
 from resfast.data.augment import Augment, parse_augment, sample
 from resfast.data.dataset import Files, Shards
-from resfast.data.folder import decode_image
+from resfast.data.decode import decode_image
 from resfast.data.resident import ResidentLoader
 from resfast.data.shards import read_shards, write_shards
 from resfast.data.statistics import channel_mean_std

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resfast import atomic
-from resfast.data import cifar, dataset, folder, sources
+from resfast.data import cifar, dataset, decode, folder, sources
 from resfast.data.sources import load_dataset
 from resfast.data.split import split_validation
 from resfast.data.statistics import channel_mean_std
@@ -142,6 +142,32 @@ def test_a_tar_gives_what_its_directory_gives(tree, load, tmp_path, name, mode, 
     assert same(load(pack(tree, tmp_path / name, mode, prefix)), load(tree))
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+@pytest.mark.parametrize("packed", ["", "flat", "top"])
+def test_a_folder_for_validation_takes_the_place_of_a_test_folder(
+    tree, load, lines, tmp_path, name, packed
+):
+    expected = load(tree)
+    add(tree, "validation/cat/9.png" if name != "validation" else "x/y.png", encode(make_image()))
+    shutil.move(tree / "test", tree / name)
+    found = (
+        load(pack(tree, tmp_path / "a.tar", prefix="top/" * (packed == "top")))
+        if packed
+        else load(tree)
+    )
+    assert found.digest == expected.digest
+    shutil.rmtree(tree / name / "dog")
+    message = rf"the classes in .*/{name} differ from the training classes \(missing: dog"
+    with pytest.raises(ResfastError, match=message):
+        load(pack(tree, tmp_path / "a.tar") if packed else tree)
+
+
+def test_a_test_folder_comes_before_one_for_validation(tree, load):
+    expected = load(tree)
+    add(tree, "val/owl/0.png", encode(make_image()))
+    assert load(tree).digest == expected.digest
+
+
 def test_nothing_of_a_tar_is_extracted(tree, load, tmp_path):
     archive = pack(tree, tmp_path / "a.tar")
     before = set(tmp_path.rglob("*"))
@@ -180,7 +206,7 @@ def test_suffixes_of_any_case_subfolders_and_links_are_read_and_other_files_coun
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_rgb(mode):
     image = make_image(mode)
-    decoded = folder.decode_image(encode(image, "JPEG" if mode == "CMYK" else "PNG"), SIZE)
+    decoded = decode.decode_image(encode(image, "JPEG" if mode == "CMYK" else "PNG"), SIZE)
     assert decoded.shape == (SIZE, SIZE, 3)
     assert decoded.dtype == np.uint8
     if mode == "I;16":
@@ -193,7 +219,7 @@ def test_every_mode_becomes_rgb(mode):
 def test_a_palette_with_transparency_is_read_without_a_warning(recwarn):
     image = make_image("P")
     data = encode(image, transparency=bytes(range(256)))
-    assert np.array_equal(folder.decode_image(data, SIZE), np.asarray(image.convert("RGB")))
+    assert np.array_equal(decode.decode_image(data, SIZE), np.asarray(image.convert("RGB")))
     assert not recwarn.list
 
 
@@ -201,21 +227,21 @@ def test_exif_orientation_is_honoured():
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     image = make_image()
-    decoded = folder.decode_image(encode(image, exif=exif), SIZE)
+    decoded = decode.decode_image(encode(image, exif=exif), SIZE)
     assert np.array_equal(decoded, np.rot90(np.asarray(image), -1))
 
 
 def test_an_image_of_the_wanted_size_is_untouched_and_a_larger_one_is_cut_at_its_centre():
     pixels = np.zeros((SIZE, 3 * SIZE, 3), np.uint8)
     pixels[:, SIZE : 2 * SIZE] = np.asarray(make_image())
-    decoded = folder.decode_image(encode(Image.fromarray(pixels)), SIZE)
+    decoded = decode.decode_image(encode(Image.fromarray(pixels)), SIZE)
     assert np.array_equal(decoded, pixels[:, SIZE : 2 * SIZE])
 
 
 def test_downscaling_is_antialiased():
     stripes = np.zeros((8 * SIZE, 8 * SIZE, 3), np.uint8)
     stripes[:, ::2] = 255
-    decoded = folder.decode_image(encode(Image.fromarray(stripes)), SIZE)
+    decoded = decode.decode_image(encode(Image.fromarray(stripes)), SIZE)
     assert np.abs(decoded[:, 2:-2].astype(int) - 127).max() <= 3  # the border sees fewer stripes
 
 
@@ -236,7 +262,7 @@ def test_any_size_and_mode_is_decoded_to_uint8_rgb_of_the_wanted_size(
         kind = "JPEG"
     if kind == "WEBP" and mode == "I;16":
         kind = "PNG"
-    decoded = folder.decode_image(encode(make_image(mode, width, height), kind), size)
+    decoded = decode.decode_image(encode(make_image(mode, width, height), kind), size)
     assert decoded.dtype == np.uint8
     assert decoded.shape == (size, size, 3)
 
@@ -250,18 +276,18 @@ def test_a_damaged_image_is_decoded_or_fails_with_a_known_error(data):
         broken[data.draw(st.integers(0, len(broken) - 1))] = data.draw(st.integers(0, 255))
     broken = broken[: data.draw(st.integers(0, len(broken)))]
     try:
-        assert folder.decode_image(bytes(broken), SIZE).shape == (SIZE, SIZE, 3)
-    except folder._decode_errors():
+        assert decode.decode_image(bytes(broken), SIZE).shape == (SIZE, SIZE, 3)
+    except decode._decode_errors():
         pass
 
 
 def test_threads_and_no_threads_give_the_same_images(tree, load, tmp_path, monkeypatch):
     for i in range(40):
         add(tree, f"train/cat/big{i}.png", encode(make_image("RGB", 90, 80, seed=i)))
-    monkeypatch.setattr(folder, "_BATCH_IMAGES", 3)
+    monkeypatch.setattr(decode, "_BATCH_IMAGES", 3)
     results = []
     for limit in (0, 1 << 40):
-        monkeypatch.setattr(folder, "_THREAD_BYTES", limit)
+        monkeypatch.setattr(decode, "_THREAD_BYTES", limit)
         results.append(load(tree, data_dir=tmp_path / str(limit)))
     assert same(*results)
 
@@ -492,13 +518,13 @@ def test_unknown_data_is_an_error_with_the_choices_and_the_nearest(tmp_path):
 def decoded(monkeypatch) -> list[int]:
     """Grows by one for each image decoded."""
     count: list[int] = []
-    original = folder.decode_image
+    original = decode.decode_image
 
     def counting(data, size):
         count.append(1)
         return original(data, size)
 
-    monkeypatch.setattr(folder, "decode_image", counting)
+    monkeypatch.setattr(decode, "decode_image", counting)
     return count
 
 

@@ -43,7 +43,7 @@ class DaliLoader:
 
     Differences: an image is mixed with the next image of its batch instead of any other; images
     that are not ``image_size`` on both sides are center-cropped to a square and resized, bicubic
-    with antialiasing (as in :func:`~resfast.data.folder.decode_image`); and, except for
+    with antialiasing (as in :func:`~resfast.data.decode.decode_image`); and, except for
     :class:`Arrays` of the right size, DALI does random-resized crops, from the full-size image.
 
     Args:

@@ -1,5 +1,7 @@
 """Images in ``train/<class>/*`` and ``test/<class>/*``, in a directory or a tar archive.
 
+Where there is no ``test``, ``val``, ``valid`` or ``validation`` takes its place.
+
 Both kinds are read in two passes: first names, which determine the rows, then bytes, decoded
 directly into one uint8 array per split. An archive is read as a stream; nothing is extracted to
 disk.
@@ -10,15 +12,11 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
-import io
 import lzma
 import os
-import struct
 import tarfile
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,21 +26,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resfast.data.decode import Key, decode_all
 from resfast.errors import ResfastError
 
 SPLITS = ("train", "test")
+TEST_FOLDERS = ("test", "val", "valid", "validation")
+"""Folders of test images: the first that there is."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 _LAYOUT = "train/<class>/* and test/<class>/*"
 _READ = 1 << 20
-
-# A batch of images is decoded in a thread if its files are on average at least this large. For
-# smaller files the interpreter dominates and threads only contend for its lock: on 2 cores, JPEGs
-# of 1 KB took 1.7 times as long in threads, those of 30 KB 0.7 times.
-_THREAD_BYTES = 8 << 10
-_BATCH_IMAGES, _BATCH_BYTES = 256, 8 << 20
-
-Key = tuple[str, str, str]  # split, class, path inside the class folder with "/"
 
 
 @dataclass
@@ -52,6 +45,12 @@ class Listing:
     images: dict[Key, Any] = field(default_factory=dict)
     classes: dict[str, set[str]] = field(default_factory=dict)  # split to its class folders
     ignored: int = 0
+    test_folder: str = "test"
+
+    def shown(self, path: Path, split: str, *parts: str) -> str:
+        """The path to a split's folder, or to something in it, in messages."""
+        folder = self.test_folder if split == "test" else split
+        return "/".join((os.fspath(path), folder, *parts))
 
     def add_file(self, parts: tuple[str, ...], handle: object) -> None:
         if len(parts) > 2:
@@ -69,10 +68,10 @@ class Directory:
         self.path = path
 
     def scan(self) -> Listing:
-        listing = Listing()
         with _readable(self.path):
+            listing = Listing(test_folder=_test_folder(os.listdir(self.path)))
             for split in SPLITS:
-                top = self.path / split
+                top = Path(listing.shown(self.path, split))
                 if top.is_dir():
                     listing.classes.setdefault(split, set())
                     self.walk(os.fspath(top), (split,), frozenset(), listing)
@@ -140,21 +139,26 @@ class Archive:
                 files[parts] = files[target]
             else:
                 files[parts] = ordinal
-        top = self._top(files.keys() | folders)
-        listing = Listing()
+        names = files.keys() | folders
+        top = self._top(names)
+        inside = {p[len(top)] for p in names if p[: len(top)] == top and len(p) > len(top)}
+        listing = Listing(test_folder=_test_folder(inside))
+        split_of = {"train": "train", listing.test_folder: "test"}
         for parts in folders:
             path = parts[len(top) :]
-            if parts[: len(top)] == top and len(path) in (1, 2) and path[0] in SPLITS:
-                listing.classes.setdefault(path[0], set()).update(path[1:])
+            if parts[: len(top)] == top and len(path) in (1, 2) and path[0] in split_of:
+                listing.classes.setdefault(split_of[path[0]], set()).update(path[1:])
         for parts, ordinal in files.items():
             path = parts[len(top) :]
-            if parts[: len(top)] == top and len(path) > 1 and path[0] in SPLITS:
-                listing.classes.setdefault(path[0], set())
-                listing.add_file(path, ordinal)
+            if parts[: len(top)] == top and len(path) > 1 and path[0] in split_of:
+                split = split_of[path[0]]
+                listing.classes.setdefault(split, set())
+                listing.add_file((split, *path[1:]), ordinal)
         return listing
 
     def _top(self, names: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-        tops = {(() if p[0] in SPLITS else p[:1]) for p in names if {*p[:2]} & {*SPLITS}}
+        known = {"train", *TEST_FOLDERS}
+        tops = {(() if p[0] in known else p[:1]) for p in names if {*p[:2]} & known}
         if () in tops or not tops:
             return ()
         if len(tops) > 1:
@@ -238,6 +242,11 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error or 'header'} at byte {tar.offset}") from error
 
 
+def _test_folder(names: Iterable[str]) -> str:
+    names = set(names)
+    return next((name for name in TEST_FOLDERS if name in names), "test")
+
+
 def open_source(path: Path) -> Directory | Archive:
     """The tree at ``path``. Raises ``ResfastError`` if it is not a directory or a tar archive."""
     expected = f"expected a directory or a tar archive ({', '.join(ARCHIVE_SUFFIXES)}) of {_LAYOUT}"
@@ -298,8 +307,8 @@ def read(
         if failures and not skip_corrupt:
             key, reason = failures[0]
             raise ResfastError(
-                f"{_shown(source.path, key)} is not a readable JPEG, PNG or WebP image ({reason}): "
-                "replace it, or skip such images with --skip-corrupt"
+                f"{listing.shown(source.path, *key)} is not a readable JPEG, PNG or WebP image "
+                f"({reason}): replace it, or skip such images with --skip-corrupt"
             )
     if count != len(places):
         raise ResfastError(
@@ -322,8 +331,8 @@ def read(
         for name in classes:
             if name not in present:
                 raise ResfastError(
-                    f"the class {name!r} in {_shown(source.path, (split, name))} has only corrupt "
-                    "images, at least one intact image per class was expected: replace them"
+                    f"the class {name!r} in {listing.shown(source.path, split, name)} has only "
+                    "corrupt images, at least one intact image per class was expected: replace them"
                 )
     return tensors, classes, tuple("/".join(key) for key in sorted(corrupt))
 
@@ -339,13 +348,13 @@ def check_listing(path: Path, listing: Listing) -> tuple[str, ...]:
     train, test = (listing.classes[split] for split in SPLITS)
     if not train:
         raise ResfastError(
-            f"{_shown(path, ('train',))} has no class folders, expected {_LAYOUT}: "
+            f"{listing.shown(path, 'train')} has no class folders, expected {_LAYOUT}: "
             "put the images of each class in a folder with its name"
         )
     if train != test:
         missing, extra = (", ".join(sorted(s)) or "none" for s in (train - test, test - train))
         raise ResfastError(
-            f"the classes in {_shown(path, ('test',))} differ from the training classes "
+            f"the classes in {listing.shown(path, 'test')} differ from the training classes "
             f"(missing: {missing}; extra: {extra}): add, remove or rename folders until they match"
         )
     filled = {key[:2] for key in listing.images}
@@ -353,105 +362,11 @@ def check_listing(path: Path, listing: Listing) -> tuple[str, ...]:
         for name in sorted(train):
             if (split, name) not in filled:
                 raise ResfastError(
-                    f"the class {name!r} in {_shown(path, (split, name))} is empty, at least one "
-                    f"image ({', '.join(IMAGE_SUFFIXES)}) was expected: add images or remove the "
-                    "class from train and test"
+                    f"the class {name!r} in {listing.shown(path, split, name)} is empty, at least "
+                    f"one image ({', '.join(IMAGE_SUFFIXES)}) was expected: add images or remove "
+                    "the class from train and test"
                 )
     return tuple(sorted(train))
-
-
-def decode_image(data: bytes, size: int) -> np.ndarray:
-    """Decodes one JPEG, PNG or WebP file into uint8 ``[size, size, 3]`` RGB.
-
-    EXIF orientation is applied, 16-bit grey is scaled to 8 bits, and transparency is dropped. An
-    image of another size is cropped to the centre square and resized, antialiased bicubic.
-    Raises one of ``_decode_errors()`` for a corrupt image or a decompression bomb.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise Image.DecompressionBombError(
-                f"{image.width}x{image.height} pixels exceed the limit of {limit}"
-            )
-        ImageOps.exif_transpose(image, in_place=True)
-        rgb = _to_rgb(image)
-        if rgb.size != (size, size):
-            rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BICUBIC)
-        return np.asarray(rgb)
-
-
-def _to_rgb(image: Any) -> Any:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey; convert() would clip it
-        from PIL import Image
-
-        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _decode_errors() -> tuple[type[BaseException], ...]:
-    """The exceptions that Pillow's readers raise for broken files."""
-    from PIL import Image
-
-    return (
-        OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError,
-        RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    )  # fmt: skip
-
-
-def decode_all(
-    blobs: Iterable[tuple[Key, bytes]], places: dict[Key, np.ndarray], size: int
-) -> Iterator[tuple[int, list[tuple[Key, str]]]]:
-    """Decodes ``blobs`` into ``places``; yields counts and failures, batch by batch, in order."""
-    errors = _decode_errors()
-
-    def decode(batch: list[tuple[Key, bytes]]) -> tuple[int, list[tuple[Key, str]]]:
-        failures = []
-        for key, data in batch:
-            try:
-                places[key][...] = decode_image(data, size)
-            except errors as error:
-                reason = str(error).replace("\n", " ") or type(error).__name__
-                if "cannot identify image file" in reason:  # the rest is a memory address
-                    reason = "unknown format" if data else "empty file"
-                failures.append((key, reason))
-        return len(batch), failures
-
-    workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque[Future[tuple[int, list[tuple[Key, str]]]]] = deque()
-        for batch in _batches(blobs):
-            mean_bytes = sum(len(data) for _, data in batch) / len(batch)
-            if workers == 1 or mean_bytes < _THREAD_BYTES:
-                while pending:
-                    yield pending.popleft().result()
-                yield decode(batch)
-            else:
-                pending.append(pool.submit(decode, batch))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _batches(blobs: Iterable[tuple[Key, bytes]]) -> Iterator[list[tuple[Key, bytes]]]:
-    batch: list[tuple[Key, bytes]] = []
-    size = 0
-    for key, data in blobs:
-        batch.append((key, data))
-        size += len(data)
-        if len(batch) >= _BATCH_IMAGES or size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def read_file(path: str) -> bytes:
@@ -494,7 +409,3 @@ def _decompressed(path: Path) -> Iterator[BinaryIO]:
                     yield stream
                 return
         yield file
-
-
-def _shown(path: Path, parts: tuple[str, ...]) -> str:
-    return "/".join((os.fspath(path), *parts))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resfast.data import folder
+from resfast.data import decode, folder
 from resfast.data.resize import resize
 from resfast.errors import ResfastError
 
@@ -54,7 +54,7 @@ class Files:
             keys = {("", "", str(row)): image for row, image in zip(rows, images, strict=True)}
             blobs = ((key, folder.read_file(self.paths[int(key[2])])) for key in keys)
             corrupt: set[int] = set()
-            for _, failures in folder.decode_all(blobs, keys, size):
+            for _, failures in decode.decode_all(blobs, keys, size):
                 for (_, _, row), reason in failures:
                     if not skip_corrupt:
                         raise ResfastError(
