@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resfast import atomic
-from resfast.data import cifar, dataset, decode, folder, sources
+from resfast.data import dataset, decode, download, folder, sources
 from resfast.data.sources import load_dataset
 from resfast.data.split import split_validation
 from resfast.data.statistics import channel_mean_std
@@ -869,7 +869,7 @@ def test_a_server_that_refuses_the_file_is_told_from_one_that_refuses_the_questi
         raise urllib.error.HTTPError(request.full_url, code, "No", {}, None)
 
     monkeypatch.setattr("urllib.request.urlopen", answer)
-    assert (cifar._unreachable("https://example.invalid/x") == "") is usable
+    assert (download.unreachable("https://example.invalid/x") == "") is usable
 
 
 def test_a_host_whose_name_is_never_resolved_does_not_hang(monkeypatch):
@@ -880,8 +880,8 @@ def test_a_host_whose_name_is_never_resolved_does_not_hang(monkeypatch):
         raise OSError
 
     monkeypatch.setattr("urllib.request.urlopen", hang)
-    monkeypatch.setattr(cifar, "REACHABLE_TIMEOUT_S", -0.9)
-    assert "did not answer" in cifar._unreachable("https://example.invalid/x")
+    monkeypatch.setattr(download, "REACHABLE_TIMEOUT_S", -0.9)
+    assert "did not answer" in download.unreachable("https://example.invalid/x")
     release.set()
 
 
@@ -890,7 +890,7 @@ def test_a_download_cut_short_leaves_no_archive(tmp_path, monkeypatch, lines):
         add(Path(root), filename, b"half")
         raise RuntimeError("File not found or corrupted.")
 
-    monkeypatch.setattr(cifar, "_unreachable", lambda url: "")
+    monkeypatch.setattr(download, "unreachable", lambda url: "")
     monkeypatch.setattr("torchvision.datasets.utils.download_url", cut)
     with pytest.raises(ResfastError, match="not found or corrupted"):
         load_dataset("cifar10", data_dir=tmp_path / "data", report=lines.append)
@@ -904,7 +904,7 @@ def test_a_download_is_unpacked_and_read(tmp_path, tiny_cifar, monkeypatch, line
     def fetch(url, root, filename, md5):
         shutil.copy(stored, Path(root) / filename)
 
-    monkeypatch.setattr(cifar, "_unreachable", lambda url: "")
+    monkeypatch.setattr(download, "unreachable", lambda url: "")
     monkeypatch.setattr("torchvision.datasets.utils.download_url", fetch)
     loaded = load_dataset("auto", data_dir=tmp_path / "new", report=lines.append)
     assert loaded.name == "cifar10"

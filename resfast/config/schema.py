@@ -122,8 +122,9 @@ class DataConfig:
     __pydantic_config__ = _STRICT
 
     data: str = "auto"
-    """cifar10, cifar100, digits, folder:PATH (an image folder or a tar of one), shards:PATH
-    (WebDataset shards), or auto: CIFAR-10 if it is on disk or can be fetched, otherwise digits."""
+    """cifar10, cifar100, svhn, fashion-mnist, stl10, digits, folder:PATH (an image folder or a tar
+    of one), shards:PATH (WebDataset shards), arrays:PATH (a .npz file or a folder of .npy files),
+    or auto: CIFAR-10 if it is on disk or can be fetched, otherwise digits."""
     data_dir: Path = Path("data")
     """Where data sets are looked for, downloaded to and cached."""
     classes: Path | None = None

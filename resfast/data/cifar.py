@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import queue
 import shutil
-import socket
 import sys
 import tarfile
 import tempfile
-import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resfast.data import download
 from resfast.data.dataset import Dataset, DataUnavailableError, Request, make_dataset
 from resfast.data.resize import resize
-
-REACHABLE_TIMEOUT_S = 5.0
-DOWNLOAD_STALL_S = 60.0
 
 
 def open_cifar10(request: Request) -> Dataset:
@@ -80,7 +72,7 @@ def _prepare(name: str, kind: Any, data_dir: Path, report: Callable[[str], None]
                 name, kind, data_dir, f"{unpacked / damaged[0]} is missing or damaged"
             )
         else:
-            if problem := _unreachable(kind.url):
+            if problem := download.unreachable(kind.url):
                 raise _unavailable(
                     name, kind, data_dir, f"it does not exist and {kind.url} {problem}"
                 )
@@ -89,7 +81,7 @@ def _prepare(name: str, kind: Any, data_dir: Path, report: Callable[[str], None]
             # Into a separate folder: a partial download must not be taken for the archive.
             with (
                 tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as temporary,
-                _stall_limit(),
+                download.stall_limit(),
                 contextlib.redirect_stdout(sys.stderr),
             ):
                 download_url(kind.url, temporary, kind.filename, kind.tgz_md5)
@@ -107,39 +99,3 @@ def _unavailable(name: str, kind: Any, data_dir: Path, reason: str) -> DataUnava
         f"put an intact {kind.filename} into {data_dir} (replacing a damaged one), or use "
         "--data folder:PATH with your own images, or --data digits, which needs no download",
     )
-
-
-def _unreachable(url: str) -> str:
-    """Why ``url`` cannot be downloaded, or "" if it can.
-
-    Asks in a thread, because socket timeouts do not cover DNS lookups.
-    """
-    answer: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD")
-            with urllib.request.urlopen(request, timeout=REACHABLE_TIMEOUT_S):
-                answer.put("")
-        except urllib.error.HTTPError as error:
-            refuses_head = error.code in (405, 501)
-            answer.put("" if refuses_head else f"answers {error.code} {error.reason}")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            answer.put(f"cannot be reached ({getattr(error, 'reason', error)})")
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        return answer.get(timeout=REACHABLE_TIMEOUT_S + 1)
-    except queue.Empty:
-        return f"did not answer within {REACHABLE_TIMEOUT_S:.0f} s"
-
-
-@contextlib.contextmanager
-def _stall_limit() -> Iterator[None]:
-    """Sets a default socket timeout, because torchvision's download sets none."""
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_STALL_S)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(previous)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from resfast.data.arrays import open_arrays
 from resfast.data.cifar import open_cifar10, open_cifar100
 from resfast.data.dataset import (
     Dataset,
@@ -25,6 +26,7 @@ from resfast.data.dataset import (
 )
 from resfast.data.digits import open_digits
 from resfast.data.image_folder import open_folder
+from resfast.data.named_sets import opener
 from resfast.data.shards import open_shards
 from resfast.errors import ResfastError, nearest
 
@@ -59,7 +61,11 @@ SOURCES: dict[str, Source] = {
     "cifar10": Source(open_cifar10, classes=10),
     "cifar100": Source(open_cifar100, classes=100),
     "digits": Source(open_digits, classes=10),
+    "svhn": Source(opener("svhn"), classes=10),
+    "fashion-mnist": Source(opener("fashion-mnist"), classes=10),
+    "stl10": Source(opener("stl10"), classes=10),
     "folder:": Source(open_folder),
+    "arrays:": Source(open_arrays),
     "shards:": Source(open_shards),
 }
 """Sources by the start of ``--data``, including the colon if a path follows."""
@@ -136,8 +142,10 @@ def load_dataset(
     """Loads a data set into memory.
 
     Args:
-        data: ``cifar10``, ``cifar100``, ``digits``, ``folder:PATH`` or ``auto``. ``folder:PATH`` is
-            a directory or a tar archive of ``train/<class>/*`` and ``test/<class>/*``; its decoded
+        data: ``cifar10``, ``cifar100``, ``svhn``, ``fashion-mnist``, ``stl10``, ``digits``,
+            ``folder:PATH``, ``arrays:PATH`` or ``auto``. ``arrays:PATH`` is a ``.npz`` file or a
+            folder of ``.npy`` files (:func:`resfast.data.arrays.open_arrays`). ``folder:PATH`` is a
+            directory or a tar archive of ``train/<class>/*`` and ``test/<class>/*``; its decoded
             images are cached under ``data_dir/cache``. ``auto`` is CIFAR-10 if it is on disk or can
             be downloaded, otherwise digits, which is reported.
         data_dir: where data sets are looked for, downloaded to and cached.

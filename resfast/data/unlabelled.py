@@ -18,6 +18,8 @@ from resfast.data.resize import resize
 from resfast.errors import ResfastError
 
 PICKLE_SUFFIXES = (".pkl", ".pickle", "")  # CIFAR's own test_batch has none
+ID_NAMES = ("ids", "id", "IDs", "filenames")
+"""Of the IDs in a pickle; CIFAR's own batches have file names."""
 _KINDS = (
     f"an image ({', '.join(folder.IMAGE_SUFFIXES)}), a folder of images, or an array in a .npy "
     "or .pkl file"
@@ -186,6 +188,8 @@ def _ids(ids: Any, count: int, source: str) -> Sequence[str]:
     if ids is None:
         return [str(row) for row in range(count)]
     values = ids.reshape(-1).tolist() if isinstance(ids, np.ndarray) else ids
+    if isinstance(values, range) and len(values) == count:
+        values = list(values)
     if not isinstance(values, list | tuple) or len(values) != count:
         found = f"{len(values):,} ids" if isinstance(values, list | tuple) else repr(type(values))
         raise ResfastError(f"{source} has {found} for {count:,} images; expected one id per image")
@@ -261,6 +265,9 @@ class _ArrayUnpickler(pickle.Unpickler):
             ("numpy.core.multiarray", "scalar"): self._scalar,
             ("numpy.core.numeric", "_frombuffer"): self._from_buffer,
             ("_codecs", "encode"): self._encode,
+            ("collections", "OrderedDict"): self._ordered_dict,
+            ("builtins", "range"): self._range,
+            ("__builtin__", "xrange"): self._range,
         }
         try:
             return known[package, name]
@@ -279,6 +286,12 @@ class _ArrayUnpickler(pickle.Unpickler):
     def _from_buffer(self, *args: Any) -> np.ndarray:
         return _from_buffer(*args)
 
+    def _ordered_dict(self, items: Any = ()) -> dict[Any, Any]:
+        return dict(items)
+
+    def _range(self, *args: int) -> range:
+        return range(*args)
+
     def _encode(self, text: str, encoding: str | bytes) -> bytes:
         if encoding not in ("latin1", b"latin1"):  # how protocols below 3 write bytes
             raise _Forbidden(f"the encoding {encoding!r}")
@@ -289,7 +302,7 @@ def _read_pickle(path: Path) -> tuple[Any, Any]:
     """The images and the IDs (or None) of a pickle, without running any code in it."""
     expected = (
         "expected a pickle of an array, or of a dict with the images under 'data' and, optionally, "
-        "their IDs under 'ids'"
+        "their IDs under 'ids', 'id', 'IDs' or 'filenames'"
     )
     try:
         with open(path, "rb") as file:
@@ -314,7 +327,8 @@ def _read_pickle(path: Path) -> tuple[Any, Any]:
         if "data" not in named:
             found = ", ".join(map(repr, list(named)[:5])) or "nothing"
             raise ResfastError(f"{path} holds a dict of {found}; {expected}")
-        content, ids = named["data"], named.get("ids")
+        content = named["data"]
+        ids = next((named[name] for name in ID_NAMES if named.get(name) is not None), None)
     return _array(content), _array(ids)
 
 
