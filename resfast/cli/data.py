@@ -32,7 +32,8 @@ class Options:
     """Folder to write WebDataset tar shards of --data folder:PATH to."""
     data: str = "auto"
     """cifar10, cifar100, svhn, fashion-mnist, stl10, digits, folder:PATH (an image folder or a tar
-    of one), arrays:PATH (a .npz or a folder of .npy), or auto: CIFAR-10 if it is on disk or can be fetched, otherwise digits."""
+    of one), arrays:PATH (a .npz or a folder of .npy), or auto: CIFAR-10 if it is
+    on disk or can be fetched, otherwise digits."""
     data_dir: Path = Path("data")
     """Where data sets are looked for, downloaded to and cached."""
     image_size: int = 32

@@ -29,7 +29,8 @@ class Options:
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """Folder of the run, runs/NAME, or a .safetensors file of one."""
     data: str | None = None
-    """Another data set with the same classes (as for train's --data), resized to the run's image size. None: the run's own."""
+    """Another data set with the same classes (as for train's --data), resized to the run's
+    image size. None: the run's own."""
     data_dir: Path | None = None
     """Where data sets are looked for, downloaded to and cached (None: the run's own)."""
     tta: Literal["auto"] | TTA = "auto"
