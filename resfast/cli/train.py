@@ -35,7 +35,7 @@ class Start:
     """Named set of values that the other options override (None: default, whose values suit
     the number of epochs, the network and the data; --list shows them)."""
     config: Path | None = None
-    """Start from a saved configuration, runs/NAME/config.json."""
+    """Start from a saved configuration: runs/NAME/config.json, or the best.toml of a sweep."""
     resume: Path | None = None
     """Resume an interrupted run, runs/NAME."""
     list: bool = False
@@ -67,6 +67,12 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
         ResfastError: an unknown recipe, an unreadable configuration, or two sources of defaults.
         SystemExit: help was requested (code 0), or an option is unknown or malformed (code 2).
     """
+    start, config = undecided(args)
+    return start, config if start.resume is not None else decide(config)
+
+
+def undecided(args: Sequence[str]) -> tuple[Start, Config]:
+    """:func:`command_line` with the values undecided that depend on the epochs and the network."""
     start, _ = tyro.cli(
         Start,
         args=list(args),
@@ -94,8 +100,12 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
         row = _pick_recipe(config, target, seconds)
         args = [*shlex.split(row.options), *args]
         config = _parsed(args, start, recipe(row.recipe))
-    undecided = [name for name in config.undecided if name not in given_fields(args)]
-    return start, decide(replace(config, undecided=tuple(undecided)))
+    if any((config.transfer.init_from, config.transfer.teacher, config.transfer.pseudo_from)):
+        from resfast.runs.find import with_single_runs
+
+        config = with_single_runs(config, lambda line: print(line, flush=True))
+    left = [name for name in config.undecided if name not in given_fields(args)]
+    return start, replace(config, undecided=tuple(left))
 
 
 def _parsed(args: Sequence[str], start: Start, default: Config) -> Config:
