@@ -41,7 +41,7 @@ class Start:
     list: bool = False
     """Print the recipes and models with their parameter counts, and exit."""
     summary: bool = False
-    """Print the network layer by layer, and exit."""
+    """Print the network layer by layer, or of --model A,B,C a line for each network, and exit."""
     profile: Path | None = None
     """Train for a few steps only, write a Chrome trace of them to this file, print the slowest
     operators and how the step compares with a matrix product, and exit."""
@@ -160,11 +160,20 @@ def print_list() -> None:
 
 
 def print_summary(config: Config) -> None:
-    """Prints the layer table of the network that ``config`` describes, for 10 classes."""
+    """Prints the layer table of the network that ``config`` describes, for 10 classes.
+
+    Of several, ``--model A,B,C``, it prints a line each.
+    """
     from resfast.models.presets import build_model
-    from resfast.models.summary import layer_table
+    from resfast.models.summary import layer_table, network_table
 
     size = config.data.image_size
+    if "," in config.model.model:
+        names = [name.strip() for name in config.model.model.split(",") if name.strip()]
+        shapes = {name: network(replace(config.model, model=name)) for name in names}
+        models = {name: build_model(shape, image_size=size) for name, shape in shapes.items()}
+        print(network_table(models, size))
+        return
     print(layer_table(build_model(network(config.model), image_size=size), size))
 
 
