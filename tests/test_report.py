@@ -97,6 +97,14 @@ def three(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(config).path
 
 
+@pytest.fixture(scope="module")
+def page_of_three(three: Path) -> Path:
+    """The page of the three runs."""
+    path = three.parent / "page.html"
+    assert main([str(three), "-o", str(path), "--device", "cpu"]) == 0
+    return path
+
+
 @pytest.fixture
 def study(three: Path, tmp_path: Path) -> Callable[[int], Path]:
     """Makes a folder of runs with other configurations, by copying one."""
@@ -202,8 +210,8 @@ def test_mistakes_of_a_run_without_test_images_are_among_the_held_out_ones(
     assert not re.search(r"[0-9] test images wrongly|all \d+ test images", page.text)
 
 
-def test_seeds_are_one_group_with_their_mean(three: Path, tmp_path: Path) -> None:
-    page = checked(written([str(three)], tmp_path / "page.html"))
+def test_seeds_are_one_group_with_their_mean(three: Path, page_of_three: Path) -> None:
+    page = checked(Page(page_of_three.read_text(encoding="utf-8")))
     summaries = [read_run(three / f"seed{n}" / "summary.json") for n in range(3)]
     mean = sum(one.tta_accuracy for one in summaries) / 3
     assert "Runs that differ in their seed" in page.text
@@ -218,7 +226,9 @@ def test_seeds_are_one_group_with_their_mean(three: Path, tmp_path: Path) -> Non
 def test_ten_networks_have_ten_colours_and_a_table_of_differences(
     study: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    page = checked(written([str(study(10)), "--mistakes", "1"], tmp_path / "page.html"))
+    arguments = [str(study(10)), "--mistakes", "0", "--images-per-class", "0"]
+    page = checked(written(arguments, tmp_path / "page.html"))
+    assert "Left out, as --mistakes is 0" in page.text
     assert "10 runs" in page.text
     assert "Options that differ between the runs and affect the result" in page.text
     assert all(f"net-{number}" in page.text for number in range(10))
@@ -411,11 +421,12 @@ def test_a_folder_without_runs_is_an_error_of_the_function_too(tmp_path: Path) -
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (on Debian: apt install chromium)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_shows_the_page_without_network(scheme: str, three: Path, tmp_path: Path) -> None:
+def test_a_browser_shows_the_page_without_network(
+    scheme: str, page_of_three: Path, tmp_path: Path
+) -> None:
     """In the colours of the reader's choice, and no error or request in its log."""
-    path = tmp_path / "page.html"
-    written([str(three)], path)
-    done = browser(tmp_path, scheme, "--screenshot=shot.png", "--window-size=900,1400", path)
+    window = "--window-size=900,1400"
+    done = browser(tmp_path, scheme, "--screenshot=shot.png", window, page_of_three)
     assert "ERR_" not in done
     assert "Refused to load" not in done
     shot = Image.open(tmp_path / "shot.png").convert("RGB")
@@ -426,10 +437,8 @@ def test_a_browser_shows_the_page_without_network(scheme: str, three: Path, tmp_
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (on Debian: apt install chromium)")
-def test_a_browser_prints_the_page(three: Path, tmp_path: Path) -> None:
-    path = tmp_path / "page.html"
-    written([str(three)], path)
-    browser(tmp_path, "dark", "--no-pdf-header-footer", "--print-to-pdf=page.pdf", path)
+def test_a_browser_prints_the_page(page_of_three: Path, tmp_path: Path) -> None:
+    browser(tmp_path, "dark", "--no-pdf-header-footer", "--print-to-pdf=page.pdf", page_of_three)
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF-")
 
 

@@ -74,8 +74,16 @@ def test_runs_are_found_at_any_depth_with_numbers_in_order(tmp_path: Path) -> No
         expanded([tmp_path / "b", tmp_path / "b" / "seed2"], "x")
 
 
-def test_only_a_folder_with_a_configuration_is_one_of_seeds(seeds: Path) -> None:
+def test_a_folder_of_seeds_has_a_configuration_or_names_them_so(
+    seeds: Path, tmp_path: Path
+) -> None:
     assert [run.name for run in seeds_in(seeds)] == ["seed0", "seed1", "seed2"]
+    for name in ("variant/seed0", "variant/seed7", "mixed/seed0", "mixed/other"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").touch()
+    assert [run.name for run in seeds_in(tmp_path / "variant")] == ["seed0", "seed7"]
+    assert seeds_in(tmp_path / "mixed") == []
+    assert seeds_in(tmp_path) == []
     assert seeds_in(seeds.parent) == []
     assert seeds_in(seeds / "seed0") == []
 

@@ -18,6 +18,7 @@ logger = logging.getLogger("resfast")
 
 OWN_FILES = (records.METRICS, records.WEIGHTS, records.BEST, records.CHECKPOINT)
 """Files that the folder of one run has, and that of several runs has not."""
+_SEED = re.compile(r"seed\d+")
 MAX_DEPTH = 4
 """Levels of folders that are searched for runs."""
 
@@ -72,8 +73,13 @@ def _below(path: Path, depth: int) -> list[Path]:
 
 
 def seeds_in(path: Path) -> list[Path]:
-    """The runs of a folder of ``--runs``, which differ in their seed; empty for any other path."""
-    return runs_in(path) if (path / records.CONFIG).is_file() else []
+    """The runs of a folder of ``--runs``, which differ in their seed; empty for any other path.
+
+    A folder in which all runs are named ``seed0`` and so on, as a study has, is one too.
+    """
+    found = runs_in(path)
+    named = all(run.parent == path and _SEED.fullmatch(run.name) for run in found)
+    return found if named or (path / records.CONFIG).is_file() else []
 
 
 def expanded(paths: Sequence[str | Path], purpose: str) -> list[Path]:

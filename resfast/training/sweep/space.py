@@ -89,7 +89,7 @@ class Space:
         objective: what is optimized, on held-out images.
         pruner: what stops trials that are worse than others at the same epoch.
         startup_trials: trials that are never pruned.
-        warmup_epochs: epochs of a trial before which it is not pruned.
+        warmup_epochs: first epochs of a trial, in which it is not pruned.
         seed: of the sampler.
         text: of the file.
     """

@@ -12,7 +12,7 @@ from typing import Any
 
 import filelock
 import optuna
-from optuna.storages import RDBStorage, RetryFailedTrialCallback, fail_stale_trials
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
 
 from resfast import atomic
@@ -127,7 +127,7 @@ def _open(space: Space, path: Path, lock: filelock.BaseFileLock, heartbeat_s: in
             engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}},
             heartbeat_interval=heartbeat_s,
             grace_period=2 * heartbeat_s,
-            heartbeat_stale_trial_callback=RetryFailedTrialCallback(max_retry=MAX_RETRIES),
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
         )
         study = optuna.create_study(
             storage=storage,
@@ -147,8 +147,9 @@ def _pruner(space: Space) -> optuna.pruners.BasePruner:
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, space.warmup_epochs))
     if space.pruner == "hyperband":
         return optuna.pruners.HyperbandPruner(min_resource=max(1, space.warmup_epochs))
+    # Optuna counts steps from 0: with n_warmup_steps=1, its first pruning is at our epoch 1.
     return optuna.pruners.MedianPruner(
-        n_startup_trials=space.startup_trials, n_warmup_steps=space.warmup_epochs
+        n_startup_trials=space.startup_trials, n_warmup_steps=space.warmup_epochs + 1
     )
 
 
@@ -182,7 +183,8 @@ def _run(
             if sum(trial.state in _COUNTED for trial in found) < trials:
                 # A new seed for each trial: with the same one, each process would suggest the same.
                 study.sampler = optuna.samplers.TPESampler(
-                    seed=(trainer.space.seed * _SEED_STRIDE + len(found)) % 2**32
+                    seed=(trainer.space.seed * _SEED_STRIDE + len(found)) % 2**32,
+                    constant_liar=True,
                 )
                 running.clear()
                 study.optimize(objective, n_trials=1)
@@ -206,7 +208,7 @@ def _run(
 
 def _try_again(study: optuna.Study, trial: FrozenTrial) -> None:
     """Lets the next process go on with a trial that was interrupted."""
-    RetryFailedTrialCallback()(study, trial)
+    RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
 def _line(study: optuna.Study, trial: FrozenTrial, trials: int) -> str:
