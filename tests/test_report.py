@@ -265,7 +265,7 @@ def test_a_run_that_was_killed_is_shown_as_far_as_it_came(three: Path, tmp_path:
         "The run is unfinished",
         "1 of 2",
         "No run has finished, so there is no confusion matrix",
-        "Left out. No run of it has saved weights yet",
+        "Left out. No run of it has weights",
     ):
         assert text in page.text, text
 
@@ -302,6 +302,21 @@ def test_without_its_data_a_page_has_no_images(three: Path, tmp_path: Path) -> N
 def test_data_of_other_classes_is_refused_in_a_sentence(three: Path, tmp_path: Path) -> None:
     page = checked(written([str(three), "--data", "digits"], tmp_path / "page.html"))
     assert "Left out. the classes of digits (10) differ" in page.text
+
+
+def test_many_classes_have_a_map_instead_of_a_table(three: Path, tmp_path: Path) -> None:
+    run = tmp_path / "many"
+    shutil.copytree(three / "seed0", run)
+    summary = read_run(run / "summary.json")
+    names = [f"class {number}" for number in range(25)]
+    confusion = tuple(tuple(int(row == column) for column in range(25)) for row in range(25))
+    changed = replace(summary, per_class_accuracy=dict.fromkeys(names, 1.0), confusion=confusion)
+    (run / "summary.json").write_text(changed.to_json())
+    page = checked(written([str(run), "--mistakes", "0"], tmp_path / "page.html"))
+    assert "many: 25 test images" in page.text
+    assert "class 24" in page.text  # in the table of accuracies
+    assert page.loaded[0].startswith("data:image/png;base64,")  # the map
+    assert 'class="confusion"' not in (tmp_path / "page.html").read_text()
 
 
 HOSTILE = "<script>alert('&\"x')</script>$y_"

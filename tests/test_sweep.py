@@ -270,7 +270,10 @@ def test_another_space_is_refused_in_the_same_folder(
 def test_a_trial_that_is_worse_is_pruned(
     options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The accuracies that are reported are replaced: trial by trial lower, so all but two end."""
+    """The accuracies that are reported are replaced: trial by trial lower, so all but two end.
+
+    Not at the first evaluation, which is within the warm-up; and every evaluation is reported.
+    """
     from resfast.training.sweep import trial as trials
 
     reported: list[tuple[int, int]] = []
@@ -293,9 +296,20 @@ def test_a_trial_that_is_worse_is_pruned(
         *("complete", "complete"),
         *("pruned", "pruned"),
     ]
-    # Not at the first evaluation, which is within the warm-up; and every evaluation is reported.
     expected = [(n, step) for n in range(4) for step in ((1, 2, 3) if n < 2 else (1, 2))]
     assert reported == expected
+
+
+def test_a_trial_is_not_pruned_after_its_last_epoch(
+    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from resfast.training.sweep import trial as trials
+
+    asked: list[int] = []
+    monkeypatch.setattr(trials.optuna.Trial, "should_prune", lambda self: asked.append(0))
+    path = space_file(tmp_path / "s.toml", options, "lr = {low = 0.001, high = 0.3}")
+    assert main([str(path), "--trials", "1", "--out", str(tmp_path / "out")]) == 0
+    assert len(asked) == 2  # of three evaluations
 
 
 def test_values_that_do_not_fit_each_other_are_refused_with_the_reason(

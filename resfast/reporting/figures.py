@@ -67,7 +67,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r'\b(id|xlink:href)="(#?)([^"]+)"', rf'\1="\2{name}-\3"', text)
+    text = re.sub(r'\b(id="|xlink:href="#)([^"]+)"', rf'\g<1>{name}-\2"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     for colour, value in (
         (_INK, "currentColor"),
@@ -102,7 +102,9 @@ def curves(groups: Sequence[Group]) -> str:
     runs = coloured(groups)
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(10.2, 6.2), layout="constrained")
-        for axes, (title, value) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+        for axes, (title, value) in zip(
+            figure.subplots(2, 2, sharex=True).flat, _PANELS, strict=True
+        ):
             for run, number in runs:
                 points = [
                     (row.epoch, found) for row in run.rows if (found := value(row)) is not None
@@ -118,6 +120,7 @@ def curves(groups: Sequence[Group]) -> str:
                 )
             _finish(axes, title)
             axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.tick_params(labelbottom=True)
         for axes in figure.axes[2:]:
             axes.set_xlabel("epoch")
     names = ", ".join(run.name for run, _ in runs)

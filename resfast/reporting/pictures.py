@@ -199,7 +199,7 @@ def mistakes_of(group: Group, data_sets: DataSets, most: int, device: str) -> Mi
         if weights is not None:
             break
     else:
-        return Mistakes(group.runs[0].name, "", note="No run of it has saved weights yet.")
+        return Mistakes(group.runs[0].name, "", note="No run of it has weights.")
     on_test = run.scored_on == "test"
     images_of = "test images" if on_test else "held-out images"
     data = data_sets.of(run)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import optuna
+from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from resfast import atomic
@@ -22,7 +23,7 @@ RESULTS, BEST, IMPORTANCE, CONTOUR = "results.csv", "best.toml", "importance.png
 MIN_COMPLETE = 3
 """Completed trials that importances and contours need."""
 MAX_CONTOUR_PARAMETERS = 4
-"""The contour plot has the most important ones, at most this many."""
+"""The contour plot has the most important options with several values, at most this many."""
 
 
 def best(study: optuna.Study) -> FrozenTrial | None:
@@ -127,14 +128,22 @@ def _plots(path: Path, study: optuna.Study) -> None:
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
             if found:
                 axes = drawing.plot_param_importances(study, evaluator=evaluator)
-                axes.figure.set_layout_engine("constrained")
-                plots.save(axes.figure, path / IMPORTANCE)
+                _save(axes.figure, path / IMPORTANCE)
         with plots.optional(path / CONTOUR):
-            names = list(found)[:MAX_CONTOUR_PARAMETERS]
+            done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            vary = [name for name in found if len({trial.params[name] for trial in done}) > 1]
+            names = vary[:MAX_CONTOUR_PARAMETERS]
             if len(names) > 1:
                 drawn = drawing.plot_contour(study, params=names)
                 figure = drawn.figure if hasattr(drawn, "figure") else drawn.flat[0].figure
                 figure.set_size_inches(3.2 * max(2, len(names)), 2.8 * max(2, len(names)))
-                plots.save(figure, path / CONTOUR)
+                _save(figure, path / CONTOUR)
     finally:
         pyplot.close("all")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Writes a figure of Optuna's, whose labels may lie outside of it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
+    atomic.save(path, buffer.getvalue())

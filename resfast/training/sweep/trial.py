@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 
 from resfast import runtime
+from resfast.config.files import load
 from resfast.config.recipes import decide
 from resfast.config.recipes.family import with_values
 from resfast.config.schema import Config
@@ -108,7 +109,9 @@ class Trainer:
         def report(epochs: int, found: Evaluation) -> None:
             value = found.loss if self.space.objective == "loss" else found.accuracy
             trial.report(value, epochs)
-            if trial.should_prune():
+            # After the last epoch there is nothing to save, and the value would be lost.
+            is_last = epochs >= load(path / records.CONFIG).optim.epochs
+            if not is_last and trial.should_prune():
                 raise optuna.TrialPruned(f"worse than others after {epochs} epochs")
 
         if (path / records.CONFIG).is_file():
