@@ -60,6 +60,8 @@ SLOWEST_FIRST = (
     "test_gpu_report",
     "test_race",
     "test_training",
+    "test_sweep",
+    "test_report",
     "test_build",
     "test_runs",
     "test_package",

@@ -29,6 +29,7 @@ from resfast.config.validate import check, check_network, expectation
 from resfast.errors import ResfastError
 from resfast.models.presets import PRESETS, build_model, create_model
 from resfast.models.resnet import count_parameters
+from resfast.models.summary import summarize
 from tests.conftest import change
 
 
@@ -271,6 +272,17 @@ def test_summary_prints_the_layers_and_stops(
     assert "2,777,674" in out
     assert "Conv2d" in out
     assert not list(tmp_path.iterdir())
+
+
+def test_summary_of_several_networks_has_a_line_each(capsys: pytest.CaptureFixture[str]):
+    assert main(["--summary", "--model", "resnet-222,resnet-1111"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["model", "resnet-222", "resnet-1111"]
+    alone = summarize(build_model(PRESETS["resnet-222"]))
+    assert f"{alone.total_params:,}" in lines[1]
+    assert f"{alone.total_mult_adds:,}" in lines[1]
+    assert main(["--summary", "--model", "resnet-222,resnet-111"]) == 2
+    assert "unknown model 'resnet-111'; did you mean" in capsys.readouterr().err
 
 
 def test_a_model_above_the_budget_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "resfast"
 
 LAYERS = (
     ("resfast.cli",),
-    ("resfast.training",),
+    ("resfast.training", "resfast.reporting"),
     ("resfast.inference",),
     ("resfast.runs", "resfast.optim"),
     ("resfast.config",),
@@ -35,6 +35,8 @@ EXEMPT = {
     "resfast.predict",
     "resfast.export",
     "resfast.doctor",
+    "resfast.report",
+    "resfast.sweep",
     "resfast.data.__main__",
 }
 """Public names and commands, which import from anywhere."""

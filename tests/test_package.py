@@ -220,7 +220,7 @@ assert main(["--help"]) == 0 and main(["--version"]) == 0
 assert not {"torch", "numpy", "tyro"} & set(sys.modules)
 """
     shown = run_python(code, tmp_path).stdout
-    for name in ("train", "evaluate", "ensemble", "predict", "export", "data", "doctor"):
+    for name in console.COMMANDS:
         assert f"\n  {name} " in shown
     assert shown.endswith(f"\nresfast {resfast.__version__}\n")
 
@@ -232,9 +232,7 @@ def test_an_unknown_command_is_one_sentence_with_the_nearest(capsys):
     assert output.endswith("; did you mean 'evaluate'?\n")
 
 
-@pytest.mark.parametrize(
-    "name", ["train", "evaluate", "ensemble", "predict", "export", "data", "doctor"]
-)
+@pytest.mark.parametrize("name", console.COMMANDS)
 def test_the_console_script_and_python_m_are_the_same_command(name, monkeypatch, capsys):
     def shown(argv: list[str], start: Callable[[], object]) -> str:
         monkeypatch.setattr(sys, "argv", argv)
@@ -320,7 +318,8 @@ def test_wheel_builds_without_compiler_and_holds_the_package_alone(tmp_path):
         metadata = archive.read(f"resfast-{resfast.__version__}.dist-info/METADATA").decode()
     modules = {str(p.relative_to(ROOT).as_posix()) for p in (ROOT / "resfast").rglob("*.py")}
     recipes = {f"resfast/config/recipes/{name}.toml" for name in resfast.RECIPES}
-    assert names == modules | recipes | {"resfast/py.typed", "resfast/runs/targets.json"}
+    pages = {f"resfast/reporting/page.{kind}" for kind in ("css", "html.jinja")}
+    assert names == modules | recipes | pages | {"resfast/py.typed", "resfast/runs/targets.json"}
     assert "Requires-Python: >=3.11" in metadata
     assert "License-File: LICENSE" in metadata
 

@@ -36,7 +36,7 @@ from resfast.data.sources import load_dataset
 from resfast.data.unlabelled import open_images
 from resfast.errors import ResfastError
 from resfast.inference import load as inference
-from resfast.inference.evaluate import _numbering
+from resfast.inference.evaluate import label_numbers
 from resfast.runs.checkpoint import load_weights, save_weights
 
 SIZE = 16
@@ -348,8 +348,8 @@ def test_evaluate_scores_other_data_resized_and_in_the_run_s_order(run, tmp_path
 def test_labels_follow_the_names_of_the_run_s_classes(trained, tree):
     data = load_dataset(f"folder:{tree}", data_dir=tree.parent / "data", image_size=SIZE)
     turned = dataclasses.replace(data, classes=("red", "blue", "green"))
-    assert _numbering(trained, turned).tolist() == [2, 0, 1]
-    assert _numbering(trained, data) is None
+    assert label_numbers(trained, turned).tolist() == [2, 0, 1]
+    assert label_numbers(trained, data) is None
 
 
 def test_evaluate_from_python_writes_only_where_it_is_told(trained, run, tmp_path):

@@ -11,9 +11,10 @@ from PIL import Image
 
 from resfast.cli import data as command
 from resfast.data import preview
-from resfast.data.augment import POLICIES, Augment, sample, sample_mix, statistics
+from resfast.data.augment import POLICIES, Augment, order, sample, sample_mix, statistics
+from resfast.data.batches import split_sources
 from resfast.data.dataset import Dataset
-from resfast.data.preview import augmented, contact_sheet
+from resfast.data.preview import augmented, class_plot, contact_sheet, sample_grid
 from resfast.data.statistics import channel_mean_std
 from resfast.errors import ResfastError
 from resfast.ops.augment.op import augment
@@ -223,6 +224,56 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert error.startswith("resfast: error: ")
     assert message in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_samples_have_a_row_of_each_class():
+    data = dataset()
+    grid = sample_grid(data, images=3, seed=7)
+    shuffled = order(40, seed=7, epoch=0, device="cpu")
+    tops = []
+    for label in range(3):
+        chosen = shuffled[data.train_labels[shuffled] == label][:3]
+        rows = [places(grid, column, data.train_images[chosen[column]], 8) for column in range(3)]
+        assert len(rows[0]) == 1
+        assert rows[0] == rows[1] == rows[2]
+        tops += rows[0]
+    assert tops == sorted(tops)
+    for number in (0, 101):
+        with pytest.raises(ResfastError, match=f"--images {number} is out of range"):
+            sample_grid(data, images=number)
+
+
+def test_a_class_with_fewer_images_has_a_shorter_row():
+    assert sample_grid(dataset(), images=50).width > sample_grid(dataset(), images=10).width
+
+
+def test_bars_are_the_number_of_images_of_each_class():
+    data = dataset()
+    figure = class_plot(data, val_fraction=0.25)
+    (axes,) = figure.axes
+    bars = {one.get_label(): [bar.get_width() for bar in one] for one in axes.containers}
+    kept, held_out, test = split_sources(data, 0.25, 0)
+    assert held_out is not None
+    for name, (_, labels) in {"training": kept, "held out": held_out, "test": test}.items():
+        assert bars[name] == torch.bincount(labels, minlength=3).tolist()
+    assert len(class_plot(data).axes[0].containers) == 2
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(data.classes)
+
+
+@pytest.mark.parametrize("option", ["--samples", "--distribution"])
+def test_the_command_writes_samples_and_bars(
+    option: str, image_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "new" / "plot.png"
+    options = ["--data", f"folder:{image_tree}", "--data-dir", str(tmp_path), "--image-size", "16"]
+    assert command.main([option, str(path), *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(path)
+    with Image.open(path) as image:
+        assert min(image.size) > 100
+    assert command.main([option, str(tmp_path / "plot.jpg"), *options]) == 2
+    assert f"{option} {tmp_path / 'plot.jpg'}: expected a name that ends in .png" in (
+        capsys.readouterr().err
+    )
 
 
 def test_the_command_packs_an_image_folder(

@@ -12,7 +12,7 @@ import tyro
 from resfast import atomic
 from resfast.cli import common as entry
 from resfast.data.augment import POLICIES, parse_augment
-from resfast.data.dataset import print_to_stderr
+from resfast.data.dataset import Dataset, print_to_stderr
 from resfast.data.sources import load_dataset
 from resfast.errors import ResfastError
 
@@ -21,13 +21,17 @@ COMMAND = "data"
 
 @dataclass(frozen=True)
 class Options:
-    """Shows what augmentation does to a data set, or packs an image folder into tar shards.
+    """Shows a data set and what augmentation does to it, or packs an image folder into tar shards.
 
     Exit codes: 0 done, 2 bad input.
     """
 
     preview: Path | None = None
     """PNG to write: a contact sheet of training images, unaugmented and under each policy."""
+    samples: Path | None = None
+    """PNG to write: training images without augmentation, a row for each class."""
+    distribution: Path | None = None
+    """PNG to write: bars with the number of training, held-out and test images of each class."""
     shards: Path | None = None
     """Folder to write WebDataset tar shards of --data folder:PATH to."""
     data: str = "auto"
@@ -44,9 +48,11 @@ class Options:
     """Policy to show, in the notation of train's --augment; may be repeated (not given: every
     named policy)."""
     images: int = 10
-    """Images per row of the contact sheet."""
+    """Images per row of the contact sheet and of the samples."""
+    val_fraction: float = 0.0
+    """For --distribution: fraction of the training set held out, as in training."""
     seed: int = 0
-    """Seed for choosing the images and for augmentation."""
+    """Seed for choosing the images, the held-out ones too, and for augmentation."""
     epochs: tuple[int, ...] = (0, 1)
     """Epochs to show; each policy gets one row per epoch."""
     images_per_shard: int = 10_000
@@ -58,13 +64,27 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         options = entry.parse(Options, args, COMMAND)
-        if options.preview is None and options.shards is None:
+        if not any((options.preview, options.samples, options.distribution, options.shards)):
             raise ResfastError(
                 "nothing to do: expected --preview PNG for a contact sheet of the augmentations, "
-                "or --shards FOLDER --data folder:PATH to pack an image folder"
+                "--samples PNG or --distribution PNG for the images of each class, or --shards "
+                "FOLDER --data folder:PATH to pack an image folder"
+            )
+        for name in ("preview", "samples", "distribution"):
+            path = getattr(options, name)
+            if path is not None and path.suffix.lower() != ".png":
+                raise ResfastError(f"--{name} {path}: expected a name that ends in .png")
+        if not 0 <= options.val_fraction < 1:
+            raise ResfastError(
+                f"--val-fraction {options.val_fraction:g} is out of range: expected at least 0 and "
+                "below 1"
             )
         if options.preview is not None:
             _preview(options, options.preview.expanduser())
+        if options.samples is not None:
+            _samples(options, options.samples.expanduser())
+        if options.distribution is not None:
+            _distribution(options, options.distribution.expanduser())
         if options.shards is not None:
             _shards(options, options.shards.expanduser())
 
@@ -72,25 +92,48 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _preview(options: Options, path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise ResfastError(f"--preview {path}: expected a name that ends in .png")
     policies = {text: parse_augment(text) for text in options.augment} or {
         name: policy for name, policy in POLICIES.items() if name != "none"
     }
     from resfast.data.preview import contact_sheet  # matplotlib and Pillow are slow to import
 
-    dataset = load_dataset(
+    sheet = contact_sheet(
+        _dataset(options), policies, images=options.images, seed=options.seed, epochs=options.epochs
+    )
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    _save(path, buffer, "--preview")
+
+
+def _samples(options: Options, path: Path) -> None:
+    from resfast.data.preview import sample_grid
+
+    buffer = io.BytesIO()
+    grid = sample_grid(_dataset(options), images=options.images, seed=options.seed)
+    grid.save(buffer, "PNG", optimize=True)
+    _save(path, buffer, "--samples")
+
+
+def _distribution(options: Options, path: Path) -> None:
+    from resfast.data.preview import class_plot
+
+    buffer = io.BytesIO()
+    figure = class_plot(_dataset(options), val_fraction=options.val_fraction, seed=options.seed)
+    figure.savefig(buffer, format="png", dpi=130)
+    _save(path, buffer, "--distribution")
+
+
+def _dataset(options: Options) -> Dataset:
+    return load_dataset(
         options.data,
         data_dir=options.data_dir,
         image_size=options.image_size,
         skip_corrupt=options.skip_corrupt,
     )
-    sheet = contact_sheet(
-        dataset, policies, images=options.images, seed=options.seed, epochs=options.epochs
-    )
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    atomic.make_folder(path.parent, "--preview")
+
+
+def _save(path: Path, buffer: io.BytesIO, option: str) -> None:
+    atomic.make_folder(path.parent, option)
     atomic.save(path, buffer.getvalue())
     print(path)
 

@@ -12,8 +12,11 @@ import tyro
 from resfast.cli import common as entry
 from resfast.inference import load as inference
 from resfast.inference.evaluate import CONFUSION, RESULT, Result, evaluate
+from resfast.inference.evaluate_seeds import SeedsResult, evaluate_seeds
 from resfast.inference.load import Which
 from resfast.inference.scoring import TTA
+from resfast.runs.find import seeds_in
+from resfast.runs.statistics import CONFIDENCE
 from resfast.runtime import Precision
 
 COMMAND = "evaluate"
@@ -27,7 +30,8 @@ class Options:
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder of the run, runs/NAME, or a .safetensors file of one."""
+    """Folder of the run, runs/NAME, or a .safetensors file of one; or the folder of --runs, whose
+    seeds are all scored."""
     data: str | None = None
     """Another data set with the same classes (as for train's --data), resized to the run's
     image size. None: the run's own."""
@@ -46,7 +50,7 @@ class Options:
     skip_corrupt: bool = False
     """Skip images that cannot be decoded instead of stopping."""
     out: Path | None = None
-    """Folder for the two files (None: the run's)."""
+    """Folder for the two files (None: the run's). Those of several seeds are in folders below."""
 
 
 def table(result: Result) -> str:
@@ -67,11 +71,59 @@ def table(result: Result) -> str:
     return "\n".join(lines)
 
 
+def seeds_table(result: SeedsResult) -> str:
+    """A line per seed, then the mean of all, with its standard deviation and interval."""
+    augmented = result.each[0].tta != "none"
+    width = max(len("mean"), *(len(run.name) for run in result.runs))
+    lines = [f"{'run':<{width}}  {'accuracy':>8}" + ("  with TTA" if augmented else "")]
+    for run, one in zip(result.runs, result.each, strict=True):
+        line = f"{run.name:<{width}}  {one.accuracy:>8.2%}"
+        lines.append(line + (f"  {one.with_tta.accuracy:>8.2%}" if augmented else ""))
+    mean = f"{'mean':<{width}}  {result.accuracy.mean:>8.2%}"
+    lines.append(mean + (f"  {result.with_tta.mean:>8.2%}" if augmented else ""))
+    found = result.with_tta if augmented else result.accuracy
+    if found.sd is not None:
+        lines.append(
+            f"± {found.sd:.2%} (standard deviation), {CONFIDENCE:.0%} confidence interval of the "
+            f"mean {found.low:.2%} to {found.high:.2%}" + (" (with TTA)" if augmented else "")
+        )
+    return "\n".join(lines)
+
+
+def _evaluate_seeds(options: Options, runs: list[Path]) -> None:
+    out = (options.run if options.out is None else options.out).expanduser()
+    result = evaluate_seeds(
+        runs,
+        options.data,
+        data_dir=options.data_dir,
+        tta=options.tta,
+        weights=options.weights,
+        device=options.device,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        skip_corrupt=options.skip_corrupt,
+        out=out,
+    )
+    record = result.record
+    print(
+        f"{len(result.runs)} runs in {options.run} on the {record['test_images']:,} test images of "
+        f"{record['data']}\n"
+    )
+    print(seeds_table(result))
+    if result.skipped:
+        names = ", ".join(run.name for run in result.skipped)
+        print(f"left out, without {inference.FILES[options.weights]}: {names}")
+    print(out / RESULT)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
 
     def command() -> None:
         options = entry.parse(Options, args, COMMAND)
+        if runs := seeds_in(options.run.expanduser()):
+            _evaluate_seeds(options, runs)
+            return
         run = inference.load(
             options.run,
             weights=options.weights,

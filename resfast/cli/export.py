@@ -10,9 +10,11 @@ from typing import Annotated
 import tyro
 
 from resfast.cli import common as entry
+from resfast.data.dataset import print_to_stderr
 from resfast.inference import load as inference
 from resfast.inference.export import Dtype, Format, export
 from resfast.inference.load import Which
+from resfast.runs.find import one_of
 
 COMMAND = "export"
 
@@ -27,7 +29,8 @@ class Options:
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder of the run, runs/NAME, or a .safetensors file of one."""
+    """Folder of the run, runs/NAME, or a .safetensors file of one. Of a folder of --runs, the run
+    that is best on held-out images is written, or the first if none were held out."""
     format: Format
     """File format."""
     output: Path | None = None
@@ -54,9 +57,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         options = entry.parse(Options, args, COMMAND)
-        run = inference.load(
-            options.run, weights=options.weights, device=options.device, precision="fp32"
-        )
+        path = one_of(options.run.expanduser(), inference.FILES[options.weights], print_to_stderr)
+        run = inference.load(path, weights=options.weights, device=options.device, precision="fp32")
         inference.prepare(run)
         print(
             export(

@@ -19,6 +19,8 @@ COMMANDS = {
     "ensemble": ("resfast.cli.ensemble", "score several runs as one classifier"),
     "predict": ("resfast.cli.predict", "classify images with a run"),
     "export": ("resfast.cli.export", "write a run as a file that runs without resfast"),
+    "sweep": ("resfast.cli.sweep", "search for good values of options"),
+    "report": ("resfast.cli.report", "write one HTML page about runs"),
     "data": ("resfast.cli.data", "preview augmentations, or pack an image folder as shards"),
     "doctor": ("resfast.cli.doctor.main", "check what resfast can use on this machine"),
 }

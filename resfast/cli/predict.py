@@ -21,9 +21,11 @@ from resfast.data.folder import IMAGE_SUFFIXES
 from resfast.data.unlabelled import Batch, Files, Rows, open_images
 from resfast.errors import ResfastError
 from resfast.inference import load as inference
+from resfast.inference.ensemble import classify as classify_together
 from resfast.inference.load import TrainedRun, Which
 from resfast.inference.predict import Predictions, check_options, classify, named_pairs
 from resfast.inference.scoring import TTA
+from resfast.runs.find import seeds_in
 from resfast.runtime import Precision
 
 COMMAND = "predict"
@@ -40,7 +42,8 @@ class Options:
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
-    """Folder of the run, runs/NAME, or a .safetensors file of one."""
+    """Folder of the run, runs/NAME, or a .safetensors file of one; or the folder of --runs, whose
+    seeds predict together: the probabilities are the mean of theirs."""
     images: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="IMAGE…")]]
     """Image files; or one folder of images, .npy file, or pickle in CIFAR's format."""
     top: int = 5
@@ -132,24 +135,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if target is not None:
             target = target.expanduser()
             check_csv(target, options.overwrite)
-        run = inference.load(
-            options.run,
-            weights=options.weights,
-            device=options.device,
-            precision=options.precision,
-        )
-        inference.prepare(run)
-        for note in _notes(source, run.image_size):
-            print(note, file=sys.stderr, flush=True)
-        predictions = classify(
-            run,
-            source,
-            top=options.top,
-            tta=options.tta,
-            batch_size=options.batch_size,
-            skip_corrupt=options.skip_corrupt,
-            progress=_progress,
-        )
+        run, predictions = _predictions(options, source)
         if skipped := predictions.skipped:
             examples = ", ".join(skipped[:3]) + (", …" if len(skipped) > 3 else "")
             print(
@@ -170,6 +156,47 @@ def main(args: Sequence[str] | None = None) -> int:
             print(f"wrote {len(predictions.ids):,} predictions to {target} ({kind})")
 
     return entry.run(command)
+
+
+def _predictions(options: Options, source: Files | Rows) -> tuple[TrainedRun, Predictions]:
+    """The run, or the first of several, and what it or they predict."""
+    common: dict[str, Any] = {
+        "top": options.top,
+        "tta": options.tta,
+        "batch_size": options.batch_size,
+        "skip_corrupt": options.skip_corrupt,
+        "progress": _progress,
+    }
+    loading: dict[str, Any] = {
+        "weights": options.weights,
+        "device": options.device,
+        "precision": options.precision,
+    }
+    file = inference.FILES[options.weights]
+    if seeds := seeds_in(options.run.expanduser()):
+        usable = [run for run in seeds if (run / file).is_file()]
+        if not usable:
+            raise ResfastError(
+                f"none of the {len(seeds)} runs in {options.run} has {file}; finish them with "
+                f"python -m resfast.train --resume {options.run}"
+            )
+        names = ", ".join(run.name for run in usable)
+        _note(f"the mean of the probabilities of {len(usable)} of {len(seeds)} runs: {names}")
+        _note_all(source, inference.load(usable[0], **loading))
+        return classify_together(usable, source, method="probabilities", **common, **loading)
+    run = inference.load(options.run, **loading)
+    inference.prepare(run)
+    _note_all(source, run)
+    return run, classify(run, source, **common)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _note_all(source: Files | Rows, run: TrainedRun) -> None:
+    for line in _notes(source, run.image_size):
+        _note(line)
 
 
 def _notes(source: Files | Rows, size: int) -> Iterator[str]:

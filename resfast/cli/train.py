@@ -35,13 +35,13 @@ class Start:
     """Named set of values that the other options override (None: default, whose values suit
     the number of epochs, the network and the data; --list shows them)."""
     config: Path | None = None
-    """Start from a saved configuration, runs/NAME/config.json."""
+    """Start from a saved configuration: runs/NAME/config.json, or the best.toml of a sweep."""
     resume: Path | None = None
     """Resume an interrupted run, runs/NAME."""
     list: bool = False
     """Print the recipes and models with their parameter counts, and exit."""
     summary: bool = False
-    """Print the network layer by layer, and exit."""
+    """Print the network layer by layer, or of --model A,B,C a line for each network, and exit."""
     profile: Path | None = None
     """Train for a few steps only, write a Chrome trace of them to this file, print the slowest
     operators and how the step compares with a matrix product, and exit."""
@@ -67,6 +67,12 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
         ResfastError: an unknown recipe, an unreadable configuration, or two sources of defaults.
         SystemExit: help was requested (code 0), or an option is unknown or malformed (code 2).
     """
+    start, config = undecided(args)
+    return start, config if start.resume is not None else decide(config)
+
+
+def undecided(args: Sequence[str]) -> tuple[Start, Config]:
+    """:func:`command_line` with the values undecided that depend on the epochs and the network."""
     start, _ = tyro.cli(
         Start,
         args=list(args),
@@ -94,8 +100,12 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
         row = _pick_recipe(config, target, seconds)
         args = [*shlex.split(row.options), *args]
         config = _parsed(args, start, recipe(row.recipe))
-    undecided = [name for name in config.undecided if name not in given_fields(args)]
-    return start, decide(replace(config, undecided=tuple(undecided)))
+    if any((config.transfer.init_from, config.transfer.teacher, config.transfer.pseudo_from)):
+        from resfast.runs.find import with_single_runs
+
+        config = with_single_runs(config, lambda line: print(line, flush=True))
+    left = [name for name in config.undecided if name not in given_fields(args)]
+    return start, replace(config, undecided=tuple(left))
 
 
 def _parsed(args: Sequence[str], start: Start, default: Config) -> Config:
@@ -150,11 +160,20 @@ def print_list() -> None:
 
 
 def print_summary(config: Config) -> None:
-    """Prints the layer table of the network that ``config`` describes, for 10 classes."""
+    """Prints the layer table of the network that ``config`` describes, for 10 classes.
+
+    Of several, ``--model A,B,C``, it prints a line each.
+    """
     from resfast.models.presets import build_model
-    from resfast.models.summary import layer_table
+    from resfast.models.summary import layer_table, network_table
 
     size = config.data.image_size
+    if "," in config.model.model:
+        names = [name.strip() for name in config.model.model.split(",") if name.strip()]
+        shapes = {name: network(replace(config.model, model=name)) for name in names}
+        models = {name: build_model(shape, image_size=size) for name, shape in shapes.items()}
+        print(network_table(models, size))
+        return
     print(layer_table(build_model(network(config.model), image_size=size), size))
 
 

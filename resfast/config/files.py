@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def _upgrade(text: str) -> str:
 
 
 def load(path: Path) -> Config:
-    """Reads a saved configuration.
+    """Reads a saved configuration: JSON, or TOML in a file whose name ends in .toml.
+
+    Values that a TOML file does not name are the defaults of :class:`Config`.
 
     Raises:
         ResfastError: the file is missing, unreadable or not a configuration.
@@ -95,4 +98,27 @@ def load(path: Path) -> Config:
         ) from None
     except UnicodeDecodeError:
         raise ResfastError(f"{path} is not text; expected the config.json of a run") from None
+    if path.suffix == ".toml":
+        try:
+            text = json.dumps(tomllib.loads(text), default=str)
+        except tomllib.TOMLDecodeError as error:
+            raise ResfastError(f"{path}: {error}; expected a configuration as TOML") from None
     return from_json(text, str(path))
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML, which :func:`load` reads; values that are None are left out.
+
+    Needs the package tomli-w, which the extra ``sweep`` has.
+    """
+    import tomli_w
+
+    return tomli_w.dumps(_without_none(json.loads(to_json(config))))
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_none(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None
+    }

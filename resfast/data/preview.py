@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from resfast.data.augment import (
     sample_mix,
     statistics,
 )
+from resfast.data.batches import split_sources
 from resfast.data.dataset import Dataset
 from resfast.data.statistics import channel_mean_std
 from resfast.errors import ResfastError
@@ -89,6 +91,75 @@ def contact_sheet(
             if policy.mixes:
                 sheet.captions([_label_lines(row, dataset.classes) for row in labels])
     return sheet.finish()
+
+
+def sample_grid(dataset: Dataset, *, images: int = 10, seed: int = 0) -> Image.Image:
+    """Training images without augmentation, a row for each class.
+
+    Args:
+        dataset: its training images are shown, drawn at random without repetition.
+        images: images per row, 1 to 100; a class with fewer has a shorter row.
+        seed: seed for choosing the images.
+
+    Returns:
+        The grid, RGB.
+
+    Raises:
+        ResfastError: a number out of range.
+    """
+    if not 1 <= images <= MAX_IMAGES:
+        raise ResfastError(f"--images {images} is out of range: expected 1 to {MAX_IMAGES}")
+    height, width = dataset.train_images.shape[1:3]
+    shuffled = order(len(dataset.train_labels), seed=seed, epoch=0, device="cpu")
+    labels = dataset.train_labels[shuffled]
+    sheet = _Sheet(images, height, width)
+    sheet.heading(
+        f"{dataset.name}: training images, {width} x {height} pixels, seed {seed}", "", rule=False
+    )
+    for label, name in enumerate(dataset.classes):
+        chosen = shuffled[labels == label][:images]
+        sheet.images(
+            _shortened(name, sheet.text_font, _SIDE_LABEL - 6), dataset.train_images[chosen]
+        )
+    return sheet.finish()
+
+
+def class_plot(dataset: Dataset, *, val_fraction: float = 0.0, seed: int = 0) -> Figure:
+    """Bars with the number of training, held-out and test images of each class.
+
+    Args:
+        dataset: the data set.
+        val_fraction: fraction of the training images of each class to hold out, as in training.
+        seed: seed of that choice.
+
+    Raises:
+        ResfastError: a part would be empty.
+    """
+    kept, held_out, test = split_sources(dataset, val_fraction, seed)
+    count = len(dataset.classes)
+    figure = Figure(figsize=(8, 1.6 + 0.28 * count), layout="constrained")
+    axes = figure.subplots()
+    left = torch.zeros(count, dtype=torch.int64)
+    for name, source, color in (
+        ("training", kept, "#1f6fb4"),
+        ("held out", held_out, "#96650a"),
+        ("test", test, "#c8442c"),
+    ):
+        if source is None:
+            continue
+        assert isinstance(source, tuple)
+        counts = torch.bincount(source[1].cpu(), minlength=count)
+        bars = axes.barh(range(count), counts.tolist(), left=left.tolist(), color=color, label=name)
+        axes.bar_label(bars, label_type="center", color="white", fontsize=7, fmt="{:,.0f}")
+        left += counts
+    names = [printable(name).replace("$", r"\$") for name in dataset.classes]
+    axes.set_yticks(range(count), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("images")
+    axes.set_title(printable(dataset.name).replace("$", r"\$"), fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure
 
 
 def augmented(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,7 +22,7 @@ from resfast.inference.load import TrainedRun, Which
 from resfast.inference.predict import Predictions
 from resfast.inference.scoring import TTA
 from resfast.models.resnet import count_parameters
-from resfast.runs import folder as records
+from resfast.runs.find import expanded
 from resfast.runs.statistics import CONFIDENCE
 from resfast.runtime import Precision
 
@@ -117,26 +117,6 @@ class Combination:
         return means[method]
 
 
-def expanded(runs: Sequence[str | Path]) -> list[Path]:
-    """Paths of runs, with the runs of a folder of several (``--runs``) in its place.
-
-    Raises:
-        ResfastError: no run, or the same one twice.
-    """
-    found: list[Path] = []
-    for run in runs:
-        path = Path(run).expanduser()
-        own = any((path / file).is_file() for file in inference.FILES.values())
-        inside = [] if own or not path.is_dir() else sorted(path.glob(f"*/{records.CONFIG}"))
-        found += [config.parent for config in inside] or [path]
-    if not found:
-        raise ResfastError("an ensemble needs at least one run; pass folders such as runs/NAME")
-    for path in found:
-        if sum(other.resolve() == path.resolve() for other in found) > 1:
-            raise ResfastError(f"run {path} is given twice; an ensemble has each member once")
-    return found
-
-
 def ensemble(
     runs: Sequence[str | Path],
     data: str | None = None,
@@ -174,7 +154,7 @@ def ensemble(
         ResfastError: no such run or data, runs with different classes, or too many parameters.
     """
     inference.check_choice("tta", tta, ("auto", *get_args(TTA)))
-    paths = expanded(runs)
+    paths = expanded(runs, "an ensemble")
     data_sets: dict[int, Dataset] = {}
     own_data: DataConfig | None = None
     combination: Combination | None = None
@@ -230,12 +210,14 @@ def classify(
     *,
     method: Method,
     tta: TTA,
+    top: int = 1,
     weights: Which = "final",
     device: str = "auto",
     precision: Precision = "auto",
     batch_size: int | None = None,
     skip_corrupt: bool = False,
     param_budget: int = 0,
+    progress: Callable[[Iterator[Any], int], Any] = lambda batches, count: batches,
 ) -> tuple[TrainedRun, Predictions]:
     """Classifies unlabelled images by an ensemble.
 
@@ -258,7 +240,7 @@ def classify(
     Raises:
         ResfastError: as :func:`ensemble`, or images that cannot be read.
     """
-    paths = expanded(runs)
+    paths = expanded(runs, "an ensemble")
     loaded = [inference.load(p, weights=weights, device=device, precision=precision) for p in paths]
     first = loaded[0]
     check_budget(
@@ -271,13 +253,14 @@ def classify(
     best: list[Tensor] = []
     values: list[Tensor] = []
     streams = {size: source.batches(size, step, skip_corrupt) for size in sizes}
-    for parts in _together(streams):
+    top = min(top, len(first.classes))
+    for parts in progress(_together(streams), -(-len(source.ids) // step)):
         ids, images, skipped = parts[first.image_size]
         combination = Combination(len(images), len(first.classes))
         for run, order in zip(loaded, orders, strict=True):
             logits = run.logits(parts[run.image_size][1], tta, batch_size=batch_size)
             combination.add(logits[:, order])
-        labels = combination.scores(method).argmax(1, keepdim=True)
+        labels = combination.scores(method).topk(top).indices
         best.append(labels)
         values.append(combination.scores("probabilities").gather(1, labels))
         predictions.ids += ids
@@ -291,7 +274,7 @@ def classify(
     return first, predictions
 
 
-def _together(streams: Mapping[int, Iterable[Any]]) -> Iterable[dict[int, Any]]:
+def _together(streams: Mapping[int, Iterable[Any]]) -> Iterator[dict[int, Any]]:
     """The same batch in every size."""
     for parts in zip(*streams.values(), strict=True):
         yield dict(zip(streams, parts, strict=True))

@@ -101,7 +101,7 @@ def evaluate(
         classes=run.config.data.classes if data is None else None,
     )
     _note_changed_data(run, dataset, report)
-    numbering = _numbering(run, dataset)
+    numbering = label_numbers(run, dataset)
 
     start = time.perf_counter()
     with inference.out_of_memory(batch_size):
@@ -162,7 +162,7 @@ def evaluate(
     return result
 
 
-def _numbering(run: TrainedRun, dataset: Dataset | Stream) -> torch.Tensor | None:
+def label_numbers(run: TrainedRun, dataset: Dataset | Stream) -> torch.Tensor | None:
     """The run's label for each of the data set's, int64 ``[classes]``; None where they agree."""
     if dataset.classes == run.classes:
         return None

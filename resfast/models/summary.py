@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 import torchinfo
@@ -36,6 +37,25 @@ def layer_table(model: nn.Module, image_size: int = 32) -> str:
     for unit in torchinfo.Units:  # torchinfo prints "Units.MEGABYTES" on Python 3.11 and later
         table = table.replace(f"(Units.{unit.name})", f"({unit.value})")
     return table
+
+
+def network_table(models: Mapping[str, nn.Module], image_size: int = 32) -> str:
+    """A line for each network: layers with weights, parameters, MACs and size, to compare them.
+
+    Args:
+        models: networks by name; they are not changed.
+        image_size: H and W of the image, in pixels.
+    """
+    width = max(len("model"), *map(len, models))
+    lines = [f"{'model':<{width}}  {'layers':>6}  {'parameters':>11}  {'MACs':>15}  {'MB':>7}"]
+    for name, model in models.items():
+        found = summarize(model, image_size)
+        layers = sum(isinstance(part, nn.Conv2d | nn.Linear) for part in model.modules())
+        lines.append(
+            f"{name:<{width}}  {layers:>6,}  {found.total_params:>11,}  "
+            f"{found.total_mult_adds:>15,}  {4 * found.total_params / 1e6:>7,.2f}"
+        )
+    return "\n".join([*lines, "layers: convolutions and dense layers; MB: of float32 weights"])
 
 
 def count_macs(model: nn.Module, image_size: int = 32) -> int:

@@ -23,8 +23,10 @@ from resfast.config.schema import Config
 from resfast.config.validate import check, check_network
 from resfast.data.sources import open_data
 from resfast.errors import ResfastError
+from resfast.inference.scoring import Evaluation
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
+from resfast.runs.find import with_single_runs
 from resfast.runs.summary import RunSummary
 from resfast.training.display import Display
 from resfast.training.epoch import restored_epoch, stop_if_asked, train_epoch
@@ -61,6 +63,7 @@ def train(
     resume: str | Path | None = None,
     shared: Shared | None = None,
     after_step: Callable[[int, Tensor], None] | None = None,
+    after_evaluation: Callable[[int, Evaluation], None] | None = None,
     started: float | None = None,
 ) -> Result:
     """Trains one network.
@@ -73,6 +76,8 @@ def train(
         shared: filled by the first of several trainings, used by the others.
         after_step: called after each step with its number (from 0, over the whole run) and its
             images.
+        after_evaluation: called after each regular evaluation with the number of epochs trained and
+            the result; what it raises ends the training.
         started: ``time.perf_counter()`` when the command began (None: now).
 
     Returns:
@@ -116,7 +121,9 @@ def train(
                 f"continuing {path} to {session.config.optim.epochs:g} epochs: the learning rate "
                 f"is that of the whole schedule from here on, {session.schedule.lr:g}"
             )
-    return _train(session, state, display, new=new, after_step=after_step)
+    return _train(
+        session, state, display, new=new, after_step=after_step, after_evaluation=after_evaluation
+    )
 
 
 def _train(
@@ -126,6 +133,7 @@ def _train(
     *,
     new: bool,
     after_step: Callable[[int, Tensor], None] | None,
+    after_evaluation: Callable[[int, Evaluation], None] | None,
 ) -> Result:
     loggers = records.Loggers(state.path, session.config)
     recorder, evaluator = Recorder(state, display, loggers), state.evaluator
@@ -150,7 +158,7 @@ def _train(
                 state.epoch_seconds = trained.seconds()
                 state.save(state.epoch, state.first_step)
                 break
-            final = _end_epoch(state, recorder, signals, trained)
+            final = _end_epoch(state, recorder, signals, trained, after_evaluation)
             state.epoch, state.first_step = state.epoch + 1, 0
             finished = is_finished(state, display)
             if finished or state.save_due():
@@ -188,7 +196,7 @@ def _start(
     elif config is None:
         raise ResfastError("train needs a configuration or a run to resume")
     else:
-        config = decide(config)
+        config = decide(with_single_runs(config, display.say))
     check(config)
     if config.run.runs > 1:
         raise ResfastError(
@@ -222,7 +230,11 @@ def _announce(session: Session, path: Path, display: Display, new: bool) -> None
 
 
 def _end_epoch(
-    state: TrainingState, recorder: Recorder, signals: StopSignals, trained: TrainedEpoch
+    state: TrainingState,
+    recorder: Recorder,
+    signals: StopSignals,
+    trained: TrainedEpoch,
+    after_evaluation: Callable[[int, Evaluation], None] | None,
 ) -> Score | None:
     """Evaluates and records a trained epoch, at once or when the device has finished it.
 
@@ -246,6 +258,8 @@ def _end_epoch(
     state.session.schedule.evaluated(score.plain.accuracy, epochs)
     state.evaluated(score.plain.accuracy, trained.epoch)
     recorder.record(trained, score.plain, score.seconds)
+    if after_evaluation is not None:
+        after_evaluation(trained.epoch + 1, score.plain)
     return score if tta == asked else None
 
 

@@ -20,6 +20,7 @@ from resfast.config.schema import Config
 from resfast.config.validate import check
 from resfast.errors import ResfastError
 from resfast.runs import folder as records
+from resfast.runs.find import with_single_runs
 from resfast.runs.statistics import CONFIDENCE, p_value, statistics
 from resfast.runs.summary import (
     MeanSd,
@@ -115,7 +116,8 @@ class _SeedsTraining:
     ) -> None:
         self.started = time.perf_counter() if started is None else started
         self.display = Display()
-        config = config if saved is not None else decide(config)
+        if saved is None:
+            config = decide(with_single_runs(config, self.display.say))
         check(config)
         self.before_seconds = 0.0
         if path is None:

@@ -37,9 +37,13 @@ REQUIRED = {
     "sklearn": "scikit-learn",
     "scipy": "scipy",
     "matplotlib": "matplotlib",
+    "jinja2": "jinja2",
 }
 """Modules that the commands need besides torch, and the packages they come from."""
-OPTIONAL = ("onnx", "onnxscript", "onnxruntime", "tensorboard", "wandb", "pytest", "hypothesis")
+OPTIONAL = (
+    *("onnx", "onnxscript", "onnxruntime", "tensorboard", "wandb", "optuna"),
+    *("pytest", "hypothesis"),
+)
 
 
 def probe_resfast(options: Options) -> Iterator[Line]:
