@@ -17,6 +17,7 @@ PACKAGE = ROOT / "resfast"
 
 LAYERS = (
     ("resfast.cli",),
+    ("resfast.studies",),
     ("resfast.training",),
     ("resfast.inference",),
     ("resfast.runs", "resfast.optim"),
@@ -35,6 +36,7 @@ EXEMPT = {
     "resfast.predict",
     "resfast.export",
     "resfast.doctor",
+    "resfast.study",
     "resfast.data.__main__",
 }
 """Public names and commands, which import from anywhere."""
