@@ -90,7 +90,7 @@ class Progress:
     Attributes:
         trained: number of runs that it finished.
         training_seconds: of their training and evaluations, compilation included.
-        seconds: from its first run to the end of its last one, waiting for others not included.
+        seconds: of these runs in all; opening the data, once, and waiting for others not included.
     """
 
     trained: int = 0
@@ -199,7 +199,8 @@ class Runner:
         for unit in units:
             if unit.variant.name != name or self.study.needs(unit.variant):
                 shared, name = Shared(), unit.variant.name
-                gc.collect()
+                if torch.cuda.is_initialized():
+                    gc.collect()  # the last variant's network, which is in reference cycles
             yield unit, shared
 
     def _lock(self, unit: Unit) -> Path:
@@ -222,12 +223,12 @@ class Runner:
         return all(other.is_finished for other in needed)
 
     def _train(self, unit: Unit, shared: Shared) -> None:
-        start = time.perf_counter()
         number = self.units.index(unit) + 1
         self.say(f"run {number} of {len(self.units)}: {unit.variant.name}, seed {unit.seed}")
         saved = load(unit.path / records.CONFIG) if self._has_config(unit) else None
         config = self._config(unit) if saved is None else replace(saved, run=self._run(unit))
         shared.data = self._open(config)
+        start = time.perf_counter()
         if saved is None:
             config = self._with_unlabelled(unit, config, shared.data)
         try:
