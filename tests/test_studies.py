@@ -396,8 +396,8 @@ def test_a_claim_holds_only_beyond_noise():
         Claim(text="8", better="a", worse="d"),
     ]
     assert [verdict for verdict, _ in verdicts(claims, runs)] == [
-        "held", "did not hold", "not distinguishable", "held", "did not hold", "held",
-        "did not hold", "not measured",
+        "held", "did not hold", "not distinguishable", "no difference beyond noise",
+        "did not hold", "held", "did not hold", "not measured",
     ]  # fmt: skip
 
 

@@ -130,7 +130,7 @@ class Quick:
 
     __pydantic_config__ = _STRICT
 
-    seeds: int = 2
+    seeds: int = 3
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -159,7 +159,7 @@ class Study:
     report: str
     about: str = ""
     base: str
-    seeds: int = 2
+    seeds: int = 3
     options: dict[str, Any] = field(default_factory=dict)
     quick: Quick = field(default_factory=Quick)
     variants: tuple[Variant, ...]

@@ -12,7 +12,9 @@ from resfast.studies.definition import Claim
 
 LEVEL = 1 - CONFIDENCE
 """Corrected p-values below this are called a difference."""
-Verdict = Literal["held", "not distinguishable", "did not hold", "not measured"]
+Verdict = Literal[
+    "held", "did not hold", "not distinguishable", "no difference beyond noise", "not measured"
+]
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def verdicts(
     """Whether each claim held, and the difference that decided it.
 
     Comparisons are corrected together. A difference that could not be tested, with a single seed,
-    is not distinguishable; that variants are alike held if none differs from the best of them.
+    is not distinguishable. That variants are alike is not proved by few seeds: if none differs from
+    the best of them, there is no difference beyond noise.
     """
     reached = {
         name: [value for value in values if value is not None]
@@ -165,7 +168,7 @@ def _verdict(
         if any(difference.p is None for difference in differing):
             return "not distinguishable", None
         differ = any(difference.is_significant for difference in differing)
-        return ("did not hold" if differ else "held"), None
+        return ("did not hold" if differ else "no difference beyond noise"), None
     assert found is not None
     found = Difference(found.mean, found.low, found.high, p)
     if not found.is_significant:
