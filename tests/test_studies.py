@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -42,10 +40,7 @@ title = "Widths of a tiny network"
 report = "000"
 base = "cosine"
 seeds = 2
-plots = [
-  { kind = "accuracy" }, { kind = "curves" }, { kind = "parameters" }, { kind = "seconds" },
-  { kind = "band", column = "loss", label = "training loss (nats)" },
-]
+plots = [{ kind = "accuracy" }]
 
 [options]
 model = "resnet"
@@ -79,6 +74,12 @@ text = "Wide is better than narrow"
 better = "wide"
 worse = "narrow"
 """
+
+
+ALL_PLOTS = """plots = [
+  { kind = "accuracy" }, { kind = "curves" }, { kind = "parameters" }, { kind = "seconds" },
+  { kind = "band", column = "loss", label = "training loss (nats)" },
+]"""
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_the_catalog_states_the_parameters_of_every_report():
         ('worse = "narrow"', "", "needs better and worse"),
         ('base = "cosine"', 'base = "sine"', "no table 'sine'"),
         ('title = "Widths of a tiny network"', "", "title"),
-        ('column = "loss", ', "", "exactly if its kind is band"),
+        ('kind = "accuracy"', 'kind = "band"', "exactly if its kind is band"),
         ("channels = [12, 20]", 'teacher = "run of huge"', "needs 'huge'"),
         ("[options]", "[options", "expected a study as TOML"),
     ],
@@ -175,6 +176,7 @@ def test_the_command_lists_studies_and_names_what_is_wrong(
 def test_a_study_writes_rows_a_ranking_and_figures(
     tiny_study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ):
+    changed(tiny_study, ('plots = [{ kind = "accuracy" }]', ALL_PLOTS))
     opened = []
     open_data = running.open_configured_data
     monkeypatch.setattr(
@@ -260,36 +262,45 @@ def test_an_interrupted_study_continues_where_it_stopped(
 
 @pytest.mark.timeout(120)
 def test_processes_share_a_study_and_a_killed_one_leaves_its_run_to_the_others(
-    tiny_study: Path, tmp_path: Path
+    tiny_study: Path, tmp_path: Path, image_tree: Path
 ):
-    command = [sys.executable, "-m", "resfast.study", str(tiny_study), "--data", "digits"]
+    changed(tiny_study, ("epochs = 2", "epochs = 40"), ("batch_size = 64", "batch_size = 12"))
+    data = f"folder:{image_tree}"
+    command = [sys.executable, "-m", "resfast.study", str(tiny_study), "--data", data]
     command += ["--out", str(tmp_path / "studies"), "--data-dir", str(tmp_path / "data")]
     command += ["--device", "cpu", "--threads", "1"]
-    changed(tiny_study, ("epochs = 2", "epochs = 4"))
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     folder = tmp_path / "studies" / "tiny"
-    killed = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     first = folder / "runs" / "narrow" / "seed0"
-    deadline = time.monotonic() + 60
-    while not (first / records.METRICS).exists():
-        assert time.monotonic() < deadline
-        assert killed.poll() is None
-        time.sleep(0.01)
+
+    def begun() -> subprocess.Popen:
+        """A process that is training."""
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        deadline, is_training = time.monotonic() + 60, False
+        while not is_training:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.01)
+            if (first / records.METRICS).exists():
+                with lock(folder / "locks" / "narrow-seed0", wait=False) as is_free:
+                    is_training = not is_free
+        return process
+
+    killed = begun()
+    killed.kill()
+    killed.communicate()
     assert not (first / records.SUMMARY).exists()
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    pair = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate()[0] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0]
-    begun = [re.findall(r"^(?:resuming )?\S*/runs/(\w+/seed\d):", text, re.M) for text in outputs]
-    runs = ["narrow/seed0", "narrow/seed1", "wide/seed0", "wide/seed1"]
-    assert sorted(begun[0] + begun[1]) == runs
-    assert len(read_results(folder / "results.csv")) == 4
-    for text in outputs:
-        assert (folder / "summary.md").read_text() in text
+    other, lines = begun(), []
+    result = run(read(tiny_study), settings(tmp_path, data=data), lines.append)
+    shown, errors = other.communicate()
+    assert other.returncode == 0
+    assert "resuming" in shown
+    theirs, ours = (re.findall(r"run (\d) of 4", text) for text in (errors, "\n".join(lines)))
+    assert len(ours) == result.progress.trained > 0
+    assert sorted(theirs + ours) == ["1", "2", "3", "4"]
+    assert len(read_results(folder / "results.csv")) == len(result.rows) == 4
+    assert (folder / "summary.md").read_text() in shown
 
 
 def test_a_run_that_diverges_is_a_result(tiny_study: Path, tmp_path: Path):

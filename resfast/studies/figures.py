@@ -283,7 +283,7 @@ def _band(figure: Figure, plot: Plot, units: Sequence[Unit]) -> None:
     if plot.logarithmic:
         axes.set_yscale("log")
     _usual(axes)
-    title = "from the lowest to the highest learning rate's value"
+    title = "between the lowest and the highest variant"
     figure.legend(loc="outside lower center", ncols=4, frameon=False, title=title, fontsize=9)
 
 
