@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -348,23 +348,3 @@ def with_runtime(config: Config, values: Mapping[str, Any]) -> Config:
             group = _GROUP_OF[name]
             config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
     return config
-
-
-def options_text(values: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
-    """Options that differ from the usual ones, in the notation of the command line."""
-    parts = []
-    for name, value in values.items():
-        if value == usual.get(name):
-            continue
-        option = name.replace("_", "-")
-        if isinstance(value, bool):
-            parts.append(f"--{'' if value else 'no-'}{option}")
-            continue
-        text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-        parts.append(f"--{option} {text}")
-    return " ".join(parts)
-
-
-def field_names(kind: type) -> list[str]:
-    """Names of a dataclass's fields."""
-    return [item.name for item in fields(kind)]
