@@ -23,7 +23,7 @@ from resfast.runs.statistics import statistics
 from resfast.studies.definition import Study, names, study
 from resfast.studies.ranking import verdicts
 from resfast.studies.results import RESULTS, Row, read_results
-from resfast.studies.summary import accuracies, interval_text, verdict_text
+from resfast.studies.summary import accuracies, interval_text, source, verdict_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "reports.md"
@@ -47,8 +47,9 @@ The reports trained on CIFAR-10's own pixels and on GPUs. Ours are on the data t
 figures on JPEG files (`cifar10-jpeg.tar.xz`, quality 75) are lower than on the original pixels.
 *Quick* figures are of the quick study: minutes of training on a part of the images, with
 accuracies far below the reports'. They can tell whether an effect shows early, and cannot confirm
-a report's figure. A claim held if its difference is beyond noise: Welch's t test over the seeds,
-with Holm's correction over the claims of a study.
+a report's figure. A statement held if its difference is beyond noise: Welch's t test over the
+seeds, with Holm's correction over the statements of a study. A statement is the report's, in its
+words or by its figures, or ours where the report leaves it open.
 """
 
 
@@ -93,7 +94,7 @@ def page() -> str:
             if row["report"] == report:
                 cells = row["experiment"], row["reported"], f"`{row['command']}`", _ours(row)
                 lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", "| claim | study | whether it held |", "|---|---|---|"]
+        lines += ["", "| statement | of | study | whether it held |", "|---|---|---|---|"]
         lines += [line for one in own for line in _claim_rows(one, results[one.name])]
         lines.append("")
     return "\n".join(lines)
@@ -142,7 +143,7 @@ def _claim_rows(one: Study, found: Measured | None) -> Iterator[str]:
         # Minutes of training say nothing about a final accuracy.
         if found is not None and found.quick:
             text = NOT_MEASURED if claim.at_least is not None else f"quick: {text}"
-        yield f"| {claim.text} | `{one.name}` | {text} |"
+        yield f"| {claim.text} | {source(claim)} | `{one.name}` | {text} |"
 
 
 def _ours(row: dict[str, Any]) -> str:

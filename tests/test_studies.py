@@ -309,7 +309,7 @@ def test_a_run_that_diverges_is_a_result(tiny_study: Path, tmp_path: Path):
     assert [row.stopped for row in result.rows] == [None, "diverged"]
     text = (result.path / "summary.md").read_text()
     assert "Runs whose loss became infinite or NaN: wide (1)." in text
-    assert "| Wide is better than narrow | not measured |" in text
+    assert "| Wide is better than narrow | the report | not measured |" in text
     again = run(read(path), settings(tmp_path, seeds=1), print)
     assert again.progress.trained == 0
 

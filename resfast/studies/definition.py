@@ -65,7 +65,8 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A statement of a report that the accuracies can support or contradict.
+    """A statement that the accuracies can support or contradict: the report's, in words or by its
+    figures, or ours.
 
     One of these is set: ``better`` and ``worse``, ``alike``, or ``variant`` and ``at_least``.
 
@@ -74,6 +75,7 @@ class Claim:
         better, worse: variants of which the first has the higher accuracy.
         alike: variants whose accuracies do not differ.
         variant: a variant with a mean accuracy of ``at_least``, 0 to 1.
+        is_ours: whether the report leaves it open.
     """
 
     __pydantic_config__ = _STRICT
@@ -84,6 +86,7 @@ class Claim:
     alike: tuple[str, ...] = ()
     variant: str | None = None
     at_least: float | None = None
+    is_ours: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

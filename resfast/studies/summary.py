@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from resfast.inference.ensemble import EnsembleResult
 from resfast.runs.statistics import CONFIDENCE
-from resfast.studies.definition import Study
+from resfast.studies.definition import Claim, Study
 from resfast.studies.ranking import LEVEL, Difference, Ranked, Verdict, rank, verdicts
 from resfast.studies.results import Row
 
@@ -173,11 +173,16 @@ def verdict_text(verdict: Verdict, difference: Difference | None) -> str:
     return f"{verdict} ({100 * difference.mean:+.2f} points, {p})"
 
 
+def source(claim: Claim) -> str:
+    """Whose statement it is."""
+    return "us" if claim.is_ours else "the report"
+
+
 def _claims(study: Study, found: Mapping[str, Sequence[float | None]], quick: bool) -> list[str]:
-    of = "the report's claim, in the quick study" if quick else "the report's claim"
-    lines = [f"| {of} | whether it held |", "|---|---|"]
+    held = "whether it held, in the quick study" if quick else "whether it held"
+    lines = [f"| statement | of | {held} |", "|---|---|---|"]
     for claim, verdict in zip(study.claims, verdicts(study.claims, found), strict=True):
-        lines.append(f"| {claim.text} | {verdict_text(*verdict)} |")
+        lines.append(f"| {claim.text} | {source(claim)} | {verdict_text(*verdict)} |")
     return lines
 
 
