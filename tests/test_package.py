@@ -23,6 +23,7 @@ from packaging.version import Version
 
 import resfast
 from resfast.cli import main as console
+from resfast.studies import definition as catalog
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -320,7 +321,8 @@ def test_wheel_builds_without_compiler_and_holds_the_package_alone(tmp_path):
         metadata = archive.read(f"resfast-{resfast.__version__}.dist-info/METADATA").decode()
     modules = {str(p.relative_to(ROOT).as_posix()) for p in (ROOT / "resfast").rglob("*.py")}
     recipes = {f"resfast/config/recipes/{name}.toml" for name in resfast.RECIPES}
-    assert names == modules | recipes | {"resfast/py.typed", "resfast/runs/targets.json"}
+    studies = {f"resfast/studies/catalog/{name}.toml" for name in (*catalog.names(), "bases")}
+    assert names == modules | recipes | studies | {"resfast/py.typed", "resfast/runs/targets.json"}
     assert "Requires-Python: >=3.11" in metadata
     assert "License-File: LICENSE" in metadata
 
