@@ -28,7 +28,7 @@ from resfast.studies.definition import Claim, names, read, study
 from resfast.studies.figures import bands
 from resfast.studies.locks import lock
 from resfast.studies.ranking import holm, rank, verdicts, welch
-from resfast.studies.results import finished_rows, read_results, save_results
+from resfast.studies.results import read_results, row_of, save_results
 from resfast.studies.runner import Runner, Settings
 from resfast.studies.study import run
 from resfast.training import loop as trainer
@@ -217,6 +217,9 @@ def test_a_study_writes_rows_a_ranking_and_figures(
     assert main(args) == 0
     assert "runs in" not in capsys.readouterr().out
     assert (folder / "results.csv").read_bytes() == before
+    # One variant alone leaves the rows of the other.
+    assert main([*args, "--variants", "wide", "--seeds", "1"]) == 0
+    assert (folder / "results.csv").read_bytes() == before
     assert main([*args, "--quick"]) == 2
     assert "with quick false, not true" in capsys.readouterr().err
     changed(tiny_study, ("channels = [12, 20]", "channels = [12, 24]"))
@@ -229,7 +232,7 @@ def test_a_run_of_a_study_has_the_bits_of_the_same_run_alone(tiny_study: Path, t
     Runner(found, settings(tmp_path), print).train()
     shared = tmp_path / "studies" / "tiny" / "runs" / "wide" / "seed1"
     alone = Runner(found, settings(tmp_path, out=tmp_path / "alone"), print)
-    trainer.train(alone._config(alone.units[-1]))
+    trainer.train(alone.config(alone.units[-1]))
     other = tmp_path / "alone" / "tiny" / "runs" / "wide" / "seed1"
     assert_same_weights(shared, other)
 
@@ -247,7 +250,7 @@ def test_an_interrupted_study_continues_where_it_stopped(
     assert "the same command continues the study" in capsys.readouterr().err
     folder = tmp_path / "studies" / "tiny"
     assert len(read_results(folder / "results.csv")) == 1
-    assert "Not finished: narrow, wide" in (folder / "summary.md").read_text()
+    assert "Not trained with all seeds: narrow, wide" in (folder / "summary.md").read_text()
     finished = folder / "runs" / "narrow" / "seed0" / records.SUMMARY
     before = finished.stat().st_mtime_ns
     assert main(args) == 0
@@ -435,7 +438,7 @@ def test_rows_are_read_back(tiny_study: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(running.trainer, "train", diverge)
     runner = Runner(read(tiny_study), settings(tmp_path), print)
     runner.train()
-    rows = finished_rows(runner.units)
+    rows = [row_of(unit) for unit in runner.finished()]
     save_results(tmp_path / "rows.csv", rows)
     assert read_results(tmp_path / "rows.csv") == rows
     (tmp_path / "rows.csv").write_text("variant,group,seed\na,,x\n")

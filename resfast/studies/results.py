@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -150,11 +150,6 @@ def short_data(data: str) -> str:
     """The name of a data set without the folder that it is in."""
     kind, colon, path = data.partition(":")
     return f"{kind}{colon}{Path(path).name}" if colon else data
-
-
-def finished_rows(units: Iterable[Unit]) -> list[Row]:
-    """The rows of the runs that are finished."""
-    return [row_of(unit) for unit in units if unit.is_finished]
 
 
 def save_results(path: Path, rows: Sequence[Row]) -> None:

@@ -126,7 +126,7 @@ class Runner:
         names = settings.variants or [variant.name for variant in study.variants]
         self.variants = self._with_needed([study.variant(name) for name in names])
         self.units = [
-            Unit(variant, seed, self.path / "runs" / variant.name / f"seed{seed}")
+            Unit(variant, seed, self._folder(variant) / f"seed{seed}")
             for variant in self.variants
             for seed in range(seeds)
         ]
@@ -142,6 +142,19 @@ class Runner:
             if variant.name in names:
                 names |= set(self.study.needs(variant).values())
         return [variant for variant in self.study.variants if variant.name in names]
+
+    def finished(self) -> list[Unit]:
+        """All finished runs of the study, also of variants that are not trained now."""
+        found = []
+        for variant in self.study.variants:
+            paths = self._folder(variant).glob("seed*")
+            seeds = sorted(int(path.name.removeprefix("seed")) for path in paths)
+            units = (Unit(variant, n, self._folder(variant) / f"seed{n}") for n in seeds)
+            found += [unit for unit in units if unit.is_finished]
+        return found
+
+    def _folder(self, variant: Variant) -> Path:
+        return self.path / "runs" / variant.name
 
     def _record(self) -> None:
         """Writes what the study is, or checks that the folder has the same one."""
@@ -226,7 +239,7 @@ class Runner:
         number = self.units.index(unit) + 1
         self.say(f"run {number} of {len(self.units)}: {unit.variant.name}, seed {unit.seed}")
         saved = load(unit.path / records.CONFIG) if self._has_config(unit) else None
-        config = self._config(unit) if saved is None else replace(saved, run=self._run(unit))
+        config = self.config(unit) if saved is None else replace(saved, run=self._run(unit))
         shared.data = self._open(config)
         start = time.perf_counter()
         if saved is None:
@@ -261,8 +274,8 @@ class Runner:
         config = self.study.config(unit.variant, self.settings.quick)
         return replace(config.run, name=unit.path.name, out=unit.path.parent, plots=False)
 
-    def _config(self, unit: Unit) -> Config:
-        """The configuration of a new run."""
+    def config(self, unit: Unit) -> Config:
+        """The configuration of a new run, but for images without labels."""
         settings = self.settings
         config = self.study.config(unit.variant, settings.quick)
         given = self.study.values(unit.variant, settings.quick)

@@ -11,7 +11,7 @@ from resfast.data.dataset import print_to_stderr
 from resfast.inference.ensemble import EnsembleResult, ensemble
 from resfast.studies.definition import Study
 from resfast.studies.locks import lock
-from resfast.studies.results import RESULTS, Row, finished_rows, save_results
+from resfast.studies.results import RESULTS, Row, row_of, save_results
 from resfast.studies.runner import Progress, Runner, Settings, Unit
 
 SUMMARY = "summary.md"
@@ -53,16 +53,16 @@ def run(
     try:
         runner.train(lambda: write_rows(runner))
     except KeyboardInterrupt:
-        if any(unit.is_finished for unit in runner.units):
+        if runner.finished():
             write(runner, combine=False)
         raise
     return StudyResult(runner.path, write(runner, say), runner.progress)
 
 
 def write_rows(runner: Runner) -> list[Row]:
-    """Writes ``results.csv`` of the finished runs."""
+    """Writes ``results.csv`` of the runs of the study that are finished."""
     with lock(runner.path / "locks" / "results", wait=True):
-        rows = finished_rows(runner.units)
+        rows = [row_of(unit) for unit in runner.finished()]
         save_results(runner.path / RESULTS, rows)
     return rows
 
@@ -81,7 +81,7 @@ def write(
     from resfast.studies.summary import summary_text
 
     rows = write_rows(runner)
-    study, finished = runner.study, [unit for unit in runner.units if unit.is_finished]
+    study, finished = runner.study, runner.finished()
     ensembles = {}
     if combine and any(plot.kind == "ensemble" for plot in study.plots):
         ensembles = combined(finished, runner.settings, say)

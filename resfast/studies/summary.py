@@ -46,7 +46,7 @@ def summary_text(
     lines = [f"# {study.title}", "", f"Report {study.report}. {study.about}".strip(), ""]
     lines += [circumstances(rows, quick), ""]
     if missing:
-        lines += [f"Not finished: {', '.join(missing)}.", ""]
+        lines += [f"Not trained with all seeds: {', '.join(missing)}.", ""]
     lines += [*_table(study, rows, ranked), "", conclusion(ranked), ""]
     if any(row.stopped == "diverged" for row in rows):
         names = ", ".join(f"{r.name} ({r.diverged})" for r in ranked if r.diverged)
