@@ -58,6 +58,8 @@ def summary_text(
     for figure in figures:
         lines += [f"![{study.title}]({figure})", ""]
     command = f"resfast study {study.name}{' --quick' if quick else ''} --data DATA"
+    if seeds != study.seed_count(quick):
+        command += f" --seeds {seeds}"
     lines += [f"Repeat it with `{command}`; `results.csv` has a row for each run.", ""]
     return "\n".join(lines)
 
