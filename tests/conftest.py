@@ -62,6 +62,7 @@ SLOWEST_FIRST = (
     "test_training",
     "test_build",
     "test_runs",
+    "test_studies",
     "test_package",
     "test_export",
     "test_augment",
