@@ -106,8 +106,8 @@ def _variant_rows(one: Study, found: Measured | None) -> Iterator[str]:
         reported = []
         if variant.reported is not None:
             reported.append(f"{100 * variant.reported:.4g} %")
-        if variant.parameters is not None:
-            reported.append(f"{variant.parameters:,} parameters")
+        if variant.stated:
+            reported.append(variant.stated)
         command = f"`resfast study {one.name} --variants {variant.name}`"
         with torch.device("meta"):  # shapes only
             count = count_parameters(build_model(network(one.config(variant, False).model)))

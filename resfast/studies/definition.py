@@ -47,7 +47,8 @@ class Variant:
         about: what the report says about it.
         options: its options, which replace those of the study.
         quick: options that replace these in the quick study.
-        parameters: number of parameters that the report states, for 10 classes; checked by a test.
+        parameters: number of parameters for 10 classes; a test checks it.
+        stated: the number of parameters in the report's words.
         reported: accuracy that the report states, 0 to 1.
         group: variants that a figure shows together.
     """
@@ -59,6 +60,7 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
     quick: dict[str, Any] = field(default_factory=dict)
     parameters: int | None = None
+    stated: str = ""
     reported: float | None = None
     group: str | None = None
 
