@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,7 +149,8 @@ class Runner:
         found = []
         for variant in self.study.variants:
             paths = self._folder(variant).glob("seed*")
-            seeds = sorted(int(path.name.removeprefix("seed")) for path in paths)
+            numbers = (path.name.removeprefix("seed") for path in paths)
+            seeds = sorted(int(number) for number in numbers if number.isdecimal())
             units = (Unit(variant, n, self._folder(variant) / f"seed{n}") for n in seeds)
             found += [unit for unit in units if unit.is_finished]
         return found
@@ -253,13 +255,14 @@ class Runner:
             records.write_text(unit.path / DIVERGED, json.dumps(reason) + "\n")
             self.say(f"{unit.variant.name}, seed {unit.seed}: {error}")
             shared.step = None
-            seconds = time.perf_counter() - start
+            seconds = math.inf
         else:
             kinds = summary.seconds_by_kind()
             seconds = kinds.train + kinds.eval + kinds.compile + kinds.whitening
+        elapsed = time.perf_counter() - start
         self.progress.trained += 1
-        self.progress.training_seconds += seconds
-        self.progress.seconds += time.perf_counter() - start
+        self.progress.training_seconds += min(seconds, elapsed)  # it has those before a resume too
+        self.progress.seconds += elapsed
 
     def _has_config(self, unit: Unit) -> bool:
         """Whether a run has begun; removes what a process left that was killed before that."""
