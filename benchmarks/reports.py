@@ -139,10 +139,7 @@ def _figure(rows: list[Row], found: Measured | None, parameters: int) -> str:
 def _claim_rows(one: Study, found: Measured | None) -> Iterator[str]:
     values = {} if found is None else accuracies(found.rows)
     for claim, verdict in zip(one.claims, verdicts(one.claims, values), strict=True):
-        text = verdict_text(*verdict)
-        # Minutes of training say nothing about a final accuracy.
-        if found is not None and found.quick:
-            text = NOT_MEASURED if claim.at_least is not None else f"quick: {text}"
+        text = verdict_text(claim, *verdict, quick=found is not None and found.quick)
         yield f"| {claim.text} | {source(claim)} | `{one.name}` | {text} |"
 
 

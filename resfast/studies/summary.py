@@ -167,12 +167,20 @@ def _names(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def verdict_text(verdict: Verdict, difference: Difference | None) -> str:
-    """A verdict with the difference that decided it."""
+def verdict_text(
+    claim: Claim, verdict: Verdict, difference: Difference | None, *, quick: bool
+) -> str:
+    """A verdict with the difference that decided it.
+
+    A quick study cannot tell whether a final accuracy is reached.
+    """
+    if quick and claim.at_least is not None:
+        return "not measured"
+    text = f"quick: {verdict}" if quick and verdict != "not measured" else verdict
     if difference is None:
-        return verdict
+        return text
     p = NOT_TESTED if difference.p is None else f"p = {difference.p:.2g}"
-    return f"{verdict} ({100 * difference.mean:+.2f} points, {p})"
+    return f"{text} ({100 * difference.mean:+.2f} points, {p})"
 
 
 def source(claim: Claim) -> str:
@@ -181,10 +189,10 @@ def source(claim: Claim) -> str:
 
 
 def _claims(study: Study, found: Mapping[str, Sequence[float | None]], quick: bool) -> list[str]:
-    held = "whether it held, in the quick study" if quick else "whether it held"
-    lines = [f"| statement | of | {held} |", "|---|---|---|"]
+    lines = ["| statement | of | whether it held |", "|---|---|---|"]
     for claim, verdict in zip(study.claims, verdicts(study.claims, found), strict=True):
-        lines.append(f"| {claim.text} | {source(claim)} | {verdict_text(*verdict)} |")
+        text = verdict_text(claim, *verdict, quick=quick)
+        lines.append(f"| {claim.text} | {source(claim)} | {text} |")
     return lines
 
 
