@@ -64,6 +64,7 @@ SLOWEST_FIRST = (
     "test_report",
     "test_build",
     "test_runs",
+    "test_studies",
     "test_package",
     "test_export",
     "test_augment",

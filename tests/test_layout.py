@@ -17,6 +17,7 @@ PACKAGE = ROOT / "resfast"
 
 LAYERS = (
     ("resfast.cli",),
+    ("resfast.studies",),
     ("resfast.training", "resfast.reporting"),
     ("resfast.inference",),
     ("resfast.runs", "resfast.optim"),
@@ -37,6 +38,7 @@ EXEMPT = {
     "resfast.doctor",
     "resfast.report",
     "resfast.sweep",
+    "resfast.study",
     "resfast.data.__main__",
 }
 """Public names and commands, which import from anywhere."""

@@ -242,11 +242,36 @@ def test_a_part_that_cannot_be_held_out_is_refused(
         feed.split_sources(held, val_fraction, 0, hold_out)
 
 
+def test_the_first_images_of_each_class_are_used(image_tree: Path, tmp_path: Path):
+    held = load_dataset(f"folder:{image_tree}", data_dir=tmp_path, image_size=16)
+    opened = open_data(f"folder:{image_tree}", loader="dali", data_dir=tmp_path, image_size=16)
+    train, val, test = feed.split_sources(held, 0, 7, max_images=11)
+    expected = torch.zeros(48, dtype=torch.bool)
+    for label in (0, 1):
+        expected[(held.train_labels == label).nonzero().flatten()[:5]] = True
+    assert torch.equal(train[0], held.train_images[expected])
+    assert torch.equal(train[1], held.train_labels[expected])
+    assert val is None
+    assert test[0] is held.test_images
+    streamed, _, _ = feed.split_sources(opened, 0, 7, max_images=11)
+    assert {Path(path).name for path in streamed.paths} == {f"{n:03d}.png" for n in range(5)}
+    # Images are held out from these.
+    train, val, _ = feed.split_sources(held, 0, 7, hold_out=4, max_images=10)
+    assert (len(train[0]), len(val[0])) == (6, 4)
+    assert torch.equal(val[0][:2], held.train_images[held.train_labels == 0][3:5])
+    # More than there are: all of them.
+    assert feed.count(feed.split_sources(held, 0, 7, max_images=1000)[0]) == 48
+    with pytest.raises(ResfastError, match="--max-images 1 is less than one image for each of 2"):
+        feed.split_sources(held, 0, 7, max_images=1)
+
+
 def test_shards_cannot_be_split(tmp_path: Path):
     shards = Shards(("a.tar",), 8)
     opened = Stream("shards:x", shards, shards, ("a", "b"), 16, "0")
     with pytest.raises(ResfastError, match="--hold-out cannot split shards"):
         feed.split_sources(opened, 0, 0, 2)
+    with pytest.raises(ResfastError, match="--max-images cannot choose images from shards"):
+        feed.split_sources(opened, 0, 0, max_images=4)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from packaging.version import Version
 
 import resfast
 from resfast.cli import main as console
+from resfast.studies import definition as catalog
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -319,7 +320,9 @@ def test_wheel_builds_without_compiler_and_holds_the_package_alone(tmp_path):
     modules = {str(p.relative_to(ROOT).as_posix()) for p in (ROOT / "resfast").rglob("*.py")}
     recipes = {f"resfast/config/recipes/{name}.toml" for name in resfast.RECIPES}
     pages = {f"resfast/reporting/page.{kind}" for kind in ("css", "html.jinja")}
-    assert names == modules | recipes | pages | {"resfast/py.typed", "resfast/runs/targets.json"}
+    studies = {f"resfast/studies/catalog/{name}.toml" for name in (*catalog.names(), "bases")}
+    others = {"resfast/py.typed", "resfast/runs/targets.json"}
+    assert names == modules | recipes | pages | studies | others
     assert "Requires-Python: >=3.11" in metadata
     assert "License-File: LICENSE" in metadata
 

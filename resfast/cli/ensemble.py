@@ -14,13 +14,12 @@ from resfast import atomic
 from resfast.cli import common as entry
 from resfast.cli.predict import DEFAULT_CSV, check_csv, write_csv
 from resfast.data.unlabelled import open_images
-from resfast.inference.ensemble import METHODS, EnsembleResult, Method, classify, ensemble
+from resfast.inference.ensemble import METHODS, NAMES, EnsembleResult, Method, classify, ensemble
 from resfast.inference.load import Which
 from resfast.inference.scoring import TTA
 from resfast.runtime import Precision
 
 COMMAND = "ensemble"
-NAMES = {"probabilities": "mean of softmax", "logits": "mean of logits", "vote": "majority vote"}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from resfast.errors import nearest
 
 COMMANDS = {
     "train": ("resfast.cli.train", "train a network"),
+    "study": ("resfast.cli.study", "train what a report compared, and rank it"),
     "evaluate": ("resfast.cli.evaluate", "score a run on the test images of a data set"),
     "ensemble": ("resfast.cli.ensemble", "score several runs as one classifier"),
     "predict": ("resfast.cli.predict", "classify images with a run"),

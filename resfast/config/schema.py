@@ -133,6 +133,9 @@ class DataConfig:
     """Height and width that all images are resized to, in pixels."""
     skip_corrupt: bool = False
     """Skip images that cannot be decoded instead of stopping."""
+    max_images: NonNegativeInt = 0
+    """Use only this many training images: the first ones of each class, the same number per class.
+    Images are held out from these (0: all)."""
     val_fraction: BelowOne = 0.0
     """Fraction of the training set held out for validation, best weights and early stopping."""
     hold_out: NonNegativeInt = 0
@@ -394,6 +397,8 @@ class RunConfig:
     """Write a row for each step to steps.csv: loss (and learning rate), gradients (norm and change
     of the last layer's gradient), smoothness (beta-smoothness and the loss along the gradient;
     takes five more passes per step)."""
+    plots: bool = True
+    """Draw curves.png and confusion.png, which takes about a second."""
     tensorboard: bool = False
     """Write TensorBoard events to the run's folder."""
     wandb: bool = False

@@ -14,7 +14,7 @@ from resfast.data.batch import BatchSource
 from resfast.data.dataset import Dataset, Files, Loader, Shards, Stream
 from resfast.data.device_batches import DeviceBatches
 from resfast.data.resident import ResidentLoader, resident_batches
-from resfast.data.split import split_last, split_validation
+from resfast.data.split import first_of_each_class, split_last, split_validation
 from resfast.data.statistics import channel_mean_std
 from resfast.errors import ResfastError
 from resfast.runtime import free_memory
@@ -37,7 +37,11 @@ def choose_loader(asked: Loader, data: Dataset | Stream, device: torch.device) -
 
 
 def split_sources(
-    data: Dataset | Stream, val_fraction: float, seed: int, hold_out: int = 0
+    data: Dataset | Stream,
+    val_fraction: float,
+    seed: int,
+    hold_out: int = 0,
+    max_images: int = 0,
 ) -> tuple[Source, Source | None, Source]:
     """Training, validation (None without held-out images) and test images.
 
@@ -46,6 +50,7 @@ def split_sources(
         val_fraction: fraction of the training images of each class to hold out, chosen at random.
         seed: seed of that choice.
         hold_out: number of images to hold out instead, the last ones of each class.
+        max_images: number of training images to use, the held-out ones included (0: all).
 
     Raises:
         ResfastError: a part would be empty, or the data set cannot be split.
@@ -60,6 +65,8 @@ def split_sources(
     else:
         train = data.train_images, data.train_labels
         test = data.test_images, data.test_labels
+    if max_images:
+        train = first_images(train, max_images)
     if not (val_fraction or hold_out):
         return train, None, test
     if isinstance(train, Shards):
@@ -77,6 +84,26 @@ def split_sources(
     else:
         kept, held_out = ((train[0][part], train[1][part]) for part in parts)
     return kept, held_out, test
+
+
+def first_images(source: Source, count: int) -> Source:
+    """The first images of each class, see :func:`first_of_each_class`.
+
+    Args:
+        source: the images; not changed.
+        count: number of images.
+
+    Raises:
+        ResfastError: shards, whose labels are read during training, or too few images.
+    """
+    if isinstance(source, Shards):
+        raise ResfastError(
+            "--max-images cannot choose images from shards; use an image folder instead"
+        )
+    if isinstance(source, Files):
+        return source[first_of_each_class(source.labels, count)]
+    chosen = first_of_each_class(source[1], count)
+    return source[0][chosen], source[1][chosen]
 
 
 def with_label_noise(source: Source, fraction: float, classes: int, seed: int) -> Source:

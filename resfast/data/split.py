@@ -52,6 +52,32 @@ def split_validation(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     return torch.nonzero(~chosen).flatten(), torch.nonzero(chosen).flatten()
 
 
+def first_of_each_class(labels: Tensor, count: int) -> Tensor:
+    """The first images of each class, the same number of each.
+
+    Args:
+        labels: int64 ``[N]``.
+        count: number of images. It is rounded down to a multiple of the number of classes; a class
+            with fewer images gives all of them.
+
+    Returns:
+        Their indices, sorted int64 on the CPU.
+
+    Raises:
+        ResfastError: fewer images than classes.
+    """
+    labels = labels.cpu()
+    classes = labels.unique()
+    if count < len(classes):
+        raise ResfastError(
+            f"--max-images {count} is less than one image for each of {len(classes)} classes: "
+            f"choose at least {len(classes)}"
+        )
+    each = count // len(classes)
+    members = [torch.nonzero(labels == label).flatten()[:each] for label in classes]
+    return torch.cat(members).sort().values
+
+
 def split_last(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Holds out the last ``count / classes`` images of each class.
 

@@ -29,6 +29,12 @@ from resfast.runtime import Precision
 Method = Literal["probabilities", "logits", "vote"]
 """Mean of the softmax, mean of the logits, or majority vote, whose ties the mean softmax breaks."""
 METHODS: tuple[Method, ...] = get_args(Method)
+NAMES: dict[Method, str] = {
+    "probabilities": "mean of softmax",
+    "logits": "mean of logits",
+    "vote": "majority vote",
+}
+"""Of the methods, in tables."""
 
 
 @dataclass(frozen=True)

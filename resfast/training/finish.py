@@ -49,6 +49,8 @@ def finish(
         summary = _summary(session, state, None, 0, final)
         scored = final
     records.write_summary(state.path, summary)
+    if not session.config.run.plots:
+        return summary
     from resfast.runs import plots  # matplotlib is slow to import
 
     confusion, classes = scored.plain.confusion, session.data.classes

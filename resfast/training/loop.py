@@ -21,6 +21,7 @@ from resfast.config.files import load
 from resfast.config.recipes import decide
 from resfast.config.schema import Config
 from resfast.config.validate import check, check_network
+from resfast.data.dataset import Dataset, Stream
 from resfast.data.sources import open_data
 from resfast.errors import ResfastError
 from resfast.inference.scoring import Evaluation
@@ -39,7 +40,7 @@ from resfast.training.state import TrainingState
 from resfast.training.stopping import is_finished
 from resfast.training.warm_up import warm_up_training
 
-__all__ = ["Interrupted", "Result", "Shared", "train"]
+__all__ = ["Interrupted", "Result", "Shared", "open_configured_data", "train"]
 
 
 @dataclass(frozen=True)
@@ -94,16 +95,7 @@ def train(
     config, saved, is_extended = _start(config, path, display)
     if shared.data is None:
         check_network(config)
-        shared.data = open_data(
-            config.data.data,
-            data_dir=config.data.data_dir,
-            image_size=config.data.image_size,
-            skip_corrupt=config.data.skip_corrupt,
-            loader=config.data.loader,
-            device=runtime.resolve_device(config.runtime.device),
-            report=display.say,
-            classes=config.data.classes,
-        )
+        shared.data = open_configured_data(config, display.say)
     session = open_session(config, shared, display, saved=saved)
     evaluator = Evaluator(session)
     new = path is None
@@ -123,6 +115,28 @@ def train(
             )
     return _train(
         session, state, display, new=new, after_step=after_step, after_evaluation=after_evaluation
+    )
+
+
+def open_configured_data(config: Config, report: Callable[[str], None]) -> Dataset | Stream:
+    """Opens the data set of a configuration.
+
+    Args:
+        config: names the data set, its image size and the device.
+        report: called with a line of text for each notable step.
+
+    Raises:
+        ResfastError: data that is missing, damaged or laid out differently.
+    """
+    return open_data(
+        config.data.data,
+        data_dir=config.data.data_dir,
+        image_size=config.data.image_size,
+        skip_corrupt=config.data.skip_corrupt,
+        loader=config.data.loader,
+        device=runtime.resolve_device(config.runtime.device),
+        report=report,
+        classes=config.data.classes,
     )
 
 

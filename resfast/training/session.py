@@ -160,7 +160,11 @@ def open_session(
     assert data is not None
     say = display.say if shared.step is None else lambda line: None
     train_source, val_source, test_source = feed.split_sources(
-        data, config.data.val_fraction, config.runtime.seed, config.data.hold_out
+        data,
+        config.data.val_fraction,
+        config.runtime.seed,
+        config.data.hold_out,
+        config.data.max_images,
     )
     train_source = feed.with_label_noise(
         train_source, config.data.label_noise, len(data.classes), config.runtime.seed

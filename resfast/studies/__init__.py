@@ -1,0 +1,1 @@
+"""Studies: many short trainings that differ in a few options, their ranking and their figures."""
