@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # for editors and type checkers
     from resfast.config.recipes import RECIPES as RECIPES
     from resfast.config.recipes import recipe as recipe
     from resfast.config.schema import Config as Config
+    from resfast.data.augmenter import Augment as Augment
+    from resfast.data.augmenter import DeviceLoader as DeviceLoader
     from resfast.data.dataset import Dataset as Dataset
     from resfast.data.sources import load_dataset as load_dataset
     from resfast.errors import ResfastError as ResfastError
@@ -43,8 +45,10 @@ if TYPE_CHECKING:  # for editors and type checkers
 __version__ = "0.1.0"
 
 _HOME = {
+    "Augment": "resfast.data.augmenter",
     "Config": "resfast.config.schema",
     "Dataset": "resfast.data.dataset",
+    "DeviceLoader": "resfast.data.augmenter",
     "OptimizationReport": "resfast.training.optimize",
     "RECIPES": "resfast.config.recipes",
     "ResNet": "resfast.models.resnet",

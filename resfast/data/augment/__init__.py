@@ -9,7 +9,7 @@ Shapes: N images in the data set, B rows, H x W pixels, C channels.
 
 from resfast.data.augment.geometry import LOG_RATIO, affine_maps
 from resfast.data.augment.image_statistics import statistics
-from resfast.data.augment.mixing import mixed_labels, sample_mix, sample_mixes
+from resfast.data.augment.mixing import mixed_labels, prepare_mixing, sample_mix, sample_mixes
 from resfast.data.augment.policy import (
     POLICIES,
     Augment,
@@ -38,6 +38,7 @@ __all__ = [
     "needs_statistics",
     "order",
     "parse_augment",
+    "prepare_mixing",
     "resized",
     "sample",
     "sample_mix",

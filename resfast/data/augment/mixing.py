@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,8 @@ from resfast.ops.augment.op import MixParams
 from resfast.ops.philox.op import philox, uniform
 
 _QUANTILES = 4096
+_TABLES: dict[tuple[float, str], Tensor] = {}
+"""Quantiles of Beta(alpha, alpha) by alpha and device."""
 
 
 def sample_mix(
@@ -126,10 +126,19 @@ def _beta(probability: Tensor, alpha: float) -> Tensor:
     return low + (table[index + 1] - low) * (position - index)
 
 
-@cache
+def prepare_mixing(augment: Augment, device: torch.device | str = "cpu") -> None:
+    """Makes the tables that a policy's MixUp and CutMix need, so that a compiler finds them."""
+    for alpha in filter(None, (augment.mixup, augment.cutmix)):
+        _beta_quantiles(alpha, torch.device(device))
+
+
 def _beta_quantiles(alpha: float, device: torch.device) -> Tensor:
     """Quantiles of Beta(alpha, alpha) at steps of 1 / 4096, float32 ``[4097]``."""
+    table = _TABLES.get((alpha, str(device)))
+    if table is not None:
+        return table
     from scipy.special import betaincinv
 
     steps = torch.arange(_QUANTILES + 1, dtype=torch.float64) / _QUANTILES
-    return torch.from_numpy(betaincinv(alpha, alpha, steps.numpy())).float().to(device)
+    table = torch.from_numpy(betaincinv(alpha, alpha, steps.numpy())).float().to(device)
+    return _TABLES.setdefault((alpha, str(device)), table)
