@@ -26,6 +26,7 @@ from resfast import atomic
 from resfast.data import shard_listing
 from resfast.data.dataset import Request, Shards, Stream, print_to_stderr, refuse_skipping
 from resfast.data.folder import (
+    ARCHIVE_SUFFIXES,
     SPLITS,
     Directory,
     Key,
@@ -43,7 +44,9 @@ _SPLIT = {
     "test": re.compile(r"(?i)(^|[^a-z])test(ing)?([^a-z]|$)"),
     "val": re.compile(r"(?i)(^|[^a-z])(val|valid|validation|eval)([^a-z]|$)"),
 }
-"""What the name of a shard, or of its folder, has in it."""
+"""What the name of a shard, or of a folder that it is in, has in it."""
+_MAX_DEPTH = 4
+_COMPRESSED = tuple(suffix for suffix in ARCHIVE_SUFFIXES if suffix != ".tar")
 
 
 def open_shards(request: Request) -> Stream:
@@ -63,8 +66,13 @@ def open_shards(request: Request) -> Stream:
         Path(request.location).expanduser(), cache, request.classes, report=request.report
     )
     digest = hashlib.blake2b(repr(found.classes).encode(), digest_size=16)
-    for file in (*found.train.paths, *found.test.paths):
-        digest.update(f"{os.path.basename(file)}\0{size_of(file)}\0".encode())
+    for shards in (found.train, found.test):
+        for file in shards.paths:
+            digest.update(f"{os.path.basename(file)}\0{size_of(file)}\0".encode())
+            if shards.cache is not None:  # of others: a label may change and the size does not
+                listing = shard_listing.list_shard(Path(file), shards.cache)
+                for part, label in zip(listing.images, listing.labels, strict=True):
+                    digest.update(f"{part.name}\0{part.size}\0{label}\0".encode())
     return Stream(
         request.data,
         found.train,
@@ -259,8 +267,11 @@ def _by_name(folder: Path, report: Callable[[str], None]) -> dict[str, list[Path
     """The shards of the two splits by their names."""
     found: dict[str, list[Path]] = {split: [] for split in _SPLIT}
     others = []
-    for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
-        parents = [path.parent.name] if path.parent != folder else []
+    found_tars = [
+        path for depth in range(_MAX_DEPTH) for path in folder.glob("*/" * depth + "*.tar")
+    ]
+    for path in sorted(found_tars):
+        parents = path.relative_to(folder).parts[-2::-1]  # the nearest first
         matches = [
             split
             for name in (path.stem, *parents)
@@ -273,6 +284,11 @@ def _by_name(folder: Path, report: Callable[[str], None]) -> dict[str, list[Path
         missing = "training" if not found["train"] else "test"
         unknown = f" (found {others[0].name} and {len(others) - 1:,} others)" if others else ""
         if not any(found.values()) and not others:
+            for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+                if path.name.lower().endswith(_COMPRESSED):
+                    raise ResfastError(
+                        f"{path} is compressed, and shards are read in place: decompress them first"
+                    )
             raise ResfastError(
                 f"{folder} has neither {LISTING} nor any .tar: its shards are missing or "
                 f"incomplete: write shards with {_WRITE}"
