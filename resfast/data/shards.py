@@ -16,7 +16,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +211,7 @@ class ShardFolder:
 def read_shards(
     folder: Path,
     cache: Path | None = None,
-    classes: Path | None = None,
+    classes: Path | Sequence[str] | None = None,
     report: Callable[[str], None] = print_to_stderr,
 ) -> ShardFolder:
     """The shards in a folder, written by :func:`write_shards` or by others.
@@ -222,7 +222,8 @@ def read_shards(
     Args:
         folder: the folder.
         cache: folder in which listings of shards without ``classes.json`` are kept, if any.
-        classes: file with the names of the classes, for shards without ``classes.json``.
+        classes: file with the names of the classes, or the names, for shards without
+            ``classes.json``.
         report: called with a line of text for each notable step.
 
     Raises:
@@ -234,14 +235,14 @@ def read_shards(
             f"{folder} is not a folder, expected a folder of shards: write shards with {_WRITE}"
         )
     if (folder / LISTING).exists():
-        if classes is not None:
+        if isinstance(classes, Path):
             raise ResfastError(
                 f"--classes {classes} is for shards without {LISTING}, and {folder} has one: leave "
                 "one of them out"
             )
         return _listed_in_json(folder)
     splits = _by_name(folder, report)
-    names = None if classes is None else shard_listing.read_class_names(classes)
+    names = shard_listing.read_class_names(classes) if isinstance(classes, Path) else classes
     if names is None:
         report(f"listing the samples of {sum(map(len, splits.values())):,} shards in {folder}")
     listings = {
@@ -250,6 +251,7 @@ def read_shards(
     }
     if names is None:
         names = shard_listing.class_names([*listings["train"], *listings["test"]])
+    names = tuple(names)
     shards = []
     for found in listings.values():
         for path, listing in found:

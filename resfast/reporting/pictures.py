@@ -119,6 +119,7 @@ class DataSets:
                     image_size=own.image_size,
                     skip_corrupt=own.skip_corrupt,
                     report=self.report,
+                    classes=own.classes if self.data is None else None,
                 )
             except ResfastError as error:
                 self._opened[key] = str(error)

@@ -30,7 +30,7 @@ DIRECTIONS: dict[str, str] = {
 """Objective to direction. All are measured on held-out images, never on the test images."""
 
 _NOT_SEARCHED = {
-    **dict.fromkeys(("data", "data_dir", "skip_corrupt"), "trials need the same data"),
+    **dict.fromkeys(("data", "data_dir", "skip_corrupt", "classes"), "trials need the same data"),
     **dict.fromkeys(
         ("val_fraction", "hold_out", "score_test"),
         "trials are compared on the same held-out images",
