@@ -124,7 +124,7 @@ class DataSets:
             except ResfastError as error:
                 self._opened[key] = str(error)
             else:
-                streamed = f"{data} does not fit into memory, and is not read for a report"
+                streamed = f"{data} is streamed, and a report reads only images in memory"
                 self._opened[key] = found if isinstance(found, Dataset) else streamed
         return self._opened[key]
 

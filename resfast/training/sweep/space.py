@@ -176,6 +176,11 @@ def read_space(path: Path, options: tuple[str, ...], rest: _File, base: Config) 
         _parameter(base, name.replace("-", "_"), values, f"{path}: space.{name}")
         for name, values in rest.space.items()
     )
+    names = [parameter.name for parameter in parameters]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ResfastError(
+            f"{path}: space has {twice[0]} twice, with - and with _; leave one of them out"
+        )
     return Space(
         options=options,
         parameters=parameters,
@@ -242,7 +247,10 @@ def _categorical(base: Config, name: str, values: dict[str, Any], where: str) ->
         label = _label(given)
         if label in found:
             raise ResfastError(f"{where}: the choice {label} is given twice; leave one out")
-        found[label] = checked_value(base, name, given, where)
+        value = checked_value(base, name, given, where)
+        if value in found.values():
+            raise ResfastError(f"{where}: the choice {label} is given twice; leave one out")
+        found[label] = value
     return Parameter(name, "categorical", choices=found)
 
 

@@ -14,6 +14,7 @@ import filelock
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from resfast import atomic
 from resfast.config.recipes import decide
@@ -122,20 +123,29 @@ def _open(space: Space, path: Path, lock: filelock.BaseFileLock, heartbeat_s: in
                 f"{path} has a sweep of another space, see {saved}; choose another --out, or "
                 "restore the file"
             )
-        storage = RDBStorage(
-            f"sqlite:///{path.absolute() / STORAGE}",
-            engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}},
-            heartbeat_interval=heartbeat_s,
-            grace_period=2 * heartbeat_s,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
-        )
-        study = optuna.create_study(
-            storage=storage,
-            study_name="sweep",
-            direction=space.direction,
-            load_if_exists=True,
-            pruner=_pruner(space),
-        )
+        try:
+            storage = RDBStorage(
+                f"sqlite:///{path.absolute() / STORAGE}",
+                engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}},
+                heartbeat_interval=heartbeat_s,
+                grace_period=2 * heartbeat_s,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(
+                    max_retry=MAX_RETRIES
+                ),
+            )
+            study = optuna.create_study(
+                storage=storage,
+                study_name="sweep",
+                direction=space.direction,
+                load_if_exists=True,
+                pruner=_pruner(space),
+            )
+        except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ResfastError(
+                f"{path / STORAGE} cannot be read as the study of a sweep ({reason}); choose "
+                "another --out, or restore the file"
+            ) from error
         atomic.save(saved, space.text.encode())
     return study
 
