@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import filelock
 import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from resfast import atomic
 from resfast.config.recipes import decide
@@ -114,7 +114,7 @@ def _open(space: Space, path: Path, lock: filelock.BaseFileLock, heartbeat_s: in
     """The study of a folder, made if it is missing.
 
     Raises:
-        ResfastError: the folder has a study of another space.
+        ResfastError: the folder has a study of another space, or a damaged one.
     """
     with lock:  # two processes must not both make the tables
         saved = path / SPACE
@@ -123,31 +123,39 @@ def _open(space: Space, path: Path, lock: filelock.BaseFileLock, heartbeat_s: in
                 f"{path} has a sweep of another space, see {saved}; choose another --out, or "
                 "restore the file"
             )
-        try:
-            storage = RDBStorage(
-                f"sqlite:///{path.absolute() / STORAGE}",
-                engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}},
-                heartbeat_interval=heartbeat_s,
-                grace_period=2 * heartbeat_s,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(
-                    max_retry=MAX_RETRIES
-                ),
-            )
-            study = optuna.create_study(
-                storage=storage,
-                study_name="sweep",
-                direction=space.direction,
-                load_if_exists=True,
-                pruner=_pruner(space),
-            )
-        except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ResfastError(
-                f"{path / STORAGE} cannot be read as the study of a sweep ({reason}); choose "
-                "another --out, or restore the file"
-            ) from error
+        _check_database(path / STORAGE)
+        storage = RDBStorage(
+            f"sqlite:///{path.absolute() / STORAGE}",
+            engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}},
+            heartbeat_interval=heartbeat_s,
+            grace_period=2 * heartbeat_s,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=MAX_RETRIES),
+        )
+        study = optuna.create_study(
+            storage=storage,
+            study_name="sweep",
+            direction=space.direction,
+            load_if_exists=True,
+            pruner=_pruner(space),
+        )
         atomic.save(saved, space.text.encode())
     return study
+
+
+def _check_database(path: Path) -> None:
+    """Raises ``ResfastError`` for a file that SQLite finds damaged."""
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        found = str(error)
+    if found != "ok":
+        raise ResfastError(
+            f"{path} cannot be read as the study of a sweep ({found.splitlines()[0]}); choose "
+            "another --out, or restore the file"
+        )
 
 
 def _pruner(space: Space) -> optuna.pruners.BasePruner:
