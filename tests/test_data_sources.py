@@ -190,6 +190,13 @@ def test_names_of_keras_and_of_classes_are_known(tmp_path: Path):
         ({"test_labels": np.zeros(3, np.int64)}, "4 test images and 3 test labels"),
         ({"classes": np.array(["a"])}, "labels up to 2 and 1 names"),
         ({"train_labels": np.array([object()] * 6)}, "train_labels in .* cannot be read"),
+        ({"classes": np.array(["a", "b", "a"])}, "classes in .* has the name 'a' 2 times"),
+        ({"classes": np.array(["a", " ", "c"])}, "classes in .* has a class without a name"),
+        (
+            {"classes": np.arange(3.0)},
+            r"classes in .* is float64 \[3\]; expected an array of names",
+        ),
+        ({"classes": np.array([b"a", b"\xff", b"c"])}, "cannot be read .*expected names in UTF-8"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(changes: dict, message: str, tmp_path: Path):
@@ -234,3 +241,50 @@ def test_a_range_of_another_length_is_refused_without_being_listed(tmp_path: Pat
     path.write_bytes(pickle.dumps({"data": np.zeros((3, 3072), np.uint8), "ids": range(10**15)}))
     with pytest.raises(ResfastError, match="expected one id per image"):
         open_images([path])
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (np.array(["é".encode(), b"dog", b"owl"]), ("é", "dog", "owl")),
+        (np.array(["é", "dog", "owl"]), ("é", "dog", "owl")),
+        (np.array([7, 8, 9], np.uint8), ("7", "8", "9")),
+    ],
+    ids=["bytes", "text", "numbers"],
+)
+def test_names_of_classes_are_text_however_they_are_stored(
+    names: np.ndarray, expected: tuple[str, ...], tmp_path: Path
+):
+    assert load(save(tmp_path / "a.npz", content(classes=names))).classes == expected
+
+
+def test_images_and_labels_of_different_splits_are_not_taken_together(tmp_path: Path):
+    arrays = content()
+    arrays["val_labels"] = arrays["test_labels"][::-1]
+    arrays["val_images"] = arrays["test_images"][::-1]
+    data = load(save(tmp_path / "both.npz", arrays))
+    assert data.test_labels.tolist() == labels_of("test").tolist()
+    without = {name: array for name, array in arrays.items() if name != "test_labels"}
+    with pytest.raises(ResfastError, match="has no test_labels: it holds"):
+        load(save(tmp_path / "mixed.npz", without))
+    del without["test_images"]
+    data = load(save(tmp_path / "val.npz", without))
+    assert data.test_labels.tolist() == labels_of("test").tolist()[::-1]
+    assert np.array_equal(data.test_images.numpy(), arrays["val_images"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "folder"])
+@pytest.mark.parametrize("name", ["train_images", "test_labels"])
+def test_a_damaged_file_in_a_folder_of_arrays_is_one_sentence(
+    name: str, damage: str, tmp_path: Path
+):
+    folder = save(tmp_path / "arrays", content())
+    file = folder / f"{name}.npy"
+    whole = file.read_bytes()
+    file.unlink()
+    if damage == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes(whole[:-8] if damage == "cut" else b"")
+    with pytest.raises(ResfastError, match=f"{name} in .* cannot be read"):
+        load(folder)

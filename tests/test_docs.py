@@ -67,3 +67,18 @@ def test_the_library_page_lists_every_public_name():
 def test_the_site_has_every_page():
     nav = re.findall(r"^  - .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
     assert sorted(nav) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
+def test_every_network_is_in_the_documentation_with_its_parameters():
+    from tests.test_models import PARAMETERS
+
+    models = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d,]+) \|", models, re.M)
+    assert {name: int(count.replace(",", "")) for name, count in rows} == PARAMETERS
+    assert f"lists the {len(PARAMETERS)} networks" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_readme_names_every_page():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert pages == set(re.findall(r"\]\(docs/([\w-]+\.md)", readme))

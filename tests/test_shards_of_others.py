@@ -171,6 +171,7 @@ def test_shards_without_a_list_of_classes_are_read(name: str, format: int, tmp_p
         ("imagenet-train-000000.tar", "imagenet-val-000000.tar"),
         ("train/0.tar", "val/0.tar"),
         ("Training/0.tar", "VALID_0.tar"),
+        ("train/a/b/0.tar", "test/part of train/test/0.tar"),
     ],
 )
 def test_names_of_shards_say_the_split(train: str, test: str, tmp_path: Path):
@@ -247,6 +248,9 @@ def test_class_names_are_for_shards_without_their_own(image_tree: Path, tmp_path
         (samples(b'{"a": "b"}', extension="json"), r"0\.json in .* has no class; expected one of"),
         (samples(b"x" * 300), r"0\.cls in .* has 300 bytes; expected a class index or name"),
         ([("0.png", png(0))], r"has no 0\.cls: each sample needs an image and its class"),
+        (samples(b" \n"), r"0\.cls in .* has no class; expected a number or a name"),
+        (samples(b'{"label": ""}', extension="json"), r"0\.json in .* has no class; expected one"),
+        (samples(b"0", b"100000"), "have the class 100,000 among 2 different ones; expected num"),
     ],
 )
 def test_samples_that_are_not_clear_are_refused(members: Members, message: str, tmp_path: Path):
@@ -316,6 +320,68 @@ def test_listings_are_kept_until_a_shard_changes(tmp_path: Path, monkeypatch: py
         stream = opened(tmp_path, tmp_path / "data")
         assert len(scans) == len(expected)
     assert len(stream.test) == 4
+
+
+def test_another_class_of_the_same_length_is_other_data(tmp_path: Path):
+    digests = set()
+    for labels in ((b"0", b"1", b"0"), (b"1", b"0", b"1"), (b"0", b"1", b"0")):
+        for split in ("train", "test"):
+            write(tmp_path / f"{split}.tar", samples(*labels))
+        digests.add(opened(tmp_path, tmp_path / "data").digest)
+    assert len(digests) == 2
+
+
+def test_hard_links_in_shards_are_their_files(tmp_path: Path):
+    for split in ("train", "test"):
+        with tarfile.open(write(tmp_path / f"{split}.tar", samples(b"0", b"1")), "a") as tar:
+            for name, target in (("2.png", "1.png"), ("2.cls", "0.cls")):
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = tarfile.LNKTYPE, target
+                tar.addfile(member)
+    assert read(opened(tmp_path, tmp_path)) == [(0, "0"), (10, "1"), (10, "0")]
+    with tarfile.open(tmp_path / "test.tar", "a") as tar:
+        member.linkname = "gone.cls"
+        tar.addfile(member)
+    with pytest.raises(ResfastError, match=r"'2\.cls', a link to 'gone\.cls', which is no file"):
+        opened(tmp_path, tmp_path)
+
+
+SAMPLE_BYTES = 4 * 512  # an image and its class, with their headers
+
+
+@pytest.mark.parametrize(
+    ("length", "zeroed"),
+    [
+        (2 * SAMPLE_BYTES, None),
+        (2 * SAMPLE_BYTES + 100, None),
+        (2 * SAMPLE_BYTES + 600, None),
+        (None, 2 * SAMPLE_BYTES + 148),  # in the checksum of a header
+    ],
+)
+def test_no_sample_of_a_damaged_shard_is_left_out_silently(
+    length: int | None, zeroed: int | None, tmp_path: Path
+):
+    for split in ("train", "test"):
+        shard = write(tmp_path / f"{split}.tar", samples(*[b"0", b"1"] * 3))
+    content = bytearray(shard.read_bytes()[:length])
+    if zeroed is not None:
+        content[zeroed : zeroed + 8] = bytes(8)
+    shard.write_bytes(content)
+    with pytest.raises(ResfastError, match=r"test\.tar is cut off or damaged \("):
+        opened(tmp_path, tmp_path)
+
+
+def test_compressed_shards_are_named(tmp_path: Path):
+    (tmp_path / "train-0.tar.gz").write_bytes(b"")
+    with pytest.raises(ResfastError, match=r"train-0\.tar\.gz is compressed, and shards are read"):
+        read_shards(tmp_path)
+
+
+def test_class_names_may_begin_with_a_byte_order_mark(tmp_path: Path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.tar", samples(b"cat", b"dog", b"cat"))
+    (tmp_path / "names.txt").write_text("dog\ncat\n", encoding="utf-8-sig")
+    assert opened(tmp_path, tmp_path, tmp_path / "names.txt").classes == ("dog", "cat")
 
 
 def damages() -> dict[str, Callable[[str], str]]:

@@ -107,3 +107,24 @@ def test_the_held_out_part_of_a_streamed_folder_is_evaluated(tiny: Config):
 def test_shards_cannot_be_split(tiny: Config, shard_folder: Path):
     with pytest.raises(ResfastError, match="--val-fraction cannot split shards"):
         train(change(tiny, data=f"shards:{shard_folder}", val_fraction=0.25))
+
+
+def test_named_classes_hold_for_other_shards_and_without_their_file(
+    tiny: Config, shard_folder: Path, tmp_path: Path
+):
+    for name, split in (("own", "train"), ("own", "test"), ("other", "train"), ("other", "test")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for shard in shard_folder.glob(f"{split}-*.tar"):
+            (tmp_path / name / shard.name).write_bytes(shard.read_bytes())
+    names = tmp_path / "names.txt"
+    names.write_text("west\neast\n")  # whose order is not the alphabet's
+    run = train(change(tiny, data=f"shards:{tmp_path / 'own'}", classes=names))
+    names.unlink()
+    messages: list[str] = []
+    own = resfast.evaluate(run.path, report=messages.append)
+    assert own.accuracy == run.summary.test_accuracy
+    assert not any("changed" in line for line in messages)
+    other = resfast.evaluate(run.path, f"shards:{tmp_path / 'other'}", report=messages.append)
+    assert other.accuracy == own.accuracy
+    assert other.classes == ("west", "east")
+    assert torch.equal(other.confusion, own.confusion)

@@ -108,6 +108,11 @@ def test_kinds_follow_from_bounds_and_field(tmp_path: Path) -> None:
         ("batch_size = {type = 'float', low = 1, high = 8}", "expected type int"),
         ("lr = {type = 'real', low = 1, high = 8}", "type is 'real'; choose float, int, categor"),
         ("lr = {choices = [0.1]}", "expected a list of two or more"),
+        ("batch_size = {choices = [64, 64.0]}", "the choice 64.0 is given twice; leave one out"),
+        (
+            "batch_size = {low = 1, high = 8}\nbatch-size = {low = 8, high = 16}",
+            "space has batch_size twice, with - and with _; leave one of them out",
+        ),
         ("lr = {choices = [0.1, 0.1]}", "the choice 0.1 is given twice"),
         ("lr = {choices = ['0.1', 'b']}", "expected a number"),
         ("nesterov = {choices = [1, true]}", "expected true or false"),
@@ -265,6 +270,20 @@ def test_another_space_is_refused_in_the_same_folder(
     path.write_text((done / "space.toml").read_text().replace("0.3", "0.4"))
     assert main([str(path), "--out", str(done)]) == 2
     assert "has a sweep of another space" in capsys.readouterr().err
+
+
+def test_a_damaged_study_is_one_sentence(
+    options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = space_file(tmp_path / "s.toml", options, "lr = {low = 0.1, high = 0.2}")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "study.db").write_text("no database")
+    assert main([str(path), "--trials", "1", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "study.db cannot be read as the study of a sweep (" in error
+    assert len(error.strip().splitlines()) == 1
+    assert (out / "study.db").read_text() == "no database"
 
 
 def test_a_trial_that_is_worse_is_pruned(

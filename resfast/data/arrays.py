@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,12 @@ from resfast.data.dataset import Dataset, Request, make_dataset
 from resfast.data.resize import resize
 from resfast.errors import ResfastError
 
-NAMES = {
-    "train_images": ("train_images", "x_train", "X_train"),
-    "train_labels": ("train_labels", "y_train"),
-    "test_images": ("test_images", "x_test", "X_test", "val_images", "x_val"),
-    "test_labels": ("test_labels", "y_test", "val_labels", "y_val"),
-}
-"""Names of the four arrays: ours, those of Keras and others'."""
+_TRAIN_IMAGES = ("train_images", "x_train", "X_train")
+_TRAIN_LABELS = ("train_labels", "y_train")
+_TEST_IMAGES = ("test_images", "x_test", "X_test")
+_TEST_LABELS = ("test_labels", "y_test")
+_VAL_IMAGES = ("val_images", "x_val", "X_val")
+_VAL_LABELS = ("val_labels", "y_val")
 CLASSES = ("classes", "class_names", "label_names")
 _EXPECTED = (
     "train_images, train_labels, test_images and test_labels (or x_train, y_train, x_test, y_test)"
@@ -45,7 +45,7 @@ def open_arrays(request: Request) -> Dataset:
     path = Path(request.location).expanduser()
     tensors: dict[str, Tensor] = {}
     with _opened(path) as arrays:
-        for name, others in NAMES.items():
+        for name, others in _names(arrays).items():
             found = next((other for other in others if other in arrays), None)
             if found is None:
                 held = ", ".join(sorted(arrays)[:6]) or "nothing"
@@ -63,10 +63,49 @@ def open_arrays(request: Request) -> Dataset:
                 "expected as many, and at least one"
             )
     most = max(int(tensors[f"{split}_labels"].max()) for split in ("train", "test"))
-    classes = tuple(map(str, range(most + 1) if names is None else np.ravel(names).tolist()))
+    classes = tuple(map(str, range(most + 1))) if names is None else _class_names(names, path)
     if most >= len(classes):
-        raise ResfastError(f"{path} has labels up to {most} and {len(classes)} names of classes")
+        raise ResfastError(
+            f"{path} has labels up to {most} and {len(classes)} names of classes; expected a name "
+            "for each label from 0"
+        )
     return make_dataset(request.data, tensors, classes)
+
+
+def _names(arrays: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Possible names of the four arrays: ours, those of Keras and others'.
+
+    Images and labels of validation are taken together: those of two splits would not fit.
+    """
+    has_test = any(name in arrays for name in (*_TEST_IMAGES, *_TEST_LABELS))
+    return {
+        "train_images": _TRAIN_IMAGES,
+        "train_labels": _TRAIN_LABELS,
+        "test_images": _TEST_IMAGES if has_test else _VAL_IMAGES,
+        "test_labels": _TEST_LABELS if has_test else _VAL_LABELS,
+    }
+
+
+def _class_names(array: np.ndarray, path: Path) -> tuple[str, ...]:
+    """The names of the classes, from text or bytes in UTF-8."""
+    if array.dtype.kind not in "USiu":
+        raise ResfastError(
+            f"classes in {path} is {array.dtype} {list(array.shape)}; expected an array of names"
+        )
+    try:
+        names = [
+            name.decode() if isinstance(name, bytes) else str(name)
+            for name in np.ravel(array).tolist()
+        ]
+    except UnicodeDecodeError as error:
+        raise ResfastError(
+            f"classes in {path} cannot be read ({error}); expected names in UTF-8"
+        ) from error
+    for name, count in Counter(names).items():
+        if not name.strip() or count > 1:
+            what = f"the name {name!r} {count} times" if name.strip() else "a class without a name"
+            raise ResfastError(f"classes in {path} has {what}; expected a name for each class")
+    return tuple(names)
 
 
 class _Folder(Mapping[str, Any]):
@@ -74,6 +113,9 @@ class _Folder(Mapping[str, Any]):
 
     def __init__(self, path: Path) -> None:
         self._files = {file.stem: file for file in path.glob("*.npy")}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # Mapping would read the file
 
     def __getitem__(self, name: str) -> Any:
         return np.load(self._files[name], allow_pickle=False)
@@ -114,7 +156,7 @@ def _read(arrays: Mapping[str, Any], name: str, path: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, MemoryError) as error:
         raise ResfastError(
             f"{name} in {path} cannot be read ({error}): write it again with numpy.savez or "
-            "numpy.save, as an array of numbers"
+            "numpy.save, as an array of numbers or, for classes, of text"
         ) from error
 
 

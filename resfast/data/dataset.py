@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -119,7 +119,7 @@ class Request:
         loader: how the data set is held, see :func:`resfast.data.sources.open_data`.
         device: where batches will be produced.
         report: called with a line of text for each notable step.
-        classes: file with the names of the classes, for shards.
+        classes: file with the names of the classes, or the names, for shards.
     """
 
     data: str
@@ -130,7 +130,7 @@ class Request:
     loader: Loader
     device: torch.device
     report: Callable[[str], None]
-    classes: Path | None = None
+    classes: Path | Sequence[str] | None = None
 
 
 class DataUnavailableError(ResfastError):

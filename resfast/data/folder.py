@@ -201,7 +201,7 @@ class Archive:
         """Each visible file and folder: ordinal, member, parts of its name, and the archive."""
         with _readable(self.path), _decompressed(self.path) as stream:
             opened = partial(
-                tarfile.open, fileobj=stream, mode="r|", bufsize=1 << 18, tarinfo=_StrictTarInfo
+                tarfile.open, fileobj=stream, mode="r|", bufsize=1 << 18, tarinfo=StrictTarInfo
             )
             with self._guarded(opened) as tar:
                 ordinal = 0
@@ -229,7 +229,7 @@ class Archive:
         return tuple(part for part in parts if part not in ("", "."))
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """Raises an error for a truncated or broken header, which tarfile treats as the end."""
 
     @classmethod

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from resfast import atomic
-from resfast.data.folder import IMAGE_SUFFIXES
+from resfast.data.folder import IMAGE_SUFFIXES, StrictTarInfo
 from resfast.errors import ResfastError, nearest
 
 IMAGE_EXTENSIONS = tuple(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -34,7 +34,9 @@ JSON_FIELDS = ("cls", "class", "label", "target", "class_name", "label_name")
 """Fields of ``KEY.json`` that hold the class, the first that there is."""
 _MOST_LABEL_BYTES = {"cls": 256, "json": 2**20, "txt": 256}
 _BLOCK = 512
-_FORMAT = 1
+_FORMAT = 2
+MAX_CLASSES = 100_000
+"""A class with a higher number is taken for something else, such as an ID."""
 
 
 class Part(NamedTuple):
@@ -133,17 +135,35 @@ def _load(stored: Path, size: int) -> Listing | None:
 
 
 def members(path: Path, shown: Path) -> Iterator[Part]:
-    """The files in an archive, by its headers."""
+    """The files in an archive, by its headers; a hard link has the place of its file.
+
+    Raises:
+        ResfastError: it is no uncompressed archive, it is cut or damaged, or cannot be read.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    begun = False
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=StrictTarInfo) as tar:
+            begun = True
             for member in tar:
-                if member.isfile():
-                    extension = member.name.rpartition(".")[2].lower()
-                    yield Part(extension, member.offset_data, member.size, member.name)
+                place = (member.offset_data, member.size)
+                if member.islnk():
+                    if member.linkname not in found:
+                        raise ResfastError(
+                            f"{shown} has the member {member.name!r}, a link to "
+                            f"{member.linkname!r}, which is no file before it: pack it again"
+                        )
+                    place = found[member.linkname]
+                elif not member.isfile():
+                    continue
+                found[member.name] = place
+                yield Part(member.name.rpartition(".")[2].lower(), *place, member.name)
     except tarfile.TarError as error:
         raise ResfastError(
-            f"{shown} is not an uncompressed tar archive ({error}): shards are read in place, so "
-            "decompress it first"
+            f"{shown} is cut off or damaged ({error}): copy it or write it again"
+            if begun
+            else f"{shown} is not an uncompressed tar archive ({error}): shards are read in place, "
+            "so decompress it first"
         ) from error
     except OSError as error:
         raise ResfastError(f"{shown} cannot be read ({error.strerror or error})") from error
@@ -273,7 +293,7 @@ def _label(parts: Sequence[Part], read: Callable[[int, int], bytes], shown: Path
         data = read(part.size, part.offset)
         try:
             text = data.decode()
-            found = _field(json.loads(text)) if part.extension == "json" else text.strip()
+            found = (_field(json.loads(text)) if part.extension == "json" else text.strip()) or None
         except (ValueError, RecursionError) as error:
             raise ResfastError(
                 f"{part.name} in {shown} cannot be read ({error}); expected "
@@ -282,9 +302,9 @@ def _label(parts: Sequence[Part], read: Callable[[int, int], bytes], shown: Path
         if found is not None:
             return found
         if last:
+            where = f"one of the fields {', '.join(JSON_FIELDS)}, " * (part.extension == "json")
             raise ResfastError(
-                f"{part.name} in {shown} has no class; expected one of the fields "
-                f"{', '.join(JSON_FIELDS)}, a number or a name"
+                f"{part.name} in {shown} has no class; expected {where}a number or a name"
             )
     raise AssertionError("a sample has a file with its class")
 
@@ -325,7 +345,13 @@ def class_names(listings: Iterable[tuple[str, Listing]]) -> tuple[str, ...]:
             f"such as {first[False]}: name the classes with --classes FILE"
         )
     if True in first:
-        return tuple(map(str, range(max(map(int, texts)) + 1)))
+        most = max(map(int, texts))
+        if most >= MAX_CLASSES:
+            raise ResfastError(
+                f"the shards have the class {most:,} among {len(texts):,} different ones; expected "
+                f"numbers from 0 to at most {MAX_CLASSES - 1:,}: number the classes from 0"
+            )
+        return tuple(map(str, range(most + 1)))
     if len(texts) > max(100, count // 2):
         raise ResfastError(
             f"{count:,} samples have {len(texts):,} different classes, such as {first[False]}: "
@@ -373,7 +399,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         ResfastError: the file cannot be read, has no name, or has one twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows puts a mark at the beginning
         content = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
     except (OSError, ValueError) as error:
         raise ResfastError(f"--classes {path} cannot be read ({error})") from error

@@ -16,7 +16,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from resfast import atomic
 from resfast.data import shard_listing
 from resfast.data.dataset import Request, Shards, Stream, print_to_stderr, refuse_skipping
 from resfast.data.folder import (
+    ARCHIVE_SUFFIXES,
     SPLITS,
     Directory,
     Key,
@@ -43,7 +44,9 @@ _SPLIT = {
     "test": re.compile(r"(?i)(^|[^a-z])test(ing)?([^a-z]|$)"),
     "val": re.compile(r"(?i)(^|[^a-z])(val|valid|validation|eval)([^a-z]|$)"),
 }
-"""What the name of a shard, or of its folder, has in it."""
+"""What the name of a shard, or of a folder that it is in, has in it."""
+_MAX_DEPTH = 4
+_COMPRESSED = tuple(suffix for suffix in ARCHIVE_SUFFIXES if suffix != ".tar")
 
 
 def open_shards(request: Request) -> Stream:
@@ -63,8 +66,13 @@ def open_shards(request: Request) -> Stream:
         Path(request.location).expanduser(), cache, request.classes, report=request.report
     )
     digest = hashlib.blake2b(repr(found.classes).encode(), digest_size=16)
-    for file in (*found.train.paths, *found.test.paths):
-        digest.update(f"{os.path.basename(file)}\0{size_of(file)}\0".encode())
+    for shards in (found.train, found.test):
+        for file in shards.paths:
+            digest.update(f"{os.path.basename(file)}\0{size_of(file)}\0".encode())
+            if shards.cache is not None:  # of others: a label may change and the size does not
+                listing = shard_listing.list_shard(Path(file), shards.cache)
+                for part, label in zip(listing.images, listing.labels, strict=True):
+                    digest.update(f"{part.name}\0{part.size}\0{label}\0".encode())
     return Stream(
         request.data,
         found.train,
@@ -203,7 +211,7 @@ class ShardFolder:
 def read_shards(
     folder: Path,
     cache: Path | None = None,
-    classes: Path | None = None,
+    classes: Path | Sequence[str] | None = None,
     report: Callable[[str], None] = print_to_stderr,
 ) -> ShardFolder:
     """The shards in a folder, written by :func:`write_shards` or by others.
@@ -214,7 +222,8 @@ def read_shards(
     Args:
         folder: the folder.
         cache: folder in which listings of shards without ``classes.json`` are kept, if any.
-        classes: file with the names of the classes, for shards without ``classes.json``.
+        classes: file with the names of the classes, or the names, for shards without
+            ``classes.json``.
         report: called with a line of text for each notable step.
 
     Raises:
@@ -226,14 +235,14 @@ def read_shards(
             f"{folder} is not a folder, expected a folder of shards: write shards with {_WRITE}"
         )
     if (folder / LISTING).exists():
-        if classes is not None:
+        if isinstance(classes, Path):
             raise ResfastError(
                 f"--classes {classes} is for shards without {LISTING}, and {folder} has one: leave "
                 "one of them out"
             )
         return _listed_in_json(folder)
     splits = _by_name(folder, report)
-    names = None if classes is None else shard_listing.read_class_names(classes)
+    names = shard_listing.read_class_names(classes) if isinstance(classes, Path) else classes
     if names is None:
         report(f"listing the samples of {sum(map(len, splits.values())):,} shards in {folder}")
     listings = {
@@ -242,6 +251,7 @@ def read_shards(
     }
     if names is None:
         names = shard_listing.class_names([*listings["train"], *listings["test"]])
+    names = tuple(names)
     shards = []
     for found in listings.values():
         for path, listing in found:
@@ -259,8 +269,11 @@ def _by_name(folder: Path, report: Callable[[str], None]) -> dict[str, list[Path
     """The shards of the two splits by their names."""
     found: dict[str, list[Path]] = {split: [] for split in _SPLIT}
     others = []
-    for path in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
-        parents = [path.parent.name] if path.parent != folder else []
+    found_tars = [
+        path for depth in range(_MAX_DEPTH) for path in folder.glob("*/" * depth + "*.tar")
+    ]
+    for path in sorted(found_tars):
+        parents = path.relative_to(folder).parts[-2::-1]  # the nearest first
         matches = [
             split
             for name in (path.stem, *parents)
@@ -273,6 +286,11 @@ def _by_name(folder: Path, report: Callable[[str], None]) -> dict[str, list[Path
         missing = "training" if not found["train"] else "test"
         unknown = f" (found {others[0].name} and {len(others) - 1:,} others)" if others else ""
         if not any(found.values()) and not others:
+            for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+                if path.name.lower().endswith(_COMPRESSED):
+                    raise ResfastError(
+                        f"{path} is compressed, and shards are read in place: decompress them first"
+                    )
             raise ResfastError(
                 f"{folder} has neither {LISTING} nor any .tar: its shards are missing or "
                 f"incomplete: write shards with {_WRITE}"

@@ -7,7 +7,7 @@ to SOURCES.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def open_data(
     loader: Loader = "auto",
     device: torch.device | str = "cpu",
     report: Callable[[str], None] = print_to_stderr,
-    classes: Path | None = None,
+    classes: Path | Sequence[str] | None = None,
 ) -> Dataset | Stream:
     """Opens a data set. Arguments not listed are those of :func:`load_dataset`.
 
@@ -98,7 +98,8 @@ def open_data(
             shards encoded; ``auto`` is ``resident`` if the decoded images fit in half of the free
             memory of the host and of ``device``.
         device: where batches will be produced.
-        classes: file with the names of the classes, for shards without ``classes.json``.
+        classes: file with the names of the classes, for shards without ``classes.json``; or the
+            names themselves, which other data have no use for.
 
     Raises:
         ResfastError: as for :func:`load_dataset`, or the loader cannot read this kind of data.
@@ -111,7 +112,8 @@ def open_data(
             f"; did you mean 'folder:{data}'?" if os.path.exists(data) else nearest(data, CHOICES)
         )
         raise ResfastError(f"unknown data {data!r}, expected one of {', '.join(CHOICES)}{hint}")
-    if classes is not None and kind != "shards":
+    is_file = isinstance(classes, (str, Path))
+    if is_file and kind != "shards":
         raise ResfastError(
             f"--classes {classes} names the classes of shards:PATH, and --data is {data}: "
             "leave it out"
@@ -126,7 +128,7 @@ def open_data(
             loader=loader,
             device=torch.device(device),
             report=report,
-            classes=None if classes is None else Path(classes).expanduser(),
+            classes=Path(classes).expanduser() if is_file else classes,
         )
     )
 

@@ -98,7 +98,7 @@ def evaluate(
         loader=run.config.data.loader if data is None else "auto",
         device=run.device,
         report=report,
-        classes=run.config.data.classes if data is None else None,
+        classes=None if run.config.data.classes is None else run.classes,
     )
     _note_changed_data(run, dataset, report)
     numbering = label_numbers(run, dataset)

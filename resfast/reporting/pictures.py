@@ -119,11 +119,12 @@ class DataSets:
                     image_size=own.image_size,
                     skip_corrupt=own.skip_corrupt,
                     report=self.report,
+                    classes=own.classes if self.data is None else None,
                 )
             except ResfastError as error:
                 self._opened[key] = str(error)
             else:
-                streamed = f"{data} does not fit into memory, and is not read for a report"
+                streamed = f"{data} is streamed, and a report reads only images in memory"
                 self._opened[key] = found if isinstance(found, Dataset) else streamed
         return self._opened[key]
 

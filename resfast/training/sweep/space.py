@@ -30,7 +30,7 @@ DIRECTIONS: dict[str, str] = {
 """Objective to direction. All are measured on held-out images, never on the test images."""
 
 _NOT_SEARCHED = {
-    **dict.fromkeys(("data", "data_dir", "skip_corrupt"), "trials need the same data"),
+    **dict.fromkeys(("data", "data_dir", "skip_corrupt", "classes"), "trials need the same data"),
     **dict.fromkeys(
         ("val_fraction", "hold_out", "score_test"),
         "trials are compared on the same held-out images",
@@ -176,6 +176,11 @@ def read_space(path: Path, options: tuple[str, ...], rest: _File, base: Config) 
         _parameter(base, name.replace("-", "_"), values, f"{path}: space.{name}")
         for name, values in rest.space.items()
     )
+    names = [parameter.name for parameter in parameters]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ResfastError(
+            f"{path}: space has {twice[0]} twice, with - and with _; leave one of them out"
+        )
     return Space(
         options=options,
         parameters=parameters,
@@ -242,7 +247,10 @@ def _categorical(base: Config, name: str, values: dict[str, Any], where: str) ->
         label = _label(given)
         if label in found:
             raise ResfastError(f"{where}: the choice {label} is given twice; leave one out")
-        found[label] = checked_value(base, name, given, where)
+        value = checked_value(base, name, given, where)
+        if value in found.values():
+            raise ResfastError(f"{where}: the choice {label} is given twice; leave one out")
+        found[label] = value
     return Parameter(name, "categorical", choices=found)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def _open(space: Space, path: Path, lock: filelock.BaseFileLock, heartbeat_s: in
     """The study of a folder, made if it is missing.
 
     Raises:
-        ResfastError: the folder has a study of another space.
+        ResfastError: the folder has a study of another space, or a damaged one.
     """
     with lock:  # two processes must not both make the tables
         saved = path / SPACE
@@ -122,6 +123,7 @@ def _open(space: Space, path: Path, lock: filelock.BaseFileLock, heartbeat_s: in
                 f"{path} has a sweep of another space, see {saved}; choose another --out, or "
                 "restore the file"
             )
+        _check_database(path / STORAGE)
         storage = RDBStorage(
             f"sqlite:///{path.absolute() / STORAGE}",
             engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}},
@@ -138,6 +140,22 @@ def _open(space: Space, path: Path, lock: filelock.BaseFileLock, heartbeat_s: in
         )
         atomic.save(saved, space.text.encode())
     return study
+
+
+def _check_database(path: Path) -> None:
+    """Raises ``ResfastError`` for a file that SQLite finds damaged."""
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.Error as error:
+        found = str(error)
+    if found != "ok":
+        raise ResfastError(
+            f"{path} cannot be read as the study of a sweep ({found.splitlines()[0]}); choose "
+            "another --out, or restore the file"
+        )
 
 
 def _pruner(space: Space) -> optuna.pruners.BasePruner:

@@ -151,6 +151,7 @@ class Trainer:
                 loader=config.data.loader,
                 device=runtime.resolve_device(config.runtime.device),
                 report=self.say,
+                classes=config.data.classes,
             )
         return self._data[key]
 
