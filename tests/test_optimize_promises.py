@@ -223,8 +223,9 @@ def test_what_is_not_plain_is_left_and_named():
     resfast.optimize(model)
     report = resfast.optimization_report(model)
     left = dict(report.left)
-    assert set(left) == {"0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"}
+    assert set(left) >= {"0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10"}
     if norm_act.AVAILABLE:
+        assert len(left) == 11
         assert left["0"] == "a Own with a forward of its own"
         assert left["1"] == "parametrized"
         assert "method of its own" in left["2"]
@@ -491,6 +492,7 @@ def test_errors_name_the_value_and_what_was_expected(arguments, message):
         resfast.restore("resnet18")
 
 
+@needs_kernels
 def test_a_forward_is_traced_after_dali_has_replaced_functions():
     """Importing DALI replaces builtin functions by its own, which PyTorch's proxies then call."""
     pytest.importorskip("nvidia.dali")
