@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from resfast.data import cifar_files
 from resfast.data.dataset import Dataset
 from resfast.data.sources import load_dataset
 from resfast.data.unlabelled import open_images
@@ -118,6 +119,62 @@ def test_data_sets_of_torchvision_are_read(name: str, tmp_path: Path, monkeypatc
 def test_a_data_set_that_is_missing_and_cannot_be_fetched_is_an_error(name: str, tmp_path: Path):
     with pytest.raises(ResfastError, match=f"{name} was looked for as .*cannot be reached.*: put"):
         load_dataset(name, data_dir=tmp_path)
+
+
+# -- other versions of CIFAR -----------------------------------------------------------------------
+
+
+def write_cifar(data_dir: Path, name: str, kind: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Four images a file; returns images and labels of each split."""
+    from scipy.io import savemat
+
+    [version] = [v for v in cifar_files.VERSIONS[name] if v.names.endswith(kind)]
+    folder = data_dir / version.folder
+    folder.mkdir()
+    random, written = np.random.default_rng(1), {}
+    for split, files in (("train", version.train), ("test", version.test)):
+        images = random.integers(0, 256, (len(files), 4, 3072), np.uint8)
+        labels = random.integers(0, 3, (len(files), 4)).astype(np.uint8)
+        for file, data, targets in zip(files, images, labels, strict=True):
+            if kind == "txt":
+                heads = [targets[:, None] + 7] * (version.labels - 1) + [targets[:, None]]
+                np.concatenate([*heads, data], 1).astype(np.uint8).tofile(folder / file)
+            else:
+                savemat(folder / file, {"data": data, version.labels: targets[:, None]})
+        pixels = images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        written[split] = pixels, labels.ravel()
+    if kind == "txt":
+        (folder / version.names).write_text("a\nb b\nc\n\n")
+    else:
+        names = np.array([["a"], ["b b"], ["c"]], dtype=object)
+        savemat(folder / version.names, {version.classes: names})
+    return written
+
+
+@pytest.mark.parametrize("kind", ["txt", "mat"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_other_versions_of_cifar_are_read(name: str, kind: str, tmp_path: Path):
+    written = write_cifar(tmp_path, name, kind)
+    data = load_dataset(name, data_dir=tmp_path)
+    assert data.name == name
+    assert data.classes == ("a", "b b", "c")
+    for split, (pixels, labels) in written.items():
+        assert np.array_equal(getattr(data, f"{split}_images").numpy(), pixels)
+        assert getattr(data, f"{split}_labels").tolist() == labels.tolist()
+    assert load_dataset(name, data_dir=tmp_path, image_size=16).image_size == 16
+    files = sorted(next(tmp_path.iterdir()).iterdir())
+    for file in files:
+        whole = file.read_bytes()
+        for damaged in (whole[:-7], b""):
+            file.write_bytes(damaged)
+            if file.suffix == ".txt" and damaged:
+                continue  # names cut short: a shorter name
+            with pytest.raises(ResfastError, match=f"{file.name} cannot be read|a label 2 of"):
+                load_dataset(name, data_dir=tmp_path)
+        file.unlink()
+        with pytest.raises(ResfastError, match=rf"{file.name} cannot be read \(it does not exist"):
+            load_dataset(name, data_dir=tmp_path)
+        file.write_bytes(whole)
 
 
 # -- arrays ----------------------------------------------------------------------------------------

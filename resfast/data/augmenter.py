@@ -6,6 +6,7 @@ Images of a batch are augmented each on its own and normalized by one call of
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
@@ -457,12 +458,10 @@ def _channels(name: str, value: float | Sequence[float] | Tensor) -> Tensor:
     return tensor
 
 
-class _in_own_words:
+@contextlib.contextmanager
+def _in_own_words() -> Iterator[None]:
     """Errors of policies without the name of the command line's option."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, ResfastError) and "--augment " in str(error):
-            raise ResfastError(str(error).replace("--augment ", "")) from None
+    try:
+        yield
+    except ResfastError as error:
+        raise ResfastError(str(error).replace("--augment ", "")) from None

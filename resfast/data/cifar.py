@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, downloaded and unpacked by torchvision if they are not on disk."""
+"""CIFAR-10 and CIFAR-100, downloaded and unpacked by torchvision if no version is on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resfast.data import download
+from resfast.data import cifar_files, download
 from resfast.data.dataset import Dataset, DataUnavailableError, Request, make_dataset
 from resfast.data.resize import resize
 
@@ -35,9 +35,20 @@ def _open(name: str, request: Request) -> Dataset:
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     data_dir, image_size = request.data_dir, request.image_size
+    tensors: dict[str, Tensor]
+    classes: tuple[str, ...]
+    if not (data_dir / kind.base_folder).exists():
+        found = cifar_files.find(name, data_dir, request.report)
+        if found is not None:
+            tensors, classes = found
+            if image_size != 32:
+                for split in ("train", "test"):
+                    images = tensors[f"{split}_images"]
+                    tensors[f"{split}_images"] = resize(images, image_size)
+            return make_dataset(name, tensors, classes)
     _prepare(name, kind, data_dir, request.report)
-    tensors: dict[str, Tensor] = {}
-    classes: tuple[str, ...] = ()
+    tensors = {}
+    classes = ()
     for split in ("train", "test"):
         try:
             loaded = kind(data_dir, train=split == "train", download=False)
