@@ -520,12 +520,18 @@ def test_a_corrupt_image_in_a_shard_is_named(tmp_path, files):
 
 
 @pytest.mark.parametrize(
-    ("label", "shown"), [(b"23", "23"), (b"-1", "-1"), (b"cat", "cat"), (b"  ", "")]
+    ("label", "shown"),
+    [
+        (b"23", r"shard\.tar:\d+:7\.png has the class '23'"),
+        (b"-1", r"shard\.tar:\d+:7\.png has the class '-1'"),
+        (b"cat", r"shard\.tar:\d+:7\.png has the class 'cat'"),
+        (b"  ", r"7\.cls in .*shard\.tar has no class"),
+    ],
 )
 def test_a_wrong_class_in_a_shard_is_named(tmp_path, files, label, shown):
     members = {"7.png": Path(files.paths[1]).read_bytes(), "7.cls": label}
     path = write_tar(tmp_path / "shard.tar", members)
-    with pytest.raises(ResfastError, match=rf"shard\.tar:\d+:7\.png has the class '{shown}'"):
+    with pytest.raises(ResfastError, match=shown):
         list(make(Shards((path,), 1), train=False).epoch(0))
 
 

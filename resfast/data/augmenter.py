@@ -140,7 +140,7 @@ class Augment(nn.Module):
         pixels = self._pixels(images)
         self._check_labels(labels, pixels)
         policy = self.policy if self.training else policies.Augment()
-        mean, std = self._normalization(pixels)
+        mean, std = _normalization(self, pixels)
         seed, epoch, indices = self._keys(pixels, epoch, indices)
         rows = torch.arange(len(pixels), device=pixels.device)
         size, channels = tuple(pixels.shape[1:3]), pixels.shape[3]
@@ -244,19 +244,6 @@ class Augment(nn.Module):
                 f"labels are from {low} to {high}; expected 0 to {self.classes - 1}, as there are "
                 f"{self.classes} classes"
             )
-
-    def _normalization(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        channels = pixels.shape[3]
-        found = []
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            if len(value) not in (1, channels):
-                raise ResfastError(
-                    f"{name} has {len(value)} channels, and the images {channels}; expected "
-                    "the same"
-                )
-            found.append(value.to(pixels.device).expand(channels).contiguous())
-        return found[0], found[1]
 
     def _keys(
         self, pixels: Tensor, epoch: int | None, indices: Tensor | None
@@ -375,6 +362,20 @@ class DeviceLoader:
         for step in range(len(self)):
             rows = order[step * size : (step + 1) * size].tensor_split(self.world)[self.rank]
             yield self.augment(self.images[rows], self.labels[rows], epoch=epoch, indices=rows)
+
+
+def _normalization(augment: Augment, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, float32 ``[C]``, on the device of the images."""
+    channels = pixels.shape[3]
+    found = []
+    for name in ("mean", "std"):
+        value = getattr(augment, name)
+        if len(value) not in (1, channels):
+            raise ResfastError(
+                f"{name} has {len(value)} channels, and the images {channels}; expected the same"
+            )
+        found.append(value.to(pixels.device).expand(channels).contiguous())
+    return found[0], found[1]
 
 
 def _tensors(source: Any) -> tuple[Tensor, Tensor] | None:
