@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resfast.data.dataset import Dataset, Request, make_dataset
-from resfast.data.resize import resize
+from resfast.data.dataset import MAX_CLASSES, Dataset, Request, make_dataset
+from resfast.data.resize import sized_rgb
 from resfast.errors import ResfastError
 
 _TRAIN_IMAGES = ("train_images", "x_train", "X_train")
@@ -176,10 +176,7 @@ def _images(array: np.ndarray, request: Request, shown: str) -> Tensor:
             f"{shown} has images of {array.shape[1]}x{array.shape[2]}; expected squares: crop or "
             "pad them first"
         )
-    pixels = torch.from_numpy(np.ascontiguousarray(array))
-    if pixels.shape[1] != request.image_size:
-        pixels = resize(pixels, request.image_size)
-    return pixels.expand(-1, -1, -1, 3).contiguous()
+    return sized_rgb(torch.from_numpy(np.ascontiguousarray(array)), request.image_size)
 
 
 def _labels(array: np.ndarray, shown: str) -> Tensor:
@@ -191,7 +188,7 @@ def _labels(array: np.ndarray, shown: str) -> Tensor:
             f"{shown} is {array.dtype} {list(array.shape)}; expected whole numbers [N], not one-hot"
         )
     labels = torch.from_numpy(array.astype(np.int64))
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < 100_000:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < MAX_CLASSES:
         raise ResfastError(
             f"{shown} has labels from {int(labels.min())} to {int(labels.max())}; expected them to "
             "count from 0"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resfast.data import cifar_files, download
 from resfast.data.dataset import Dataset, DataUnavailableError, Request, make_dataset
-from resfast.data.resize import resize
+from resfast.data.resize import sized_rgb
 
 
 def open_cifar10(request: Request) -> Dataset:
@@ -34,33 +34,31 @@ def _open(name: str, request: Request) -> Dataset:
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    data_dir, image_size = request.data_dir, request.image_size
-    tensors: dict[str, Tensor]
-    classes: tuple[str, ...]
-    if not (data_dir / kind.base_folder).exists():
-        found = cifar_files.find(name, data_dir, request.report)
-        if found is not None:
-            tensors, classes = found
-            if image_size != 32:
-                for split in ("train", "test"):
-                    images = tensors[f"{split}_images"]
-                    tensors[f"{split}_images"] = resize(images, image_size)
-            return make_dataset(name, tensors, classes)
-    _prepare(name, kind, data_dir, request.report)
-    tensors = {}
-    classes = ()
+    found = None
+    if not (request.data_dir / kind.base_folder).exists():
+        found = cifar_files.find(name, request.data_dir, request.report)
+    tensors, classes = found or _of_torchvision(name, kind, request)
+    for split in ("train", "test"):
+        images = tensors[f"{split}_images"]
+        tensors[f"{split}_images"] = sized_rgb(images, request.image_size)
+    return make_dataset(name, tensors, classes)
+
+
+def _of_torchvision(name: str, kind: Any, request: Request) -> cifar_files.Found:
+    """The Python version, downloaded if it is missing."""
+    _prepare(name, kind, request.data_dir, request.report)
+    tensors: dict[str, Tensor] = {}
+    classes: tuple[str, ...] = ()
     for split in ("train", "test"):
         try:
-            loaded = kind(data_dir, train=split == "train", download=False)
+            loaded = kind(request.data_dir, train=split == "train", download=False)
         except (OSError, RuntimeError) as error:
-            raise _unavailable(name, kind, data_dir, f"it cannot be read ({error})") from error
-        images = torch.from_numpy(np.ascontiguousarray(loaded.data))
-        if image_size != images.shape[1]:
-            images = resize(images, image_size)
-        tensors[f"{split}_images"] = images
+            reason = f"it cannot be read ({error})"
+            raise _unavailable(name, kind, request.data_dir, reason) from error
+        tensors[f"{split}_images"] = torch.from_numpy(np.ascontiguousarray(loaded.data))
         tensors[f"{split}_labels"] = torch.tensor(loaded.targets, dtype=torch.int64)
         classes = tuple(loaded.classes)
-    return make_dataset(name, tensors, classes)
+    return tensors, classes
 
 
 def _prepare(name: str, kind: Any, data_dir: Path, report: Callable[[str], None]) -> None:

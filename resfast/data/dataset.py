@@ -21,6 +21,8 @@ from resfast.errors import ResfastError
 Loader = Literal["auto", "resident", "dali"]
 CHANNELS = 3
 MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 8, 1024
+MAX_CLASSES = 100_000
+"""A class with a higher number is taken for something else, such as an ID."""
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 

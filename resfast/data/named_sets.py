@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resfast.data import download
 from resfast.data.dataset import Dataset, DataUnavailableError, Request, make_dataset
-from resfast.data.resize import resize
+from resfast.data.resize import sized_rgb
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,7 @@ def _open(name: str, request: Request) -> Dataset:
         pixels = torch.from_numpy(np.ascontiguousarray(images))
         if pixels.dim() == 3:
             pixels = pixels[..., None]
-        if pixels.shape[1:3] != (request.image_size,) * 2:
-            pixels = resize(pixels, request.image_size)
-        tensors[f"{split}_images"] = pixels.expand(-1, -1, -1, 3).contiguous()
+        tensors[f"{split}_images"] = sized_rgb(pixels, request.image_size)
         tensors[f"{split}_labels"] = torch.from_numpy(np.asarray(labels).astype(np.int64))
         classes = tuple(names)
     return make_dataset(name, tensors, classes)

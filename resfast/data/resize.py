@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def sized_rgb(images: Tensor, size: int) -> Tensor:
+    """uint8 ``[N, H, W, C]``, C 1 or 3, as RGB ``[N, size, size, 3]``, resized if necessary."""
+    if images.shape[1:3] != (size, size):
+        images = resize(images, size)
+    return images.expand(-1, -1, -1, 3).contiguous()
+
+
 def resize(images: Tensor, size: int) -> Tensor:
     """``images`` ``[N, H, W, C]`` in 0..255 as uint8 ``[N, size, size, C]``, bicubic."""
     resized = torch.empty((len(images), size, size, images.shape[-1]), dtype=torch.uint8)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from resfast import atomic
+from resfast.data.dataset import MAX_CLASSES
 from resfast.data.folder import IMAGE_SUFFIXES, StrictTarInfo
 from resfast.errors import ResfastError, nearest
 
@@ -35,8 +36,6 @@ JSON_FIELDS = ("cls", "class", "label", "target", "class_name", "label_name")
 _MOST_LABEL_BYTES = {"cls": 256, "json": 2**20, "txt": 256}
 _BLOCK = 512
 _FORMAT = 2
-MAX_CLASSES = 100_000
-"""A class with a higher number is taken for something else, such as an ID."""
 
 
 class Part(NamedTuple):
@@ -79,13 +78,12 @@ def source_name(path: str, part: Part) -> str:
     return f"{path}:{part.offset}:{index_name(part)}"
 
 
-def list_shard(path: Path, cache: Path | None = None, *, shown: Path | None = None) -> Listing:
+def list_shard(path: Path, cache: Path | None = None) -> Listing:
     """The samples of a shard; listed once per process and content.
 
     Args:
         path: the shard, an uncompressed tar archive.
         cache: folder in which listings are kept for other processes, if any.
-        shown: the shard's name in error messages (None: ``path``).
 
     Raises:
         ResfastError: the shard is missing, unreadable or compressed, has no sample, has a member
@@ -95,7 +93,7 @@ def list_shard(path: Path, cache: Path | None = None, *, shown: Path | None = No
         status = os.stat(path)
     except OSError as error:
         raise ResfastError(f"the shard {path} does not exist: check its name") from error
-    return _listed(os.path.abspath(path), status.st_size, status.st_mtime_ns, cache, shown or path)
+    return _listed(os.path.abspath(path), status.st_size, status.st_mtime_ns, cache, path)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -249,13 +249,15 @@ def read_shards(
         split: [(str(path), shard_listing.list_shard(path, cache)) for path in paths]
         for split, paths in splits.items()
     }
+    everything = [*listings["train"], *listings["test"]]
     if names is None:
-        names = shard_listing.class_names([*listings["train"], *listings["test"]])
+        names = shard_listing.class_names(everything)
+    else:
+        for path, listing in everything:
+            shard_listing.label_indices(path, listing, names, len(names))
     names = tuple(names)
     shards = []
     for found in listings.values():
-        for path, listing in found:
-            shard_listing.label_indices(path, listing, names, len(names))
         count = sum(len(listing.images) for _, listing in found)
         shards.append(Shards(tuple(path for path, _ in found), count, names, cache))
     report(f"{shards[0].count:,} and {shards[1].count:,} images of {len(names):,} classes")

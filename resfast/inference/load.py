@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,8 @@ from resfast.inference.scoring import TTA, predict
 from resfast.models.presets import build_model
 from resfast.runs import folder as records
 from resfast.runs.checkpoint import Weights, load_weights
-from resfast.runs.summary import RunSummary, read_run
-
-logger = logging.getLogger("resfast")
+from resfast.runs.find import summary_of
+from resfast.runs.summary import RunSummary
 
 Which = Literal["final", "best"]
 FILES = {"final": records.WEIGHTS, "best": records.BEST}
@@ -267,11 +265,4 @@ def _network(file: Path, weights: Weights) -> nn.Module:
 
 
 def _summary(file: Path) -> RunSummary | None:
-    path = file.parent / records.SUMMARY
-    if file.name not in FILES.values() or not path.is_file():
-        return None
-    try:
-        return read_run(path)
-    except ResfastError as error:
-        logger.warning("continuing without a damaged summary: %s", error)
-        return None
+    return summary_of(file.parent) if file.name in FILES.values() else None

@@ -9,14 +9,12 @@ from typing import Any
 
 import optuna
 
-from resfast import runtime
 from resfast.config.files import load
 from resfast.config.recipes import decide
 from resfast.config.recipes.family import with_values
 from resfast.config.schema import Config
 from resfast.config.validate import check, check_network
 from resfast.data.dataset import Dataset, Stream
-from resfast.data.sources import open_data
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.inference.scoring import Evaluation
 from resfast.runs import folder as records
@@ -143,16 +141,7 @@ class Trainer:
         """The data of a trial, opened once for each image size."""
         key = config.data.image_size, config.data.loader
         if key not in self._data:
-            self._data[key] = open_data(
-                config.data.data,
-                data_dir=config.data.data_dir,
-                image_size=config.data.image_size,
-                skip_corrupt=config.data.skip_corrupt,
-                loader=config.data.loader,
-                device=runtime.resolve_device(config.runtime.device),
-                report=self.say,
-                classes=config.data.classes,
-            )
+            self._data[key] = loop.open_configured_data(config, self.say)
         return self._data[key]
 
     def _value(self, result: Result) -> float:
