@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for editors and type checkers
     from resfast.inference.fuse import fuse as fuse
     from resfast.inference.load import load as load
     from resfast.inference.predict import predict as predict
+    from resfast.models.imported import trust as trust
     from resfast.models.presets import create_model as create_model
     from resfast.models.resnet import ResNet as ResNet
     from resfast.models.resnet import ResNetSpec as ResNetSpec
@@ -66,6 +67,7 @@ _HOME = {
     "optimize": "resfast.training.optimize",
     "recipe": "resfast.config.recipes",
     "restore": "resfast.training.optimize",
+    "trust": "resfast.models.imported",
 }
 
 _COMMANDS = ("ensemble", "evaluate", "export", "predict", "train")

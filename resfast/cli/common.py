@@ -9,6 +9,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from resfast.errors import ResfastError
@@ -26,13 +27,34 @@ def program(command: str) -> str:
 
 
 def parse(kind: type[T], args: Sequence[str] | None, command: str, default: T | None = None) -> T:
-    """Parses the command line into the dataclass ``kind``; options carry no group prefix."""
+    """Parses the command line into the dataclass ``kind``; options carry no group prefix.
+
+    Raises:
+        ResfastError: a file of its option ``trust`` does not exist.
+        SystemExit: help was requested (code 0), or an option is unknown or malformed (code 2).
+    """
     import tyro
 
     prog, markers = program(command), (tyro.conf.OmitArgPrefixes,)
     if default is None:
-        return tyro.cli(kind, args=args, prog=prog, config=markers)
-    return tyro.cli(kind, args=args, prog=prog, default=default, config=markers)
+        parsed = tyro.cli(kind, args=args, prog=prog, config=markers)
+    else:
+        parsed = tyro.cli(kind, args=args, prog=prog, default=default, config=markers)
+    trust_files(getattr(parsed, "trust", ()))
+    return parsed
+
+
+def trust_files(files: Sequence[Path]) -> None:
+    """Lets the code of the files given as ``--trust`` run.
+
+    Raises:
+        ResfastError: a file does not exist.
+    """
+    if files:
+        from resfast.models.imported import trust
+
+        for file in files:
+            trust(file)
 
 
 def escape_unencodable() -> None:

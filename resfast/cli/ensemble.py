@@ -64,6 +64,8 @@ class Options:
     """Skip images that cannot be decoded instead of stopping."""
     overwrite: bool = False
     """Replace an existing CSV file."""
+    trust: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file whose code may run, since it makes the network of the run; may be repeated."""
 
 
 def table(result: EnsembleResult) -> str:

@@ -51,6 +51,8 @@ class Options:
     """Skip images that cannot be decoded instead of stopping."""
     out: Path | None = None
     """Folder for the two files (None: the run's). Those of several seeds are in folders below."""
+    trust: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file whose code may run, since it makes the network of the run; may be repeated."""
 
 
 def table(result: Result) -> str:

@@ -50,6 +50,8 @@ class Options:
     device: str = "cpu"
     """Device that torch-export and aoti files will run on: cpu, cuda, cuda:N, or auto: CUDA if
     available."""
+    trust: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file whose code may run, since it makes the network of the run; may be repeated."""
 
 
 def main(args: Sequence[str] | None = None) -> int:

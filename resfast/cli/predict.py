@@ -66,6 +66,8 @@ class Options:
     """Write class names to the CSV instead of class indices."""
     overwrite: bool = False
     """Replace an existing CSV file."""
+    trust: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file whose code may run, since it makes the network of the run; may be repeated."""
 
 
 def listing(run: TrainedRun, predictions: Predictions) -> str:

@@ -41,6 +41,8 @@ class Options:
     """Training images to show of each class (0: none)."""
     device: str = "auto"
     """Where the networks classify images: cpu, cuda, cuda:N, or auto: CUDA if available."""
+    trust: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file whose code may run, since it makes the network of the run; may be repeated."""
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -18,8 +18,9 @@ from resfast.config.files import load
 from resfast.config.network import network
 from resfast.config.recipes import FAMILIES, RECIPES, SUMMARIES, decide, recipe
 from resfast.config.recipes.family import given as given_fields
-from resfast.config.schema import Config
+from resfast.config.schema import Config, ModelConfig
 from resfast.errors import ResfastError
+from resfast.models.imported import is_imported, trust_model
 
 if TYPE_CHECKING:
     from resfast.runs.targets import Row
@@ -38,6 +39,9 @@ class Start:
     """Start from a saved configuration: runs/NAME/config.json, or the best.toml of a sweep."""
     resume: Path | None = None
     """Resume an interrupted run, runs/NAME."""
+    trust: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file whose code may run, since it makes the network of --config, --resume,
+    --teacher or another run; may be repeated. The file of --model needs none."""
     list: bool = False
     """Print the recipes and models with their parameter counts, and exit."""
     summary: bool = False
@@ -68,6 +72,10 @@ def command_line(args: Sequence[str]) -> tuple[Start, Config]:
         SystemExit: help was requested (code 0), or an option is unknown or malformed (code 2).
     """
     start, config = undecided(args)
+    if "model" in given_fields(args):
+        for name in config.model.model.split(","):
+            trust_model(name.strip())
+    entry.trust_files(start.trust)
     return start, config if start.resume is not None else decide(config)
 
 
@@ -170,11 +178,16 @@ def print_summary(config: Config) -> None:
     size = config.data.image_size
     if "," in config.model.model:
         names = [name.strip() for name in config.model.model.split(",") if name.strip()]
-        shapes = {name: network(replace(config.model, model=name)) for name in names}
+        shapes = {name: network(_named(config.model, name)) for name in names}
         models = {name: build_model(shape, image_size=size) for name, shape in shapes.items()}
         print(network_table(models, size))
         return
     print(layer_table(build_model(network(config.model), image_size=size), size))
+
+
+def _named(config: ModelConfig, name: str) -> ModelConfig:
+    """The options for another network, of which one from elsewhere takes none."""
+    return ModelConfig(model=name) if is_imported(name) else replace(config, model=name)
 
 
 def main(args: Sequence[str] | None = None) -> int:

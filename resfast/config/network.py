@@ -7,6 +7,7 @@ from typing import Any
 
 from resfast.config.schema import ModelConfig
 from resfast.errors import ResfastError
+from resfast.models.imported import ImportedSpec
 from resfast.models.presets import Spec, preset
 from resfast.models.resnet import ResNetSpec
 from resfast.models.speednet import SpeedNetSpec
@@ -39,6 +40,9 @@ def network(config: ModelConfig) -> Spec:
             )
     else:
         spec = preset(config.model)
+        if isinstance(spec, ImportedSpec):
+            _check_no_shape(config)
+            return spec
         values, spec_class = asdict(spec), type(spec)
         family, depth = next(
             (name, depth) for name, (depth, kind) in _FAMILIES.items() if kind is spec_class
@@ -70,6 +74,16 @@ def network(config: ModelConfig) -> Spec:
             "them there; choose one"
         )
     return result
+
+
+def _check_no_shape(config: ModelConfig) -> None:
+    for option in fields(ModelConfig):
+        is_set = getattr(config, option.name) != option.default
+        if is_set and option.name not in ("model", "param_budget"):
+            raise ResfastError(
+                f"--{option.name.replace('_', '-')} is an option of this project's networks, but "
+                f"{config.model!r} is made elsewhere; leave it out or choose another --model"
+            )
 
 
 def _options(spec_class: type) -> set[str]:

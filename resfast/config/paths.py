@@ -21,11 +21,18 @@ def absolute_data(data: str) -> str:
     return f"{kind}:{_absolute(location)}"
 
 
+def absolute_model(model: str) -> str:
+    """``model`` with the path of its file, if it is made by one, made absolute."""
+    where, _, name = model.rpartition(":")
+    return f"{_absolute(where)}:{name}" if where.endswith(".py") else model
+
+
 def absolute_paths(config: Config) -> Config:
     """The configuration with absolute paths to everything that it reads."""
     data, transfer = config.data, config.transfer
     return replace(
         config,
+        model=replace(config.model, model=absolute_model(config.model.model)),
         data=replace(
             data,
             data=absolute_data(data.data),

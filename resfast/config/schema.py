@@ -51,7 +51,8 @@ class ModelConfig:
 
     model: str = DEFAULT_MODEL
     """Name of a preset (--list shows them), or 'resnet' with --blocks and --channels, or 'speednet'
-    or 'vgg' with --convolutions and --channels."""
+    or 'vgg' with --convolutions and --channels; or anyone's network: torchvision:NAME, timm:NAME,
+    or FILE.py:FUNCTION, which is given the number of classes as num_classes."""
     blocks: IntList = ()
     """Residual blocks of each stage."""
     convolutions: IntList = ()

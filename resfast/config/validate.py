@@ -30,6 +30,7 @@ from resfast.config.options import (
 from resfast.config.schema import ADAPTER, Config, ModelConfig, TransferConfig
 from resfast.data.sources import known_classes
 from resfast.errors import ResfastError, nearest
+from resfast.models.imported import is_imported
 from resfast.models.presets import build_model
 from resfast.models.resnet import count_parameters
 
@@ -248,6 +249,11 @@ def _check_pretraining(config: Config) -> None:
                     f"--{name.replace('_', '-')} needs --pretrain barlow_twins; leave it out"
                 )
         return
+    if is_imported(config.model.model):
+        raise ResfastError(
+            f"--pretrain needs a network of this project, whose features it can take, but "
+            f"{config.model.model!r} is made elsewhere; choose another --model (--list)"
+        )
     for option, is_set in (
         ("--accumulate", config.optim.accumulate > 1),
         ("--filter-keep", config.data.filter_keep < 1),

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import nn
 
 from resfast.errors import ResfastError, nearest
+from resfast.models.imported import KINDS, ImportedSpec, build_imported, is_imported
 from resfast.models.resnet import ResNet, ResNetSpec
 from resfast.models.speednet import SpeedNet, SpeedNetSpec
 from resfast.models.vgg import IMAGE_SIZE, VGG, VGGSpec
 
-Spec = ResNetSpec | SpeedNetSpec | VGGSpec
+Spec = ResNetSpec | SpeedNetSpec | VGGSpec | ImportedSpec
 """The architecture of a network."""
 
 WIDE = (64, 128, 256, 512)
@@ -62,16 +63,19 @@ DEFAULT_MODEL = "resnet-2111"
 
 
 def preset(name: str) -> Spec:
-    """The architecture of a preset.
+    """The architecture of a preset, or a network from elsewhere (:mod:`resfast.models.imported`).
 
     Raises:
         ResfastError: an unknown name; the message suggests the nearest known one.
     """
+    if is_imported(name):
+        return ImportedSpec(name)
     if name not in PRESETS:
         raise ResfastError(
             f"unknown model {name!r}{nearest(name, PRESETS)} "
             f"(known: {', '.join(PRESETS)}; or 'resnet' with your own blocks and channels, or "
-            "'speednet' or 'vgg' with your own convolutions and channels)"
+            "'speednet' or 'vgg' with your own convolutions and channels, or "
+            f"{KINDS})"
         )
     return PRESETS[name]
 
@@ -80,13 +84,14 @@ def create_model(name: str = DEFAULT_MODEL, *, classes: int = 10) -> nn.Module:
     """A freshly initialised preset.
 
     Args:
-        name: a key of :data:`PRESETS`.
+        name: a key of :data:`PRESETS`, ``torchvision:NAME``, ``timm:NAME``, or ``FILE.py:FUNCTION``
+            of a file given to :func:`resfast.trust`.
         classes: number of logits.
 
     Returns:
         A :class:`~resfast.models.resnet.ResNet`, :class:`~resfast.models.speednet.SpeedNet` or
-        :class:`~resfast.models.vgg.VGG` (for images of 32x32 pixels) in training mode on the CPU,
-        in float32.
+        :class:`~resfast.models.vgg.VGG` (for images of 32x32 pixels), or another network, in
+        training mode on the CPU, in float32.
 
     Raises:
         ResfastError: an unknown name or fewer than two classes.
@@ -107,8 +112,11 @@ def build_model(spec: Spec, classes: int = 10, image_size: int | None = None) ->
         As :func:`create_model`.
 
     Raises:
-        ResfastError: fewer than two classes, or images too small for the network.
+        ResfastError: fewer than two classes, images too small for the network, or a network from
+            elsewhere that cannot be built.
     """
+    if isinstance(spec, ImportedSpec):
+        return build_imported(spec, classes, image_size)
     if isinstance(spec, ResNetSpec):
         return ResNet(spec, classes)
     if isinstance(spec, VGGSpec):

@@ -109,11 +109,15 @@ def save_weights(
     Raises:
         ResfastError: the file cannot be written; the old one is intact.
     """
-    tensors = {
-        name: value.detach().cpu().contiguous()
-        for name, value in model.state_dict().items()
-        if not name.startswith(f"{PROJECTOR}.")
-    }
+    tensors: dict[str, Tensor] = {}
+    storages = set()  # safetensors refuses tensors that share memory, as modules used twice do
+    for name, value in model.state_dict().items():
+        if name.startswith(f"{PROJECTOR}."):
+            continue
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     metadata = {
         "config": to_json(config),
         "classes": json.dumps(classes),

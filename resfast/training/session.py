@@ -26,6 +26,7 @@ from resfast.data.device_batches import DeviceBatches
 from resfast.data.two_views import TwoViews
 from resfast.layers import whitening
 from resfast.layers.conv import set_winograd_tile
+from resfast.models.imported import is_imported
 from resfast.models.presets import build_model
 from resfast.models.resnet import count_parameters
 from resfast.models.summary import count_macs
@@ -34,6 +35,7 @@ from resfast.optim.schedules import Schedule
 from resfast.runs.transfer import freeze, initialize, read_source
 from resfast.training.display import Display
 from resfast.training.gradient_probe import COLUMNS, GradientProbe
+from resfast.training.optimize import optimization_report, optimize
 from resfast.training.plan import Plan, PlannedBatch, make_plan
 from resfast.training.pretraining import add_projector, barlow_twins, two_headed
 from resfast.training.pseudo_labels import PseudoLabels, pseudo_labels
@@ -229,6 +231,8 @@ def open_session(
         images = train_batches.count
         filters = any(epoch.kept < images for epoch in plan.epochs)
         shared.step = _build_step(model, config, plan, len(train_batches), device, dtype, filters)
+        if is_imported(config.model.model):
+            say(_kernels(shared.step.model))
         shared.step_metrics = StepMetrics(plan.max_steps, images if filters else 0, device)
         if train_batches.capturable:  # captured steps hold the addresses of its tensors
             shared.train_batches = train_batches
@@ -301,6 +305,13 @@ def _build_step(
     image_losses: bool,
 ) -> TrainStep:
     optimizer = build_optimizer(model, config.optim)
+    if is_imported(config.model.model):
+        optimize(
+            model,
+            optimizer,
+            torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+            winograd_tile=config.runtime.winograd_tile,
+        )
     schedule = Schedule(optimizer, config.optim, config.optim.epochs, batches, plan.progress())
     step = TrainStep(
         model,
@@ -325,6 +336,20 @@ def _build_step(
             device=device,
         )
     return step
+
+
+def _kernels(model: nn.Module) -> str:
+    """Which of this project's kernels train a network from elsewhere, in a line."""
+    report = optimization_report(model)
+    ours = report.convolutions + report.batch_norms + report.blocks
+    if not ours:
+        reason = report.left[0][1] if report.left else "it has no part that they compute"
+        return f"training with PyTorch's kernels: {reason}"
+    return (
+        f"training with resfast's kernels: {report.convolutions} convolutions, "
+        f"{report.batch_norms} batch norms, {report.activations} activations and "
+        f"{report.residuals} additions; {len(report.left)} parts are left to PyTorch"
+    )
 
 
 def _teach(

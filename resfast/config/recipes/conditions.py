@@ -11,6 +11,7 @@ from resfast.config.files import load
 from resfast.config.network import network
 from resfast.config.schema import Config, ModelConfig
 from resfast.errors import ResfastError
+from resfast.models.imported import ImportedSpec
 from resfast.models.presets import Spec
 from resfast.models.speednet import SpeedNetSpec
 from resfast.models.vgg import VGGSpec
@@ -109,7 +110,9 @@ def _starts_from_other_activation(view: View) -> bool:
     if source is None:
         return False
     file = Path(source) / "config.json"
-    return not file.is_file() or network(load(file).model).activation != view["activation"]
+    if not file.is_file():
+        return True
+    return getattr(network(load(file).model), "activation", None) != view["activation"]
 
 
 def _is_watched(view: View) -> bool:
@@ -131,6 +134,10 @@ CONDITIONS: dict[str, tuple[str, Callable[[View], bool]]] = {
     ),
     "speednet": ("a speednet", lambda view: isinstance(view.spec, SpeedNetSpec)),
     "vgg": ("a VGG or plain CNN", lambda view: isinstance(view.spec, VGGSpec)),
+    "imported": (
+        "a network of torchvision, timm or a file",
+        lambda view: isinstance(view.spec, ImportedSpec),
+    ),
     "no_norm": (
         "a network without batch norm",
         lambda view: getattr(view.spec, "norm", "batch") == "none",
