@@ -318,3 +318,18 @@ def test_batches_of_dali_are_augmented():
     [(found, labels)] = list(resfast.DeviceLoader(iterator, augment="none"))
     assert torch.allclose(found, X[:3].permute(0, 3, 1, 2) / 255, atol=1e-6)
     assert labels.tolist() == Y[:3].tolist()
+
+
+def test_the_benchmark_has_the_values_of_the_policies():
+    from benchmarks import test_augmenter as bench
+
+    standard = {"crop": bench.CROP, "cutout": bench.CUTOUT}
+    color = dict.fromkeys(("brightness", "contrast", "saturation"), bench.COLOR)
+    strong = standard | color
+    strong |= {"rotate": bench.ANGLE, "mixup": bench.MIXUP, "cutmix": bench.CUTMIX}
+    for name, values in (("standard", standard), ("strong", strong)):
+        assert values == {
+            key: value
+            for key, value in vars(policies.POLICIES[name]).items()
+            if value != getattr(policies.POLICIES["none"], key) and key != "flip"
+        }
