@@ -202,11 +202,11 @@ def test_mistakes_of_a_run_without_test_images_are_among_the_held_out_ones(
     image_tree: Path, tmp_path: Path
 ) -> None:
     config = change(options(image_tree, tmp_path), name="held", lr=0.01, val_fraction=0.25)
-    run = train(change(config, score_test=False)).path
+    run = train(change(config, score_test=False, max_images=32)).path
     page = checked(written([str(run)], tmp_path / "page.html"))
-    assert re.search(r"of 12 held-out images|all 12 held-out images", page.text)
+    assert re.search(r"of 8 held-out images|all 8 held-out images", page.text)
     assert "of the held-out images" in page.text
-    assert "held: 12 held-out images" in page.text
+    assert "held: 8 held-out images" in page.text
     assert not re.search(r"[0-9] test images wrongly|all \d+ test images", page.text)
 
 

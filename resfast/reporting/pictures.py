@@ -221,7 +221,11 @@ def _mistakes(
     inference.prepare(trained)
     numbers = label_numbers(trained, data)
     _, held_out, test = feed.split_sources(
-        data, config.data.val_fraction, config.runtime.seed, config.data.hold_out
+        data,
+        config.data.val_fraction,
+        config.runtime.seed,
+        config.data.hold_out,
+        config.data.max_images,
     )
     source = test if images_of == "test images" else held_out
     if not isinstance(source, tuple):
