@@ -207,6 +207,7 @@ def test_mistakes_of_a_run_without_test_images_are_among_the_held_out_ones(
     assert re.search(r"of 8 held-out images|all 8 held-out images", page.text)
     assert "of the held-out images" in page.text
     assert "held: 8 held-out images" in page.text
+    assert "Runs use only 32 of the training images (--max-images)" in page.text
     assert not re.search(r"[0-9] test images wrongly|all \d+ test images", page.text)
 
 

@@ -6,7 +6,7 @@ import base64
 import gc
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -79,6 +79,7 @@ class DataView:
         test: number of test images of each class.
         rows: class name and its sample images side by side, PNG as a data URI.
         note: what is left out and why, or None.
+        limits: values of ``--max-images`` of its runs, in increasing order; 0 is all.
     """
 
     name: str
@@ -88,6 +89,7 @@ class DataView:
     test: tuple[int, ...] = ()
     rows: tuple[tuple[str, str], ...] = ()
     note: str | None = None
+    limits: tuple[int, ...] = (0,)
 
 
 class DataSets:
@@ -140,15 +142,20 @@ def data_views(
         images_per_class: length of a row of the image grid; 0 for no grid.
     """
     views: dict[int | str, DataView] = {}
+    limits: dict[int | str, set[int]] = {}
     for run in runs:
         found = data_sets.of(run)
         if isinstance(found, str):
             name = run.config.data.data if data_sets.data is None else data_sets.data
             note = f"No images and no class distribution: {found}."
             views.setdefault(found, DataView(name, run.config.data.image_size, note=note))
-        elif id(found) not in views:
+            continue
+        if id(found) not in views:
             views[id(found)] = _data_view(found, images_per_class)
-    return list(views.values())
+        limits.setdefault(id(found), set()).add(run.config.data.max_images)
+    return [
+        replace(view, limits=tuple(sorted(limits.get(key, {0})))) for key, view in views.items()
+    ]
 
 
 def _data_view(data: Dataset, images_per_class: int) -> DataView:
