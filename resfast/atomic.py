@@ -16,8 +16,11 @@ _SUFFIX = ".tmp"
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yields a temporary path to write to, which replaces ``path`` if the block succeeds.
+
+    The old file is renamed to ``keep``, if that is given; a process that is killed between the two
+    renames leaves ``keep`` and no ``path``.
 
     The temporary file is in the same folder and is fsynced before ``os.replace``. On any error
     (``OSError`` of a full or read-only disk, or an exception of the block) it is removed, the old
@@ -27,6 +30,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _fsync(temporary, os.O_RDWR)
+        if keep is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, keep)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # already renamed, or never created
@@ -35,9 +41,9 @@ def replacing(path: Path) -> Iterator[Path]:
         _fsync_folder(path.parent)
 
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
+def write_bytes(path: Path, data: bytes | memoryview, keep: Path | None = None) -> None:
     """Writes ``data`` to ``path`` atomically and durably; see :func:`replacing` for errors."""
-    with replacing(path) as temporary:
+    with replacing(path, keep) as temporary:
         temporary.write_bytes(data)
 
 

@@ -56,6 +56,7 @@ def test_a_run_learns_and_leaves_its_whole_folder(tiny: Config):
     result = train(change(tiny, epochs=8))
     assert {file.name for file in result.path.iterdir()} == {
         *("config.json", "metrics.jsonl", "summary.json", "checkpoint.pt"),
+        "checkpoint-previous.pt",
         *("model.safetensors", "best.safetensors", "curves.png", "confusion.png"),
     }
     summary = json.loads((result.path / "summary.json").read_text())
@@ -367,13 +368,13 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tiny: Config, monkeypatch: py
     whole = train(change(tiny, name="whole"))
     write, saves = atomic.write_bytes, 0
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, keep: Path | None = None) -> None:
         nonlocal saves
         if path.name == records.CHECKPOINT:
             saves += 1
             if saves == 2:
                 monkeypatch.setattr(os, "fsync", raise_full)
-        write(path, data)
+        write(path, data, keep)
 
     def raise_full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")

@@ -7,9 +7,11 @@ metadata, so that this file is enough to use the network.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,15 @@ from resfast.config.schema import Config
 from resfast.errors import ResfastError
 
 FORMAT = 1
+_DIGEST = "sha256"
+"""Key of the metadata of weights that has :func:`_digest`."""
 PROJECTOR = "projector"
 """Module that is part of a network during pre-training alone."""
 
 
-def _write(path: Path, data: bytes | memoryview, what: str) -> None:
+def _write(path: Path, data: bytes | memoryview, what: str, keep: Path | None = None) -> None:
     try:
-        atomic.write_bytes(path, data)
+        atomic.write_bytes(path, data, keep)
     except OSError as error:
         previous = f"the previous {path} is intact" if path.exists() else "there is no previous one"
         raise ResfastError(
@@ -42,15 +46,20 @@ def _write(path: Path, data: bytes | memoryview, what: str) -> None:
         ) from None
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
+def save_state(path: Path, state: dict[str, Any], keep: Path | None = None) -> None:
     """Writes a resumable state; the old file is replaced only once the new one is complete.
+
+    Args:
+        path: the file.
+        state: tensors and plain values.
+        keep: new name of the old file; None to remove it.
 
     Raises:
         ResfastError: the file cannot be written (full disk, permissions); the old one is intact.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    _write(path, buffer.getbuffer(), "checkpoint")
+    _write(path, buffer.getbuffer(), "checkpoint", keep)
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -60,13 +69,15 @@ def load_state(path: Path) -> dict[str, Any]:
         ResfastError: the file is missing, damaged, or of another format.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        _check_archive(data)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ResfastError(
             f"there is no checkpoint {path}: the run stopped before its first one, or this is not "
             "a run; start again with --config and another --name"
         ) from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise ResfastError(
             f"checkpoint {path} cannot be read ({next(iter(str(error).splitlines()), error)}); "
             "expected a file written by resfast.train"
@@ -74,6 +85,35 @@ def load_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ResfastError(f"{path} is not a checkpoint of format {FORMAT} of resfast.train")
     return state
+
+
+_UNREADABLE = (
+    OSError,
+    RuntimeError,  # of torch, and of zipfile for an encrypted member
+    EOFError,
+    ValueError,
+    KeyError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
+
+
+def _check_archive(data: bytes) -> None:
+    """Compares every part of a file of ``torch.save``, a ZIP archive, with its CRC-32.
+
+    ``torch.load`` does not, so that changed bits would become other weights.
+
+    Raises:
+        zipfile.BadZipFile: the file is damaged, or compressed, as ``torch.save`` never does.
+    """
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile(f"{part.filename} is compressed")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"it is damaged: the checksum of {damaged} is wrong")
 
 
 @dataclass(frozen=True)
@@ -124,7 +164,18 @@ def save_weights(
         "mean": json.dumps(mean.tolist()),
         "std": json.dumps(std.tolist()),
     }
+    metadata[_DIGEST] = _digest(to_safetensors(tensors, metadata))
     _write(path, to_safetensors(tensors, metadata), "weights")
+
+
+def _digest(data: bytes) -> str:
+    """SHA-256 of a safetensors file: of its header without the digest itself, and its tensors."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header.get("__metadata__", {}).pop(_DIGEST, None)
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    found.update(memoryview(data)[end:])
+    return found.hexdigest()
 
 
 def load_weights(path: Path) -> Weights:
@@ -138,6 +189,8 @@ def load_weights(path: Path) -> Weights:
         tensors = from_safetensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header.get("__metadata__", {})
+        if metadata.get(_DIGEST) not in (None, _digest(data)):  # older files have none
+            raise ValueError("it is damaged: its checksum is wrong")
         weights = Weights(
             tensors,
             from_json(metadata["config"], str(path)),
@@ -156,5 +209,16 @@ def load_weights(path: Path) -> Weights:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ResfastError(
             f"weights {path} cannot be read ({error}); expected a file written by resfast.train"
+            f"{_instead_of(path)}"
         ) from None
     return weights
+
+
+def _instead_of(path: Path) -> str:
+    """What may be used in the place of damaged weights."""
+    names = {"model.safetensors": "best", "best.safetensors": "final"}
+    files = {"best": "best.safetensors", "final": "model.safetensors"}
+    other = names.get(path.name)
+    if other is not None and path.with_name(files[other]).is_file():
+        return f"; use {files[other]} instead (--weights {other}), or a copy of this file"
+    return ""

@@ -19,6 +19,7 @@ from resfast.runs.summary import Circumstances, RunSummary, SeedsSummary, Versio
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, BEST = "checkpoint.pt", "model.safetensors", "best.safetensors"
+PREVIOUS = "checkpoint-previous.pt"
 CURVES, CONFUSION, STEPS = "curves.png", "confusion.png", "steps.csv"
 TIMING_RULE = (
     "timed_seconds = whitening + training + final evaluation with test-time augmentation: all that "

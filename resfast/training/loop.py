@@ -25,10 +25,10 @@ from resfast.data.dataset import Dataset, Stream
 from resfast.data.sources import open_data
 from resfast.errors import ResfastError
 from resfast.inference.scoring import Evaluation
-from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.runs.find import with_single_runs
 from resfast.runs.summary import RunSummary
+from resfast.training import saved_state
 from resfast.training.display import Display
 from resfast.training.epoch import restored_epoch, stop_if_asked, train_epoch
 from resfast.training.evaluator import Evaluator, Score
@@ -200,11 +200,13 @@ def _start(
     if path is not None:
         if not path.is_dir():
             raise ResfastError(f"there is no run {path}; expected the folder of a run to resume")
-        if (path / records.CHECKPOINT).exists():
-            state = checkpoint.load_state(path / records.CHECKPOINT)
+        if saved_state.exists(path):
+            state = saved_state.read(path, display.say)
         else:
             display.say(f"{path} has no checkpoint yet: starting from its beginning")
         before = load(path / records.CONFIG)
+        if state is not None:
+            saved_state.check_belongs(state, before, path)
         config = _resumed(before, config, path)
         is_extended = config.optim.epochs != before.optim.epochs
     elif config is None:

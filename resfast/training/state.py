@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from resfast import runtime
+from resfast.config.files import to_json
+from resfast.config.paths import absolute_paths
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.runs.epoch_row import EpochRow, row_of_values, row_values
 from resfast.training.evaluator import Evaluator
+from resfast.training.saved_state import check_fits
 from resfast.training.session import Session
 
 
@@ -100,6 +103,7 @@ class TrainingState:
             "total": self.total_seconds,
         }
         state = {
+            "config": to_json(absolute_paths(session.config)),
             "data": session.data.digest,
             "epochs": session.config.optim.epochs,
             "epoch": epoch,
@@ -122,15 +126,17 @@ class TrainingState:
             "generator": torch.get_rng_state(),
             "cuda_generator": torch.cuda.get_rng_state(session.device) if on_cuda else None,
         }
-        checkpoint.save_state(self.path / records.CHECKPOINT, state)
+        checkpoint.save_state(
+            self.path / records.CHECKPOINT, state, keep=self.path / records.PREVIOUS
+        )
         self._saved_at, self._saved_epoch = time.monotonic(), epoch
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`save` wrote, by this run or by the same one with fewer epochs.
 
         Raises:
-            ResfastError: the data set is not the one that the run was trained on, or the run
-                stopped within an epoch that has other batches with more epochs.
+            ResfastError: the state is of another data set or network, or the run stopped within an
+                epoch that has other batches with more epochs.
         """
         session, metrics = self.session, self.session.step_metrics
         if state["data"] != session.data.digest:
@@ -145,6 +151,7 @@ class TrainingState:
                 f"cannot resume {self.path} with --epochs {epochs}: it stopped within an epoch, "
                 "and its sizes depend on the number of epochs; finish it first with --resume alone"
             )
+        check_fits(state, session.step, plan, self.path)
         session.step.load_state_dict(state["training"])
         session.schedule.load_state_dict(state["schedule"])
         # Of this plan, which may be longer than the one that was saved.
