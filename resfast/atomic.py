@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +16,14 @@ from pathlib import Path
 from resfast.errors import ResfastError
 
 _SUFFIX = ".tmp"
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
 def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yields a temporary path to write to, which replaces ``path`` if the block succeeds.
+
+    Temporary files for ``path`` that killed processes of this machine left are removed.
 
     The old file is renamed to ``keep``, if that is given; a process that is killed between the two
     renames leaves ``keep`` and no ``path``.
@@ -26,7 +32,9 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     (``OSError`` of a full or read-only disk, or an exception of the block) it is removed, the old
     file is kept and the error propagates.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}")
+    _remove_abandoned(path)
+    process = f"{os.getpid()}@{_HOST}"
+    temporary = path.with_name(f".{path.name}.{process}.{secrets.token_hex(4)}{_SUFFIX}")
     try:
         yield temporary
         _fsync(temporary, os.O_RDWR)
@@ -80,6 +88,11 @@ def make_folder(path: Path, option: str) -> Path:
     return path
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that :func:`replacing` writes, left by a killed process or in use."""
+    return path.name.startswith(".") and path.name.endswith(_SUFFIX)
+
+
 def remove_stale(folder: Path, older_than_s: float = 24 * 3600) -> None:
     """Removes temporary files of killed processes from ``folder`` that are older than a day."""
     limit = time.time() - older_than_s
@@ -88,6 +101,29 @@ def remove_stale(folder: Path, older_than_s: float = 24 * 3600) -> None:
             with contextlib.suppress(OSError):  # another process may have removed it
                 if leftover.stat().st_mtime < limit:
                     leftover.unlink()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes temporary files for ``path`` of processes of this machine that have ended."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)@{_HOST}\.[0-9a-f]+{_SUFFIX}")
+    with contextlib.suppress(OSError):  # an unreadable folder is skipped
+        for name in os.listdir(path.parent):
+            found = pattern.fullmatch(name)
+            if found and not _is_running(int(found[1])):
+                with contextlib.suppress(OSError):
+                    path.with_name(name).unlink()
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)  # only asks
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def _fsync(path: Path, flags: int) -> None:

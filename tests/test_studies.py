@@ -22,11 +22,11 @@ from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.models.presets import build_model
 from resfast.models.resnet import count_parameters
 from resfast.runs import folder as records
+from resfast.runs.lock import lock
 from resfast.runs.statistics import statistics
 from resfast.studies import runner as running
 from resfast.studies.definition import Claim, names, read, study
 from resfast.studies.figures import bands
-from resfast.studies.locks import lock
 from resfast.studies.ranking import holm, rank, verdicts, welch
 from resfast.studies.results import read_results, row_of, save_results
 from resfast.studies.runner import Runner, Settings

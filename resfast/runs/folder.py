@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import time
 from collections.abc import Iterable
@@ -11,16 +12,18 @@ from pathlib import Path
 import torch
 
 from resfast import __version__, atomic
-from resfast.config.files import to_json
+from resfast.config.files import load, to_json
 from resfast.config.schema import Config
 from resfast.errors import ResfastError
 from resfast.runs.epoch_row import EpochRow, row_values, rows_to_lines
+from resfast.runs.lock import FOLDER_LOCK
 from resfast.runs.summary import Circumstances, RunSummary, SeedsSummary, Versions
 
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "summary.json"
 CHECKPOINT, WEIGHTS, BEST = "checkpoint.pt", "model.safetensors", "best.safetensors"
 PREVIOUS = "checkpoint-previous.pt"
 CURVES, CONFUSION, STEPS = "curves.png", "confusion.png", "steps.csv"
+logger = logging.getLogger("resfast")
 TIMING_RULE = (
     "timed_seconds = whitening + training + final evaluation with test-time augmentation: all that "
     "depends on the training images or produces the final predictions. Not in it: compiling and "
@@ -44,8 +47,31 @@ def circumstances() -> Circumstances:
     )
 
 
+def config_of(path: Path) -> Config:
+    """The configuration of a run's folder.
+
+    Raises:
+        ResfastError: it cannot be read; or the run was killed before it was written.
+    """
+    if is_unstarted(path):
+        raise ResfastError(
+            f"{path} has nothing to resume: the run was killed before it wrote {CONFIG}; train it "
+            f"again with --name {path.name}"
+        )
+    return load(path / CONFIG)
+
+
+def is_unstarted(path: Path) -> bool:
+    """Whether a folder has nothing but what a run leaves that is killed before it begins."""
+    return path.is_dir() and all(
+        child.name == FOLDER_LOCK or atomic.is_temporary(child) for child in path.iterdir()
+    )
+
+
 def run_folder(config: Config, network_name: str) -> Path:
     """Creates the folder of a new run, or of several runs that differ in their seed.
+
+    A folder of the run's name that was left by one that was killed before it began is taken.
 
     Raises:
         ResfastError: the name is invalid or taken, or the folder cannot be created.
@@ -69,6 +95,9 @@ def run_folder(config: Config, network_name: str) -> Path:
                 path.mkdir()
                 return path
             except FileExistsError:
+                if config.run.name is not None and is_unstarted(path):
+                    logger.warning("%s was left by a run that was killed: starting over", path)
+                    return path
                 if config.run.name is not None:
                     raise ResfastError(
                         f"run {path} exists; continue it with --resume {path}, or choose another "

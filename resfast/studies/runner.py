@@ -26,8 +26,8 @@ from resfast.data.dataset import Dataset, Stream, print_to_stderr
 from resfast.data.split import first_of_each_class
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.runs import folder as records
+from resfast.runs.lock import lock
 from resfast.studies.definition import REST, REST_FACTOR, Study, Variant, with_runtime
-from resfast.studies.locks import lock
 from resfast.training import loop as trainer
 from resfast.training.loop import Shared, open_configured_data
 
@@ -265,13 +265,8 @@ class Runner:
         self.progress.seconds += elapsed
 
     def _has_config(self, unit: Unit) -> bool:
-        """Whether a run has begun; removes what a process left that was killed before that."""
-        if (unit.path / records.CONFIG).exists():
-            return True
-        if unit.path.exists():
-            atomic.remove_stale(unit.path, older_than_s=0)
-            unit.path.rmdir()
-        return False
+        """Whether a run has begun."""
+        return (unit.path / records.CONFIG).exists()
 
     def _run(self, unit: Unit) -> Any:
         config = self.study.config(unit.variant, self.settings.quick)

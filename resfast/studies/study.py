@@ -9,8 +9,8 @@ from pathlib import Path
 from resfast import atomic
 from resfast.data.dataset import print_to_stderr
 from resfast.inference.ensemble import EnsembleResult, ensemble
+from resfast.runs.lock import lock
 from resfast.studies.definition import Study
-from resfast.studies.locks import lock
 from resfast.studies.results import RESULTS, Row, row_of, save_results
 from resfast.studies.runner import Progress, Runner, Settings, Unit
 

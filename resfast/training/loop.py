@@ -7,6 +7,7 @@ rows, ``stopping`` decides when to stop, and ``finish`` writes the result.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from resfast import atomic, runtime
 from resfast.config.compare import check_same
-from resfast.config.files import load
 from resfast.config.recipes import decide
 from resfast.config.schema import Config
 from resfast.config.validate import check, check_network
@@ -27,6 +27,7 @@ from resfast.errors import ResfastError
 from resfast.inference.scoring import Evaluation
 from resfast.runs import folder as records
 from resfast.runs.find import with_single_runs
+from resfast.runs.lock import locked_folder
 from resfast.runs.summary import RunSummary
 from resfast.training import saved_state
 from resfast.training.display import Display
@@ -92,6 +93,29 @@ def train(
     started = time.perf_counter() if started is None else started
     display, shared = Display(), shared or Shared()
     path = None if resume is None else Path(resume)
+    with contextlib.ExitStack() as locks:
+        if path is not None and path.is_dir():
+            locks.enter_context(locked_folder(path))
+        session, state = _opened(config, path, shared, display, started, locks)
+        return _train(
+            session,
+            state,
+            display,
+            new=path is None,
+            after_step=after_step,
+            after_evaluation=after_evaluation,
+        )
+
+
+def _opened(
+    config: Config | None,
+    path: Path | None,
+    shared: Shared,
+    display: Display,
+    started: float,
+    locks: contextlib.ExitStack,
+) -> tuple[Session, TrainingState]:
+    """The parts of a training and its state, in a folder that this process has locked."""
     config, saved, is_extended = _start(config, path, display)
     if shared.data is None:
         check_network(config)
@@ -99,7 +123,9 @@ def train(
     session = open_session(config, shared, display, saved=saved)
     evaluator = Evaluator(session)
     new = path is None
-    path = records.run_folder(session.config, config.model.model) if path is None else path
+    if path is None:
+        path = records.run_folder(session.config, config.model.model)
+        locks.enter_context(locked_folder(path))
     if is_extended:
         (path / records.SUMMARY).unlink(missing_ok=True)  # before the run is longer than its result
     records.write_config(path, session.config)
@@ -113,9 +139,7 @@ def train(
                 f"continuing {path} to {session.config.optim.epochs:g} epochs: the learning rate "
                 f"is that of the whole schedule from here on, {session.schedule.lr:g}"
             )
-    return _train(
-        session, state, display, new=new, after_step=after_step, after_evaluation=after_evaluation
-    )
+    return session, state
 
 
 def open_configured_data(config: Config, report: Callable[[str], None]) -> Dataset | Stream:
@@ -204,7 +228,7 @@ def _start(
             state = saved_state.read(path, display.say)
         else:
             display.say(f"{path} has no checkpoint yet: starting from its beginning")
-        before = load(path / records.CONFIG)
+        before = records.config_of(path)
         if state is not None:
             saved_state.check_belongs(state, before, path)
         config = _resumed(before, config, path)

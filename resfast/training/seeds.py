@@ -21,6 +21,7 @@ from resfast.config.validate import check
 from resfast.errors import ResfastError
 from resfast.runs import folder as records
 from resfast.runs.find import with_single_runs
+from resfast.runs.lock import locked_folder
 from resfast.runs.statistics import CONFIDENCE, p_value, statistics
 from resfast.runs.summary import (
     MeanSd,
@@ -79,7 +80,7 @@ def train(
         NonFiniteLossError: the loss became infinite or NaN; earlier runs are in the summary.
         Interrupted: SIGINT or SIGTERM came; everything was saved and can be resumed.
     """
-    saved = None if resume is None else load(Path(resume) / records.CONFIG)
+    saved = None if resume is None else records.config_of(Path(resume))
     count = (config or saved or Config()).run.runs
     if saved is not None and (count > 1) != (saved.run.runs > 1):
         raise ResfastError(
@@ -133,6 +134,11 @@ class _SeedsTraining:
 
     def train(self) -> SeedsResult:
         """Trains the seeds that are not finished yet."""
+        with locked_folder(self.path):
+            atomic.remove_stale(self.path, older_than_s=0)
+            return self._train()
+
+    def _train(self) -> SeedsResult:
         shared, model = Shared(), None
         for seed in self.seeds:
             try:
@@ -155,7 +161,7 @@ class _SeedsTraining:
         path, epochs = self.path / _folder(seed), self.config.optim.epochs
         saved = load(path / records.CONFIG) if (path / records.CONFIG).exists() else None
         is_longer = saved is not None and epochs is not None and epochs != saved.optim.epochs
-        if (path / records.SUMMARY).exists() and not is_longer:
+        if (path / records.SUMMARY).exists() and not is_longer and _has_plots(path, self.config):
             return _read_summary(path), None
         config = replace(
             self.config,
@@ -169,9 +175,6 @@ class _SeedsTraining:
                 resumed = replace(resumed, optim=replace(resumed.optim, epochs=epochs))
             result = trainer.train(resumed, resume=path, shared=shared)
         else:
-            if path.exists():  # killed before anything was written
-                atomic.remove_stale(path, older_than_s=0)
-                path.rmdir()
             if self.finished:  # all seeds have the same values, also with more epochs than before
                 first = load(self.path / _folder(self.seeds[0]) / records.CONFIG)
                 config = decided_like(config, first)
@@ -191,6 +194,12 @@ class _SeedsTraining:
             f"seed {summary.seed} ({found.count} of {len(self.seeds)}): {accuracy:.2%} "
             f"({name}) in {summary.timed_seconds:.1f} s; mean {found.mean:.2%}{spread}"
         )
+
+
+def _has_plots(path: Path, config: Config) -> bool:
+    """Whether a finished run has the plots that it was asked for; it may be killed before them."""
+    files = (records.CURVES, records.CONFUSION)
+    return not config.run.plots or all((path / name).is_file() for name in files)
 
 
 def _folder(seed: int) -> str:

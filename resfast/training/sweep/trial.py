@@ -116,10 +116,6 @@ class Trainer:
             self.say(f"trial {trial.number}: resuming {path}")
             self._report_earlier(trial, path)
             return loop.train(resume=path, shared=shared, after_evaluation=report)
-        if path.is_dir():  # killed before anything was written
-            for left in path.iterdir():
-                left.unlink()
-            path.rmdir()
         config = self.config_of(values, path.name)
         check(config)
         check_network(config)
