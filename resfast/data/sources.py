@@ -27,7 +27,9 @@ from resfast.data.dataset import (
 from resfast.data.digits import open_digits
 from resfast.data.image_folder import open_folder
 from resfast.data.named_sets import opener
+from resfast.data.noisy_labels import open_noisy
 from resfast.data.shards import open_shards
+from resfast.data.test_sets import cifair_opener, open_cifar10_1, refuse_corrupted
 from resfast.errors import ResfastError, nearest
 
 
@@ -50,10 +52,12 @@ class Source:
     Attributes:
         open: opens the data set.
         classes: number of classes, if it is known before the data set is opened.
+        test_only: whether it has no training images.
     """
 
     open: Callable[[Request], Dataset | Stream]
     classes: int | None = None
+    test_only: bool = False
 
 
 SOURCES: dict[str, Source] = {
@@ -67,6 +71,13 @@ SOURCES: dict[str, Source] = {
     "folder:": Source(open_folder),
     "arrays:": Source(open_arrays),
     "shards:": Source(open_shards),
+    "cifair10:": Source(cifair_opener("cifair10"), classes=10),
+    "cifair100:": Source(cifair_opener("cifair100"), classes=100),
+    "cifar10-n:": Source(open_noisy, classes=10),
+    "cifar100-n:": Source(open_noisy, classes=100),
+    "cifar10.1:": Source(open_cifar10_1, classes=10, test_only=True),
+    "cifar10-c:": Source(refuse_corrupted, classes=10, test_only=True),
+    "cifar100-c:": Source(refuse_corrupted, classes=100, test_only=True),
 }
 """Sources by the start of ``--data``, including the colon if a path follows."""
 CHOICES = tuple(f"{key}PATH" if key.endswith(":") else key for key in SOURCES)
@@ -89,6 +100,7 @@ def open_data(
     device: torch.device | str = "cpu",
     report: Callable[[str], None] = print_to_stderr,
     classes: Path | Sequence[str] | None = None,
+    test_only: bool = False,
 ) -> Dataset | Stream:
     """Opens a data set. Arguments not listed are those of :func:`load_dataset`.
 
@@ -100,6 +112,7 @@ def open_data(
         device: where batches will be produced.
         classes: file with the names of the classes, for shards without ``classes.json``; or the
             names themselves, which other data have no use for.
+        test_only: whether data without training images are opened too.
 
     Raises:
         ResfastError: as for :func:`load_dataset`, or the loader cannot read this kind of data.
@@ -112,6 +125,11 @@ def open_data(
             f"; did you mean 'folder:{data}'?" if os.path.exists(data) else nearest(data, CHOICES)
         )
         raise ResfastError(f"unknown data {data!r}, expected one of {', '.join(CHOICES)}{hint}")
+    if source.test_only and not test_only:
+        raise ResfastError(
+            f"--data {data} has test images only: train on other data, and score the run on it "
+            f"with resfast evaluate RUN --data {data}"
+        )
     is_file = isinstance(classes, (str, Path))
     if is_file and kind != "shards":
         raise ResfastError(
@@ -140,6 +158,7 @@ def load_dataset(
     image_size: int = 32,
     skip_corrupt: bool = False,
     report: Callable[[str], None] = print_to_stderr,
+    test_only: bool = False,
 ) -> Dataset:
     """Loads a data set into memory.
 
@@ -154,6 +173,7 @@ def load_dataset(
         image_size: height and width of the returned images, in pixels.
         skip_corrupt: skip images that cannot be decoded.
         report: called with a line of text for each notable step.
+        test_only: whether data without training images are loaded too.
 
     Raises:
         ResfastError: a bad value, or data that is missing, damaged or laid out differently.
@@ -165,6 +185,7 @@ def load_dataset(
         skip_corrupt=skip_corrupt,
         loader="resident",
         report=report,
+        test_only=test_only,
     )
     assert isinstance(opened, Dataset)  # what loader="resident" makes every source return
     return opened
