@@ -166,8 +166,8 @@ def evaluate_corrupted(
         clean = _row(CLEAN, 0, len(own.test_labels), score(own.test_images, own.test_labels))
     digest = hashlib.blake2b(repr(sets.classes).encode(), digest_size=16)
     scored = list(_scores(sets, score, digest.update, report))
-    order = {kind: place for place, kind in enumerate((*KINDS, *sorted(sets.kinds)))}
-    rows = tuple(sorted(scored, key=lambda row: (order[row.kind], row.severity)))
+    order = [*KINDS, *sorted(set(sets.kinds) - set(KINDS))]
+    rows = tuple(sorted(scored, key=lambda row: (order.index(row.kind), row.severity)))
     record = {
         "run": run.path.resolve().name,
         "weights": run.file.name,
