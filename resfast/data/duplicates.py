@@ -11,6 +11,9 @@ found candidates with a trained network instead, and judged them by eye.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,19 +21,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfast.data.corruptions.filters import gaussian_blur
+from resfast.data.corruptions.filters import gaussian
 from resfast.data.dataset import Dataset
 from resfast.errors import ResfastError
 
 SIMILARITY = 0.86
 """Correlation from which a pair is a near duplicate."""
-_CANDIDATE = 0.55  # cosine in whitened coordinates
+_CANDIDATE, _MIRRORED_CANDIDATE = 0.6, 0.75  # cosines in whitened coordinates
 _SIDE, _CHROMA_SIDE, _COMPONENTS = 8, 4, 100
 _NOISE = 1e-2  # of the largest variance: components with less are noise
 _SAMPLE = 20_000  # images that the components are computed from
 _DETAIL_SIDE, _SHIFT = 32, 2
+_FLAT = 1e-2  # length of middle frequencies below which an image is flat
 _LUMA = (0.299, 0.587, 0.114)
-_ROWS = 2_000  # images per block
+_ROWS = 500  # images per block
 
 
 @dataclass(frozen=True)
@@ -130,19 +134,18 @@ class _Images:
     def equal(self, mirrored: bool) -> Iterator[tuple[int, int]]:
         """Pairs with the same pixels; of many equal images, each with the first."""
         first: dict[bytes, int] = {}
-        row = 0
         if mirrored:
-            for block in self.blocks():
-                for image in block.flip(2).contiguous().numpy():
-                    first.setdefault(image.tobytes(), row)
-                    row += 1
-            row = 0
+            for row, digest in enumerate(self._digests(mirrored=True)):
+                first.setdefault(digest, row)
+        for row, digest in enumerate(self._digests()):
+            earlier = first.setdefault(digest, row)
+            if earlier < row:
+                yield earlier, row
+
+    def _digests(self, mirrored: bool = False) -> Iterator[bytes]:
         for block in self.blocks():
-            for image in block.contiguous().numpy():
-                earlier = first.setdefault(image.tobytes(), row)
-                if earlier < row:
-                    yield earlier, row
-                row += 1
+            for image in (block.flip(2) if mirrored else block).contiguous().numpy():
+                yield hashlib.blake2b(image.data, digest_size=16).digest()
 
     def candidates(self, mirrored: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs that may be alike, int64 ``[n]`` each, the first index below the second."""
@@ -152,7 +155,8 @@ class _Images:
             rows = others[start : start + _ROWS]
             # Only later images: each pair once.
             cosines = rows @ features[start:].T
-            first, second = (cosines >= _CANDIDATE).nonzero(as_tuple=True)
+            least = _MIRRORED_CANDIDATE if mirrored else _CANDIDATE
+            first, second = (cosines >= least).nonzero(as_tuple=True)
             later = second > first
             for part in torch.stack([first[later], second[later]]).add_(start).split(50_000, 1):
                 yield part[0], part[1]
@@ -185,7 +189,7 @@ def _luma(images: Tensor) -> Tensor:
 
 
 def _small(images: Tensor) -> Tensor:
-    """Small versions of uint8 ``[B, H, W, 3]``: brightness normalized, and colour at half weight."""
+    """Small versions of uint8 ``[B, H, W, 3]``: brightness, and colour at half its weight."""
     grey = _luma(images)
     luma = F.adaptive_avg_pool2d(grey, _SIDE).flatten(1)
     luma = luma - luma.mean(1, keepdim=True)
@@ -200,24 +204,35 @@ def _detail(images: Tensor) -> Tensor:
         grey = F.interpolate(
             grey, (_DETAIL_SIDE, _DETAIL_SIDE), mode="bilinear", antialias=True, align_corners=False
         )
-    return gaussian_blur(grey, 1.0) - gaussian_blur(grey, 3.0)
+    fine, coarse = _blur_matrix(1.0), _blur_matrix(3.0)
+    return fine @ grey @ fine.T - coarse @ grey @ coarse.T
+
+
+@functools.cache
+def _blur_matrix(sigma: float) -> Tensor:
+    """A Gaussian over the rows of an image, the edge repeated, float32 ``[32, 32]``."""
+    half = math.ceil(4 * sigma)
+    rows = torch.arange(_DETAIL_SIDE)[:, None]
+    sources = (rows + torch.arange(-half, half + 1)).clamp(0, _DETAIL_SIDE - 1)
+    weights = gaussian(sigma, half).expand(_DETAIL_SIDE, -1)
+    return torch.zeros(_DETAIL_SIDE, _DETAIL_SIDE).scatter_add_(1, sources, weights)
 
 
 def _best_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Normalized cross-correlation at the best shift by up to ``_SHIFT`` pixels, ``[B]``."""
     end = _DETAIL_SIDE - _SHIFT
-    core = _centred(b[:, 0, _SHIFT:end, _SHIFT:end])
-    best = torch.full((len(a),), -1.0)
-    for down in range(-_SHIFT, _SHIFT + 1):
-        for right in range(-_SHIFT, _SHIFT + 1):
-            part = a[:, 0, _SHIFT + down : end + down, _SHIFT + right : end + right]
-            best = torch.maximum(best, (_centred(part) * core).sum(1))
-    return best
-
-
-def _centred(values: Tensor) -> Tensor:
-    flat = values.flatten(1)
-    return _unit(flat - flat.mean(1, keepdim=True), 1e-2)
+    core = b[:, 0, _SHIFT:end, _SHIFT:end]
+    core = core - core.mean((1, 2), keepdim=True)
+    core = core / core.norm(dim=(1, 2), keepdim=True).clamp(min=_FLAT)
+    padded = F.pad(core, (0, 2 * _SHIFT, 0, 2 * _SHIFT))
+    products = torch.fft.irfft2(torch.fft.rfft2(a[:, 0]) * torch.fft.rfft2(padded).conj(), (
+        _DETAIL_SIDE, _DETAIL_SIDE
+    ))[:, : 2 * _SHIFT + 1, : 2 * _SHIFT + 1]  # fmt: skip
+    window = end - _SHIFT
+    means = F.avg_pool2d(a, window, stride=1)[:, 0]
+    squares = F.avg_pool2d(a * a, window, stride=1)[:, 0]
+    lengths = ((squares - means * means).clamp(min=0) * window**2).sqrt()
+    return (products / lengths.clamp(min=_FLAT)).amax((1, 2))
 
 
 def _unit(values: Tensor, least: float) -> Tensor:
