@@ -163,7 +163,7 @@ def test_a_plasma_fills_its_range_and_is_smoother_with_a_faster_decay():
 
 
 def test_wrong_corruptions_are_one_sentence(images: torch.Tensor):
-    with pytest.raises(ResfastError, match="'snwo' is unknown; choose gaussian.*mean 'snow'"):
+    with pytest.raises(ResfastError, match=r"'snwo' is unknown; choose gaussian.*mean 'snow'"):
         corrupt(images, "snwo", 1)
     with pytest.raises(ResfastError, match="severity 6 is out of range: expected 1 to 5"):
         corrupt(images, "snow", 6)

@@ -15,6 +15,7 @@ import torch
 
 from resfast.data.arrays import open_arrays
 from resfast.data.cifar import open_cifar10, open_cifar100
+from resfast.data.csv_labels import open_csv
 from resfast.data.dataset import (
     Dataset,
     DataUnavailableError,
@@ -28,6 +29,7 @@ from resfast.data.digits import open_digits
 from resfast.data.image_folder import open_folder
 from resfast.data.named_sets import opener
 from resfast.data.noisy_labels import open_noisy
+from resfast.data.parquet import open_parquet
 from resfast.data.shards import open_shards
 from resfast.data.test_sets import cifair_opener, open_cifar10_1, refuse_corrupted
 from resfast.errors import ResfastError, nearest
@@ -70,6 +72,8 @@ SOURCES: dict[str, Source] = {
     "stl10": Source(opener("stl10"), classes=10),
     "folder:": Source(open_folder),
     "arrays:": Source(open_arrays),
+    "csv:": Source(open_csv),
+    "parquet:": Source(open_parquet),
     "shards:": Source(open_shards),
     "cifair10:": Source(cifair_opener("cifair10"), classes=10),
     "cifair100:": Source(cifair_opener("cifair100"), classes=100),
