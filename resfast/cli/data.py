@@ -26,7 +26,8 @@ _PICTURES = ("preview", "samples", "distribution", "duplicates")
 
 @dataclass(frozen=True)
 class Options:
-    """Shows a data set and what augmentation does to it, or packs an image folder into tar shards.
+    """Shows a data set, what augmentation does to it, and images that it has twice; or packs an
+    image folder into tar shards.
 
     Exit codes: 0 done, 2 bad input.
     """
@@ -46,8 +47,8 @@ class Options:
     """Folder to write WebDataset tar shards of --data folder:PATH to."""
     data: str = "auto"
     """cifar10, cifar100, svhn, fashion-mnist, stl10, digits, folder:PATH (an image folder or a tar
-    of one), arrays:PATH (a .npz or a folder of .npy), or auto: CIFAR-10 if it is
-    on disk or can be fetched, otherwise digits."""
+    of one), arrays:PATH (a .npz or a folder of .npy), csv:PATH, parquet:PATH, or auto: CIFAR-10 if
+    it is on disk or can be fetched, otherwise digits."""
     data_dir: Path = Path("data")
     """Where data sets are looked for, downloaded to and cached."""
     image_size: int = 32

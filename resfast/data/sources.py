@@ -168,7 +168,9 @@ def load_dataset(
 
     Args:
         data: ``cifar10``, ``cifar100``, ``svhn``, ``fashion-mnist``, ``stl10``, ``digits``,
-            ``folder:PATH``, ``arrays:PATH`` or ``auto``. ``arrays:PATH`` is a ``.npz`` file or a
+            ``folder:PATH``, ``arrays:PATH``, ``csv:PATH``, ``parquet:PATH``, ``cifair10:PATH``,
+            ``cifair100:PATH``, ``cifar10-n:PATH#SET``, ``cifar100-n:PATH`` or ``auto``; with
+            ``test_only`` also ``cifar10.1:PATH``. ``arrays:PATH`` is a ``.npz`` file or a
             folder of ``.npy`` files (:func:`resfast.data.arrays.open_arrays`). ``folder:PATH`` is a
             directory or a tar archive of ``train/<class>/*`` and ``test/<class>/*``; its decoded
             images are cached under ``data_dir/cache``. ``auto`` is CIFAR-10 if it is on disk or can
