@@ -129,6 +129,10 @@ def test_damaged_files_of_cifar10_1_are_one_sentence(tmp_path: Path):
     assert "is cut off after 0 of 20 rows" in error()
     data.write_bytes(b"nothing at all")
     assert "cifar10.1_v6_data.npy cannot be read (the magic string" in error()
+    with open(data, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (10**12, 32, 32, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+    assert "cifar10.1_v6_data.npy cannot be read (" in error()
     np.save(data, np.zeros((20, 32, 32), np.uint8))
     assert "is uint8 [20, 32, 32]; expected uint8 [N, 32, 32, 3]" in error()
     data.write_bytes(whole)
@@ -144,6 +148,17 @@ def test_damaged_files_of_cifar10_1_are_one_sentence(tmp_path: Path):
         load_dataset(f"cifar10.1:{folder}#v5", data_dir=tmp_path, test_only=True)
     with pytest.raises(ResfastError, match=r"has no path, expected cifar10.1:PATH"):
         load_dataset("cifar10.1:", data_dir=tmp_path, test_only=True)
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "tar.gz"])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9])
+def test_an_archive_that_is_cut_off_is_one_sentence(kind: str, part: float, tmp_path: Path):
+    write_cifar10_1(tmp_path / "a", "v6")
+    path = pack(tmp_path / "a", kind)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(ResfastError, match=r"cannot be read \(|has no cifar10.1_v6_labels.npy"):
+        load_dataset(f"cifar10.1:{path}", data_dir=tmp_path, test_only=True)
 
 
 # -- CIFAR-10-C ------------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from resfast.data.folder import ARCHIVE_SUFFIXES
 from resfast.errors import ResfastError
 
 _DAMAGE = (
     OSError, ValueError, EOFError, LZMAError, zlib.error, tarfile.TarError, zipfile.BadZipFile,
-    RuntimeError, NotImplementedError,
+    RuntimeError, NotImplementedError, MemoryError, OverflowError,
 )  # fmt: skip
 
 
@@ -175,6 +176,8 @@ def published(path: Path, what: str) -> Iterator[Published]:
                         found.add(
                             _parts(member.name), lambda member=member: tar.extractfile(member)
                         )
+            elif path.name.lower().endswith((".zip", *ARCHIVE_SUFFIXES)):
+                raise ValueError("it is cut off or no archive")
             else:
                 found.add((path.name,), _opener(path))
         except _DAMAGE as error:

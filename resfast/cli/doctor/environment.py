@@ -219,8 +219,8 @@ def _locate(data: str, data_dir: Path) -> Line:
         text = f"{path}, {len(found.train) + len(found.test):,} images in shards"
         return Line("data", "ok", text)
     if f"{kind}:" in SOURCES and location:
-        place = path if path.exists() else Path(location.rpartition("#")[0]).expanduser()
-        if not location or not place.exists() or place == Path():
+        without_part = Path(location.rpartition("#")[0] or location).expanduser()
+        if not (path.exists() or without_part.exists()):
             raise ResfastError(f"{path} does not exist: check --data {data}")
         return Line("data", "ok", f"{data}, not opened")
     if data in ("svhn", "fashion-mnist", "stl10"):
