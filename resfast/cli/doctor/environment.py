@@ -41,7 +41,7 @@ REQUIRED = {
 }
 """Modules that the commands need besides torch, and the packages they come from."""
 OPTIONAL = (
-    *("onnx", "onnxscript", "onnxruntime", "tensorboard", "wandb", "optuna"),
+    *("onnx", "onnxscript", "onnxruntime", "tensorboard", "wandb", "optuna", "pyarrow"),
     *("pytest", "hypothesis"),
 )
 
