@@ -359,6 +359,14 @@ def test_data_is_found_without_reading_it(image_tree, tmp_path):
     line = the_line("data", Options(f"folder:{image_tree}"))
     assert (line.state, line.text) == ("ok", f"{image_tree}, 64 images of 2 classes")
     assert the_line("data", Options("digits")).state == "ok"
+    labels = tmp_path / "labels.pt"
+    labels.write_bytes(b"")
+    for data in (f"cifar10-n:{labels}#worse", f"csv:{tmp_path}"):
+        assert the_line("data", Options(data)).state == "ok"
+    labels.unlink()
+    gone = the_line("data", Options(f"cifar10-c:{tmp_path}/gone"))
+    assert gone.state == "problem"
+    assert "gone does not exist" in gone.text
     for data, state in (("auto", "missing"), ("cifar100", "problem"), ("cifar", "problem")):
         line = the_line("data", Options(data, str(tmp_path)))
         assert line.state == state, data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,24 @@ from typing import Annotated, Literal
 
 import tyro
 
+from resfast import atomic
 from resfast.cli import common as entry
+from resfast.errors import ResfastError
 from resfast.inference import load as inference
+from resfast.inference.corruption import (
+    PLOT,
+    ROWS,
+    corruption_table,
+    evaluate_corrupted,
+    is_cifar_c,
+    refuse_seeds,
+)
+from resfast.inference.corruption import RESULT as CORRUPTIONS
 from resfast.inference.evaluate import CONFUSION, RESULT, Result, evaluate
 from resfast.inference.evaluate_seeds import SeedsResult, evaluate_seeds
-from resfast.inference.load import Which
+from resfast.inference.load import TrainedRun, Which
+from resfast.inference.noisy_labels import RESULT as NOISY
+from resfast.inference.noisy_labels import evaluate_noisy, is_noisy, noisy_table
 from resfast.inference.scoring import TTA
 from resfast.runs.find import seeds_in
 from resfast.runs.statistics import CONFIDENCE
@@ -26,7 +40,8 @@ COMMAND = "evaluate"
 class Options:
     """Scores a trained network on the test images of a data set.
 
-    Writes evaluation.json and evaluation-confusion.png. Exit codes: 0 scored, 2 bad input.
+    Writes evaluation.json and evaluation-confusion.png; for corrupted images, corruptions.json,
+    .csv and .png instead. Exit codes: 0 scored, 2 bad input.
     """
 
     run: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
@@ -34,7 +49,14 @@ class Options:
     seeds are all scored."""
     data: str | None = None
     """Another data set with the same classes (as for train's --data), resized to the run's
-    image size. None: the run's own."""
+    image size. None: the run's own. Also cifar10.1:PATH, cifar10-c:PATH and cifar100-c:PATH,
+    which have test images only; and cifar10-n:PATH, whose noisy labels are compared with what the
+    run says about the training images."""
+    corrupt: tuple[str, ...] | None = None
+    """Score under common corruptions, five severities each: their names, such as fog snow, or
+    none for all fifteen. With cifar10-c:PATH, the ones to read."""
+    corrupt_seed: int = 0
+    """Seed of the corruptions."""
     data_dir: Path | None = None
     """Where data sets are looked for, downloaded to and cached (None: the run's own)."""
     tta: Literal["auto"] | TTA = "auto"
@@ -118,12 +140,73 @@ def _evaluate_seeds(options: Options, runs: list[Path]) -> None:
     print(out / RESULT)
 
 
+def _evaluate_corrupted(options: Options, run: TrainedRun, out: Path) -> None:
+    result = evaluate_corrupted(
+        run,
+        options.data,
+        kinds=options.corrupt or (),
+        seed=options.corrupt_seed,
+        data_dir=options.data_dir,
+        tta=options.tta,
+        batch_size=options.batch_size,
+        skip_corrupt=options.skip_corrupt,
+        out=out,
+    )
+    record = result.record
+    print(
+        f"{run.file} on {record['test_images']:,} images of {record['data']} for each corruption "
+        f"and severity ({record['device']}, {record['precision']}, {record['eval_seconds']:.1f} s)"
+        "\n"
+    )
+    print(f"{corruption_table(result)}\n")
+    augmented = result.tta != "none"
+    if result.clean is not None:
+        line = f"accuracy without corruption {1 - result.clean.error:.2%}"
+        print(line + f", with TTA {1 - result.clean.tta_error:.2%}" * augmented)
+    counted, found = len(record["mean_of"]), len(result.kinds)
+    of = f"the {counted} of {found} corruptions in the paper" if counted < found else "all of them"
+    line = f"mean accuracy under corruption {record['mean_accuracy']:.2%}"
+    print(line + f", with TTA {record['mean_tta_accuracy']:.2%}" * augmented + f" ({of})")
+    for name in (CORRUPTIONS, ROWS, PLOT):
+        if (out / name).is_file():
+            print(out / name)
+
+
+def _evaluate_noisy(options: Options, run: TrainedRun, out: Path) -> None:
+    assert options.data is not None
+    result = evaluate_noisy(
+        run,
+        options.data,
+        data_dir=options.data_dir,
+        tta="none" if options.tta == "auto" else options.tta,
+        batch_size=options.batch_size,
+    )
+    print(f"{run.file} on the {result.images:,} training images of {options.data}\n")
+    print(f"{noisy_table(result)}\n")
+    print(
+        "repeated and corrected: of the images whose noisy label is not CIFAR's, the part that "
+        "the run gives the noisy label, and CIFAR's"
+    )
+    atomic.make_folder(out, "--out")
+    atomic.save(out / NOISY, (json.dumps(result.record, indent=2) + "\n").encode())
+    print(out / NOISY)
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
 
     def command() -> None:
         options = entry.parse(Options, args, COMMAND)
+        corrupted = options.corrupt is not None or is_cifar_c(options.data or "")
+        noisy = is_noisy(options.data or "")
+        if noisy and corrupted:
+            raise ResfastError(
+                f"--corrupt corrupts test images, and --data {options.data} has labels of training "
+                "images: leave one of them out"
+            )
         if runs := seeds_in(options.run.expanduser()):
+            if corrupted or noisy:
+                refuse_seeds(runs)
             _evaluate_seeds(options, runs)
             return
         run = inference.load(
@@ -134,6 +217,12 @@ def main(args: Sequence[str] | None = None) -> int:
         )
         inference.prepare(run)
         out = run.path if options.out is None else options.out.expanduser()
+        if corrupted:
+            _evaluate_corrupted(options, run, out)
+            return
+        if noisy:
+            _evaluate_noisy(options, run, out)
+            return
         result = evaluate(
             run,
             options.data,

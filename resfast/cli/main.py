@@ -22,7 +22,7 @@ COMMANDS = {
     "export": ("resfast.cli.export", "write a run as a file that runs without resfast"),
     "sweep": ("resfast.cli.sweep", "search for good values of options"),
     "report": ("resfast.cli.report", "write one HTML page about runs"),
-    "data": ("resfast.cli.data", "preview augmentations, or pack an image folder as shards"),
+    "data": ("resfast.cli.data", "preview augmentations, find duplicates, or pack shards"),
     "doctor": ("resfast.cli.doctor.main", "check what resfast can use on this machine"),
 }
 """Module and summary of each command."""

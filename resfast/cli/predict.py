@@ -6,9 +6,10 @@ import csv
 import functools
 import io
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import tyro
@@ -30,7 +31,7 @@ from resfast.runtime import Precision
 
 COMMAND = "predict"
 HEADER = ("ID", "Labels")
-DEFAULT_CSV = Path("predictions.csv")
+DEFAULT_CSV, SUBMISSION = Path("predictions.csv"), Path("submission.csv")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,11 @@ class Options:
     skip_corrupt: bool = False
     """Skip images that cannot be decoded instead of stopping."""
     csv: Path | None = None
-    """CSV file to write (None: predictions.csv, or no file if image files are given)."""
+    """CSV file to write (None: predictions.csv or submission.csv; no file if image files are
+    given)."""
+    submission: bool = False
+    """Write submission.csv with the columns id and label instead, as Kaggle's CIFAR-10 competition
+    expects it: file names without their suffix, in numeric order, and class names."""
     names: bool = False
     """Write class names to the CSV instead of class indices."""
     overwrite: bool = False
@@ -113,10 +118,39 @@ def write_csv(path: Path, run: TrainedRun, predictions: Predictions, names: bool
     labels: list[Any] = predictions.labels[:, 0].tolist()
     if names:
         labels = [run.classes[label] for label in labels]
+    _save_csv(path, HEADER, list(zip(predictions.ids, labels, strict=True)))
+
+
+def write_submission(path: Path, run: TrainedRun, predictions: Predictions) -> None:
+    """Writes the name of the most probable class of every image, atomically.
+
+    Args:
+        path: UTF-8 file with the header ``id,label``; an id is a file name without its suffix, and
+            ids that are numbers are in numeric order.
+        run: names the classes.
+        predictions: what to write.
+
+    Raises:
+        ResfastError: two images have the same id, or the file cannot be written.
+    """
+    ids = [PurePath(name).stem for name in predictions.ids]
+    repeated = [name for name, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise ResfastError(
+            f"{len(repeated):,} ids belong to several images, for example {repeated[0]!r}; "
+            "expected file names that differ without their suffix and folder"
+        )
+    labels = [run.classes[label] for label in predictions.labels[:, 0].tolist()]
+    numbers = all(name.isascii() and name.isdigit() for name in ids)
+    rows = sorted(zip(ids, labels, strict=True), key=lambda row: int(row[0]) if numbers else row)
+    _save_csv(path, ("id", "label"), rows)
+
+
+def _save_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(HEADER)
-    writer.writerows(zip(predictions.ids, labels, strict=True))
+    writer.writerow(header)
+    writer.writerows(rows)
     try:
         atomic.write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
     except OSError as error:
@@ -133,7 +167,8 @@ def main(args: Sequence[str] | None = None) -> int:
         check_options(options.top, options.tta)
         source = open_images([path.expanduser() for path in options.images])
         printed = isinstance(source, Files) and not options.images[0].expanduser().is_dir()
-        target = options.csv if printed else options.csv or DEFAULT_CSV
+        default = SUBMISSION if options.submission else None if printed else DEFAULT_CSV
+        target = options.csv or default
         if target is not None:
             target = target.expanduser()
             check_csv(target, options.overwrite)
@@ -147,7 +182,10 @@ def main(args: Sequence[str] | None = None) -> int:
             )
         if printed:
             print(listing(run, predictions))
-        if target is not None:
+        if target is not None and options.submission:
+            write_submission(target, run, predictions)
+            print(f"wrote {len(predictions.ids):,} predictions to {target} (id and class name)")
+        elif target is not None:
             write_csv(target, run, predictions, options.names)
             last = len(run.classes) - 1
             kind = (

@@ -125,7 +125,9 @@ class DataConfig:
     data: str = "auto"
     """cifar10, cifar100, svhn, fashion-mnist, stl10, digits, folder:PATH (an image folder or a tar
     of one), shards:PATH (WebDataset shards), arrays:PATH (a .npz file or a folder of .npy files),
-    or auto: CIFAR-10 if it is on disk or can be fetched, otherwise digits."""
+    csv:PATH (images with labels in a CSV file), parquet:PATH (a folder of Parquet files),
+    cifair10:PATH, cifair100:PATH, cifar10-n:PATH#SET (noisy labels), or auto: CIFAR-10 if it is on
+    disk or can be fetched, otherwise digits."""
     data_dir: Path = Path("data")
     """Where data sets are looked for, downloaded to and cached."""
     classes: Path | None = None

@@ -15,6 +15,7 @@ import gzip
 import lzma
 import os
 import tarfile
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -351,7 +352,10 @@ def check_listing(path: Path, listing: Listing) -> tuple[str, ...]:
             f"{listing.shown(path, 'train')} has no class folders, expected {_LAYOUT}: "
             "put the images of each class in a folder with its name"
         )
+    for names in (train, test):
+        _check_names(path, names)
     if train != test:
+        _check_names(path, train | test)
         missing, extra = (", ".join(sorted(s)) or "none" for s in (train - test, test - train))
         raise ResfastError(
             f"the classes in {listing.shown(path, 'test')} differ from the training classes "
@@ -367,6 +371,21 @@ def check_listing(path: Path, listing: Listing) -> tuple[str, ...]:
                     "the class from train and test"
                 )
     return tuple(sorted(train))
+
+
+def _check_names(path: Path, names: Iterable[str]) -> None:
+    """Raises ``ResfastError`` for names that look the same: in another Unicode form or case."""
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        plain = unicodedata.normalize("NFC", name).casefold()
+        other = seen.setdefault(unicodedata.normalize("NFC", plain), name)
+        if other != name:
+            same = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
+            how = "Unicode form (NFC and NFD)" if same else "case"
+            raise ResfastError(
+                f"{path} has the class folders {other!a} and {name!a}, which differ only "
+                f"in their {how}: give each class one name, in train and in test"
+            )
 
 
 def read_file(path: str) -> bytes:

@@ -58,6 +58,24 @@ def open_folder(request: Request) -> Dataset | Stream:
     return _load(request, path, listing)
 
 
+def file_names(dataset: Dataset) -> dict[str, list[str]]:
+    """Path of each image inside the folder or archive, by split; empty for other data."""
+    kind, _, location = dataset.name.partition(":")
+    if kind != "folder":
+        return {}
+    keys = sorted(folder.open_source(Path(location).expanduser()).scan().images)
+    skipped = set(dataset.skipped)
+    names = {
+        split: ["/".join(k) for k in keys if k[0] == split and "/".join(k) not in skipped]
+        for split in folder.SPLITS
+    }
+    fits = all(
+        len(names[split]) == len(images)
+        for split, images in (("train", dataset.train_images), ("test", dataset.test_images))
+    )
+    return names if fits else {}
+
+
 def _load(request: Request, path: Path, listing: folder.Listing | None) -> Dataset:
     source = folder.open_source(path)
     if isinstance(source, folder.Directory):

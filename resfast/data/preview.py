@@ -23,6 +23,7 @@ from resfast.data.augment import (
 )
 from resfast.data.batches import split_sources
 from resfast.data.dataset import Dataset
+from resfast.data.duplicates import Pair
 from resfast.data.statistics import channel_mean_std
 from resfast.errors import ResfastError
 from resfast.ops.augment.op import MixParams, augment
@@ -122,6 +123,55 @@ def sample_grid(dataset: Dataset, *, images: int = 10, seed: int = 0) -> Image.I
             _shortened(name, sheet.text_font, _SIDE_LABEL - 6), dataset.train_images[chosen]
         )
     return sheet.finish()
+
+
+def duplicate_sheet(dataset: Dataset, pairs: Sequence[Pair], *, images: int = 10) -> Image.Image:
+    """Pairs of images that are alike, one above the other.
+
+    Of pairs across the splits, within the training images and within the test images, it shows
+    those that are most alike, and then those that are least.
+
+    Args:
+        dataset: the data set.
+        pairs: as :func:`resfast.data.duplicates.find_duplicates` returns them.
+        images: pairs per row, 1 to 100.
+
+    Raises:
+        ResfastError: a number out of range.
+    """
+    if not 1 <= images <= MAX_IMAGES:
+        raise ResfastError(f"--images {images} is out of range: expected 1 to {MAX_IMAGES}")
+    height, width = dataset.train_images.shape[1:3]
+    sheet = _Sheet(images, height, width)
+    sheet.heading(f"{dataset.name}: {len(pairs):,} pairs of images that are alike", "", rule=False)
+    pixels = {"train": dataset.train_images, "test": dataset.test_images}
+    for title, first, second in (
+        ("training and test images", "train", "test"),
+        ("training images", "train", "train"),
+        ("test images", "test", "test"),
+    ):
+        here = [pair for pair in pairs if (pair.first[0], pair.second[0]) == (first, second)]
+        if not here:
+            continue
+        exact = sum(pair.exact for pair in here)
+        sheet.heading(f"{title}: {len(here):,} pairs", f"{exact:,} with the same pixels")
+        most = here[: 2 * images]
+        least = here[2 * images :][-2 * images :]
+        for name, shown in (("most alike", most), ("least alike", least)):
+            for start in range(0, len(shown), images):
+                row = shown[start : start + images]
+                sheet.captions([_pair_lines(pair, dataset.classes) for pair in row])
+                above = torch.stack([pixels[p.first[0]][p.first[1]] for p in row])
+                below = torch.stack([pixels[p.second[0]][p.second[1]] for p in row])
+                sheet.images(name, above)
+                sheet.images("", below)
+    return sheet.finish()
+
+
+def _pair_lines(pair: Pair, classes: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(classes[label] for label in pair.labels))
+    kind = "same pixels" if pair.exact else f"{pair.similarity:.3f}"
+    return [" / ".join(names), kind + (", mirrored" if pair.mirrored else "")]
 
 
 def class_plot(dataset: Dataset, *, val_fraction: float = 0.0, seed: int = 0) -> Figure:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resfast.data import decode, folder
+from resfast.data import decode, folder, safe_pickle
 from resfast.data.resize import resize
 from resfast.errors import ResfastError
 
@@ -204,100 +203,6 @@ def _ids(ids: Any, count: int, source: str) -> Sequence[str]:
     ]
 
 
-# -- pickles -----------------------------------------------------------------------------------
-
-
-class _Forbidden(pickle.UnpicklingError):
-    """A pickle asks for something other than arrays, containers, numbers and text."""
-
-
-class _Dtype:
-    """Replaces ``numpy.dtype`` in a pickle: numbers and text, no objects and no fields."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, name: str | bytes, *_: object) -> None:
-        self.value = np.dtype(name.decode("ascii") if isinstance(name, bytes) else str(name))
-        if self.value.kind not in "biufSU":
-            raise _Forbidden(f"an array of {self.value}")
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, order, *structure = state
-        if any(part is not None for part in structure[:3]):
-            raise _Forbidden("a structured array")
-        order = order.decode("ascii") if isinstance(order, bytes) else order
-        self.value = self.value.newbyteorder(order)
-
-
-class _Array:
-    """Replaces ``numpy.ndarray`` in a pickle."""
-
-    __slots__ = ("value",)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        *_, shape, dtype, fortran, raw = state
-        self.value = _from_buffer(raw, dtype, shape, "F" if fortran else "C")
-
-
-def _from_buffer(raw: Any, dtype: _Dtype, shape: Any, order: str, axes: Any = None) -> np.ndarray:
-    if 0 in shape:
-        return np.empty(shape, dtype.value)
-    array = np.frombuffer(raw, dtype.value)
-    if order == "K":
-        return array.reshape(shape).transpose(axes)
-    return array.reshape(shape, order=order)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays, containers, numbers and text, and imports nothing.
-
-    A pickle calls the few functions here, which rebuild an array from its bytes, instead of
-    NumPy's, which trust the pickle about memory.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        # Bound methods and strings: a pickle cannot set attributes on them.
-        package = module.replace("numpy._core", "numpy.core")
-        known: dict[tuple[str, str], Any] = {
-            ("numpy", "ndarray"): "ndarray",
-            ("numpy", "dtype"): self._dtype,
-            ("numpy.core.multiarray", "_reconstruct"): self._reconstruct,
-            ("numpy.core.multiarray", "scalar"): self._scalar,
-            ("numpy.core.numeric", "_frombuffer"): self._from_buffer,
-            ("_codecs", "encode"): self._encode,
-            ("collections", "OrderedDict"): self._ordered_dict,
-            ("builtins", "range"): self._range,
-            ("__builtin__", "xrange"): self._range,
-        }
-        try:
-            return known[package, name]
-        except KeyError:
-            raise _Forbidden(f"{module}.{name}") from None
-
-    def _dtype(self, *args: Any) -> _Dtype:
-        return _Dtype(*args)
-
-    def _reconstruct(self, *_: object) -> _Array:
-        return _Array()
-
-    def _scalar(self, dtype: _Dtype, raw: bytes) -> Any:
-        return _from_buffer(raw, dtype, (1,), "C")[0].item()
-
-    def _from_buffer(self, *args: Any) -> np.ndarray:
-        return _from_buffer(*args)
-
-    def _ordered_dict(self, items: Any = ()) -> dict[Any, Any]:
-        return dict(items)
-
-    def _range(self, *args: int) -> range:
-        return range(*args)
-
-    def _encode(self, text: str, encoding: str | bytes) -> bytes:
-        if encoding not in ("latin1", b"latin1"):  # how protocols below 3 write bytes
-            raise _Forbidden(f"the encoding {encoding!r}")
-        return text.encode("latin1")
-
-
 def _read_pickle(path: Path) -> tuple[Any, Any]:
     """The images and the IDs (or None) of a pickle, without running any code in it."""
     expected = (
@@ -306,18 +211,14 @@ def _read_pickle(path: Path) -> tuple[Any, Any]:
     )
     try:
         with open(path, "rb") as file:
-            content = _ArrayUnpickler(file, encoding="bytes").load()
-    except _Forbidden as error:
+            content = safe_pickle.load(file)
+    except safe_pickle.ForbiddenError as error:
         raise ResfastError(
             f"{path} was rejected: it asks for {error}, but only arrays of numbers are read from a "
             "pickle, since anything else could run code; save the images as .npy with numpy.save"
         ) from None
-    except (
-        pickle.UnpicklingError, OSError, EOFError, ValueError, TypeError, AttributeError, KeyError,
-        IndexError, OverflowError, MemoryError, RecursionError, ImportError,
-    ) as error:  # fmt: skip
-        reason = str(error) or type(error).__name__
-        raise ResfastError(f"{path} is not a readable pickle ({reason}); {expected}") from None
+    except (OSError, safe_pickle.BrokenError) as error:
+        raise ResfastError(f"{path} is not a readable pickle ({error}); {expected}") from None
     ids = None
     if isinstance(content, dict):
         named = {
@@ -329,8 +230,4 @@ def _read_pickle(path: Path) -> tuple[Any, Any]:
             raise ResfastError(f"{path} holds a dict of {found}; {expected}")
         content = named["data"]
         ids = next((named[name] for name in ID_NAMES if named.get(name) is not None), None)
-    return _array(content), _array(ids)
-
-
-def _array(value: Any) -> Any:
-    return getattr(value, "value", None) if isinstance(value, _Array) else value
+    return safe_pickle.array(content), safe_pickle.array(ids)

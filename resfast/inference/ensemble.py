@@ -178,6 +178,7 @@ def ensemble(
                 data_dir=own_data.data_dir if data_dir is None else Path(data_dir),
                 image_size=size,
                 report=report,
+                test_only=True,
             )
         found = data_sets[size]
         order = _order(run.classes, classes, path, paths[0])

@@ -16,6 +16,7 @@ from resfast import __version__, atomic, runtime
 from resfast.data import batches as feed
 from resfast.data.dataset import Dataset, Stream, print_to_stderr
 from resfast.data.sources import open_data
+from resfast.data.test_sets import CorruptedSets
 from resfast.errors import ResfastError
 from resfast.inference import load as inference
 from resfast.inference import scoring as evaluation
@@ -99,6 +100,7 @@ def evaluate(
         device=run.device,
         report=report,
         classes=None if run.config.data.classes is None else run.classes,
+        test_only=True,
     )
     _note_changed_data(run, dataset, report)
     numbering = label_numbers(run, dataset)
@@ -162,7 +164,9 @@ def evaluate(
     return result
 
 
-def label_numbers(run: TrainedRun, dataset: Dataset | Stream) -> torch.Tensor | None:
+def label_numbers(
+    run: TrainedRun, dataset: Dataset | Stream | CorruptedSets
+) -> torch.Tensor | None:
     """The run's label for each of the data set's, int64 ``[classes]``; None where they agree."""
     if dataset.classes == run.classes:
         return None

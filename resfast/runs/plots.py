@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -140,4 +140,45 @@ def _confusion(confusion: Tensor, classes: tuple[str, ...]) -> Figure:
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     figure.colorbar(image, ax=axes, shrink=0.8, label="% of the true class")
+    return figure
+
+
+def save_corruptions(
+    path: Path, errors: Mapping[str, Sequence[float]], mean: float, title: str
+) -> None:
+    """Error under each corruption and severity, and their means. Raises no error, see
+    :func:`optional`.
+
+    Args:
+        path: PNG to write.
+        errors: for each corruption, the error at the severities from 1, 0 to 1.
+        mean: mean error.
+        title: of the figure.
+    """
+    with optional(path):
+        save(_corruptions(errors, mean, title), path)
+
+
+def _corruptions(errors: Mapping[str, Sequence[float]], mean: float, title: str) -> Figure:
+    severities = len(next(iter(errors.values())))
+    figure = Figure(figsize=(7.2, 1.7 + 0.32 * len(errors)), layout="constrained")
+    figure.suptitle(plain(title), fontsize=10)
+    axes = figure.subplots()
+    rows = [[*values, sum(values) / len(values)] for values in errors.values()]
+    percent = [[100 * value for value in row] for row in rows]
+    image = axes.imshow(percent, cmap="YlOrRd", vmin=0, vmax=100, aspect="auto")
+    for row, values in enumerate(percent):
+        for column, value in enumerate(values):
+            color = "white" if value > 65 else "black"
+            weight = "bold" if column == severities else "normal"
+            axes.text(
+                column, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize=8,
+                fontweight=weight,
+            )  # fmt: skip
+    axes.axvline(severities - 0.5, color="white", linewidth=4)
+    axes.set_xticks(range(severities + 1), [*map(str, range(1, severities + 1)), "mean"])
+    axes.set_yticks(range(len(errors)), [plain(kind.replace("_", " ")) for kind in errors])
+    axes.set_xlabel(f"severity (mean error {mean:.1%})")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="error (%)")
     return figure

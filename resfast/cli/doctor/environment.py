@@ -41,7 +41,7 @@ REQUIRED = {
 }
 """Modules that the commands need besides torch, and the packages they come from."""
 OPTIONAL = (
-    *("onnx", "onnxscript", "onnxruntime", "tensorboard", "wandb", "optuna"),
+    *("onnx", "onnxscript", "onnxruntime", "tensorboard", "wandb", "optuna", "pyarrow"),
     *("pytest", "hypothesis"),
 )
 
@@ -200,7 +200,7 @@ def probe_data(options: Options) -> Iterator[Line]:
 def _locate(data: str, data_dir: Path) -> Line:
     """Finds ``data`` without downloading or decoding it."""
     from resfast.data import folder, shards
-    from resfast.data.sources import CHOICES
+    from resfast.data.sources import CHOICES, SOURCES
     from resfast.errors import ResfastError, nearest
 
     kind, _, location = data.partition(":")
@@ -218,7 +218,12 @@ def _locate(data: str, data_dir: Path) -> Line:
         found = shards.read_shards(path, report=lambda line: None)
         text = f"{path}, {len(found.train) + len(found.test):,} images in shards"
         return Line("data", "ok", text)
-    if data in ("svhn", "fashion-mnist", "stl10") or (kind == "arrays" and location):
+    if f"{kind}:" in SOURCES and location:
+        without_part = Path(location.rpartition("#")[0] or location).expanduser()
+        if not (path.exists() or without_part.exists()):
+            raise ResfastError(f"{path} does not exist: check --data {data}")
+        return Line("data", "ok", f"{data}, not opened")
+    if data in ("svhn", "fashion-mnist", "stl10"):
         return Line("data", "ok", f"{data}, not opened")
     if data == "digits":
         return Line("data", "ok", "digits come with scikit-learn")

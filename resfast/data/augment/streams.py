@@ -22,6 +22,8 @@ ORDER = 10  # key of the shuffle, two words
 CROP = 11  # top, left of the window that progressive image sizes crop to
 LABEL_NOISE = 12  # of the whole run, not of Philox: which labels are replaced, and by what
 NOISE = 13  # key of the image's noise, two words
+CORRUPTION = 14  # of a kind, severity and chunk of images, not of Philox: all random numbers
+FROST = 15  # of a whole evaluation, not of Philox: the texture
 WINDOW_STREAM = 32  # as RESIZE, for random-resized crop in DALI on full-size images
 
 
