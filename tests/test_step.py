@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from resfast.config.schema import Config, OptimConfig
 from resfast.cuda_graph import CudaGraph
+from resfast.errors import ResfastError
 from resfast.layers.conv import set_winograd_tile
 from resfast.layers.norm import in_captured_step
 from resfast.optim.averaging import Average, ema_weight, lookahead_weight
@@ -487,7 +488,7 @@ def test_a_failing_capture_falls_back_and_says_so(
 
     step = make_step(True)
     monkeypatch.setattr(CudaGraph, "__init__", broken)
-    with pytest.raises(RuntimeError, match="no graph today"):
+    with pytest.raises(ResfastError, match="no graph today"):
         warm_up_step(step, *batch(0), fall_back=False)
     with caplog.at_level(logging.WARNING, "resfast"):
         warm_up_step(step, *batch(0), fall_back=True)

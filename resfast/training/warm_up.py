@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resfast import runtime
 from resfast.data.batch import BatchSource
+from resfast.errors import ResfastError
 from resfast.layers.norm import train_mode
 from resfast.training.display import Display
 from resfast.training.evaluator import blank_batch
@@ -101,7 +102,7 @@ def warm_up_step(
         Seconds it took.
 
     Raises:
-        RuntimeError: compilation or capture failed and ``fall_back`` is False.
+        ResfastError: compilation or capture failed and ``fall_back`` is False.
     """
     start = time.perf_counter()
     kinds = step.kinds.of_steps(steps)
@@ -112,9 +113,12 @@ def warm_up_step(
         try:
             for kind in kinds:
                 _capture_step(step, kind, images, labels, source)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if not fall_back:
-                raise
+                raise ResfastError(
+                    f"--cuda-graph on is not possible: {_first_line(error)}; use --cuda-graph auto "
+                    "to continue without where it fails"
+                ) from error
             logger.warning(
                 "training continues without a CUDA graph, which failed: %s", _first_line(error)
             )
@@ -130,9 +134,12 @@ def _compile_step(step: TrainStep, images: Tensor, labels: Tensor, fall_back: bo
     with generators_restored(step.device):
         try:
             step.backward(images, labels)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:  # of a full disk, for example
             if not fall_back:
-                raise
+                raise ResfastError(
+                    f"torch.compile failed: {_first_line(error)}; use --compile auto to continue "
+                    "without where it fails"
+                ) from error
             logger.warning(
                 "training continues without torch.compile, which failed: %s", _first_line(error)
             )
