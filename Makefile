@@ -20,7 +20,7 @@ CUDA := $(if $(filter 0,$(RESFAST_CUDA)),,$(filter 1,$(RESFAST_CUDA))$(shell com
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test bench bench-report gpu-report doctor lint docs clean
+.PHONY: help train test faults bench bench-report gpu-report doctor lint docs clean
 
 help: ## Show this list
 	@echo 'make TARGET [ARGS="options"] [PYTHON=python3.11]'
@@ -37,6 +37,9 @@ test: $(INSTALLED) ## Run the tests, two at a time; ARGS="-x tests/test_package.
 	  || status=$$?; \
 	[ -z "$$options" ] || { percent=$$($(BIN)/python -m coverage report --format=total) \
 	  && echo "Coverage of resfast: $$percent %"; }; exit $$status
+
+faults: $(INSTALLED) ## Kill commands at 1,000 moments and leave others without space
+	RESFAST_FAULTS=1000 $(BIN)/python -m pytest tests/faults $(ARGS)
 
 bench: $(INSTALLED) ## Time inference, the training step, augmentation and loaders against others
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

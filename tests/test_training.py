@@ -538,7 +538,7 @@ def test_a_failing_compiler_falls_back_and_says_so(caplog: pytest.LogCaptureFixt
 
     step._loss = broken
     batch = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ResfastError, match="torch.compile failed: no compiler today"):
+    with pytest.raises(ResfastError, match=r"torch.compile failed: no compiler today"):
         warm_up_step(step, *batch, fall_back=False)
     warm_up_step(step, *batch, fall_back=True)
     assert "no compiler today" in caplog.text
