@@ -493,9 +493,9 @@ def test_a_corrupt_file_is_named(files, tmp_path, kind):
     paths = (*files.paths[:17], str(tmp_path / "bad.jpg"), *files.paths[18:])
     for options in ({"train": False}, {"augment": Augment(resize=0.5)}):
         loader = make(Files(paths, files.labels), drop_last=False, **options)
-        with pytest.raises(ResfastError, match=r"bad\.jpg is not a readable JPEG"):
+        with pytest.raises(ResfastError, match=r"bad\.jpg is not a readable image"):
             list(loader.epoch(0))
-        with pytest.raises(ResfastError, match=r"bad\.jpg is not a readable JPEG"):
+        with pytest.raises(ResfastError, match=r"bad\.jpg is not a readable image"):
             list(loader.epoch(0))  # again, with a new pipeline
 
 
