@@ -33,9 +33,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 def decode_image(data: bytes, size: int) -> np.ndarray:
     """Decodes one image file into uint8 ``[size, size, 3]`` RGB.
 
-    As :func:`decode_whole`; an image of another size is cropped and resized by :func:`fit`.
+    As :func:`decode_whole`; an image of another size is cropped and resized as by :func:`fit`.
     """
-    return fit(decode_whole(data), size)
+    return np.asarray(_fitted(_decoded(data), size))
 
 
 def decode_whole(data: bytes) -> np.ndarray:
@@ -45,6 +45,10 @@ def decode_whole(data: bytes) -> np.ndarray:
     animation is its first image.
     Raises one of :func:`decode_errors` for a corrupt image or a decompression bomb.
     """
+    return np.asarray(_decoded(data))
+
+
+def _decoded(data: bytes) -> Any:
     from PIL import Image, ImageOps
 
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
@@ -56,7 +60,7 @@ def decode_whole(data: bytes) -> np.ndarray:
         image.load()  # also what a PNG says after its pixels
         if _has_orientation(image):
             ImageOps.exif_transpose(image, in_place=True)
-        return np.asarray(_to_rgb(image))
+        return _to_rgb(image)
 
 
 def _has_orientation(image: Any) -> bool:
@@ -84,15 +88,20 @@ def fit(pixels: np.ndarray, size: int) -> np.ndarray:
     """
     if pixels.shape[:2] == (size, size):
         return pixels
+    from PIL import Image
+
+    channels = [pixels] if pixels.shape[2] == 3 else np.moveaxis(pixels, 2, 0)
+    images = [Image.fromarray(np.ascontiguousarray(channel)) for channel in channels]
+    fitted = [np.asarray(_fitted(image, size)) for image in images]
+    return fitted[0] if pixels.shape[2] == 3 else np.stack(fitted, -1)
+
+
+def _fitted(image: Any, size: int) -> Any:
     from PIL import Image, ImageOps
 
-    def fitted(part: np.ndarray) -> np.ndarray:
-        image = Image.fromarray(np.ascontiguousarray(part))
-        return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
-
-    if pixels.shape[2] == 3:
-        return fitted(pixels)
-    return np.stack([fitted(pixels[..., c]) for c in range(pixels.shape[2])], -1)
+    if image.size == (size, size):
+        return image
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 
 REPLACE = "replace or remove it"
