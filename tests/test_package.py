@@ -284,7 +284,7 @@ def test_constraints_are_exact_versions_within_the_declared_bounds():
         assert match, f"{line!r} is not NAME==VERSION"
         assert match[1] not in pins, f"{match[1]} is pinned twice"
         pins[match[1]] = match[2]
-    for name, requirement in requirements("dev", "docs").items():
+    for name, requirement in requirements("dev", "docs", "wheel").items():
         assert name in pins, f"{name} is not pinned"
         assert pins[name] in requirement.specifier, f"{name}=={pins[name]} is not {requirement}"
 
