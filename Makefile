@@ -20,7 +20,7 @@ CUDA := $(if $(filter 0,$(RESFAST_CUDA)),,$(filter 1,$(RESFAST_CUDA))$(shell com
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test faults bench bench-report gpu-report doctor lint docs clean
+.PHONY: help train test faults bench bench-report gpu-report doctor lint docs wheel clean
 
 help: ## Show this list
 	@echo 'make TARGET [ARGS="options"] [PYTHON=python3.11]'
@@ -69,6 +69,14 @@ lint: $(BIN)/ruff $(BIN)/mypy ## Check style, formatting and types
 
 docs: $(BIN)/mkdocs ## Build the documentation as a site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+wheel: $(INSTALLED) ## Build a source distribution and a wheel for every Python and torch, in dist
+	$(PIP) install -c constraints.txt auditwheel abi3audit wheel
+	rm -rf dist && mkdir dist
+	cd dist && PYTHONPATH=../build_backend ../$(BIN)/python -c \
+	  'import os; os.chdir(".."); import resfast_build; print(resfast_build.build_sdist("dist"))'
+	RESFAST_EXTENSION=1 $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	$(BIN)/python build_backend/audit.py dist/*.whl
 
 clean: ## Remove build products and caches; .venv, data and runs stay
 	rm -rf build dist *.egg-info .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -9,4 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "build_backend"))
 
 import resfast_build
 
-setup(ext_modules=resfast_build.extensions(), cmdclass={"build_ext": resfast_build.BuildExt})
+extensions = resfast_build.extensions()
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": resfast_build.BuildExt},
+    # The kernels do not use Python at all: one wheel is for all its versions.
+    options={"bdist_wheel": {"py_limited_api": resfast_build.OLDEST_PYTHON}} if extensions else {},
+)

@@ -9,7 +9,8 @@ what happens without them:
     1       that is an error
     0       they are not built even where they could be
 
-MAX_JOBS says how many files are compiled at a time.
+MAX_JOBS says how many files are compiled at a time. A wheel with kernels is for every Python from
+3.11 on (cp311-abi3) and every torch from 2.11 on.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ TORCH = "torch>=2.11"
 NO_TORCH = f"{TORCH} is not installed here"
 CPU, CUDA = "resfast._C", "resfast._CUDA"
 TARGET = "0x020b000000000000"
+OLDEST_PYTHON = "cp311"
+"""Of a wheel with kernels, cp311-abi3: as ``requires-python`` in pyproject.toml."""
 FLAGS = [
     "-std=c++17",
     "-O3",
@@ -152,6 +155,7 @@ def extensions() -> list[Extension]:
             # torch is loaded before the kernels are: they find it without a path of this machine.
             library_dirs=[str(torch / "lib")],
             libraries=["torch_cpu"],
+            py_limited_api=True,
             optional=True,  # BuildExt decides
         )
     ]

@@ -146,7 +146,8 @@ def test_wheel_holds_the_extension_and_compiles_without_a_warning(built):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     (library,) = [name for name in names if name.endswith((".so", ".dylib"))]
-    assert re.fullmatch(r"resfast/_C\.cpython-\S+", library)
+    assert re.fullmatch(r"resfast/_C\.abi3\.(so|dylib)", library)
+    assert tag.startswith("cp311-abi3-"), tag
     assert not re.search(r"csrc/\S+: (warning|error)", output), output
     assert "without the C++ kernels" not in output
 

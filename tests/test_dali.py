@@ -346,43 +346,7 @@ def test_other_sizes_are_cut_to_a_square_and_resized(tmp_path, size):
         loader = make(source, train=False, finish="uint8")
         images = next(iter(loader.epoch(0))).images
         assert images.dtype == torch.uint8
-        assert (images[0].permute(1, 2, 0) - expected).abs().max() <= 2
-
-
-def save_kinds(folder: Path) -> list[str]:
-    rgb = Image.fromarray(smooth(2, 24, 24))
-    orientation = Image.Exif()
-    orientation[0x112] = 6
-    wide = Image.fromarray(np.asarray(rgb)[..., 0].astype(np.uint16) * 257)
-    alpha = Image.merge("RGBA", (*rgb.split(), rgb.split()[0]))
-    kinds = {
-        "rgb.jpg": (rgb, {"quality": 95}),
-        "turned.jpg": (rgb, {"exif": orientation}),
-        "grey.jpg": (rgb.convert("L"), {}),
-        "cmyk.jpg": (rgb.convert("CMYK"), {}),
-        "grey.png": (rgb.convert("L"), {}),
-        "grey alpha.png": (rgb.convert("LA"), {}),
-        "alpha.png": (alpha, {}),
-        "16 bit.png": (wide, {}),
-        "palette.png": (rgb.quantize(64), {}),
-        "palette transparent.png": (rgb.quantize(64), {"transparency": 3}),
-        "lossy.webp": (rgb, {}),
-        "alpha.webp": (alpha, {"lossless": True}),
-    }
-    for name, (image, options) in kinds.items():
-        image.save(folder / name, **options)
-    return [str(folder / name) for name in kinds]
-
-
-def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path):
-    paths = save_kinds(tmp_path)
-    source = Files(tuple(paths), torch.zeros(len(paths), dtype=torch.int64))
-    loader = make(source, image_size=24, train=False, finish="uint8", batch_size=len(paths))
-    images = next(iter(loader.epoch(0))).images
-    for path, image in zip(paths, images, strict=True):
-        expected = decode_image(Path(path).read_bytes(), 24).astype(np.int32)
-        difference = np.abs(image.permute(1, 2, 0).numpy() - expected).max()
-        assert difference <= 2, f"{os.path.basename(path)} differs by {difference}"
+        assert torch.equal(images[0].permute(1, 2, 0).int(), expected)
 
 
 def gradient(folder: Path, name: str) -> str:
@@ -493,9 +457,9 @@ def test_a_corrupt_file_is_named(files, tmp_path, kind):
     paths = (*files.paths[:17], str(tmp_path / "bad.jpg"), *files.paths[18:])
     for options in ({"train": False}, {"augment": Augment(resize=0.5)}):
         loader = make(Files(paths, files.labels), drop_last=False, **options)
-        with pytest.raises(ResfastError, match=r"bad\.jpg is not a readable JPEG"):
+        with pytest.raises(ResfastError, match=r"bad\.jpg is not a readable image"):
             list(loader.epoch(0))
-        with pytest.raises(ResfastError, match=r"bad\.jpg is not a readable JPEG"):
+        with pytest.raises(ResfastError, match=r"bad\.jpg is not a readable image"):
             list(loader.epoch(0))  # again, with a new pipeline
 
 
@@ -684,7 +648,7 @@ def test_gpu_batches_outlive_the_next_ones(source):
 
 
 @pytest.mark.gpu
-def test_gpu_jpegs_are_decoded_as_pillow_does_within_a_few_grey_levels(tmp_path):
+def test_gpu_jpegs_are_decoded_as_pillow_does(tmp_path):
     paths = []
     for row in range(8):
         Image.fromarray(smooth(row, 48, 64)).save(tmp_path / f"{row}.jpg", quality=95)
@@ -693,8 +657,8 @@ def test_gpu_jpegs_are_decoded_as_pillow_does_within_a_few_grey_levels(tmp_path)
     loader = make(source, device="cuda", train=False, finish="uint8", batch_size=8)
     images = next(iter(loader.epoch(0))).images
     for path, image in zip(paths, images.cpu(), strict=True):
-        expected = decode_image(Path(path).read_bytes(), 16).astype(np.int32)
-        assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 6
+        expected = decode_image(Path(path).read_bytes(), 16)
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), expected)
 
 
 @pytest.mark.gpu

@@ -277,7 +277,7 @@ def test_a_damaged_image_is_decoded_or_fails_with_a_known_error(data):
     broken = broken[: data.draw(st.integers(0, len(broken)))]
     try:
         assert decode.decode_image(bytes(broken), SIZE).shape == (SIZE, SIZE, 3)
-    except decode._decode_errors():
+    except decode.decode_errors():
         pass
 
 

@@ -151,6 +151,27 @@ def test_broken_kernels_are_a_problem_and_absent_ones_are_not(missing, state, mo
     assert "pip install" in line.todo
 
 
+@pytest.mark.parametrize(
+    ("name", "versions", "state", "text"),
+    [
+        ("_C.abi3.so", "2.17 2.2.5 2.9", "ok", "all later ones; for Linux with glibc 2.17"),
+        ("_C.abi3.so", "2.34 2.17", "missing", "all later ones; for Linux with glibc 2.34"),
+        ("_C.cpython-311-x86_64-linux-gnu.so", "2.17", "missing", "is for this Python alone"),
+        ("_C.abi3.dylib", "", "ok", "all later ones"),
+    ],
+)
+def test_where_else_the_kernels_run_is_said(name, versions, state, text, tmp_path, monkeypatch):
+    names = b"".join(b"\0GLIBC_" + version.encode() for version in versions.split())
+    (tmp_path / name).write_bytes(b"\x7fELF" + names + b"\0GLIBCXX_3.4.29\0")
+    monkeypatch.setattr(kernels, "PACKAGE", tmp_path)
+    monkeypatch.setattr(extension, "MISSING", None)
+    line = the_line("portability")
+    assert (line.state, bool(line.todo)) == (state, state == "missing")
+    assert text in line.text
+    monkeypatch.setattr(extension, "MISSING", "they were not built")
+    assert the_line("portability").state == "missing"
+
+
 class Gpu:
     """Stands in for ``torch.cuda`` with one device."""
 

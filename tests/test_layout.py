@@ -66,13 +66,33 @@ def imported(name: str, known: dict[str, Path]) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} has a relative import"
+            module = absolute(node, name, known[name])
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
+                inner = f"{module}.{alias.name}"
                 if inner in known:
                     yield inner
-                elif node.module in known:
-                    yield node.module
+                elif module in known:
+                    yield module
+
+
+def absolute(node: ast.ImportFrom, name: str, path: Path) -> str:
+    """The module that a ``from`` names. Those of operators are relative, all others absolute.
+
+    So a collection of kernels can hold the operators under a name of its own.
+    """
+    assert (node.level > 0) == (name.startswith("resfast.ops") and not is_foreign(node)), (
+        f"{name} imports {node.module}: relative imports are for resfast.ops, and for all of it"
+    )
+    if not node.level:
+        return node.module or ""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    above = package[: len(package) - node.level + 1]
+    return ".".join([*above, *filter(None, [node.module])])
+
+
+def is_foreign(node: ast.ImportFrom) -> bool:
+    """Whether a module is not one of this package."""
+    return node.level == 0 and (node.module or "").partition(".")[0] != "resfast"
 
 
 def layer(name: str) -> int | None:

@@ -284,7 +284,7 @@ def test_constraints_are_exact_versions_within_the_declared_bounds():
         assert match, f"{line!r} is not NAME==VERSION"
         assert match[1] not in pins, f"{match[1]} is pinned twice"
         pins[match[1]] = match[2]
-    for name, requirement in requirements("dev", "docs").items():
+    for name, requirement in requirements("dev", "docs", "wheel").items():
         assert name in pins, f"{name} is not pinned"
         assert pins[name] in requirement.specifier, f"{name}=={pins[name]} is not {requirement}"
 
@@ -372,5 +372,5 @@ def test_make_without_a_target_lists_the_targets(tmp_path):
     done = run_make(cwd=ROOT)
     assert done.returncode == 0, done.stderr
     listed = re.findall(r"^  ([a-z-]+) ", done.stdout, re.MULTILINE)
-    reports = {"bench-report", "gpu-report", "doctor"}
+    reports = {"bench-report", "gpu-report", "doctor", "wheel"}
     assert {"help", "train", "test", "bench", "lint", "docs", "clean"} | reports == set(listed)

@@ -445,12 +445,12 @@ def test_every_mode_of_image_is_read_as_in_training(run, here, mode, capsys):
 def test_wrong_images_are_one_sentence(run, here, capsys):
     (here / "empty").mkdir()
     (here / "bad.png").write_bytes(b"no image")
-    (here / "x.tiff").touch()
+    (here / "x.heic").touch()
     draw("red", 1).save(here / "a.png")
     error = fails(capsys, predict.main, run, "a.png", "gone.png")
     assert "gone.png does not exist" in error
     assert "holds no images" in fails(capsys, predict.main, run, "empty")
-    assert "unknown type '.tiff'" in fails(capsys, predict.main, run, "x.tiff")
+    assert "unknown type '.heic'" in fails(capsys, predict.main, run, "x.heic")
     error = fails(capsys, predict.main, run, "a.png", "bad.png")
     assert "bad.png is not a readable" in error
     assert "--skip-corrupt" in error

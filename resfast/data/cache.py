@@ -18,7 +18,7 @@ import torch
 from resfast import atomic
 from resfast.data.dataset import TENSORS, Dataset, tensor_digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def content_key(

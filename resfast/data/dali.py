@@ -8,8 +8,10 @@ Order and augmentation of :class:`Arrays` and :class:`Files` are functions of (s
 the same as those of :class:`~resfast.data.resident.ResidentLoader`, so an epoch can start at any
 step and no state has to be saved. Shards are read in DALI's order, whose state has to be saved.
 
-A file that is truncated, empty, missing or of another type raises an error that names it. A JPEG
-with damaged bytes in the middle may decode to a wrong image without an error.
+DALI decodes the files that it decodes as Pillow does, and Pillow the others, and resizes
+(:mod:`resfast.data.dali_formats`, :mod:`resfast.data.dali_pillow`). A file that is truncated,
+empty, missing or of another type raises an error that names it. A JPEG with damaged bytes in the
+middle may decode to a wrong image without an error.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ __all__ = ["Arrays", "DaliLoader", "Finish", "Source", "mean_std"]
 class DaliLoader:
     """Batches of images that DALI reads; used like :class:`~resfast.data.resident.ResidentLoader`.
 
-    Differences: an image is mixed with the next image of its batch instead of any other; images
-    that are not ``image_size`` on both sides are center-cropped to a square and resized, bicubic
-    with antialiasing (as in :func:`~resfast.data.decode.decode_image`); and, except for
-    :class:`Arrays` of the right size, DALI does random-resized crops, from the full-size image.
+    Differences: an image is mixed with the next image of its batch instead of any other;
+    and, except for :class:`Arrays` of the right size, DALI does random-resized crops, from the
+    full-size image. Images that are not ``image_size`` on both sides are center-cropped to a square
+    and resized with the same result as :func:`~resfast.data.decode.decode_image`.
 
     Args:
         source: the images.

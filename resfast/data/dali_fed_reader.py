@@ -17,14 +17,9 @@ from torch import Tensor
 
 from resfast.data import dali_pipeline
 from resfast.data.augment import LOG_RATIO, WINDOW_STREAM, order
-from resfast.data.dali_reader import (
-    Arrays,
-    Reader,
-    ReaderOptions,
-    ReadImages,
-    raise_for_undecodable,
-)
+from resfast.data.dali_reader import Arrays, Reader, ReaderOptions, ReadImages
 from resfast.data.dataset import Files
+from resfast.data.decode import REPLACE_OR_SKIP
 from resfast.data.folder import read_file
 from resfast.errors import ResfastError
 from resfast.ops.philox.op import philox, uniform
@@ -80,22 +75,43 @@ class FedReader(Reader):
             shuffled = torch.arange(options.rank, self.count, options.world)
         on_device = shuffled.to(options.device)
         self._drain()
-        self._steps = (
-            self._inputs(self._part(shuffled, step), epoch) for step in range(first_step, len(self))
-        )
+        self._feed(shuffled, epoch, first_step)
         for step in range(first_step, len(self)):
             try:
                 (images,) = self._run()
-            except RuntimeError:
-                self._pipeline = None
-                ahead = range(step, min(step + options.prefetch + 1, len(self)))
-                rows = torch.cat([self._part(shuffled, other) for other in ahead]).tolist()
-                if isinstance(self.source, Files):
-                    paths = (self.source.paths[row] for row in rows)
-                    raise_for_undecodable((path, read_file(path)) for path in paths)
-                raise
+            except RuntimeError as error:
+                images = self._run_again(shuffled, epoch, step, error)
             indices = self._part(on_device, step)
             yield ReadImages(images, self._labels[indices], indices)
+        self._pillow.say(self._part_size())
+
+    def _feed(self, shuffled: Tensor, epoch: int, first_step: int) -> None:
+        self._steps = (
+            self._inputs(self._part(shuffled, step), epoch) for step in range(first_step, len(self))
+        )
+
+    def _run_again(self, shuffled: Tensor, epoch: int, step: int, error: RuntimeError) -> Tensor:
+        """The images of a step at which DALI failed, all decoded by Pillow if it can."""
+        while True:
+            if isinstance(self.source, Arrays):
+                raise error
+            ahead = range(step, min(step + self.options.prefetch + 1, len(self)))
+            rows = torch.cat([self._part(shuffled, other) for other in ahead]).tolist()
+            paths = [self.source.paths[row] for row in rows]
+            images = ((path, read_file(path)) for path in paths)
+            self._pillow.raise_refused(images, REPLACE_OR_SKIP)
+            if self._pillow.everything:
+                raise error
+            for path in paths:
+                read_file(path)  # an error that names it, if that was what failed
+            self._pillow.everything = True
+            self._feed(shuffled, epoch, step)
+            try:
+                (again,) = self._run()
+            except RuntimeError:
+                continue
+            self._pillow.say_taken_over(error)
+            return again
 
     def _part_size(self) -> int:
         return len(range(self.options.rank, self.count, self.options.world))

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from resfast.data import dali_formats
 from resfast.data.augment import LOG_RATIO
+from resfast.data.dali_pillow import Pillow
 from resfast.data.shard_listing import IMAGE_EXTENSIONS
 from resfast.errors import ResfastError
 
 _SHUFFLE_BUFFER = 1024
+Headers = tuple[Any, Any]  # of dali_formats.headers
 
 
 def import_dali() -> Any:
@@ -43,6 +46,7 @@ def build(
     seed: int,
     image_size: int,
     resized: bool,
+    pillow: Pillow,
     decoded: bool = False,
     feed: Callable[[], tuple[Any, ...]] | None = None,
     fed: Sequence[str] = (),
@@ -58,6 +62,8 @@ def build(
     Args:
         resized: whether decoded images are cropped (to the window, or to a centred square) and
             resized.
+        pillow: what decodes the images that DALI does not decode, and resizes those that are not
+            cropped to a window.
         decoded: whether the pipeline is fed images instead of file names.
         feed: returns the values of ``fed`` for a batch; raises ``StopIteration`` after the last.
         fed: ``data`` (images, or file names as bytes), ``lengths`` of the names, and the random
@@ -75,6 +81,7 @@ def build(
     dali = import_dali()
     fn, types = dali.fn, dali.types
     on_gpu = device_id is not None
+    fitting, known = dali_formats.headers(image_size), dali_formats.headers()
 
     @dali.pipeline_def(
         batch_size=batch_size,
@@ -108,14 +115,23 @@ def build(
             )
             values = {name: nodes[place] for place, name in enumerate(fed)}
         if decoded:
-            images = values["data"].gpu() if on_gpu else values["data"]
-            if resized:
-                images = _resize_decoded(dali, images, values.get("window"), image_size)
+            images = values["data"]
+            if resized and "window" not in values:
+                images = _call(fn, pillow.fit, images)
+            images = images.gpu() if on_gpu else images
+            if resized and "window" in values:
+                images = _resize_window(dali, images, values["window"], image_size)
         else:
             if reader is None:
                 names = fn.slice(values["data"], start=0, shape=values["lengths"], axes=[0])
                 encoded = fn.io.file.read(names, dont_use_mmap=True)  # mapping costs more
-            images = _decode(dali, encoded, values.get("window"), image_size, on_gpu)
+            if "window" in values:
+                images = _decode_window(
+                    dali, encoded, values["window"], image_size, on_gpu, known, pillow
+                )
+            else:
+                images = _decode(dali, encoded, fitting, known, pillow)
+                images = images.gpu() if on_gpu else images
         if "shift" in values:
             images = fn.slice(
                 images,
@@ -163,14 +179,80 @@ def _random_values(fn: Any, types: Any, window: float, crop: int, flip: bool) ->
     return values
 
 
-def _decode(dali: Any, encoded: Any, window: Any, image_size: int, on_gpu: bool) -> Any:
+def _call(fn: Any, function: Callable[..., Any], images: Any) -> Any:
+    """``function`` of all images of a batch."""
+    return fn.python_function(
+        images, function=function, batch_processing=True, output_layouts="HWC"
+    )
+
+
+def _decode(dali: Any, encoded: Any, fitting: Headers, known: Headers, pillow: Pillow) -> Any:
+    """Images ``[S, S, 3]`` on the CPU, with the pixels of Pillow."""
+    fn, types = dali.fn, dali.types
+    if pillow.everything:
+        return _call(fn, pillow.decode, encoded)
+    start = _start(fn, encoded)
+    fits = _has_header(dali, start, fitting)
+    if fits:
+        sized = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+    else:
+        agrees = _has_header(dali, start, known)
+        if agrees:
+            images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+            sized = _call(fn, pillow.fit, images)
+        else:
+            sized = _call(fn, pillow.decode, encoded)
+    return sized
+
+
+def _decode_window(
+    dali: Any,
+    encoded: Any,
+    window: Any,
+    image_size: int,
+    on_gpu: bool,
+    known: Headers,
+    pillow: Pillow,
+) -> Any:
+    """Windows of images as ``[S, S, 3]``; DALI decodes no more than the window."""
+    fn = dali.fn
+    if pillow.everything:
+        whole = _call(fn, pillow.decode_whole, encoded)
+        whole = whole.gpu() if on_gpu else whole
+        return _resize_window(dali, whole, window, image_size)
+    agrees = _has_header(dali, _start(fn, encoded), known)
+    if agrees:
+        sized = _decode_only_window(dali, encoded, window, image_size, on_gpu)
+    else:
+        whole = _call(fn, pillow.decode_whole, encoded)
+        whole = whole.gpu() if on_gpu else whole
+        sized = _resize_window(dali, whole, window, image_size)
+    return sized
+
+
+def _start(fn: Any, encoded: Any) -> Any:
+    length = dali_formats.LENGTH
+    return fn.slice(
+        encoded, start=0, shape=length, axes=[0], out_of_bounds_policy="pad", fill_values=0
+    )
+
+
+def _has_header(dali: Any, start: Any, headers: Headers) -> Any:
+    """Whether the first bytes of a file are one of :func:`dali_formats.headers`.
+
+    Few operations on arrays: each takes 2 µs per file, however small.
+    """
+    fn, types = dali.fn, dali.types
+    values, masks = types.Constant(headers[0]), types.Constant(headers[1])
+    differs = fn.reductions.max((start ^ values) & masks, axes=[1])
+    return fn.reductions.min(differs) == 0
+
+
+def _decode_only_window(dali: Any, encoded: Any, window: Any, image_size: int, on_gpu: bool) -> Any:
     fn, types = dali.fn, dali.types
     options = {"device": "cpu", "output_type": types.RGB}
     if on_gpu:  # upsample chroma as the CPU decoders do
         options |= {"device": "mixed", "jpeg_fancy_upsampling": True}
-    if window is None:
-        images = fn.decoders.image(encoded, **options)
-        return _resize_decoded(dali, images, None, image_size)
     sides = fn.slice(fn.peek_image_shape(encoded, dtype=types.INT32), start=0, shape=2, axes=[0])
     start, size = _window(dali, fn.cast(sides, dtype=types.FLOAT), window)
     start = fn.cast(dali.math.floor(start), dtype=types.INT32)
@@ -185,22 +267,10 @@ def _decode(dali: Any, encoded: Any, window: Any, image_size: int, on_gpu: bool)
     return _to_size(dali, images, image_size)
 
 
-def _resize_decoded(dali: Any, images: Any, window: Any, image_size: int) -> Any:
+def _resize_window(dali: Any, images: Any, window: Any, image_size: int) -> Any:
     fn, types = dali.fn, dali.types
-    if window is not None:
-        start, size = _window(dali, fn.cast(_sides(fn, images), dtype=types.FLOAT), window)
-        resized = _to_size(dali, images, image_size, roi_start=start, roi_end=start + size)
-    else:
-        shape = images.shape()
-        # Resizing takes as long as decoding a small JPEG, even if the size does not change.
-        if (shape[0] == image_size) & (shape[1] == image_size):
-            resized = images
-        else:
-            sides = fn.cast(_sides(fn, images), dtype=types.FLOAT)
-            size = fn.reductions.min(sides)
-            start = (sides - size) * 0.5
-            resized = _to_size(dali, images, image_size, roi_start=start, roi_end=start + size)
-    return resized
+    start, size = _window(dali, fn.cast(_sides(fn, images), dtype=types.FLOAT), window)
+    return _to_size(dali, images, image_size, roi_start=start, roi_end=start + size)
 
 
 def _sides(fn: Any, images: Any) -> Any:
@@ -231,28 +301,3 @@ def shut_down(pipeline: Any) -> None:
     A second pipeline beside one that had failed has ended in a segmentation fault.
     """
     pipeline._shutdown()  # as its __del__ does, which an exception's traceback delays
-
-
-def first_undecodable(images: Iterator[tuple[str, bytes]]) -> str | None:
-    """The name of the first image that DALI cannot decode, or None."""
-    import numpy as np
-
-    dali = import_dali()
-    pending = [b""]
-    pipeline = dali.Pipeline(
-        batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, seed=0
-    )
-    with pipeline:
-        encoded = dali.fn.external_source(
-            source=lambda: [np.frombuffer(pending[0], np.uint8)], batch=True
-        )
-        pipeline.set_outputs(dali.fn.decoders.image(encoded, output_type=dali.types.RGB))
-    for name, data in images:
-        if not data:
-            return name
-        pending[0] = data
-        try:
-            pipeline.run()
-        except RuntimeError:
-            return name
-    return None

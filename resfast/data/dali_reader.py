@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resfast.data import dali_pipeline
 from resfast.data.augment import Augment, needs_statistics, sample, statistics
-from resfast.errors import ResfastError
+from resfast.data.dali_pillow import Pillow
 from resfast.ops.augment.op import AugmentParams
 
 Finish = Literal["fused", "dali", "uint8"]
@@ -95,6 +95,7 @@ class Reader(ABC):
         self.options, self.count = options, count
         self.channels, self.resizes = 3, True
         self._pipeline: Any = None
+        self._pillow = Pillow(options.image_size, options.threads)
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
@@ -162,6 +163,7 @@ class Reader(ABC):
             "image_size": options.image_size,
             "resized": self.resizes or self.window < 1,
             "normalize": options.normalize,
+            "pillow": self._pillow,
         }
 
     def _run(self) -> tuple[Tensor, ...]:
@@ -178,12 +180,3 @@ class Reader(ABC):
             dali_pipeline.shut_down(failed)
             raise
         return tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
-
-
-def raise_for_undecodable(images: Iterator[tuple[str, bytes]]) -> None:
-    """Raises ResfastError for the first of ``images`` that DALI cannot decode."""
-    name = dali_pipeline.first_undecodable(images)
-    if name is not None:
-        raise ResfastError(
-            f"{name} is not a readable JPEG, PNG or WebP image: replace or remove it"
-        )

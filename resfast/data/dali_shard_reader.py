@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from resfast.data import dali_pipeline, shard_listing, shards
-from resfast.data.dali_reader import Reader, ReaderOptions, ReadImages, raise_for_undecodable
+from resfast.data.dali_reader import Reader, ReaderOptions, ReadImages
 from resfast.data.dataset import Shards
+from resfast.data.decode import REPLACE
 from resfast.errors import ResfastError
 
 # Any odd number will do: a hash only has to be the same in every run.
 _HASH_FACTOR = 0x9E3779B97F4A7C15
+# Version of the pipeline, which DALI's state is for; one more where Pillow decodes everything.
+_GRAPH = 2
 
 
 class ShardReader(Reader):
@@ -83,6 +86,7 @@ class ShardReader(Reader):
             labels = self._labels[torch.searchsorted(self._known, indices)]
             device = self.options.device
             yield ReadImages(images, labels.to(device), indices.to(device))
+        self._pillow.say(size)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the shards after the last batch that was yielded.
@@ -95,6 +99,7 @@ class ShardReader(Reader):
         epoch, step = self._position
         return {
             "pipeline": torch.from_numpy(state),
+            "graph": _GRAPH + self._pillow.everything,
             "epoch": epoch,
             "step": step,
             **self._identity(),
@@ -114,6 +119,10 @@ class ShardReader(Reader):
                     f"the saved position in the shards is of {name} {state[name]}, but this run "
                     f"has {name} {value}: use the same shards and options to continue"
                 )
+        if state.get("graph") not in (_GRAPH, _GRAPH + 1):  # of another version: read them again
+            self._pipeline, self._position = None, (0, 0)
+            return
+        self._pillow.everything = state["graph"] > _GRAPH
         self._pipeline = self._build(checkpoint=state["pipeline"].numpy().tobytes())
         self._position = (state["epoch"], state["step"])
 
@@ -142,18 +151,29 @@ class ShardReader(Reader):
             self._advance()
 
     def _advance(self) -> tuple[Tensor, ...]:
+        epoch, step = self._position
         try:
             outputs = self._run()
-        except RuntimeError:
-            self._position = (0, 0)
-            raise_for_undecodable(
-                (f"{name} in {path}", data)
-                for path in self.source.paths
-                for name, data in shards.images_of(path)
-            )
-            raise
-        epoch, step = self._position
+        except RuntimeError as error:
+            return self._advance_again(epoch * self._runs + step, error)
         self._position = (epoch, step + 1) if step + 1 < self._runs else (epoch + 1, 0)
+        return outputs
+
+    def _advance_again(self, target: int, error: RuntimeError) -> tuple[Tensor, ...]:
+        """The run at which DALI failed, all of whose images Pillow decodes, if it can."""
+        self._position = (0, 0)
+        images = (
+            (f"{name} in {path}", data)
+            for path in self.source.paths
+            for name, data in shards.images_of(path)
+        )
+        self._pillow.raise_refused(images, REPLACE)
+        if self._pillow.everything:
+            raise error
+        self._pillow.everything = True
+        self._go_to(target)
+        outputs = self._advance()
+        self._pillow.say_taken_over(error)
         return outputs
 
     def _indices_of(self, names: np.ndarray) -> Tensor:

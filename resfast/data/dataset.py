@@ -50,7 +50,7 @@ class Files:
     """Encoded images by path.
 
     Attributes:
-        paths: JPEG, PNG or WebP files.
+        paths: image files, of the formats of :data:`resfast.data.decode.FORMATS`.
         labels: int64 ``[N]``.
     """
 

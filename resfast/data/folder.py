@@ -27,13 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resfast.data.decode import Key, decode_all
+from resfast.data.decode import REPLACE_OR_SKIP, Key, decode_all, unreadable
 from resfast.errors import ResfastError
 
 SPLITS = ("train", "test")
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 """Folders of test images: the first that there is."""
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
+)  # fmt: skip
+"""Suffixes of image files; what is in them may be any of the formats."""
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 _LAYOUT = "train/<class>/* and test/<class>/*"
 _READ = 1 << 20
@@ -307,10 +310,7 @@ def read(
         corrupt.update(failures)
         if failures and not skip_corrupt:
             key, reason = failures[0]
-            raise ResfastError(
-                f"{listing.shown(source.path, *key)} is not a readable JPEG, PNG or WebP image "
-                f"({reason}): replace it, or skip such images with --skip-corrupt"
-            )
+            raise unreadable(listing.shown(source.path, *key), reason, REPLACE_OR_SKIP)
     if count != len(places):
         raise ResfastError(
             f"{source.path} changed while it was read ({count:,} of {len(places):,} images read): "

@@ -58,9 +58,10 @@ class Files:
             for _, failures in decode.decode_all(blobs, keys, size):
                 for (_, _, row), reason in failures:
                     if not skip_corrupt:
-                        raise ResfastError(
-                            f"{self.paths[int(row)]} is not a readable JPEG, PNG or WebP image "
-                            f"({reason}): replace it, or skip such images with --skip-corrupt"
+                        raise decode.unreadable(
+                            self.paths[int(row)],
+                            reason,
+                            "replace it, or skip such images with --skip-corrupt",
                         )
                     corrupt.add(int(row))
             kept = [row for row in rows if row not in corrupt]

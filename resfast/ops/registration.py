@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from resfast.ops import extension
+from . import extension
 
 logger = logging.getLogger("resfast")
 

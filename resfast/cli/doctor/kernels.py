@@ -21,6 +21,8 @@ from resfast.cli.doctor.line import (
     output_of,
 )
 
+MANYLINUX = (2, 28)
+"""The glibc of the wheels of ``make wheel``, manylinux_2_28."""
 REBUILD = "rebuild: pip install -v --no-build-isolation -e . (or make) shows what is wrong"
 
 
@@ -39,6 +41,32 @@ def probe_cpp_kernels(options: Options) -> Iterator[Line]:
     else:
         text = f"slower PyTorch code is used instead: {extension.MISSING}"
         yield Line("C++ kernels", "missing", text, REBUILD)
+
+
+def probe_portability(options: Options) -> Iterator[Line]:
+    """Where else the compiled CPU kernels run, from what they ask for."""
+    from resfast.ops import extension
+
+    found = sorted(PACKAGE.glob("_C.*"))
+    if extension.MISSING is not None or not found:
+        yield Line("portability", "missing", "not known: there are no C++ kernels")
+        return
+    path = found[0]
+    text, todo = f"{path.name} is for Python 3.11 and torch 2.11, and all later ones", ""
+    if ".abi3." not in path.name:
+        text, todo = f"{path.name} is for this Python alone, and torch from 2.11 on", REBUILD
+    glibc = newest_glibc(path.read_bytes())
+    if glibc is not None:
+        text += f"; for Linux with glibc {dotted(glibc)} or later"
+    if todo == "" and glibc is not None and glibc > MANYLINUX:
+        todo = f"make wheel builds one for glibc {dotted(MANYLINUX)}"
+    yield Line("portability", "missing" if todo else "ok", text, todo)
+
+
+def newest_glibc(library: bytes) -> tuple[int, ...] | None:
+    """The newest version of glibc that a library asks for, or None if it asks for none."""
+    names = re.findall(rb"\0GLIBC_(\d+)\.(\d+)(?:\.\d+)?(?=\0)", library)
+    return max((tuple(map(int, name)) for name in names), default=None)
 
 
 def probe_cuda_kernels(options: Options) -> Iterator[Line]:

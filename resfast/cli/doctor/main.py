@@ -35,6 +35,7 @@ PROBES: dict[str, Callable[[Options], Iterator[Line]]] = {
     "CUDA device": environment.probe_devices,
     "CPU": environment.probe_cpu,
     "C++ kernels": kernels.probe_cpp_kernels,
+    "portability": kernels.probe_portability,
     "CUDA kernels": kernels.probe_cuda_kernels,
     "Triton": kernels.probe_triton,
     "C++ compiler": kernels.probe_compiler,

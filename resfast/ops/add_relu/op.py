@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfast.ops.conv import reference as conv_reference
-from resfast.ops.registration import fallback, register
+from ..conv import reference as conv_reference
+from ..registration import fallback, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -76,14 +76,14 @@ def _backward_fake(grad: Tensor, result: Tensor) -> Tensor:
 
 
 def _cuda(x: Tensor, residual: Tensor) -> Tensor:
-    from resfast.ops.add_relu import triton as triton_add_relu
+    from . import triton as triton_add_relu
 
     check_arguments(x, residual)
     return triton_add_relu.add_relu(x, residual)
 
 
 def _backward_cuda(grad: Tensor, result: Tensor) -> Tensor:
-    from resfast.ops.add_relu import triton as triton_add_relu
+    from . import triton as triton_add_relu
 
     check_arguments(grad, result, "grad", "result")
     return triton_add_relu.add_relu_backward(grad, result)

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from resfast.ops.philox.op import philox
+from ..philox.op import philox
 
 _PER_COUNTER = 8
 """Numbers from the four words of a counter: two of 16 bits each."""

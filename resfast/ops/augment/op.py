@@ -23,9 +23,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from resfast.ops.augment import reference
-from resfast.ops.augment.noise import add_noise
-from resfast.ops.registration import fallback, register
+from ..registration import fallback, register
+from . import reference
+from .noise import add_noise
 
 Padding = Literal["reflect", "zero"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -350,7 +350,7 @@ def _fake(images: Tensor, indices: Tensor, *args: Any) -> Tensor:
 
 
 def _cuda(images: Tensor, indices: Tensor, *args: Any) -> Tensor:
-    from resfast.ops.augment import triton as triton_augment
+    from . import triton as triton_augment
 
     check_arguments(images, indices, *args)
     return triton_augment.augment(images, indices, *args[:-1])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfast.ops.conv import reference as conv_reference
+from ..conv import reference as conv_reference
 
 _MASK32 = 0xFFFFFFFF
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resfast import runtime
-from resfast.ops.conv import choice as conv_choice
-from resfast.ops.conv import cuda as conv_cuda
-from resfast.ops.conv import op as conv
-from resfast.ops.conv import reference as conv_reference
-from resfast.ops.conv.op import ConvBiasAct
-from resfast.ops.conv.reference import TORCH_NEGATIVE_SLOPE, new_map
-from resfast.ops.registration import register
+from ... import runtime
+from ..conv import choice as conv_choice
+from ..conv import cuda as conv_cuda
+from ..conv import op as conv
+from ..conv import reference as conv_reference
+from ..conv.op import ConvBiasAct
+from ..conv.reference import TORCH_NEGATIVE_SLOPE, new_map
+from ..registration import register
 
 ACTIVATIONS = ("relu", "leaky_relu")
 DTYPES = (torch.bfloat16, torch.float16)

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resfast import atomic
-from resfast.ops import extension
+from ... import atomic
+from .. import extension
 
 logger = logging.getLogger("resfast")
 
@@ -97,7 +97,7 @@ def describe_sizes(
 
 def versions() -> str:
     """The part of a cache key that describes the software."""
-    from resfast import __version__
+    from ... import __version__
 
     built = extension.fingerprint()
     return f"torch {torch.__version__}|resfast {__version__}, kernels {built}"

@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfast import runtime
-from resfast.ops.conv import choice as conv_choice
-from resfast.ops.conv import reference as conv_reference
-from resfast.ops.conv.choice import Plan, Run
+from ... import runtime
+from . import choice as conv_choice
+from . import reference as conv_reference
+from .choice import Plan, Run
 
 ALGORITHMS = conv_choice.NAMES["cpu"]
 CHOICES = conv_choice.Choices("conv-cpu.json")

@@ -30,11 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfast import runtime
-from resfast.ops.conv import choice as conv_choice
-from resfast.ops.conv import reference as conv_reference
-from resfast.ops.conv.choice import Call, Plan, Times
-from resfast.ops.conv.reference import channels_last
+from ... import runtime
+from . import choice as conv_choice
+from . import reference as conv_reference
+from .choice import Call, Plan, Times
+from .reference import channels_last
 
 CHOICES = conv_choice.Choices("conv-cuda.json")
 MAX_OURS = 6

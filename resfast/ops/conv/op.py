@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from resfast.errors import nearest
-from resfast.ops.conv import choice as conv_choice
-from resfast.ops.conv import cpu as conv_cpu
-from resfast.ops.conv import cuda as conv_cuda
-from resfast.ops.conv import reference as conv_reference
-from resfast.ops.conv.reference import channels_last, new_map, output_shape
-from resfast.ops.registration import fallback, register
+from ...errors import nearest
+from ..registration import fallback, register
+from . import choice as conv_choice
+from . import cpu as conv_cpu
+from . import cuda as conv_cuda
+from . import reference as conv_reference
+from .reference import channels_last, new_map, output_shape
 
 Activation = Literal[
     "none",

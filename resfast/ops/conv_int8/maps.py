@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfast.ops.conv.reference import channels_last
+from ..conv.reference import channels_last
 
 LEVELS = 255
 """Largest value of a map."""

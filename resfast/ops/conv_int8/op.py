@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from resfast.ops.conv import reference as conv_reference
-from resfast.ops.conv.op import ConvBiasAct
-from resfast.ops.conv.reference import channels_last
-from resfast.ops.conv_int8.maps import Quantization
-from resfast.ops.registration import register
-from resfast.runtime import cpu_info
+from ...runtime import cpu_info
+from ..conv import reference as conv_reference
+from ..conv.op import ConvBiasAct
+from ..conv.reference import channels_last
+from ..registration import register
+from .maps import Quantization
 
 SCHEMA = (
     "conv2d_int8(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? residual, "

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfast.ops.conv import choice as conv_choice
-from resfast.ops.conv import cpu as conv_cpu
-from resfast.ops.conv_train import op as conv_train
+from ..conv import choice as conv_choice
+from ..conv import cpu as conv_cpu
+from . import op as conv_train
 
 CHOICES = conv_choice.Choices("conv-train-cpu.json")
 MEASURED_VALUES = 2**21

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from resfast.ops.conv import cpu as conv_cpu
-from resfast.ops.conv import reference as conv_reference
-from resfast.ops.conv.cpu import TILES
-from resfast.ops.conv.reference import channels_last, new_map, output_shape
-from resfast.ops.registration import register
+from ..conv import cpu as conv_cpu
+from ..conv import reference as conv_reference
+from ..conv.cpu import TILES
+from ..conv.reference import channels_last, new_map, output_shape
+from ..registration import register
 
 MIN_CHANNELS = 16
 """Fewest input and output channels for which the transforms save more than they cost."""

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resfast import runtime
-from resfast.ops.conv.reference import (
+from ... import runtime
+from ..conv.reference import (
     ACTIVATIONS,
     KERNEL_ACTIVATIONS,
     channels_last,
     new_map,
 )
-from resfast.ops.registration import register
+from ..registration import register
 
 AVAILABLE = runtime.has_triton()
 """Whether Triton is installed."""
@@ -139,13 +139,13 @@ def _backward_cpu(
 
 
 def _cuda(x: Tensor, *rest: Any) -> Tensor:
-    from resfast.ops.frozen_conv import triton as triton_frozen_conv
+    from . import triton as triton_frozen_conv
 
     return triton_frozen_conv.forward(channels_last(x), *rest)
 
 
 def _backward_cuda(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
-    from resfast.ops.frozen_conv import triton as triton_frozen_conv
+    from . import triton as triton_frozen_conv
 
     return triton_frozen_conv.backward(channels_last(grad), channels_last(x), *rest)
 

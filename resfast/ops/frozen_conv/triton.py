@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfast.ops.conv.reference import new_map
-from resfast.ops.norm_act.triton import _activated, _before_activation, _plus
+from ..conv.reference import new_map
+from ..norm_act.triton import _activated, _before_activation, _plus
 
 BLOCK = 128
 """Pixels per tile."""

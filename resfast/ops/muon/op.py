@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from resfast.ops.registration import fallback, register
+from ..registration import fallback, register
 
 MIN_NORM = 1e-7
 """Norms are clamped to at least this."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from resfast.ops.conv.reference import ACTIVATIONS, TORCH_NEGATIVE_SLOPE
+from ..conv.reference import ACTIVATIONS, TORCH_NEGATIVE_SLOPE
 
 LINE = 64
 """Bytes of a line, the unit of memory."""

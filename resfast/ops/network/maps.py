@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from resfast.ops.network.layers import Conv, Layout
+from .layers import Conv, Layout
 
 OUTSIDE = [-1, 0, 0, 1, 1, 1, 1]
 """Words of the network's own input or result, or of no map."""

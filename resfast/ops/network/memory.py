@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from resfast.ops.network.layers import (
+from .layers import (
     LINE,
     Concat,
     Conv,
@@ -15,7 +15,7 @@ from resfast.ops.network.layers import (
     Unplannable,
     sources,
 )
-from resfast.ops.network.maps import Map
+from .maps import Map
 
 
 @dataclass

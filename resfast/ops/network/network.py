@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfast.ops.conv import choice as conv_choice
-from resfast.ops.conv import cpu as conv_cpu
-from resfast.ops.conv import reference as conv_reference
-from resfast.ops.conv.op import ConvBiasAct
-from resfast.ops.network import winograd
-from resfast.ops.network.layers import (
+from ..conv import choice as conv_choice
+from ..conv import cpu as conv_cpu
+from ..conv import reference as conv_reference
+from ..conv.op import ConvBiasAct
+from ..scale_shift.op import ScaleShiftAct
+from . import winograd
+from .layers import (
     BFLOAT16,
     FLOAT32,
     FLOAT32_TO_BFLOAT16,
@@ -46,9 +47,8 @@ from resfast.ops.network.layers import (
     shapes,
     sources,
 )
-from resfast.ops.network.packing import Packed, aligned_bytes, pack
-from resfast.ops.network.plan import MOST_IMAGES, Plan, item_sizes, plan
-from resfast.ops.scale_shift.op import ScaleShiftAct
+from .packing import Packed, aligned_bytes, pack
+from .plan import MOST_IMAGES, Plan, item_sizes, plan
 
 CHOICES = conv_choice.Choices("network-cpu.json")
 LAYERS = "layers"

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from resfast.ops.network import winograd
-from resfast.ops.network.layers import BFLOAT16, LINE, PANEL, Conv, Layer, Layout, Pointwise
+from . import winograd
+from .layers import BFLOAT16, LINE, PANEL, Conv, Layer, Layout, Pointwise
 
 HUGE_PAGE = 2 * 1024 * 1024
 """Bytes of memory that the processor finds by one entry of its table, instead of 4096."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from resfast.ops.network.layers import Layer, Layout, shapes, sources
-from resfast.ops.network.maps import OUTSIDE, Map, group_size, margin
-from resfast.ops.network.memory import Memory, Value
-from resfast.ops.network.steps import from_block
+from .layers import Layer, Layout, shapes, sources
+from .maps import OUTSIDE, Map, group_size, margin
+from .memory import Memory, Value
+from .steps import from_block
 
 
 class Places:

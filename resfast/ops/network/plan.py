@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resfast.ops.conv import cpu
-from resfast.ops.network import winograd
-from resfast.ops.network.layers import (
+from ..conv import cpu
+from . import winograd
+from .layers import (
     BFLOAT16,
     FLOAT32,
     LINE,
@@ -37,11 +37,11 @@ from resfast.ops.network.layers import (
     Pointwise,
     sources,
 )
-from resfast.ops.network.maps import OUTSIDE, Map, Tables, group_size
-from resfast.ops.network.memory import Value, place_parts
-from resfast.ops.network.packing import Packed
-from resfast.ops.network.places import Places
-from resfast.ops.network.steps import Split, from_block, segments, words_of_step
+from .maps import OUTSIDE, Map, Tables, group_size
+from .memory import Value, place_parts
+from .packing import Packed
+from .places import Places
+from .steps import Split, from_block, segments, words_of_step
 
 MAGIC = 0x7265736E65740005
 (

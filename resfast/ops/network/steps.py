@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resfast.ops.network.layers import PANEL, Layer, Layout, sources
-from resfast.ops.network.maps import OUTSIDE
-from resfast.ops.network.memory import Value
+from .layers import PANEL, Layer, Layout, sources
+from .maps import OUTSIDE
+from .memory import Value
 
 PASS_BYTES = 640 * 1024
 """Of the largest map of a pass."""

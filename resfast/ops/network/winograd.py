@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resfast.ops.conv import cpu
-from resfast.ops.network.layers import Conv, Layer, Layout, shapes
+from ..conv import cpu
+from .layers import Conv, Layer, Layout, shapes
 
 SIDES = {torch.float32: (2, 4), torch.bfloat16: (2,)}
 """Results of a tile in each direction, by dtype of the maps."""

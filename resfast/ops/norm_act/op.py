@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from resfast import runtime
-from resfast.ops.conv import cpu as conv_cpu
-from resfast.ops.conv import reference as conv_reference
-from resfast.ops.conv.reference import channels_last, new_map
-from resfast.ops.registration import register
+from ... import runtime
+from ..conv import cpu as conv_cpu
+from ..conv import reference as conv_reference
+from ..conv.reference import channels_last, new_map
+from ..registration import register
 
 ACTIVATIONS = conv_reference.KERNEL_ACTIVATIONS
 """In the order of their numbers in ``csrc/cpu/conv/conv_bf16.h``."""
@@ -233,13 +233,13 @@ class _OnCpu(torch.autograd.Function):
 
 
 def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    from resfast.ops.norm_act import triton as triton_norm_act
+    from . import triton as triton_norm_act
 
     return triton_norm_act.forward(*args)
 
 
 def _backward_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from resfast.ops.norm_act import triton as triton_norm_act
+    from . import triton as triton_norm_act
 
     return triton_norm_act.backward(*args)
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resfast.ops.conv.reference import channels_last, new_map
+from ..conv.reference import channels_last, new_map
 
 WARPS = 16
 PROGRAMS_PER_MULTIPROCESSOR = 1

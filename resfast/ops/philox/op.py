@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resfast.ops.augment import reference
-from resfast.ops.registration import fallback, register
+from ..augment import reference
+from ..registration import fallback, register
 
 SCHEMA = "philox(Tensor indices, int seed, int epoch, int stream) -> Tensor"
 
@@ -51,7 +51,7 @@ def uniform(words: Tensor) -> Tensor:
 
 
 def _cuda(indices: Tensor, seed: int, epoch: int, stream: int) -> Tensor:
-    from resfast.ops.philox import triton as triton_philox
+    from . import triton as triton_philox
 
     return triton_philox.philox(indices, seed, epoch, stream)
 

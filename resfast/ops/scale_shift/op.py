@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resfast.errors import nearest
-from resfast.ops.conv.reference import (
+from ...errors import nearest
+from ..conv.reference import (
     ACTIVATIONS,
     TORCH_NEGATIVE_SLOPE,
     channels_last,
     new_map,
 )
-from resfast.ops.registration import fallback, register
+from ..registration import fallback, register
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMBERS = {
