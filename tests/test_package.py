@@ -372,5 +372,5 @@ def test_make_without_a_target_lists_the_targets(tmp_path):
     done = run_make(cwd=ROOT)
     assert done.returncode == 0, done.stderr
     listed = re.findall(r"^  ([a-z-]+) ", done.stdout, re.MULTILINE)
-    reports = {"bench-report", "gpu-report", "doctor", "wheel"}
+    reports = {"bench-report", "gpu-report", "doctor", "wheel", "faults"}
     assert {"help", "train", "test", "bench", "lint", "docs", "clean"} | reports == set(listed)

@@ -14,7 +14,7 @@ from typing import Any, NotRequired
 import pydantic
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 from resfast.config.compare import differences
 from resfast.config.files import describe, from_json

@@ -218,7 +218,8 @@ def test_a_command_killed_at_any_file_event_can_be_repeated(
         killed = zygote.run(folder, *argv, kill_at=number)
         assert killed.code == -9, killed.output
         answer = zygote.run(folder, *argv)
-        is_complete = "already has shards" in answer.output  # its last event is not its last file
+        # Its last events may be after its last file.
+        is_complete = "already has shards" in answer.output or "already exists" in answer.output
         assert answer.code == 0 or is_complete, f"event {number}: {answer.output}"
         assert all((folder / name).is_file() for name in results)
         assert not [path for path in folder.rglob("*") if atomic.is_temporary(path)]
