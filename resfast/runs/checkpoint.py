@@ -164,8 +164,23 @@ def save_weights(
         "mean": json.dumps(mean.tolist()),
         "std": json.dumps(std.tolist()),
     }
-    metadata[_DIGEST] = _digest(to_safetensors(tensors, metadata))
-    _write(path, to_safetensors(tensors, metadata), "weights")
+    _write(path, _with_digest(to_safetensors(tensors, metadata)), "weights")
+
+
+def _with_digest(data: bytes) -> bytes:
+    """A safetensors file with its digest, and with its metadata in order.
+
+    safetensors writes metadata in another order each time; the same weights should be the same
+    bytes.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(
+        sorted((header["__metadata__"] | {_DIGEST: _digest(data)}).items())
+    )
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned, at offsets from the end of the header
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def _digest(data: bytes) -> str:
