@@ -179,6 +179,23 @@ def test_a_submission_is_as_kaggle_expects_it(tmp_path: Path, capsys, monkeypatc
 # -- Parquet ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("other", ["3.png", "images/3.png"])
+def test_an_image_that_is_in_two_places_is_refused(other: str, tmp_path: Path):
+    folder = write_kaggle(tmp_path / "kaggle")
+    (folder / other).parent.mkdir(exist_ok=True)
+    (folder / other).write_bytes(png(500))
+    with pytest.raises(ResfastError, match="may both be the image '3'"):
+        load(f"csv:{folder}", tmp_path)
+
+
+def test_an_image_by_two_paths_is_refused(tmp_path: Path):
+    folder = write_kaggle(tmp_path / "kaggle")
+    rows = [("train/1.png", "cat"), ("./train/1.png", "dog"), ("train/2.png", "dog")]
+    write_csv(folder / "trainLabels.csv", rows)
+    with pytest.raises(ResfastError, match="twice"):
+        load(f"csv:{folder}", tmp_path)
+
+
 def write_parquet(path: Path, seeds: list[int], *, image: str = "img", **columns: list) -> None:
     """A file as the Hugging Face Hub has them."""
     pa = pytest.importorskip("pyarrow")
@@ -208,6 +225,24 @@ def test_files_of_the_hugging_face_hub_are_read(tmp_path: Path, capsys):
     capsys.readouterr()
     assert load(f"parquet:{folder}", tmp_path).digest == data.digest
     assert "reading" not in capsys.readouterr().err
+
+
+def test_different_data_sets_in_one_folder_are_refused(tmp_path: Path):
+    folder = tmp_path / "hub"
+    for name in ("a", "b"):
+        write_parquet(folder / name / "train-0.parquet", [1, 2], label=[0, 1])
+        write_parquet(folder / name / "test-0.parquet", [3, 4], label=[0, 1])
+    with pytest.raises(ResfastError, match="both have files for t.*give the path of one"):
+        load(f"parquet:{folder}", tmp_path)
+
+
+def test_class_names_that_disagree_are_refused(tmp_path: Path, monkeypatch):
+    folder = tmp_path / "hub"
+    write_parquet(folder / "train-0.parquet", [1, 2], label=[0, 1])
+    monkeypatch.setitem(globals(), "CLASSES", CLASSES[::-1])
+    write_parquet(folder / "test-0.parquet", [3, 4], label=[0, 1])
+    with pytest.raises(ResfastError, match="name the classes differently"):
+        load(f"parquet:{folder}", tmp_path)
 
 
 def test_fine_labels_names_and_plain_bytes_are_read(tmp_path: Path):

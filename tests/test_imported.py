@@ -50,6 +50,25 @@ NETWORK = """
             nn.Linear(WIDTH, num_classes),
         )
 
+    class Views(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.last = nn.Linear(4 * 16 * 16, classes)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.last(x.view(x.size(0), -1))
+
+    class Auxiliary(nn.Sequential):
+        def forward(self, x):
+            out = super().forward(x)
+            return (out, out) if self.training else out
+
+    def views(num_classes): return Views(num_classes)
+    def auxiliary(num_classes): return Auxiliary(make(num_classes))
+    def scripted(num_classes): return torch.jit.trace(make(num_classes), torch.zeros(2, 3, 16, 16))
+    def leaves(): raise SystemExit(0)
     def seven(): return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 7))
     def flat(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(16, num_classes))
     def fails(): raise RuntimeError("no weights found")
@@ -68,6 +87,7 @@ NETWORK = """
 @pytest.fixture(autouse=True)
 def nothing_is_trusted(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(imported, "_trusted", {})
+    monkeypatch.setattr(imported, "_neighbours", {})
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     for name in [name for name in sys.modules if name.startswith("resfast_network_")]:
@@ -140,17 +160,60 @@ def test_a_moved_file_is_taken_from_where_it_is_now(net: Path, tmp_path: Path):
     assert isinstance(built(f"{net}:make"), nn.Sequential)
 
 
+def test_two_moved_files_of_one_name_are_not_mixed_up(net: Path, tmp_path: Path):
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "net.py").write_text(net.read_text())
+        resfast.trust(folder / "net.py")
+    with pytest.raises(ResfastError, match="2 trusted files have its name"):
+        built(f"{tmp_path}/elsewhere/net.py:make")
+
+
+def test_neighbours_of_two_files_are_not_mixed_up(net: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "neighbour.py").write_text("WIDTH = 12\n")
+    (other / "net.py").write_text(net.read_text())
+    for file, width in ((net, 8), (other / "net.py", 12), (net, 8)):
+        resfast.trust(file)
+        assert built(f"{file}:make")[0].out_channels == width
+
+
+def test_changed_code_is_noticed(
+    net: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    resfast.trust(net)
+    config = own(tiny, f"{net}:make")
+    finished = train(change(config, name="finished")).path
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(Interrupted) as stopped:
+            train(config)
+    resfast.load(finished)
+    assert "another version" not in caplog.text
+    (net.parent / "neighbour.py").write_text("WIDTH = 8  # changed\n")
+    resfast.load(finished)
+    assert f"was trained with another version of {net}" in caplog.text
+    with pytest.raises(ResfastError, match="or of a file that it imports, has changed"):
+        train(resume=stopped.value.path)
+
+
+def test_a_file_needs_a_function(net: Path):
+    with pytest.raises(ResfastError, match=r"add its function, .*net.py:FUNCTION"):
+        built(str(net))
+
+
 def test_an_interrupted_run_ends_with_the_same_bits(
     net: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ):
     resfast.trust(net)
     config = own(tiny, f"{net}:make")
     whole = train(change(config, name="whole"))
-    interrupt_at(monkeypatch, 5)
-    with pytest.raises(Interrupted) as stopped:
-        train(config)
-    monkeypatch.undo()
-    monkeypatch.setattr(imported, "_trusted", {net.resolve(): None})
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(Interrupted) as stopped:
+            train(config)
     assert_same_weights(train(resume=stopped.value.path).path, whole.path)
 
 
@@ -201,7 +264,11 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("seven", r"returns \[2, 7\] for 2 images; expected logits \[2, 2\]"),
+        ("seven", r"returns \[2, 7\] for 2 images in evaluation; expected logits \[2, 2\]"),
+        ("views", r"channels_last memory.*use x.flatten\(1\)"),
+        ("auxiliary", "returns tuple for 2 images in training"),
+        ("scripted", "not compiled to TorchScript"),
+        ("leaves", "cannot be built: SystemExit"),
         ("flat", "does not take images of 16x16 pixels"),
         ("fails", "cannot be built: RuntimeError: no weights found"),
         ("text", "made a str; expected a torch.nn.Module"),

@@ -50,6 +50,8 @@ class Options:
     """Compute dtype (None: the study's own)."""
     threads: int | None = None
     """CPU threads (None: torch's default)."""
+    trust: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file whose code may run, since it makes the network of a run; may be repeated."""
 
 
 def print_list() -> None:

@@ -38,6 +38,8 @@ class Options:
     heartbeat: int = 60
     """Seconds between signs of life; after twice as many without one, the trial of a killed process
     is taken over."""
+    trust: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A Python file whose code may run, since it makes the network of a run; may be repeated."""
 
 
 def main(args: Sequence[str] | None = None) -> int:

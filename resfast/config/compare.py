@@ -17,7 +17,8 @@ FREE_TO_DIFFER = {
     "threads",
     *(f.name for f in fields(RunConfig)),
 }
-"""Fields that may change when a run is resumed, because they do not affect the result."""
+"""Fields that may change when a run is resumed, because they do not affect the result, but for the
+number of threads, which changes how sums are rounded."""
 
 
 def flatten(config: Config) -> dict[str, Any]:

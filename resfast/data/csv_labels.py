@@ -228,13 +228,24 @@ class _Files:
         self._stems: list[dict[str, str]] | None = None
 
     def find(self, value: str) -> str | None:
-        """The path of an image, or None."""
+        """The path of an image, or None.
+
+        Raises:
+            ResfastError: more than one of the folders has it.
+        """
         if value.lower().endswith(IMAGE_SUFFIXES):
-            paths = (os.path.join(folder, value) for folder in self.folders)
-            return next((path for path in paths if os.path.isfile(path)), None)
-        if self._stems is None:
-            self._stems = [_stems(folder) for folder in self.folders]
-        return next((stems[value] for stems in self._stems if value in stems), None)
+            paths = [os.path.normpath(os.path.join(folder, value)) for folder in self.folders]
+            paths = [path for path in dict.fromkeys(paths) if os.path.isfile(path)]
+        else:
+            if self._stems is None:
+                self._stems = [_stems(folder) for folder in self.folders]
+            paths = [stems[value] for stems in self._stems if value in stems]
+        if len(paths) > 1:
+            raise ResfastError(
+                f"{paths[0]} and {paths[1]} may both be the image {value!r}; expected one: write "
+                "its path in the CSV file, or remove the other"
+            )
+        return paths[0] if paths else None
 
     def expected(self, value: str) -> str:
         """What was looked for."""

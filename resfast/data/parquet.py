@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,7 @@ def open_parquet(request: Request) -> Dataset:
         split: [value for file in paths for value in _labels(file, columns[file][1])]
         for split, paths in files.items()
     }
-    first = files["train"][0]
-    classes, numbers = _numbered(labels, _class_names(first, columns[first][1]), path)
+    classes, numbers = _numbered(labels, _common_class_names(columns), path)
 
     def blobs() -> Iterator[tuple[str, int, bytes]]:
         for split, paths in files.items():
@@ -105,6 +104,13 @@ def _files(path: Path) -> dict[str, list[Path]]:
             if name and name[0] in ("train", *TEST_FOLDERS):
                 found.setdefault(name[0], []).append(file)
                 break
+    for split, files in found.items():
+        folders = sorted({file.parent for file in files})
+        if len(folders) > 1:
+            raise ResfastError(
+                f"{folders[0]} and {folders[1]} both have files for {split}, as different versions "
+                "of one data set do; give the path of one of them"
+            )
     test = next((name for name in TEST_FOLDERS if name in found), None)
     if "train" not in found or test is None:
         held = ", ".join(file.name for file in sorted(path.rglob("*.parquet"))[:5])
@@ -184,6 +190,19 @@ def _class_names(file: Path, column: str) -> tuple[str, ...]:
     except (KeyError, TypeError, ValueError):
         return ()
     return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _common_class_names(columns: Mapping[Path, tuple[str, str]]) -> tuple[str, ...]:
+    """The names of the classes, which all files that have any must agree on."""
+    found = {file: _class_names(file, label) for file, (_, label) in columns.items()}
+    first = next((file for file, names in found.items() if names), None)
+    for file, names in found.items():
+        if first is not None and names and names != found[first]:
+            raise ResfastError(
+                f"{first} and {file} name the classes differently ({', '.join(found[first][:5])} "
+                f"and {', '.join(names[:5])}); expected files of one data set"
+            )
+    return () if first is None else found[first]
 
 
 def _numbered(

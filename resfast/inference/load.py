@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,14 @@ from resfast.config.network import network
 from resfast.config.schema import Config
 from resfast.errors import ResfastError, nearest
 from resfast.inference.scoring import TTA, predict
+from resfast.models.imported import source_digest
 from resfast.models.presets import build_model
 from resfast.runs import folder as records
 from resfast.runs.checkpoint import Weights, load_weights
 from resfast.runs.find import summary_of
 from resfast.runs.summary import RunSummary
 
+logger = logging.getLogger("resfast")
 Which = Literal["final", "best"]
 FILES = {"final": records.WEIGHTS, "best": records.BEST}
 _RUN = "the folder of a run (runs/NAME) or a .safetensors file of one"
@@ -245,6 +248,13 @@ def _network(file: Path, weights: Weights) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # initialization must not advance the generator
         size = weights.config.data.image_size
         model = build_model(network(weights.config.model), len(weights.classes), size)
+    if weights.code not in (None, source_digest(weights.config.model.model)):
+        logger.warning(
+            "%s was trained with another version of %s or of a file that it imports: its results "
+            "may differ",
+            file,
+            weights.config.model.model.rpartition(":")[0],
+        )
     wanted, given = model.state_dict(), weights.tensors
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} is not part of the network" for name in given if name not in wanted]

@@ -7,12 +7,15 @@ user named the file in this process: see :func:`trust`.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ _CLASSES = ("num_classes", "classes", "n_classes", "num_labels")
 """Parameters of a function that say how many logits to return."""
 _SIZES = ("image_size", "img_size")
 _trusted: dict[Path, None] = {}
+_neighbours: dict[Path, dict[str, Any]] = {}
+"""Modules that the files of a folder have imported from it, by folder and name."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,10 @@ def build_imported(spec: ImportedSpec, classes: int, image_size: int | None) -> 
     where, _ = spec.parts
     make = _FROM_LIBRARY.get(where, _from_file)
     model = make(spec, classes, image_size)
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise ResfastError(
-            f"--model {spec} made a {type(model).__name__}; expected a torch.nn.Module"
+            f"--model {spec} made a {type(model).__name__}; expected a torch.nn.Module that is not "
+            "compiled to TorchScript"
         )
     _check_parts(spec, model)
     if image_size is not None:
@@ -179,7 +185,8 @@ def _from_file(spec: ImportedSpec, classes: int, image_size: int | None) -> Any:
     options = {key: classes for key in _CLASSES if key in accepted}
     if image_size is not None:
         options |= {key: image_size for key in _SIZES if key in accepted}
-    return _made(spec, lambda: function(**options))
+    with _importing_beside(file.parent):
+        return _made(spec, lambda: function(**options))
 
 
 _FROM_LIBRARY: dict[str, Callable[[ImportedSpec, int, int | None], Any]] = {
@@ -195,8 +202,13 @@ def _trusted_file(spec: ImportedSpec) -> Path:
         return path.resolve()
     if not path.is_file():
         moved = [file for file in _trusted if file.name == path.name]
+        if len(moved) > 1:
+            raise ResfastError(
+                f"--model {spec}: there is no file {path}, and {len(moved)} trusted files have its "
+                f"name ({', '.join(map(str, moved))}); trust the one that made the network alone"
+            )
         if moved:
-            return moved[-1]
+            return moved[0]
         raise ResfastError(
             f"--model {spec}: there is no file {path}; name one where it is now, in training with "
             "--model, otherwise with --trust FILE.py or resfast.trust"
@@ -207,35 +219,76 @@ def _trusted_file(spec: ImportedSpec) -> Path:
     )
 
 
+@contextlib.contextmanager
+def _importing_beside(folder: Path) -> Iterator[None]:
+    """Lets code import the neighbours of its file, and no other file's of the same names."""
+    hidden = {}
+    for other, modules in _neighbours.items():
+        if other != folder:
+            for name, module in modules.items():
+                if sys.modules.get(name) is module:
+                    hidden[name] = sys.modules.pop(name)
+    own = _neighbours.setdefault(folder, {})
+    sys.modules.update(own)
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and Path(file).resolve().is_relative_to(folder):
+                own[name] = sys.modules[name]
+        for name, module in hidden.items():
+            sys.modules.setdefault(name, module)
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))  # for imports inside of functions
+
+
 def _module(spec: ImportedSpec, file: Path) -> Any:
     """The file as a module, which can import its neighbours; executed once per process."""
-    name = f"resfast_network_{abs(hash(str(file))):x}_{file.stem}"
+    name = f"resfast_network_{hashlib.sha256(os.fsencode(file)).hexdigest()[:16]}_{file.stem}"
     if name in sys.modules:
         return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, file)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    folder = str(file.parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
     sys.modules[name] = module
     try:
-        found.loader.exec_module(module)
-    except Exception as error:
+        with _importing_beside(file.parent):
+            found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ResfastError(f"--model {spec}: {file} failed: {_described(error)}") from error
     return module
 
 
+def source_digest(model: str) -> str | None:
+    """SHA-256 of the code of a network that a file makes: of that file and its loaded neighbours.
+
+    None for other networks. Neighbours are known once the network has been built in this process.
+    """
+    if not is_imported(model) or model.rpartition(":")[0] in LIBRARIES:
+        return None
+    file = _trusted_file(ImportedSpec(model))
+    own = _neighbours.get(file.parent, {})
+    found = hashlib.sha256(file.read_bytes())
+    for name in sorted(own):
+        found.update(name.encode())
+        found.update(Path(own[name].__file__).read_bytes())
+    return found.hexdigest()
+
+
 def _made(spec: ImportedSpec, make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except Exception as error:  # whatever the code of others raises
+    except (Exception, SystemExit) as error:  # whatever the code of others raises
         raise ResfastError(f"--model {spec} cannot be built: {_described(error)}") from error
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
@@ -265,23 +318,36 @@ def _check_parts(spec: ImportedSpec, model: nn.Module) -> None:
 
 
 def _check_logits(spec: ImportedSpec, model: nn.Module, classes: int, image_size: int) -> None:
-    """Checks what the network returns for two images."""
+    """Checks what a copy of the network returns for two images, in evaluation and in training."""
     images = torch.zeros(2, 3, image_size, image_size)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad():
-            logits = model.eval()(images)
-    except Exception as error:
-        raise ResfastError(
-            f"--model {spec} does not take images of {image_size}x{image_size} pixels "
-            f"({_described(error)}); choose another --image-size"
-        ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
-    shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != [2, classes]:
-        raise ResfastError(
-            f"--model {spec} returns {shape} for 2 images; expected logits [2, {classes}]. A "
-            f"function with a parameter {_CLASSES[0]} is given the number of classes"
-        )
+    for mode in ("evaluation", "training"):
+        try:
+            network = copy.deepcopy(model).train(mode == "training")
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                logits = network(images)
+                logits_of = f"returns {_shape(logits)} for 2 images in {mode}"
+        except Exception as error:
+            raise ResfastError(
+                f"--model {spec} does not take images of {image_size}x{image_size} pixels "
+                f"({_described(error)}); choose another --image-size"
+            ) from error
+        if _shape(logits) != [2, classes]:
+            raise ResfastError(
+                f"--model {spec} {logits_of}; expected logits [2, {classes}]. A function with a "
+                f"parameter {_CLASSES[0]} is given the number of classes"
+            )
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                network.to(memory_format=torch.channels_last)(
+                    images.contiguous(memory_format=torch.channels_last)
+                )
+        except Exception as error:
+            raise ResfastError(
+                f"--model {spec} does not take images in channels_last memory, in which training "
+                f"is faster ({_described(error)}); use x.flatten(1) or x.reshape in the place of "
+                "x.view"
+            ) from error
+
+
+def _shape(value: Any) -> Any:
+    return list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

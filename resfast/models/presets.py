@@ -70,6 +70,8 @@ def preset(name: str) -> Spec:
     """
     if is_imported(name):
         return ImportedSpec(name)
+    if name.endswith(".py"):
+        raise ResfastError(f"model {name!r} names a file; add its function, {name}:FUNCTION")
     if name not in PRESETS:
         raise ResfastError(
             f"unknown model {name!r}{nearest(name, PRESETS)} "

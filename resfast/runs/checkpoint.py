@@ -26,9 +26,10 @@ from resfast import atomic
 from resfast.config.files import from_json, to_json
 from resfast.config.schema import Config
 from resfast.errors import ResfastError
+from resfast.models.imported import source_digest
 
 FORMAT = 1
-_DIGEST = "sha256"
+_CODE, _DIGEST = "network_sha256", "sha256"
 """Key of the metadata of weights that has :func:`_digest`."""
 PROJECTOR = "projector"
 """Module that is part of a network during pre-training alone."""
@@ -127,6 +128,7 @@ class Weights:
         mean: channel means that the images are normalized with, float32 ``[C]`` in units of
             pixel / 255.
         std: their standard deviations, float32 ``[C]`` in the same units.
+        code: :func:`~resfast.models.imported.source_digest` of the network; None for most.
     """
 
     tensors: dict[str, Tensor]
@@ -134,6 +136,7 @@ class Weights:
     classes: tuple[str, ...]
     mean: Tensor
     std: Tensor
+    code: str | None = None
 
 
 def save_weights(
@@ -158,7 +161,9 @@ def save_weights(
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
+    code = source_digest(config.model.model)
     metadata = {
+        **({} if code is None else {_CODE: code}),
         "config": to_json(config),
         "classes": json.dumps(classes),
         "mean": json.dumps(mean.tolist()),
@@ -212,6 +217,7 @@ def load_weights(path: Path) -> Weights:
             tuple(json.loads(metadata["classes"])),
             torch.tensor(json.loads(metadata["mean"])),
             torch.tensor(json.loads(metadata["std"])),
+            metadata.get(_CODE),
         )
         if not weights.mean.shape == weights.std.shape == (3,):
             raise ValueError("its mean and standard deviation do not have 3 channels")

@@ -49,6 +49,7 @@ class _State(TypedDict):
     __pydantic_config__ = _TYPES  # type: ignore[misc]
 
     config: NotRequired[str]
+    code: NotRequired[str | None]
     data: str
     epochs: NotRequired[int | float]
     epoch: int

@@ -15,6 +15,7 @@ from resfast import runtime
 from resfast.config.files import to_json
 from resfast.config.paths import absolute_paths
 from resfast.errors import NonFiniteLossError, ResfastError
+from resfast.models.imported import source_digest
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
 from resfast.runs.epoch_row import EpochRow, row_of_values, row_values
@@ -104,6 +105,7 @@ class TrainingState:
         }
         state = {
             "config": to_json(absolute_paths(session.config)),
+            "code": source_digest(session.config.model.model),
             "data": session.data.digest,
             "epochs": session.config.optim.epochs,
             "epoch": epoch,
@@ -143,6 +145,12 @@ class TrainingState:
             raise ResfastError(
                 f"cannot resume {self.path}: data {session.data.name} is not what it was trained "
                 "on (its content changed); restore the data or start a new run"
+            )
+        if state.get("code") != source_digest(session.config.model.model):
+            raise ResfastError(
+                f"cannot resume {self.path}: the code of {session.config.model.model}, or of a "
+                "file that it imports, has changed; restore it, or start a new run with "
+                f"--init-from {self.path}"
             )
         self.epoch, self.first_step = state["epoch"], state["step"]
         plan, epochs = session.plan, session.config.optim.epochs

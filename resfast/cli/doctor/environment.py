@@ -38,6 +38,7 @@ REQUIRED = {
     "scipy": "scipy",
     "matplotlib": "matplotlib",
     "jinja2": "jinja2",
+    "typing_extensions": "typing-extensions",
 }
 """Modules that the commands need besides torch, and the packages they come from."""
 OPTIONAL = (

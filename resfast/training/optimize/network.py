@@ -173,6 +173,7 @@ class _Plan:
         devices = {parameter.device.type for parameter in self.network.parameters()}
         if devices == {"cpu"} and not runtime.cpu_has_bf16():
             self.dtype = torch.float32
+            return "the processor has no instructions for bfloat16"
         if devices != {"cpu"}:
             places = ", ".join(sorted(devices)) or "no device"
             return f"on {places}: faster kernels are known for the CPU only"
