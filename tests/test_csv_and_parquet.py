@@ -232,7 +232,7 @@ def test_different_data_sets_in_one_folder_are_refused(tmp_path: Path):
     for name in ("a", "b"):
         write_parquet(folder / name / "train-0.parquet", [1, 2], label=[0, 1])
         write_parquet(folder / name / "test-0.parquet", [3, 4], label=[0, 1])
-    with pytest.raises(ResfastError, match="both have files for t.*give the path of one"):
+    with pytest.raises(ResfastError, match=r"both have files for t.*give the path of one"):
         load(f"parquet:{folder}", tmp_path)
 
 
