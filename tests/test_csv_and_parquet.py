@@ -106,8 +106,8 @@ def test_any_name_of_the_only_other_column_is_that_of_the_images(tmp_path: Path)
     [
         (("id", "label"), [(1, "a"), (77, "b"), ("9.png", "b"), ("z.png", "b")],
          r"2 of 4 images in .* are missing, for example '77' in line 3; expected 77.png in "),
-        (("id", "label"), [(1, "a"), (1, "b")], "has 1 images twice, for example .*1.png"),
-        (("id", "label"), [(1, "a"), ("1.png", "b")], "has 1 images twice"),
+        (("id", "label"), [(1, "a"), (1, "b")], "names images twice, 1 in all, for example .*1.png"),
+        (("id", "label"), [(1, "a"), ("1.png", "b")], "names images twice"),
         (("id", "label"), [(1, "a"), (2, "")], "line 3 of .* has no label; expected a class"),
         (("id", "label"), [(1, "a"), (2,)], "line 3 of .* has 1 values; expected 2: id, label"),
         (("id", "label"), [], "has no rows"),
@@ -173,7 +173,7 @@ def test_a_submission_is_as_kaggle_expects_it(tmp_path: Path, capsys, monkeypatc
     (folder / "more").mkdir()
     (folder / "more" / "2.png").write_bytes(png(1))
     assert predict_command([str(run), str(folder), "--submission", "--overwrite"]) == 2
-    assert "1 ids belong to several images, for example '2'" in capsys.readouterr().err
+    assert "several images have the same id, for example '2'" in capsys.readouterr().err
 
 
 # -- Parquet ---------------------------------------------------------------------------------------
@@ -185,6 +185,12 @@ def test_an_image_that_is_in_two_places_is_refused(other: str, tmp_path: Path):
     (folder / other).parent.mkdir(exist_ok=True)
     (folder / other).write_bytes(png(500))
     with pytest.raises(ResfastError, match="may both be the image '3'"):
+        load(f"csv:{folder}", tmp_path)
+
+
+def test_too_few_images_to_take_test_images_from_are_refused(tmp_path: Path):
+    folder = write_kaggle(tmp_path / "kaggle", count=18)
+    with pytest.raises(ResfastError, match=r"fewer than 10 of each class.*add a column split"):
         load(f"csv:{folder}", tmp_path)
 
 

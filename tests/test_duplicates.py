@@ -148,7 +148,7 @@ def test_the_command_writes_a_sheet_and_a_list(tmp_path: Path, capsys):
     arguments = ["--duplicates", str(sheet), *options, "--similarity", "1"]
     assert data_command(arguments) == 0
     printed = capsys.readouterr().out
-    assert "training and test images: 1 pairs are alike, 1 of them with the same pixels" in printed
+    assert "training and test images: 1 pairs alike, 1 of them with the same pixels" in printed
     assert "training images: 0 pairs" in printed
     with open(tmp_path / "sheet.csv") as file:
         [row] = csv.DictReader(file)

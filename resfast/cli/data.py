@@ -166,7 +166,7 @@ def _duplicates(options: Options, path: Path) -> None:
     ):
         here = [pair for pair in pairs if (pair.first[0], pair.second[0]) == kinds]
         exact = sum(pair.exact for pair in here)
-        print(f"{title}: {len(here):,} pairs are alike, {exact:,} of them with the same pixels")
+        print(f"{title}: {len(here):,} pairs alike, {exact:,} of them with the same pixels")
     _save(path, buffer, "--duplicates")
     atomic.save(path.with_suffix(".csv"), text.getvalue().encode("utf-8", "surrogateescape"))
     print(path.with_suffix(".csv"))

@@ -137,7 +137,7 @@ def write_submission(path: Path, run: TrainedRun, predictions: Predictions) -> N
     repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
         raise ResfastError(
-            f"{len(repeated):,} ids belong to several images, for example {repeated[0]!r}; "
+            f"several images have the same id, for example {repeated[0]!r}; "
             "expected file names that differ without their suffix and folder"
         )
     labels = [run.classes[label] for label in predictions.labels[:, 0].tolist()]

@@ -82,7 +82,8 @@ def _check_no_shape(config: ModelConfig) -> None:
         if is_set and option.name not in ("model", "param_budget"):
             raise ResfastError(
                 f"--{option.name.replace('_', '-')} is an option of this project's networks, but "
-                f"{config.model!r} is made elsewhere; leave it out or choose another --model"
+                f"{config.model!r} is made elsewhere; leave it out, or choose another --recipe if "
+                "yours sets it"
             )
 
 

@@ -63,6 +63,12 @@ def open_csv(request: Request) -> Dataset:
     if len(files) == 1 and not any(row.split == "test" for row in rows):
         rows = _held_out(rows)
         count = sum(row.split == "test" for row in rows)
+        if not count:
+            raise ResfastError(
+                f"{files[0][0]} has labels of training images only, and fewer than {EVERY} of each "
+                "class, of which every tenth would be a test image: add a column split, or a "
+                "testLabels.csv"
+            )
         request.report(
             f"{files[0][0]} has labels of training images only: every {EVERY}th of each class, "
             f"{count:,} in all, is a test image"
@@ -70,7 +76,8 @@ def open_csv(request: Request) -> Dataset:
     twice = [file for file, count in Counter(row.file for row in rows).items() if count > 1]
     if twice:
         raise ResfastError(
-            f"{path} has {len(twice):,} images twice, for example {twice[0]}; expected each once"
+            f"{path} names images twice, {len(twice):,} in all, for example {twice[0]}; expected "
+            "each once"
         )
     classes = labelled.numbered(row.label for row in rows)
     label_of = {name: label for label, name in enumerate(classes)}
