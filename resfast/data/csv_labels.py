@@ -60,6 +60,12 @@ def open_csv(request: Request) -> Dataset:
     rows: list[_Row] = []
     for file, split in files:
         rows += _rows(file, split)
+    twice = [file for file, count in Counter(row.file for row in rows).items() if count > 1]
+    if twice:
+        raise ResfastError(
+            f"{path} names images twice, {len(twice):,} in all, for example {twice[0]}; expected "
+            "each once"
+        )
     if len(files) == 1 and not any(row.split == "test" for row in rows):
         rows = _held_out(rows)
         count = sum(row.split == "test" for row in rows)
@@ -72,12 +78,6 @@ def open_csv(request: Request) -> Dataset:
         request.report(
             f"{files[0][0]} has labels of training images only: every {EVERY}th of each class, "
             f"{count:,} in all, is a test image"
-        )
-    twice = [file for file, count in Counter(row.file for row in rows).items() if count > 1]
-    if twice:
-        raise ResfastError(
-            f"{path} names images twice, {len(twice):,} in all, for example {twice[0]}; expected "
-            "each once"
         )
     classes = labelled.numbered(row.label for row in rows)
     label_of = {name: label for label, name in enumerate(classes)}
