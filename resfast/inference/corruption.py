@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 import torch
 
 from resfast import __version__, atomic, runtime
-from resfast.data.batches import EvaluationBatches
 from resfast.data.corruptions.apply import KINDS, corrupted_sets
 from resfast.data.dataset import Request, check_image_size, print_to_stderr
 from resfast.data.sources import load_dataset
@@ -23,8 +22,9 @@ from resfast.data.test_sets import SEVERITIES, CorruptedSets, open_cifar_c
 from resfast.errors import ResfastError
 from resfast.inference import load as inference
 from resfast.inference.evaluate import label_numbers
+from resfast.inference.evaluate import score as score_images
 from resfast.inference.load import TrainedRun
-from resfast.inference.scoring import TTA, Evaluation, evaluate_both
+from resfast.inference.scoring import TTA, Evaluation
 from resfast.runs import folder as records
 
 RESULT, ROWS, PLOT = "corruptions.json", "corruptions.csv", "corruptions.png"
@@ -139,27 +139,7 @@ def evaluate_corrupted(
 
     def score(images: torch.Tensor, labels: torch.Tensor) -> tuple[Evaluation, Evaluation]:
         assert batch_size is not None
-        with inference.out_of_memory(batch_size):
-            batches = EvaluationBatches(
-                (images, labels),
-                run.mean,
-                run.std,
-                image_size=run.image_size,
-                batch_size=batch_size,
-                device=run.device,
-                dtype=run.dtype,
-                classes=len(run.classes),
-                numbering=numbering,
-            )
-            options = run.config.evaluation
-            return evaluate_both(
-                run.model,
-                batches,
-                dtype=run.dtype,
-                tta=tta,
-                tta_select=options.tta_select,
-                tta_mirror=options.tta_mirror,
-            )
+        return score_images(run, (images, labels), tta, batch_size, numbering)
 
     clean = None
     if own is not None:

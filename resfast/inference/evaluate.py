@@ -106,36 +106,21 @@ def evaluate(
     numbering = label_numbers(run, dataset)
 
     start = time.perf_counter()
-    with inference.out_of_memory(batch_size):
-        batches = feed.EvaluationBatches(
-            feed.split_sources(dataset, 0, 0)[-1],
-            run.mean,
-            run.std,
-            image_size=run.image_size,
-            batch_size=batch_size,
-            device=run.device,
-            dtype=run.dtype,
-            classes=len(run.classes),
-            numbering=numbering,
-        )
-        parts = {
-            name: getattr(run.config.evaluation, name) for name in ("tta_select", "tta_mirror")
-        }
-        plain, augmented = evaluation.evaluate_both(
-            run.model, batches, dtype=run.dtype, tta=tta, **parts
-        )
+    source = feed.split_sources(dataset, 0, 0)[-1]
+    plain, augmented = score(run, source, tta, batch_size, numbering)
     seconds = time.perf_counter() - start
     record = {
         "run": run.path.resolve().name,
         "weights": run.file.name,
         "data": dataset.name,
         "data_digest": dataset.digest,
-        "test_images": batches.count,
+        "test_images": feed.count(source),
         "skipped_images": len(getattr(dataset, "skipped", ())),
         "test_accuracy": plain.accuracy,
         "test_loss": plain.loss,
         "tta": tta,
-        **parts,
+        "tta_select": run.config.evaluation.tta_select,
+        "tta_mirror": run.config.evaluation.tta_mirror,
         "tta_accuracy": augmented.accuracy,
         "tta_loss": augmented.loss,
         "per_class_accuracy": {
@@ -162,6 +147,47 @@ def evaluate(
     if folder is not None:
         _write(folder, result)
     return result
+
+
+def score(
+    run: TrainedRun,
+    source: feed.Source,
+    tta: TTA,
+    batch_size: int,
+    numbering: torch.Tensor | None,
+) -> tuple[Evaluation, Evaluation]:
+    """Results of a run on images, without and with test-time augmentation.
+
+    Args:
+        run: the run.
+        source: the images, of the run's image size, and their labels.
+        tta: test-time augmentation.
+        batch_size: images per step.
+        numbering: see :func:`label_numbers`.
+
+    Raises:
+        ResfastError: a batch does not fit into the GPU's memory.
+    """
+    with inference.out_of_memory(batch_size):
+        batches = feed.EvaluationBatches(
+            source,
+            run.mean,
+            run.std,
+            image_size=run.image_size,
+            batch_size=batch_size,
+            device=run.device,
+            dtype=run.dtype,
+            classes=len(run.classes),
+            numbering=numbering,
+        )
+        return evaluation.evaluate_both(
+            run.model,
+            batches,
+            dtype=run.dtype,
+            tta=tta,
+            tta_select=run.config.evaluation.tta_select,
+            tta_mirror=run.config.evaluation.tta_mirror,
+        )
 
 
 def label_numbers(
