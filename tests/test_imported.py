@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import resfast
-from resfast.cli import evaluate, export, predict
+from resfast.cli import evaluate, export, predict, report
 from resfast.cli.train import main
 from resfast.config.network import network
 from resfast.config.schema import Config, ModelConfig
@@ -135,9 +135,20 @@ def test_a_network_of_a_file_trains_and_is_used_where_its_file_is_named(
     assert evaluate.main([str(run), *trusted]) == 0
     image = next((image_tree / "test" / "left").iterdir())
     assert predict.main([str(run), str(image), *trusted]) == 0
+    assert report.main([str(run), "-o", str(tmp_path / "page.html"), *trusted]) == 0
     assert export.main([str(run), "--format", "torch-export", *trusted]) == 0
     fused = resfast.fuse(resfast.load(run).model)
     assert fused(torch.zeros(2, 3, 16, 16)).shape == (2, 2)
+
+
+def test_a_report_leaves_out_what_needs_code_that_was_not_named(
+    net: Path, image_tree: Path, tmp_path: Path
+):
+    assert main(["--model", f"{net}:make", *options(image_tree, tmp_path)]) == 0
+    imported._trusted.clear()
+    page = tmp_path / "page.html"
+    assert report.main([str(tmp_path / "runs" / "mine"), "-o", str(page)]) == 0
+    assert page.read_text().count("was not named in this command") == 2  # layers, mistakes
 
 
 def test_code_runs_only_if_its_file_is_named(net: Path, tmp_path: Path):

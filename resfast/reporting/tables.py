@@ -12,6 +12,7 @@ from resfast.config.network import network
 from resfast.config.paths import absolute_paths
 from resfast.config.schema import Config, RunConfig
 from resfast.data.sources import known_classes
+from resfast.errors import ResfastError
 from resfast.models.presets import build_model
 from resfast.models.summary import summarize
 from resfast.reporting.collect import Group, ReportedRun
@@ -235,11 +236,14 @@ class Network:
 
     Attributes:
         names: of the groups that have it.
-        table: a row per layer with parameters or multiply-accumulates, and their sums.
+        table: a row per layer with parameters or multiply-accumulates, and their sums; None if the
+            network cannot be built here.
+        note: why not, or None.
     """
 
     names: tuple[str, ...]
-    table: Table
+    table: Table | None
+    note: str | None = None
 
 
 def networks(groups: Sequence[Group]) -> list[Network]:
@@ -251,7 +255,13 @@ def networks(groups: Sequence[Group]) -> list[Network]:
             (asdict(config.model) | {"param_budget": 0}, config.data.image_size, _classes(group))
         )
         found.setdefault(key, ([], group))[0].append(group.name)
-    return [Network(tuple(names), _layers(group)) for names, group in found.values()]
+    made = []
+    for names, group in found.values():
+        try:
+            made.append(Network(tuple(names), _layers(group)))
+        except ResfastError as error:  # its code is not trusted, or a library is missing
+            made.append(Network(tuple(names), None, f"{error}."))
+    return made
 
 
 def _classes(group: Group) -> int:
