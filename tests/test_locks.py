@@ -66,6 +66,17 @@ def test_several_runs_are_locked_together(tiny: Config):
         kill(other)
 
 
+def test_a_lock_that_a_killed_seed_left_is_removed(tiny: Config):
+    result = seeds.train(change(tiny, runs=2, epochs=1))
+    left = result.path / "seed0" / FOLDER_LOCK
+    other = hold(left.parent)
+    seeds.train(resume=result.path)
+    assert left.exists()  # another process holds it
+    kill(other)
+    seeds.train(resume=result.path)
+    assert not left.exists()
+
+
 def test_a_lock_is_free_for_the_next_one_when_its_holder_ends(tmp_path: Path):
     for _ in range(3):
         with locked_folder(tmp_path):

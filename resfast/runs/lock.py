@@ -77,6 +77,13 @@ def locked_folder(folder: Path) -> Iterator[None]:
             file.close()
 
 
+def remove_left_lock(folder: Path) -> None:
+    """Removes the lock that a killed process left in a folder; one that is held stays."""
+    if (folder / FOLDER_LOCK).exists():
+        with contextlib.suppress(ResfastError), locked_folder(folder):
+            pass
+
+
 def _acquired(path: Path) -> IO[str] | None:
     """The locked file, or None where there are no locks."""
     while True:

@@ -21,7 +21,7 @@ from resfast.config.validate import check
 from resfast.errors import ResfastError
 from resfast.runs import folder as records
 from resfast.runs.find import with_single_runs
-from resfast.runs.lock import locked_folder
+from resfast.runs.lock import locked_folder, remove_left_lock
 from resfast.runs.statistics import CONFIDENCE, p_value, statistics
 from resfast.runs.summary import (
     MeanSd,
@@ -162,6 +162,7 @@ class _SeedsTraining:
         saved = load(path / records.CONFIG) if (path / records.CONFIG).exists() else None
         is_longer = saved is not None and epochs is not None and epochs != saved.optim.epochs
         if (path / records.SUMMARY).exists() and not is_longer and _has_plots(path, self.config):
+            remove_left_lock(path)
             return _read_summary(path), None
         config = replace(
             self.config,
