@@ -222,7 +222,7 @@ def _weights_file(run: Path, weights: Which) -> Path:
                 f"{run} is a folder of {len(inside)} runs that differ in their seed, and has no "
                 f"weights of its own; use one of its runs, for example {example}"
             )
-        resumable = (run / records.CHECKPOINT).is_file()
+        resumable = records.has_checkpoint(run)
     except OSError as error:
         raise ResfastError(f"cannot read {run}: {error.strerror}; expected {_RUN}") from None
     remedy = (

@@ -27,6 +27,7 @@ from resfast.config.files import from_json, to_json
 from resfast.config.schema import Config
 from resfast.errors import ResfastError
 from resfast.models.imported import source_digest
+from resfast.runs.folder import BEST, WEIGHTS
 
 FORMAT = 1
 _CODE, _DIGEST = "network_sha256", "sha256"
@@ -237,9 +238,8 @@ def load_weights(path: Path) -> Weights:
 
 def _instead_of(path: Path) -> str:
     """What may be used in the place of damaged weights."""
-    names = {"model.safetensors": "best", "best.safetensors": "final"}
-    files = {"best": "best.safetensors", "final": "model.safetensors"}
-    other = names.get(path.name)
-    if other is not None and path.with_name(files[other]).is_file():
-        return f"; use {files[other]} instead (--weights {other}), or a copy of this file"
+    others = {WEIGHTS: (BEST, "best"), BEST: (WEIGHTS, "final")}
+    file, option = others.get(path.name, ("", ""))
+    if file and path.with_name(file).is_file():
+        return f"; use {file} instead (--weights {option}), or a copy of this file"
     return ""

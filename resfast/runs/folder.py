@@ -61,6 +61,11 @@ def config_of(path: Path) -> Config:
     return load(path / CONFIG)
 
 
+def has_checkpoint(path: Path) -> bool:
+    """Whether a run's folder has a state to resume from, the latest or the one before."""
+    return any((path / name).exists() for name in (CHECKPOINT, PREVIOUS))
+
+
 def is_unstarted(path: Path) -> bool:
     """Whether a folder has nothing but what a run leaves that is killed before it begins."""
     return path.is_dir() and all(

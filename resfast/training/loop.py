@@ -224,7 +224,7 @@ def _start(
     if path is not None:
         if not path.is_dir():
             raise ResfastError(f"there is no run {path}; expected the folder of a run to resume")
-        if saved_state.exists(path):
+        if records.has_checkpoint(path):
             state = saved_state.read(path, display.say)
         else:
             display.say(f"{path} has no checkpoint yet: starting from its beginning")

@@ -83,11 +83,6 @@ _FREE = {
 paths, since data may move and its content is compared by a digest."""
 
 
-def exists(path: Path) -> bool:
-    """Whether a run's folder has a checkpoint."""
-    return any((path / name).exists() for name in (records.CHECKPOINT, records.PREVIOUS))
-
-
 def read(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """The latest checkpoint of a run, or the one before if that is damaged.
 
