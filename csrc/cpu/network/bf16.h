@@ -26,6 +26,49 @@ RESFAST_BF16 void put(
   }
 }
 
+// For each of three lines of interleaved values: which of the lanes of two channels a lane is from (those
+// of the second count from 32 on), and which of these and of the third channel.
+struct Interleaving {
+  alignas(kLine) uint16_t two[3][kBlock], three[3][kBlock];
+
+  constexpr Interleaving() : two{}, three{} {
+    for (int line = 0; line < 3; ++line)
+      for (int lane = 0; lane < kBlock; ++lane) {
+        const int value = line * kBlock + lane, pixel = value / 3, channel = value % 3;
+        two[line][lane] = pixel + (channel == 1 ? kBlock : 0);
+        three[line][lane] = channel == 2 ? kBlock + pixel : lane;
+      }
+  }
+};
+
+// A row [3][width] of float32 as bfloat16 [width][3].
+RESFAST_BF16 void interleave(
+    const float* from, int64_t channel_values, int64_t width, uint16_t* to) {
+  static constexpr Interleaving kFrom;
+  for (int64_t column = 0; column < width; column += kBlock, from += kBlock) {
+    const int64_t count = std::min(kBlock, width - column);
+    __m512i channels[3];
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      const float* values = from + i * channel_values;
+      const __m512 low = _mm512_maskz_loadu_ps(lane_mask(count), values);
+      const __m512 high = _mm512_maskz_loadu_ps(
+          count > kTile ? lane_mask(count - kTile) : 0, values + kTile);
+      channels[i] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i, to += kBlock) {
+      const __m512i two = _mm512_permutex2var_epi16(
+          channels[0], _mm512_load_si512(kFrom.two[i]), channels[1]);
+      const __m512i three = _mm512_permutex2var_epi16(
+          two, _mm512_load_si512(kFrom.three[i]), channels[2]);
+      const int64_t there = 3 * count - i * kBlock;
+      if (there >= kBlock) _mm512_storeu_si512(to, three);
+      else if (there > 0) _mm512_mask_storeu_epi16(to, lane_mask32(there), three);
+    }
+  }
+}
+
 // Rows of an image of the item as bfloat16 [rows, W, C], in `copy` where they are not in this order.
 RESFAST_BF16 const uint16_t* input_rows(
     const Step& step, const Memory& memory, int64_t image, int64_t first, int64_t last,
@@ -33,6 +76,13 @@ RESFAST_BF16 const uint16_t* input_rows(
   const Input& input = memory.input;
   const int64_t at = (memory.first + image) * input.stride[0] + first * input.stride[2];
   if (input.lined_up) return static_cast<const uint16_t*>(input.values) + at;
+  if (input.wide && step.channels == 3 && input.stride[3] == 1) {
+    const float* from = static_cast<const float*>(input.values) + at;
+    for (int64_t row = 0; row < last - first; ++row)
+      interleave(from + row * input.stride[2], input.stride[1], step.width,
+                 copy + row * step.width * 3);
+    return copy;
+  }
   auto copy_from = [&](auto* values) {
     for (int64_t row = 0; row < last - first; ++row)
       for (int64_t channel = 0; channel < step.channels; ++channel) {
@@ -76,7 +126,7 @@ RESFAST_BF16 void patches_of_row(
     int64_t first_row) {
   const int64_t row_values = step.kernel_w * step.channels; // at most kBlock
   const int64_t size = step.kernel_h * row_values;
-  alignas(kLine) uint16_t patch[kMostPatch];
+  alignas(kLine) uint16_t patch[kMostPatch + kBlock]; // rows are written as whole lines
   const int64_t top = row * step.stride - step.padding_h;
   auto* to = reinterpret_cast<uint16_t*>(memory.line(step.to.line)) +
       line_of(step.to, image, row, 0) * kBlock;
@@ -86,17 +136,17 @@ RESFAST_BF16 void patches_of_row(
     const int64_t last = std::clamp<int64_t>(step.width - left, first, step.kernel_w);
     const __mmask32 inside =
         lane_mask32(last * step.channels) & ~lane_mask32(first * step.channels);
-    uint16_t* place = size <= kBlock ? to : patch;
-    const int64_t room = size <= kBlock ? kBlock : size; // filled up with zeros
-    for (int64_t r = 0; r < step.kernel_h; ++r) {
-      const bool there = top + r >= 0 && top + r < step.height;
-      const __m512i part = _mm512_maskz_loadu_epi16(
-          there ? inside : 0,
-          values + ((top + r - first_row) * step.width + left) * step.channels);
+    const uint16_t* from = values + ((top - first_row) * step.width + left) * step.channels;
+    __m512i line = _mm512_setzero_si512(); // stores with masks are slow
+    for (int64_t r = 0; r < step.kernel_h; ++r, from += step.width * step.channels) {
+      const __mmask32 lanes = top + r >= 0 && top + r < step.height ? inside : 0;
       const int64_t at = r * row_values;
-      _mm512_mask_storeu_epi16(place + at, lane_mask32(room - at), part);
+      if (size <= kBlock) // the row's values, in the lanes from `at` on
+        line = _mm512_or_si512(line, _mm512_maskz_loadu_epi16(lanes << at, from - at));
+      else _mm512_storeu_si512(patch + at, _mm512_maskz_loadu_epi16(lanes, from));
     }
-    if (place == patch) put(patch, size, to, step.to.block_lines * kBlock);
+    if (size <= kBlock) _mm512_store_si512(to, line);
+    else put(patch, size, to, step.to.block_lines * kBlock);
   }
 }
 

@@ -63,6 +63,16 @@ def only_chain(network: fx.GraphModule) -> Chain | None:
     return chain if isinstance(chain, Chain) else None
 
 
+def first_chain(network: fx.GraphModule) -> Chain | None:
+    """The chain that alone reads the one input of a network of :func:`with_chains`, if one does."""
+    inputs = [node for node in network.graph.nodes if node.op == "placeholder"]
+    readers = list(inputs[0].users) if len(inputs) == 1 else []
+    if len(readers) != 1 or readers[0].op != "call_module":
+        return None
+    module = _attribute(network, str(readers[0].target))
+    return module if isinstance(module, Chain) else None
+
+
 def with_chains(network: fx.GraphModule) -> fx.GraphModule | None:
     """A network that shares its modules with another one and runs chains of them as one call each.
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from resfast.cuda_graph import CudaGraph
 from resfast.errors import ResfastError
-from resfast.inference.fuse.chains import Chain, only_chain, with_chains
+from resfast.inference.fuse.chains import Chain, first_chain, only_chain, with_chains
 from resfast.inference.fuse.inputs import map_tensors, tensors
 from resfast.inference.fuse.nodes import FLOATS
 from resfast.inference.fuse.report import FusionReport
@@ -82,9 +82,11 @@ class FusedModel(nn.Module):
             if self.cuda_graph:
                 return self._replay(inputs)
             x = inputs[0] if len(inputs) == 1 else None
-            if self._output is None and isinstance(x, Tensor) and x.is_cpu:
-                chain = self._chains.only(self.network)
-                if chain is not None and chain.takes(x):
+            if isinstance(x, Tensor) and x.is_cpu:
+                chain = self._chains.first(self.network)
+                if chain is not None and chain.takes(x):  # of any dtype and memory order
+                    if self._output is not None or chain is not self._chains.only(self.network):
+                        return self._run(x)
                     with _no_autocast("cpu"):
                         return chain.network(x).float()
         return self._run(*map(self._converted, inputs))
@@ -190,7 +192,8 @@ class _Chains:
     def __init__(self) -> None:
         self.made_of: fx.GraphModule | None = None
         self.network: fx.GraphModule | None = None
-        self.chain: Chain | None = None
+        self._only: Chain | None = None
+        self._first: Chain | None = None
 
     def of(self, network: fx.GraphModule, device: str) -> fx.GraphModule:
         """What to run in place of a network on a type of device."""
@@ -202,12 +205,18 @@ class _Chains:
     def only(self, network: fx.GraphModule) -> Chain | None:
         """The chain that is all of a network, if one is."""
         self._make(network)
-        return self.chain
+        return self._only
+
+    def first(self, network: fx.GraphModule) -> Chain | None:
+        """The chain that alone reads the only input of a network, if one does."""
+        self._make(network)
+        return self._first
 
     def _make(self, network: fx.GraphModule) -> None:
         if self.made_of is not network:
             self.network = with_chains(network)
-            self.chain = None if self.network is None else only_chain(self.network)
+            self._only = None if self.network is None else only_chain(self.network)
+            self._first = None if self.network is None else first_chain(self.network)
             self.made_of = network
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Chains:
