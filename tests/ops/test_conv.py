@@ -405,6 +405,27 @@ def test_the_fallback_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_right(module(args["x"]), args)
 
 
+@needs_bf16
+def test_the_last_image_of_a_large_batch_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    builders = dict(conv_cpu.BUILDERS)
+
+    def wrong(name: str, *args: Any) -> Any:
+        run = builders[name](*args)
+
+        def call(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+            out = run(x, residual)
+            out[-1] = 0
+            return out
+
+        return call
+
+    for name in ("oneDNN", "gemm"):
+        monkeypatch.setitem(conv_cpu.BUILDERS, name, functools.partial(wrong, name))
+    args = arguments(3 * conv_cpu.MOST_COMPARED - 5, 16, 16, (8, 8))
+    module = ConvBiasAct(args["weight"], args["bias"], padding=1)
+    assert_right(module(args["x"]), args)
+
+
 def test_without_onednn_the_reference_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_cpu, "_onednn_has", lambda dtype: False)
     for dtype in DTYPES:

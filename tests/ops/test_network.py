@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -563,11 +564,13 @@ def test_activations_of_nan_and_infinity_are_those_of_float64(
 
 
 @each_kind
-@pytest.mark.parametrize("channels", [3, 20])
-def test_inputs_of_any_memory_order_and_of_float32_give_the_same(channels: int, kind: str):
+@pytest.mark.parametrize(("channels", "width"), [(3, 11), (3, 77), (20, 11)])
+def test_inputs_of_any_memory_order_and_of_float32_give_the_same(
+    channels: int, width: int, kind: str
+):
     torch.manual_seed(0)
     layers: list[Layer] = [conv(0, channels, 32), conv(1, 32, 40, 3, 2)]
-    wide = torch.randn(5, channels, 9, 11)
+    wide = torch.randn(5, channels, 9, width)
     x = wide.bfloat16().contiguous(memory_format=torch.channels_last)
     for item in (5, 2):
         planned = Planned(layers, x.shape, 2, item, kind)
@@ -579,9 +582,9 @@ def test_inputs_of_any_memory_order_and_of_float32_give_the_same(channels: int, 
         else:
             expected = planned(wide.contiguous(memory_format=torch.channels_last))
             assert torch.equal(planned(wide), expected)
-        cut = torch.randn(7, channels, 12, 13)[1:6, :, 1:10, 2:]
+        cut = torch.randn(7, channels, 12, width + 2)[1:6, :, 1:10, 2:]
         assert torch.equal(planned(cut), planned(cut.clone()))
-    one = torch.randn(1, channels, 9, 11)
+    one = torch.randn(1, channels, 9, width)
     planned = Planned(layers, one.shape, 1, 1, kind)
     assert torch.equal(planned(one[0].unsqueeze(0)), planned(one))
 
@@ -1119,6 +1122,90 @@ def test_plans_are_kept_for_some_shapes(choices: None):
         fused(torch.randn(count, 3, 8, 8))
     (chain,) = [m for m in fused._chains.network.children() if isinstance(m, chains.Chain)]
     assert len(chain.network._chosen) == network_module.MOST_PLANS
+
+
+@needs_kernels
+def test_no_more_than_two_ways_have_memory_at_a_time(
+    choices: None, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[weakref.ref[Tensor]] = []
+    counts = []
+
+    def noted(count: int) -> Tensor:
+        memory = aligned_bytes(count)
+        made.append(weakref.ref(memory))
+        return memory
+
+    def alive() -> int:
+        return sum(one() is not None for one in made)
+
+    def measured(x: Tensor, ways: dict[str, Callable[[Tensor], Tensor]]) -> tuple[str, bool]:
+        for run in ways.values():
+            run(x)
+        counts.append(alive())
+        return list(ways)[len(counts) % 2], True
+
+    monkeypatch.setattr(network_module, "aligned_bytes", noted)
+    monkeypatch.setattr(network_module, "_measure", measured)
+    fused = resfast.fuse(small_resnet())
+    fused(torch.randn(64, 3, 8, 8))
+    assert len(made) > 2
+    assert max(counts) == 2
+    assert alive() <= 1
+
+
+@needs_kernels
+def test_a_chosen_chain_leaves_its_layers_without_packed_weights(
+    choices: None, monkeypatch: pytest.MonkeyPatch
+):
+    def measured(x: Tensor, ways: dict[str, Callable[[Tensor], Tensor]]) -> tuple[str, bool]:
+        for run in ways.values():
+            run(x)
+        return next(iter(ways)), True
+
+    monkeypatch.setattr(network_module, "_measure", measured)
+    fused, x = resfast.fuse(small_resnet()), torch.randn(2, 3, 32, 32)
+    fused(x)
+    convolutions = [module for module in fused.modules() if isinstance(module, ConvBiasAct)]
+    assert convolutions
+    assert not any(module._packed for module in convolutions)
+    monkeypatch.setenv("RESFAST_NETWORK", "0")
+    layers = fused(x)
+    monkeypatch.delenv("RESFAST_NETWORK")
+    assert relative_error(fused(x), layers.double()) < 0.01
+
+
+@needs_kernels
+def test_a_chain_at_the_beginning_converts_the_input_itself(
+    choices: None, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    model = settled(
+        nn.Sequential(
+            nn.Conv2d(3, 32, 3, 2, 1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(32 * 64, 10),
+        )
+    )
+    fused, x = resfast.fuse(model), torch.randn(2, 3, 16, 16)
+    seen = []
+    call = network_module.Network.__call__
+    monkeypatch.setattr(
+        network_module.Network, "__call__", lambda self, x: (seen.append(x), call(self, x))[1]
+    )
+    with torch.inference_mode():
+        result = fused(x)
+        assert len(seen) == 1
+        assert seen[0] is x
+        assert relative_error(result, model(x).double()) < 0.01
+        rounded = x.bfloat16().contiguous(memory_format=torch.channels_last)
+        assert torch.equal(fused(rounded), result)
 
 
 @needs_kernels

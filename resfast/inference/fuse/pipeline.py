@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from resfast import runtime
 from resfast.errors import ResfastError
 from resfast.inference.fuse.activations import name_activations
 from resfast.inference.fuse.blocks import group_blocks
@@ -110,6 +111,7 @@ def fuse(
             made = replace(made, blocks=group_blocks(traced.network))
         traced.network.to(where)
     result = FusedModel(traced, dtype, made, cuda_graph)
+    runtime.release_memory(where)  # of copies and graphs, much more than the result takes
     if report is not None:
         report(str(made))
     return result

@@ -229,7 +229,7 @@ class ConvBiasAct(nn.Module):
     to ``[N, K, P, Q]`` in ``channels_last`` memory; or one image, ``[C, H, W]`` to ``[K, P, Q]``.
 
     Attributes:
-        version: rises whenever the packed weights are discarded.
+        version: rises with :meth:`repack`.
         tile: largest tile side of Winograd's algorithm on a CPU, 2 to 4; larger tiles are faster
             and less accurate (:func:`resfast.layers.conv.set_winograd_tile`).
 
@@ -288,10 +288,14 @@ class ConvBiasAct(nn.Module):
     def repack(self) -> None:
         """Discards the packed weights; the next call packs them again."""
         self.version = getattr(self, "version", 0) + 1
-        self._plans: dict[tuple, conv_choice.Plan] = {}
-        self._packed: dict[Any, Any] = {}
+        self.discard_packed()
         if self.weight.is_cuda:
             self.weight = channels_last(self.weight)
+
+    def discard_packed(self) -> None:
+        """Frees the packed weights of an unchanged weight; the next call packs them again."""
+        self._plans: dict[tuple, conv_choice.Plan] = {}
+        self._packed: dict[Any, Any] = {}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.ndim == 3 and (residual is None or residual.ndim == 3):

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import runtime
 from ..conv import choice as conv_choice
 from ..conv import cpu as conv_cpu
 from ..conv import reference as conv_reference
@@ -191,20 +192,57 @@ class Network:
         names = [*ways, LAYERS]
         threads = f"{torch.get_num_threads()} threads"
         key = f"{conv_cpu.machine()}|{threads}|{self._digest()}|{list(x.shape)}|{dtype}"
-        name = names[0] if len(names) == 1 else CHOICES.get(key, names)
+        name = CHOICES.get(key, names)
         if name is None:
-            calls = {one: ways[one]().run for one in ways if is_right(ways[one]())}
-            if not calls:
-                return self.by_layers
-            if LAYERS in names:
-                calls[LAYERS] = self.by_layers
-            name, steady = _measure(x, calls)
+            name, steady = self._fastest(x, ways, is_right)
             CHOICES.put(key, name, keep=steady)
-        if name == LAYERS or not is_right(ways[name]()):
+        elif name != LAYERS and not is_right(ways[name]()):
+            name = LAYERS
+        if name == LAYERS:
+            runtime.release_memory(x.device)
             return self.by_layers
+        if self.by_layers not in self._chosen.values():
+            for module in self._with_tensors:
+                if isinstance(module, ConvBiasAct):
+                    module.discard_packed()
+        runtime.release_memory(x.device)  # of references and of what was slower
         if not name.endswith(WINOGRAD):  # without the weights of Winograd's algorithm
             return self._ready(layers, layout, {}, False, x.shape, int(name)).run
         return ways[name]().run
+
+    def _fastest(
+        self,
+        x: Tensor,
+        ways: dict[str, Callable[[], _Ready]],
+        is_right: Callable[[_Ready], bool],
+    ) -> tuple[str, bool]:
+        """The fastest of the ways that are right and of the layers, and whether that is certain.
+
+        Each way has an arena, so no more than two are kept: the fastest yet and the next one.
+        """
+        best: str | None = None
+        is_certain = False
+        runtime.release_memory(x.device)  # of the reference
+        for name in [*ways, LAYERS]:
+            if name != LAYERS and not is_right(ways[name]()):
+                ways[name]().arenas.clear()
+                continue
+            if best is None:
+                best, is_certain = name, name != LAYERS  # other weights may be computed in one call
+                continue
+            runtime.release_memory(x.device)
+            pair = {
+                one: self.by_layers if one == LAYERS else ways[one]().run for one in (best, name)
+            }
+            faster, steady = _measure(x, pair)
+            slower = best if faster == name else name
+            # Whether the others that `slower` was compared with are slower still does not matter.
+            is_certain = steady and (is_certain or faster == name)
+            if slower != LAYERS:
+                ways[slower]().arenas.clear()
+            best = faster
+        assert best is not None  # the layers at least
+        return best, is_certain
 
     def ways(
         self, layers: list[Layer], layout: Layout, shape: torch.Size
