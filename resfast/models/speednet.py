@@ -30,6 +30,7 @@ from resfast.models.resnet import (
     freeze_norm_scales,
 )
 from resfast.ops.frozen_conv import op as frozen_conv
+from resfast.ops.global_pool import op as global_pool
 
 FinalPool = Literal["max", "avg", "both"]
 Padding = Literal["valid", "same"]
@@ -290,6 +291,8 @@ class SpeedNet(nn.Module):
 
     def _pooled(self, x: Tensor) -> Tensor:
         """The features of each image, ``[N, features]``."""
+        if global_pool.applies(x):
+            return global_pool.global_pool(x, self.spec.final_pool)
         if self.spec.final_pool == "avg":
             return x.mean((2, 3))
         # Not amax: its compiled gradient compares with the maximum and finds none if the map was

@@ -15,7 +15,15 @@ from resfast.ops.frozen_conv import op as frozen_conv
 from tests.triton_code import compiled, interpreted, triton_kernels
 
 LAST = torch.channels_last
-KERNELS = ("operator", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu))
+NEEDS_KERNELS = pytest.mark.skipif(
+    not frozen_conv.ON_CPU, reason="the C++ kernels are not built or need AVX512-BF16"
+)
+KERNELS = (
+    "operator",
+    "interpreter",
+    pytest.param("bfloat16", marks=NEEDS_KERNELS),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+)
 SLOPE = 0.1
 # images, channels, height, width, side of the filters, their number, zeros before and after
 SHAPES = (
@@ -37,7 +45,7 @@ def tensors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor,
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("activation", conv_reference.KERNEL_ACTIVATIONS)
 def test_result_and_gradient_are_those_of_float64(kernel: str, activation: str):
-    dtype = torch.bfloat16 if kernel == "cuda" else torch.float32
+    dtype = torch.bfloat16 if kernel in ("bfloat16", "cuda") else torch.float32
     for shape in SHAPES:
         before, after = shape[6:]
         given = tensors(shape, dtype)
@@ -101,9 +109,53 @@ def test_bad_arguments_are_refused():
         frozen_conv.frozen_conv_act(x.requires_grad_(), weight, bias)
 
 
-def test_it_is_for_training_on_cuda_alone():
+def test_on_the_cpu_it_is_for_training_in_bfloat16():
     x, weight, bias = tensors(SHAPES[0], torch.bfloat16)
-    assert not frozen_conv.applies(x, weight, bias)
+    assert frozen_conv.applies(x, weight, bias) == frozen_conv.ON_CPU
+    assert not frozen_conv.applies(x.float(), weight, bias)
+    with torch.no_grad():
+        assert not frozen_conv.applies(x, weight, bias)
+
+
+@NEEDS_KERNELS
+def test_the_number_of_threads_does_not_change_the_bits():
+    x, weight, bias = tensors((9, 3, 17, 13, 2, 24, 0, 1), torch.bfloat16)
+    bias.requires_grad_()
+    grad = torch.randn(9, 24, 17, 13).bfloat16().to(memory_format=LAST)
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            out = frozen_conv.frozen_conv_act(x, weight, bias, after=1, activation="gelu")
+            found.append((out.detach(), *torch.autograd.grad(out, bias, grad)))
+    finally:
+        torch.set_num_threads(threads)
+    for out, gradient in found[1:]:
+        assert torch.equal(out, found[0][0])
+        assert torch.equal(gradient, found[0][1])
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_speednet_trains_alike_with_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    model = SpeedNet(SpeedNetSpec(channels=(32,), convolutions=(2,), whitening_padding="same"))
+    model = model.to(memory_format=LAST)
+    nn.init.normal_(model.whitening.bias, std=0.1)
+    images = torch.randn(6, 3, 12, 12).to(dtype, memory_format=LAST)
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images)
+        F.cross_entropy(logits.float(), torch.arange(6)).backward()
+        return model.whitening.bias.grad.clone()
+
+    ours = gradient()
+    monkeypatch.setattr(frozen_conv, "applies", lambda *args: False)
+    plain = gradient()
+    assert (ours - plain).norm() <= 0.03 * plain.norm()
+    assert torch.equal(ours, plain) == (dtype == torch.float32)  # it was used, or not
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "../conv/conv_bf16.h"
+#include "../conv/act_gradient.h"
 
 // Target features for the pooling masks.
 #define RESFAST_POOL \
@@ -29,9 +29,6 @@ constexpr int64_t kGroup = 2 * kLanes; // channels per vector
 constexpr int64_t kChunk = 512; // pixels per float32 sum
 constexpr int64_t kTile = 8192; // values processed group by group: a part of L1
 constexpr int64_t kStreamed = 16 * 1024 * 1024; // larger results bypass the cache
-
-template <int64_t kValue>
-using Constant = std::integral_constant<int64_t, kValue>;
 
 // -- 32 channels -----------------------------------------------------------------------------------
 
@@ -100,38 +97,6 @@ template <int kGroups>
 RESFAST_BF16_INLINE void store_values(float* to, const Values<kGroups>& values) {
 #pragma GCC unroll 4
   for (int i = 0; i < 2 * kGroups; ++i) _mm512_storeu_ps(to + i * kLanes, values.at[i]);
-}
-
-// -- activations -----------------------------------------------------------------------------------
-
-// Minimax polynomial in z^2 on [-kGeluReach, kGeluReach]: the derivative of gelu to 1.3e-5.
-constexpr float kGeluSlope[] = {
-    -2.072038318e-02f, 4.651469854e-02f, -2.772115937e-02f, 2.122805554e-02f,
-    -6.844837841e-02f, 9.511999262e-02f, -8.535531297e-02f, 7.708937859e-02f,
-    -7.154195469e-02f, 6.682617828e-02f, -7.512277932e-02f, 1.421305808e-01f};
-
-RESFAST_BF16_INLINE __m512 sigmoid(__m512 z) {
-  const __m512 one = _mm512_set1_ps(1.0f);
-  return _mm512_div_ps(one, _mm512_add_ps(one, exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), z))));
-}
-
-// grad times the derivative at z; for relu and leaky_relu, z can be the result.
-template <int64_t kActivation>
-RESFAST_BF16_INLINE __m512 act_gradient(__m512 grad, __m512 z, float negative_slope) {
-  const __m512 zero = _mm512_setzero_ps();
-  if constexpr (kActivation == kRelu)
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(z, zero, _CMP_NLE_UQ), grad);
-  if constexpr (kActivation == kLeakyRelu)
-    return _mm512_mask_mul_ps(
-        grad, _mm512_cmp_ps_mask(z, zero, _CMP_LE_OQ), grad, _mm512_set1_ps(negative_slope));
-  if constexpr (kActivation == kSilu) {
-    const __m512 s = sigmoid(z), one = _mm512_set1_ps(1.0f);
-    return _mm512_mul_ps(
-        grad, _mm512_mul_ps(s, _mm512_fmadd_ps(z, _mm512_sub_ps(one, s), one)));
-  }
-  if constexpr (kActivation == kGelu)
-    return _mm512_mul_ps(grad, odd_polynomial(most(least(z)), kGeluSlope));
-  return grad;
 }
 
 // -- iteration over pixels -------------------------------------------------------------------------
@@ -486,17 +451,6 @@ void clear_rest(const NormShape& shape, uint16_t* to) {
 }
 
 // -- operators -------------------------------------------------------------------------------------
-
-template <class Run>
-void with_activation(int64_t activation, Run run) {
-  switch (activation) {
-    case kNone: return run(Constant<kNone>{});
-    case kRelu: return run(Constant<kRelu>{});
-    case kLeakyRelu: return run(Constant<kLeakyRelu>{});
-    case kSilu: return run(Constant<kSilu>{});
-    default: return run(Constant<kGelu>{});
-  }
-}
 
 NormShape checked_shape(const Tensor& x, int64_t activation, double negative_slope, bool pool) {
   if (!bf16_supported()) fail("this processor has no AVX512-BF16");

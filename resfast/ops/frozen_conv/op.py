@@ -1,8 +1,8 @@
 """``resfast::frozen_conv_act``: a first convolution that is not trained, its bias and activation.
 
-Images have few channels, for which cuDNN uses tensor cores and memory badly; on CUDA one Triton
-kernel computes ``activation(conv2d(padded x, weight) + bias)`` in one pass. Only the bias has a
-gradient.
+Images have few channels, for which cuDNN uses tensor cores and memory badly, and oneDNN vectors.
+``activation(conv2d(padded x, weight) + bias)`` is computed in one pass, on CUDA by a Triton kernel
+and in bfloat16 on a CPU with AVX512-BF16 in C++. Only the bias has a gradient.
 
 Shapes: x ``[N, C, H, W]``, weight ``[K, C, R, R]``, result ``[N, K, P, Q]`` with
 P = H + before + after - R + 1 and Q = W + before + after - R + 1.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import runtime
+from ..conv import cpu as conv_cpu
 from ..conv.reference import (
     ACTIVATIONS,
     KERNEL_ACTIVATIONS,
@@ -26,13 +27,16 @@ from ..conv.reference import (
 from ..registration import register
 
 AVAILABLE = runtime.has_triton()
-"""Whether Triton is installed."""
+"""Whether Triton is installed, which CUDA needs."""
+ON_CPU = conv_cpu._has_kernels() and hasattr(torch.ops.resfast, "frozen_conv_forward")
+"""Whether the C++ kernels are built and this processor has AVX512-BF16."""
 MAX_PATCH_SIZE, MAX_FILTERS = 64, 256
-"""Largest weight that a Triton program holds: C * R * R values per filter, and filters."""
+"""Largest weight to use the operator for: C * R * R values per filter, and filters. A Triton
+program holds it in registers; on the CPU a matrix product is faster from some size on."""
 
 
 def applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether to use this operator for a convolution in a training step on CUDA.
+    """Whether to use this operator for a convolution in a training step.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -41,10 +45,11 @@ def applies(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """
     return (
         isinstance(x, Tensor)  # tracers pass proxies
-        and AVAILABLE
         and torch.is_grad_enabled()
-        and x.device.type == "cuda"
-        and x.dtype in (torch.bfloat16, torch.float16)
+        and (
+            (x.device.type == "cuda" and AVAILABLE and x.dtype in (torch.bfloat16, torch.float16))
+            or (x.device.type == "cpu" and ON_CPU and x.dtype == torch.bfloat16)
+        )
         and not (x.requires_grad or weight.requires_grad)
         and bias is not None
         and weight.dtype == bias.dtype == torch.float32
@@ -117,6 +122,10 @@ def _cpu(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
+    if ON_CPU and x.dtype == torch.bfloat16:
+        number = KERNEL_ACTIVATIONS.index(activation)
+        kernel = torch.ops.resfast.frozen_conv_forward
+        return kernel(channels_last(x), weight, bias, before, after, number, negative_slope)
     z = _before_activation(x, weight, bias, before, after)
     return channels_last(ACTIVATIONS[activation](z, negative_slope).to(x.dtype))
 
@@ -131,6 +140,11 @@ def _backward_cpu(
     activation: str,
     negative_slope: float,
 ) -> Tensor:
+    if ON_CPU and x.dtype == torch.bfloat16:
+        number = KERNEL_ACTIVATIONS.index(activation)
+        kernel = torch.ops.resfast.frozen_conv_backward
+        maps = channels_last(grad), channels_last(x)
+        return kernel(*maps, weight, bias, before, after, number, negative_slope)
     z = _before_activation(x, weight, bias, before, after).requires_grad_()
     with torch.enable_grad():
         out = ACTIVATIONS[activation](z, negative_slope)
