@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,21 @@ from safetensors import safe_open
 from torch import nn
 
 import resfast
-from resfast import atomic
+from resfast import atomic, runtime
 from resfast.cli.doctor.line import cores
 from resfast.cli.train import main
 from resfast.config import files
 from resfast.config.network import network
-from resfast.config.schema import Config, OptimConfig
+from resfast.config.schema import Config, ModelConfig, OptimConfig
 from resfast.data.resident import resident_batches
 from resfast.errors import NonFiniteLossError, ResfastError
 from resfast.inference.scoring import evaluate, predict
 from resfast.models.resnet import ResNet
+from resfast.ops.conv_train import op as conv_train
 from resfast.optim.schedules import Schedule
 from resfast.runs import checkpoint
 from resfast.runs import folder as records
+from resfast.training import resolve
 from resfast.training.loop import train
 from resfast.training.step import TrainStep
 from resfast.training.warm_up import warm_up_step
@@ -557,6 +560,34 @@ def test_averaged_weights_follow_the_formula():
         else:
             expected = expected.lerp(weight, 1 - min(0.5, (1 + done) / (10 + done)))
         torch.testing.assert_close(step.evaluated_model.state_dict()[name], expected)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_torch_compile_waits_for_runs_that_are_long_enough(kernels: bool):
+    cpu, images = torch.device("cpu"), 2_000_000 if kernels else 100_000
+    short, note = resolve._resolve_compile("auto", cpu, images - 1, kernels)
+    assert short == "off"
+    assert f"from {images:,} images in total, and this run has {images - 1:,}" in note
+    if runtime.compiler_missing(cpu) is None:
+        assert resolve._resolve_compile("auto", cpu, images, kernels) == ("auto", None)
+        assert resolve._resolve_compile("on", cpu, 1, kernels) == ("on", None)
+    assert resolve._resolve_compile("off", cpu, images, kernels) == ("off", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "covered"),
+    [
+        ({"model": "resnet-2111"}, True),
+        ({"model": "speednet-94"}, True),
+        ({"model": "resnet-2111", "norm": "none"}, False),
+        ({"model": "vgg-a"}, False),
+    ],
+)
+def test_the_kernels_cover_residual_networks_and_speednets(
+    options: dict[str, str], covered: bool, tiny: Config
+):
+    config = replace(tiny, model=ModelConfig(**options))
+    assert resolve._has_kernels(config) == (covered and conv_train.AVAILABLE)
 
 
 def test_the_compiled_step_equals_the_plain_one():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from resfast import runtime
+from resfast.config.network import network
 from resfast.config.paths import absolute_paths
 from resfast.config.recipes import decide
 from resfast.config.recipes.conditions import SMALL_DATA_IMAGES
@@ -14,15 +15,18 @@ from resfast.config.schema import Config, OptimConfig
 from resfast.data.batches import choose_loader
 from resfast.data.dataset import Dataset, Stream
 from resfast.errors import ResfastError
+from resfast.models.resnet import ResNetSpec
+from resfast.models.speednet import SpeedNetSpec
 from resfast.training.step_graphs import why_not_captured
 
 EPOCHS, SMALL_DATA_EPOCHS = 70, 14
 """Epochs of a recipe that gives none, and those for a small training set."""
 BATCH_SIZE, SMALL_DATA_BATCH_SIZE = 128, 64
 """Batch size of a recipe that gives none, and that for a small training set."""
-COMPILE_WORTH_IMAGES = 100_000
+COMPILE_WORTH_IMAGES, COMPILE_WORTH_IMAGES_WITH_KERNELS = 100_000, 2_000_000
 """With ``compile=auto``, a CPU run that trains on fewer images than this in total ends before
-compilation pays off."""
+compilation pays off. Where this project's kernels compute nearly everything, torch.compile makes
+steps only 3 to 4 % faster (docs/recipes.md)."""
 
 
 def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[Config, list[str]]:
@@ -89,7 +93,8 @@ def resolve(config: Config, data: Dataset | Stream, train_images: int) -> tuple[
     if config.transfer.pretrain != "none":
         compile, cuda_graph = "off", "off"
     else:
-        compile, note = _resolve_compile(config.runtime.compile, device, images)
+        kernels = precision == "bf16" and _has_kernels(config)
+        compile, note = _resolve_compile(config.runtime.compile, device, images, kernels)
         if note:
             notes.append(note)
         cuda_graph, note = _resolve_cuda_graph(config, device, precision, optim)
@@ -125,7 +130,19 @@ def _scaled(lr: float, batch: int, power: float) -> float:
     return float(f"{lr * (batch / BATCH_SIZE) ** power:.4g}")
 
 
-def _resolve_compile(requested: str, device: torch.device, images: int) -> tuple[str, str | None]:
+def _has_kernels(config: Config) -> bool:
+    """Whether convolutions, norms and activations in bfloat16 on this CPU are our kernels."""
+    from resfast.ops.conv_train import op as conv_train
+
+    spec = network(config.model)
+    return conv_train.AVAILABLE and (
+        isinstance(spec, SpeedNetSpec) or (isinstance(spec, ResNetSpec) and spec.norm == "batch")
+    )
+
+
+def _resolve_compile(
+    requested: str, device: torch.device, images: int, kernels: bool
+) -> tuple[str, str | None]:
     if requested == "off":
         return "off", None
     missing = runtime.compiler_missing(device)
@@ -135,9 +152,10 @@ def _resolve_compile(requested: str, device: torch.device, images: int) -> tuple
         )
     if missing:
         return "off", f"training without torch.compile: {missing}"
-    if requested == "auto" and device.type == "cpu" and images < COMPILE_WORTH_IMAGES:
+    worth = COMPILE_WORTH_IMAGES_WITH_KERNELS if kernels else COMPILE_WORTH_IMAGES
+    if requested == "auto" and device.type == "cpu" and images < worth:
         return "off", (
-            f"training without torch.compile: it pays off from {COMPILE_WORTH_IMAGES:,} images in "
+            f"training without torch.compile: it pays off from {worth:,} images in "
             f"total, and this run has {images:,} (--compile on to force it)"
         )
     return requested, None
