@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -16,7 +17,6 @@ from pathlib import Path
 from resfast.errors import ResfastError
 
 _SUFFIX = ".tmp"
-_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     file is kept and the error propagates.
     """
     _remove_abandoned(path)
-    process = f"{os.getpid()}@{_HOST}"
+    process = f"{os.getpid()}@{_host()}"
     temporary = path.with_name(f".{path.name}.{process}.{secrets.token_hex(4)}{_SUFFIX}")
     try:
         yield temporary
@@ -47,6 +47,12 @@ def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
             temporary.unlink()
     if os.name == "posix":
         _fsync_folder(path.parent)
+
+
+@functools.cache
+def _host() -> str:
+    """The name of this machine, as a few characters."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def write_bytes(path: Path, data: bytes | memoryview, keep: Path | None = None) -> None:
@@ -105,7 +111,7 @@ def remove_stale(folder: Path, older_than_s: float = 24 * 3600) -> None:
 
 def _remove_abandoned(path: Path) -> None:
     """Removes temporary files for ``path`` of processes of this machine that have ended."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)@{_HOST}\.[0-9a-f]+{_SUFFIX}")
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.(\d+)@{_host()}\.[0-9a-f]+{_SUFFIX}")
     with contextlib.suppress(OSError):  # an unreadable folder is skipped
         for name in os.listdir(path.parent):
             found = pattern.fullmatch(name)

@@ -93,7 +93,7 @@ def test_a_run_killed_before_it_began_starts_over(tiny: Config, caplog: pytest.L
     whole = train(change(tiny, name="whole")).path
     path = tiny.run.out / "tiny"
     path.mkdir()
-    (path / f".{records.CONFIG}.999999@{atomic._HOST}.ab12.tmp").write_text("{")
+    (path / f".{records.CONFIG}.999999@{atomic._host()}.ab12.tmp").write_text("{")
     (path / FOLDER_LOCK).write_text("")
     with pytest.raises(ResfastError, match=r"has nothing to resume: .* --name tiny"):
         train(resume=path)
@@ -136,7 +136,9 @@ def test_temporary_files_of_ended_processes_are_removed(tmp_path: Path):
     assert atomic.is_temporary(left)
     atomic.save(other, b"{}")
     assert left.exists()  # of another file
-    running = tmp_path / left.name.replace(left.name.split(".")[3], f"{os.getpid()}@{atomic._HOST}")
+    running = tmp_path / left.name.replace(
+        left.name.split(".")[3], f"{os.getpid()}@{atomic._host()}"
+    )
     running.write_text("in use")
     atomic.save(target, b"{}")
     assert not left.exists()
