@@ -751,6 +751,26 @@ if len(sys.argv) > 1 and hasattr(ops, "conv_bf16_supported") and ops.conv_bf16_s
                 x.requires_grad_(), weight, torch.randn(c), other, activation=activation, pool=pool
             )
             y.backward(torch.randn_like(y))
+
+    from resfast.ops.frozen_conv import op as frozen_conv
+    from resfast.ops.global_pool import op as global_pool
+
+    for n, c, height, width, k, side, before, behind in [
+        (3, 3, 9, 7, 16, 2, 0, 1), (2, 4, 5, 6, 100, 4, 1, 2), (5, 1, 3, 3, 7, 3, 0, 0),
+    ]:
+        x = torch.randn(n, c, height, width).to(torch.bfloat16, memory_format=last)
+        weight, bias = torch.randn(k, c, side, side), torch.randn(k, requires_grad=True)
+        for activation in norm_act.ACTIVATIONS:
+            y = frozen_conv.frozen_conv_act(
+                x, weight, bias, before=before, after=behind, activation=activation
+            )
+            y.backward(torch.randn_like(y))
+    for shape, kind in itertools.product(
+        [(3, 64, 4, 4), (2, 33, 3, 5), (5, 7, 1, 1)], ("max", "avg", "both")
+    ):
+        x = torch.randn(shape).to(torch.bfloat16, memory_format=last).requires_grad_()
+        y = global_pool.global_pool(x, kind)
+        y.backward(torch.randn_like(y))
 print(digest.hexdigest())
 """
 
